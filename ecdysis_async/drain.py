@@ -1,0 +1,297 @@
+"""Connections that are tracked, the safe points at which they may end, and the drain that waits for them.
+
+A data plane opens one :class:`Connection` for everything it accepts, before anything can fail, and closes it when the
+peer has seen the last of it. Nothing here accepts, reads or writes, and nothing knows a loop: a connection says itself
+how it is interrupted, cancelled and aborted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TypeVar
+
+import anyio
+import anyio.lowlevel
+from anyio.abc import TaskGroup
+
+from .errors import DrainInterrupt
+from .registry import Until
+
+__all__ = ["Connection", "DrainCount", "Tracker", "current_connection"]
+
+T = TypeVar("T")
+
+current_connection: ContextVar[Connection | None] = ContextVar("ecdysis_current_connection", default=None)
+"""The connection, or the tracked work, that the running task serves; data planes set it in each handler."""
+
+# An idle connection is told to close this long before the deadline, so that its goodbye still gets out: a tenth of the
+# drain, and a second at the most. Closing it any earlier races with the client's next request (DESIGN.md, trap 2).
+FAREWELL_SHARE = 0.1
+FAREWELL_SECONDS = 1.0
+
+# How long a cancelled handler may take over its `finally` before its connection is aborted.
+CANCEL_GRACE_SECONDS = 1.0
+
+# Finishing tasks are started in batches of this many with a turn of the loop between: 10,000 at once would stall those
+# that are still being served.
+BATCH = 200
+
+# How often a drain looks for connections that ended without telling.
+PRUNE_SECONDS = 0.05
+
+
+@dataclass(slots=True)
+class DrainCount:
+    """What became of the connections of a generation that left.
+
+    Attributes:
+        drained: ended by themselves, or by their handler, before the deadline.
+        silent: idle to the end, and closed at a safe point shortly before the deadline.
+        transferred: passed on to the successor alive.
+        cut: still busy at the deadline: cancelled, then aborted.
+    """
+
+    drained: int = 0
+    silent: int = 0
+    transferred: int = 0
+    cut: int = 0
+
+
+class Connection:
+    """One connection, or one piece of tracked work.
+
+    The base class is what a data plane derives from; each of the three requests below may come at any time and more
+    than once, and none of them may raise or block.
+    """
+
+    __slots__ = ("_idle_scopes", "interrupted", "over", "silent", "until")
+
+    def __init__(self, until: Until = Until.DRAIN) -> None:
+        self.until = until
+        # Created by a drain that waits for this connection; most connections end without one.
+        self.over: anyio.Event | None = None
+        # Whether the drain has asked it to close, and whether it was at a safe point then.
+        self.interrupted = False
+        self.silent = False
+        self._idle_scopes: list[anyio.CancelScope] = []
+
+    def interrupt(self) -> None:
+        """Close at a safe point if there is one: wake the ``until_draining`` of this connection's handler."""
+        self.interrupted = True
+        for scope in self._idle_scopes:
+            scope.cancel()
+
+    def cancel(self) -> None:
+        """End the handler: the deadline has come."""
+
+    def abort(self) -> None:
+        """Let go of the socket without waiting for anything."""
+
+    def is_over(self) -> bool:
+        """Say whether it ended without telling: asked now and then of connections that cannot always know."""
+        return False
+
+    @contextlib.contextmanager
+    def idle(self, scope: anyio.CancelScope) -> Iterator[None]:
+        """Mark the handler as waiting at a safe point, within a scope that ``interrupt`` may cancel."""
+        self._idle_scopes.append(scope)
+        try:
+            yield
+        finally:
+            self._idle_scopes.remove(scope)
+
+
+class _Work(Connection):
+    """Work of the application's own, within ``async with track()``."""
+
+    __slots__ = ("_scope",)
+
+    def __init__(self, scope: anyio.CancelScope) -> None:
+        super().__init__()
+        self._scope = scope
+
+    def cancel(self) -> None:
+        self._scope.cancel()
+
+
+class Tracker:
+    """All connections of one generation, from their acceptance to their end, and the drain that ends them."""
+
+    def __init__(self) -> None:
+        self.draining = anyio.Event()
+        self.count = DrainCount()
+        self._connections: set[Connection] = set()
+        # Everyone outside a connection who waits at a safe point: a background task, a handler of the user's own.
+        self._bystander = Connection()
+        self._pruned_size = 0
+        # Set while a drain runs: connections of this kind that are still accepted get their finishing task from it.
+        self._finishers: TaskGroup | None = None
+        self._finishing = Until.DRAIN
+        # The moments, on the loop's clock, and who waits for each; `hurry` moves both.
+        self._farewell = self._deadline = math.inf
+        self._until_farewell: set[anyio.CancelScope] = set()
+        self._until_deadline: set[anyio.CancelScope] = set()
+        self._hurried = False
+        # Two counters, opened and closed. In a successor they lie in memory shared with the predecessor, which reads
+        # off them what was lost if this process dies before it has settled.
+        self._cells = memoryview(bytearray(16)).cast("Q")
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    @property
+    def opened(self) -> int:
+        """How many connections this generation has accepted."""
+        return self._cells[0]
+
+    def share(self, cells: memoryview) -> None:
+        """Keep the counters in ``cells`` (two native unsigned 64-bit integers) from now on."""
+        cells[0], cells[1] = self._cells[0], self._cells[1]
+        self._cells = cells
+
+    def connections(self) -> tuple[Connection, ...]:
+        """Those that are open at this moment."""
+        self.prune()
+        return tuple(self._connections)
+
+    def open(self, connection: Connection) -> None:
+        """Count a connection from now on. Call it before anything can fail after the accept."""
+        self._connections.add(connection)
+        self._cells[0] += 1
+        # Amortised: those that ended without telling are looked for each time the table has doubled.
+        if len(self._connections) > 2 * self._pruned_size + 256:
+            self.prune()
+        if self._finishers is not None and connection.until is self._finishing:
+            self._finish_soon(self._finishers, connection)
+
+    def close(self, connection: Connection) -> None:
+        """Count it no more; harmless if it was closed already."""
+        if connection in self._connections:
+            self._connections.remove(connection)
+            self._cells[1] += 1
+            if connection.over is not None:
+                connection.over.set()
+
+    def prune(self) -> None:
+        """Close those that ended without telling."""
+        for connection in [connection for connection in self._connections if connection.is_over()]:
+            self.close(connection)
+        self._pruned_size = len(self._connections)
+
+    async def until_draining(self, awaitable: Awaitable[T]) -> T:
+        """Await something at a safe point, where this connection may also end. See ``Ecdysis.until_draining``."""
+        connection = current_connection.get() or self._bystander
+        with anyio.CancelScope() as scope, connection.idle(scope):
+            # Not before the scope: what is finished already is returned even now, and a coroutine gets its await.
+            if connection.interrupted:
+                scope.cancel()
+            return await awaitable
+        connection.silent = True
+        raise DrainInterrupt("this generation is leaving: close the connection now")
+
+    @contextlib.asynccontextmanager
+    async def track(self) -> AsyncIterator[None]:
+        """Let the drain wait for a piece of work. See ``Ecdysis.track``."""
+        with anyio.CancelScope() as scope:
+            work = _Work(scope)
+            self.open(work)
+            token = current_connection.set(work)
+            try:
+                yield
+            finally:
+                current_connection.reset(token)
+                self.close(work)
+        if scope.cancelled_caught:
+            raise DrainInterrupt("the drain's deadline came before this work was done")
+
+    async def drain(self, timeout: float, *, until: Until = Until.DRAIN) -> None:
+        """Wait for every connection, each in a task of its own; interrupt, cancel and abort what is left at the end.
+
+        Connections that are accepted meanwhile are waited for as well. Cancellation leaves all of them as they are.
+
+        Args:
+            timeout: seconds until the deadline.
+            until: which connections: those of listeners that end with the drain, or those that serve to the exit.
+        """
+        self.draining.set()
+        if self._hurried:
+            timeout = min(timeout, FAREWELL_SECONDS)
+        self._finishing = until
+        self._deadline = anyio.current_time() + timeout
+        self._farewell = self._deadline - min(FAREWELL_SECONDS, timeout * FAREWELL_SHARE)
+        try:
+            async with anyio.create_task_group() as housekeepers:
+                housekeepers.start_soon(self._prune_regularly)
+                housekeepers.start_soon(self._interrupt_bystanders)
+                async with anyio.create_task_group() as self._finishers:
+                    for number, connection in enumerate(self.connections(), start=1):
+                        if connection.until is until and connection.over is None and connection in self._connections:
+                            self._finish_soon(self._finishers, connection)
+                        if number % BATCH == 0:
+                            await anyio.lowlevel.checkpoint()
+                housekeepers.cancel_scope.cancel()
+        finally:
+            self._finishers = None
+        self._bystander.interrupt()
+
+    def hurry(self) -> None:
+        """Make the deadline of this drain, or of the one to come, now: only a last goodbye is waited for."""
+        self._hurried = True
+        try:
+            now = anyio.current_time()
+        except anyio.NoEventLoopError:  # asked before the loop runs: the drain will look at `_hurried`
+            return
+        self._farewell = min(self._farewell, now)
+        self._deadline = min(self._deadline, now + FAREWELL_SECONDS)
+        for scope in self._until_farewell:
+            scope.deadline = self._farewell
+        for scope in self._until_deadline:
+            scope.deadline = self._deadline
+
+    def _finish_soon(self, finishers: TaskGroup, connection: Connection) -> None:
+        connection.over = anyio.Event()
+        finishers.start_soon(self._finish, connection, connection.over)
+
+    async def _finish(self, connection: Connection, over: anyio.Event) -> None:
+        """See one connection to its end: first its own way, then politely, then by force."""
+        if await _wait_until(over, self._farewell, self._until_farewell):
+            self.count.drained += 1
+            return
+        connection.interrupt()
+        if await _wait_until(over, self._deadline, self._until_deadline):
+            if connection.silent:
+                self.count.silent += 1
+            else:
+                self.count.drained += 1
+            return
+        self.count.cut += 1
+        for force in (connection.cancel, connection.abort):
+            force()
+            if await _wait_until(over, anyio.current_time() + CANCEL_GRACE_SECONDS, set()):
+                return
+        # Its handler ignores cancellation, or its protocol never hears of the abort (a TLS handshake, trap 20).
+        self.close(connection)
+
+    async def _interrupt_bystanders(self) -> None:
+        await _wait_until(anyio.Event(), self._farewell, self._until_farewell)
+        self._bystander.interrupt()
+
+    async def _prune_regularly(self) -> None:
+        while True:
+            await anyio.sleep(PRUNE_SECONDS)
+            self.prune()
+
+
+async def _wait_until(over: anyio.Event, deadline: float, waiting: set[anyio.CancelScope]) -> bool:
+    """Wait for the event until the deadline, which ``Tracker.hurry`` may move while the scope stands in ``waiting``."""
+    with anyio.CancelScope(deadline=deadline) as scope:
+        waiting.add(scope)
+        try:
+            await over.wait()
+        finally:
+            waiting.discard(scope)
+    return over.is_set()

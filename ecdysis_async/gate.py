@@ -1,0 +1,118 @@
+"""The gate: every acceptor of this generation opens, pauses and ends together, on the supervisor's word.
+
+A data plane puts one :class:`Acceptor` per registered socket behind the gate and never decides by itself when to
+accept. That is what keeps guarantee G2 (one acceptor) in a single place. Nothing here knows a loop.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable, Iterable
+
+from .registry import Entry
+
+__all__ = ["Acceptor", "Gate", "GateState"]
+
+
+class GateState(enum.Enum):
+    """Whether this generation may take connections from its sockets."""
+
+    CLOSED = "closed"  # before the commit, or paused: what waits stays in the kernel's queue
+    OPEN = "open"  # between commit and pause
+    ENDED = "ended"  # accepting is over in this process for good
+
+
+class Acceptor(abc.ABC):
+    """What takes connections, or datagrams, from one registered socket.
+
+    ``open`` and ``pause`` alternate, beginning with ``open``; ``end`` comes last, once, always after the gate was
+    closed for this acceptor (or before it was ever opened).
+    """
+
+    entry: Entry
+
+    @abc.abstractmethod
+    async def open(self) -> None:
+        """Begin to accept. The entry's socket is listening already."""
+
+    @abc.abstractmethod
+    async def pause(self) -> None:
+        """Stop accepting; return once everything that user space has accepted is attached to its handler.
+
+        It must finish even if it is cancelled half-way: the supervisor shields it.
+        """
+
+    @abc.abstractmethod
+    async def end(self) -> None:
+        """Accepting is over for good: let go of duplicates, wake those who wait for a next connection."""
+
+
+class Gate:
+    """All acceptors of one generation."""
+
+    def __init__(self) -> None:
+        self.state = GateState.CLOSED
+        self._acceptors: list[Acceptor] = []
+        self._open: set[Acceptor] = set()
+
+    @property
+    def acceptors(self) -> tuple[Acceptor, ...]:
+        """Those that were added and not ended, in the order they came."""
+        return tuple(self._acceptors)
+
+    async def add(self, acceptor: Acceptor) -> None:
+        """Put an acceptor behind the gate; it is opened at once where the gate stands open.
+
+        Where accepting is over already, it is ended at once.
+        """
+        if self.state is GateState.ENDED:
+            await acceptor.end()
+            return
+        self._acceptors.append(acceptor)
+        if self.state is GateState.OPEN:
+            await self._open_one(acceptor)
+
+    async def remove(self, acceptor: Acceptor) -> None:
+        """Take out one acceptor, because the application closed its server."""
+        if acceptor in self._acceptors:
+            self._acceptors.remove(acceptor)
+            await self._pause_one(acceptor)
+            await acceptor.end()
+
+    async def open(self) -> None:
+        """Begin to accept on every socket; also what undoes a pause. Those that are open already stay as they are."""
+        self.state = GateState.OPEN
+        for acceptor in self.acceptors:
+            await self._open_one(acceptor)
+
+    async def pause(self, *, spare: Callable[[Entry], bool] | None = None) -> None:
+        """Stop accepting, except on the entries that ``spare`` names; those stay open and can be paused later."""
+        self.state = GateState.CLOSED
+        for acceptor in self.acceptors:
+            if spare is None or not spare(acceptor.entry):
+                await self._pause_one(acceptor)
+
+    async def end(self, *, spare: Callable[[Entry], bool] | None = None) -> None:
+        """Pause, and let go of every acceptor that ``spare`` does not name; of all of them at the last call."""
+        await self.pause(spare=spare)
+        self.state = GateState.ENDED
+        for acceptor in self.acceptors:
+            if acceptor not in self._open:
+                self._acceptors.remove(acceptor)
+                await acceptor.end()
+
+    def open_entries(self) -> Iterable[Entry]:
+        """The entries that are accepted on at this moment."""
+        return (acceptor.entry for acceptor in self._acceptors if acceptor in self._open)
+
+    async def _open_one(self, acceptor: Acceptor) -> None:
+        if acceptor not in self._open:
+            acceptor.entry.start_listening()
+            await acceptor.open()
+            self._open.add(acceptor)
+
+    async def _pause_one(self, acceptor: Acceptor) -> None:
+        if acceptor in self._open:
+            await acceptor.pause()
+            self._open.discard(acceptor)
