@@ -11,7 +11,6 @@ import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TypeVar
 
 import anyio
@@ -20,8 +19,9 @@ from anyio.abc import TaskGroup
 
 from .errors import DrainInterrupt
 from .registry import Until
+from .report import DrainCount
 
-__all__ = ["Connection", "DrainCount", "Tracker", "current_connection"]
+__all__ = ["Connection", "Tracker", "current_connection"]
 
 T = TypeVar("T")
 
@@ -42,23 +42,6 @@ BATCH = 200
 
 # How often a drain looks for connections that ended without telling.
 PRUNE_SECONDS = 0.05
-
-
-@dataclass(slots=True)
-class DrainCount:
-    """What became of the connections of a generation that left.
-
-    Attributes:
-        drained: ended by themselves, or by their handler, before the deadline.
-        silent: idle to the end, and closed at a safe point shortly before the deadline.
-        transferred: passed on to the successor alive.
-        cut: still busy at the deadline: cancelled, then aborted.
-    """
-
-    drained: int = 0
-    silent: int = 0
-    transferred: int = 0
-    cut: int = 0
 
 
 class Connection:

@@ -27,6 +27,7 @@ from .errors import GarbledFrame, UnknownMessage, VersionMismatch
 
 __all__ = [
     "VERSIONS",
+    "Farewell",
     "FromPredecessor",
     "FromSuccessor",
     "Predecessor",
@@ -66,6 +67,14 @@ class FromPredecessor(enum.StrEnum):
     SETTLED = "settled"  # it will never accept again
     ABORT = "abort"  # the restart is called off: leave
     STOP = "stop"  # the service is being stopped: serve what you have, then leave
+
+
+class Farewell(enum.StrEnum):
+    """Messages of a drain, after the handoff is over: they change no state, and an older release may ignore them."""
+
+    PROGRESS = "progress"  # down: how many connections are left
+    DRAINED = "drained"  # down: none; the report of the restart is complete
+    HURRY = "hurry"  # up: too many generations drain, and this is the oldest; its deadline is now
 
 
 class Timer(enum.Enum):
@@ -195,7 +204,9 @@ _S, _SE, _SA = Successor, SuccessorEvent, SuccessorAction
 
 # Each failure before the commit leads to ABORTING, which serves; each one after it to REVERTING, which waits for the
 # successor's death, because a successor that was committed may accept for as long as it lives (G2).
-_PREDECESSOR: Final[Mapping[_P, Mapping[_PE, tuple[_P, tuple[_PA, ...]]]]] = {
+_PREDECESSOR: Final[
+    Mapping[Predecessor, Mapping[PredecessorEvent, tuple[Predecessor, tuple[PredecessorAction, ...]]]]
+] = {
     _P.SPAWNING: {
         _PE.HELLO: (_P.INITIALISING, (_PA.SEND_LISTENERS,)),
         _PE.FAILED: (_P.ABORTING, (_PA.END_SUCCESSOR,)),
@@ -265,7 +276,7 @@ _PREDECESSOR_TIMERS: Final = {
     _P.PROBATION: Timer.PROBATION,
 }
 
-_SUCCESSOR: Final[Mapping[_S, Mapping[_SE, tuple[_S, tuple[_SA, ...]]]]] = {
+_SUCCESSOR: Final[Mapping[Successor, Mapping[SuccessorEvent, tuple[Successor, tuple[SuccessorAction, ...]]]]] = {
     _S.GREETING: {
         _SE.LISTENERS: (_S.INITIALISING, ()),
         _SE.ABORT: (_S.ABORTED, ()),

@@ -1,0 +1,1 @@
+"""ecdysis_async: async services that restart without losing a connection."""

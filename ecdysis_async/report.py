@@ -1,0 +1,123 @@
+"""What a restart did and what it cost: data only, and the way it travels as JSON."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+__all__ = ["DrainCount", "Outcome", "Phase", "RestartReport"]
+
+
+class Outcome(enum.StrEnum):
+    """Where a restart stands, or how it ended."""
+
+    IN_PROGRESS = "in progress"  # the successor does not serve yet
+    SERVING = "serving"  # it serves, on probation
+    SETTLED = "settled"  # the restart is final
+    FAILED = "failed"  # before the commit: the predecessor serves as if nothing had been asked
+    ROLLED_BACK = "rolled back"  # after it: the predecessor accepts again
+    STOPPED = "stopped"  # the service was stopped meanwhile
+
+
+class Phase(enum.StrEnum):
+    """The phases of a restart, in their order; each one's duration stands in the report."""
+
+    START = "start"  # from the request to the successor's first word: exec, interpreter, imports
+    INITIALISE = "initialise"  # from its first word to ready
+    PAUSE = "pause"  # from ready until the predecessor accepts no more
+    COMMIT = "commit"  # from there until the successor accepts
+    PROBATION = "probation"
+    DRAIN = "drain"
+
+
+@dataclass(slots=True)
+class DrainCount:
+    """What became of the connections of a generation that left.
+
+    Attributes:
+        drained: ended by themselves, or by their handler, before the deadline.
+        silent: idle to the end, and closed at a safe point shortly before the deadline.
+        transferred: passed on to the successor alive.
+        cut: still busy at the deadline: cancelled, then aborted.
+    """
+
+    drained: int = 0
+    silent: int = 0
+    transferred: int = 0
+    cut: int = 0
+
+
+@dataclass(slots=True)
+class RestartReport:
+    """One restart, told by the predecessor; times in seconds.
+
+    Attributes:
+        id: names this restart in logs, and in a question for its verdict.
+        generation: the number of the generation that came, or was to come.
+        predecessor_pid: the process that was asked to restart.
+        successor_pid: the process that came, once it runs.
+        started_at: when it was asked for, in seconds since the epoch.
+        outcome: where it stands, or how it ended.
+        phases: the duration of each phase that has ended.
+        accept_gap: how long new connections waited in the kernel's queue, from the pause to the successor's opening.
+        inherited: names of the sockets that the successor took over.
+        created: names of the sockets that it opened anew.
+        unclaimed: names of the sockets that it did not want; they are closed after the restart has settled.
+        lost: connections that a successor had accepted and took with it when it was rolled back.
+        drain: what became of the predecessor's connections.
+        error: why it failed.
+    """
+
+    id: str
+    generation: int
+    predecessor_pid: int
+    successor_pid: int | None = None
+    started_at: float = 0.0
+    outcome: Outcome = Outcome.IN_PROGRESS
+    phases: dict[Phase, float] = field(default_factory=dict)
+    accept_gap: float | None = None
+    inherited: list[str] = field(default_factory=list)
+    created: list[str] = field(default_factory=list)
+    unclaimed: list[str] = field(default_factory=list)
+    lost: int = 0
+    drain: DrainCount = field(default_factory=DrainCount)
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as an object of JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> RestartReport:
+        """Read a report that another release may have written: what this one does not know is left out.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no report.
+        """
+        known = {name.name: body[name.name] for name in fields(cls) if name.name in body}
+        known["outcome"] = Outcome(known["outcome"])
+        known["phases"] = {Phase(name): float(seconds) for name, seconds in known["phases"].items()}
+        counts = {name.name: int(known["drain"][name.name]) for name in fields(DrainCount)}
+        known["drain"] = DrainCount(**counts)
+        return cls(**known)
+
+    def __str__(self) -> str:
+        """Tell it in one line."""
+        parts = [f"restart {self.id} to generation {self.generation}: {self.outcome}"]
+        if self.phases:
+            parts.append(", ".join(f"{phase} {seconds * 1000:.1f} ms" for phase, seconds in self.phases.items()))
+        if self.accept_gap is not None:
+            parts.append(f"accept gap {self.accept_gap * 1000:.2f} ms")
+        if Phase.DRAIN in self.phases:
+            drain = self.drain
+            parts.append(
+                f"connections: {drain.drained} drained, {drain.silent} silent, {drain.transferred} transferred, "
+                f"{drain.cut} cut"
+            )
+        if self.lost:
+            parts.append(f"{self.lost} connections lost")
+        if self.error is not None:
+            parts.append(self.error.splitlines()[0])
+        return "; ".join(parts)

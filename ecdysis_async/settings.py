@@ -1,0 +1,63 @@
+"""The settings of one service, checked where they are given rather than in the middle of a restart."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Settings", "StrPath"]
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What ``Ecdysis(...)`` was given; see there for the meaning. Times are in seconds.
+
+    Raises:
+        ValueError, TypeError: a setting that could not work, with what would.
+    """
+
+    ready_timeout: float = 60
+    drain_timeout: float = 30
+    probation: float = 5
+    max_draining: int = 3
+    restart_signals: tuple[signal.Signals, ...] = (signal.SIGHUP, signal.SIGUSR2) if os.name == "posix" else ()
+    stop_signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)
+    pid_file: Path | None = None
+    command: tuple[str, ...] | None = None
+    environment: Mapping[str, str] | None = None
+    env_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ready_timeout", "drain_timeout", "probation"):
+            seconds = getattr(self, name)
+            if not isinstance(seconds, (int, float)) or math.isnan(seconds) or seconds < 0:
+                raise ValueError(f"{name} is a number of seconds, 0 or more, not {seconds!r}")
+        if self.ready_timeout == 0:
+            raise ValueError("ready_timeout=0 gives the successor no time at all; give it at least its start-up time")
+        if not isinstance(self.max_draining, int) or self.max_draining < 1:
+            raise ValueError(f"max_draining is a number of generations, 1 or more, not {self.max_draining!r}")
+        if both := set(self.restart_signals) & set(self.stop_signals):
+            names = ", ".join(sorted(each.name for each in both))
+            raise ValueError(f"{names} cannot both restart and stop: leave it out of one of the two")
+        for each in (*self.restart_signals, *self.stop_signals):
+            if each in (signal.SIGKILL, signal.SIGSTOP):
+                raise ValueError(f"{each.name} cannot be handled by any process")
+        if isinstance(self.command, str):
+            raise TypeError(f"command is a list of arguments, not one string: write {self.command.split()!r}")
+        if self.command is not None and not self.command:
+            raise ValueError("command is empty; leave it out to run the same command line again")
+
+
+def read_signals(signals: Sequence[int]) -> tuple[signal.Signals, ...]:
+    """Return numbers or names of signals as such.
+
+    Raises:
+        ValueError: there is no such signal.
+    """
+    return tuple(signal.Signals(each) for each in signals)
