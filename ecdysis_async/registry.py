@@ -1,0 +1,535 @@
+"""Named sockets: inherited from the predecessor or created, claimed by the application, and closed if nobody does.
+
+Every socket that moves from generation to generation is an :class:`Entry` here, and the registry owns its descriptor.
+Nothing in this module waits or accepts, and nothing listens before the supervisor says so.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import DescriptorMismatch, GarbledFrame
+
+__all__ = ["Entry", "Kind", "Registry", "Until"]
+
+# What may wait in the kernel's queue, also between a pause and the successor's first accept. The kernel takes the
+# smaller one of this and net.core.somaxconn.
+BACKLOG = 2048
+
+MAX_PORT = 65535
+EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - what no host stands for, by the convention of the socket module
+
+# sun_path has 108 bytes (unix(7)), the last of which is the NUL that ends a path.
+MAX_UNIX_PATH = 107
+
+
+class Kind(enum.Enum):
+    """What a socket is, as far as accepting and reading from it go."""
+
+    TCP = "tcp"
+    UNIX = "unix"
+    SEQPACKET = "seqpacket"
+    UNIX_DATAGRAM = "unixgram"
+    UDP = "udp"
+    OTHER = "other"
+
+
+class Until(enum.StrEnum):
+    """How long a listener serves when the service stops without a successor."""
+
+    DRAIN = "drain"
+    EXIT = "exit"
+
+
+_KINDS = {
+    (socket.AF_INET, socket.SOCK_STREAM): Kind.TCP,
+    (socket.AF_INET6, socket.SOCK_STREAM): Kind.TCP,
+    (socket.AF_INET, socket.SOCK_DGRAM): Kind.UDP,
+    (socket.AF_INET6, socket.SOCK_DGRAM): Kind.UDP,
+    (socket.AF_UNIX, socket.SOCK_STREAM): Kind.UNIX,
+    (socket.AF_UNIX, socket.SOCK_SEQPACKET): Kind.SEQPACKET,
+    (socket.AF_UNIX, socket.SOCK_DGRAM): Kind.UNIX_DATAGRAM,
+}
+
+_REMEDIES = {
+    errno.EADDRINUSE: "another socket has this address, or one that includes it: stop that service, or take another",
+    errno.EADDRNOTAVAIL: "no interface of this machine has this address",
+    errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE, a path needs a directory that may be written",
+    errno.ENOENT: "the directory does not exist: create it first",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One registered socket.
+
+    Attributes:
+        name: what it is inherited by, together with its address.
+        kind: what it is.
+        address: as it was asked for, such as ``127.0.0.1:0``, ``[::1]:80``, ``/run/app.sock`` or ``@abstract``.
+        sock: the socket, non-blocking, owned by the registry.
+        until: how long it serves when the service stops.
+        backlog: how many connections may wait to be accepted.
+        inherited: whether it came from another process.
+        claimed: whether this generation has asked for it.
+        inode: device and inode of its path, where the service made that path; else None.
+    """
+
+    name: str
+    kind: Kind
+    address: str
+    sock: socket.socket
+    until: Until = Until.DRAIN
+    backlog: int = BACKLOG
+    inherited: bool = False
+    claimed: bool = True
+    inode: tuple[int, int] | None = None
+
+    def start_listening(self) -> None:
+        """Let clients queue. Does nothing for a socket that listens already, or that has no queue of connections."""
+        if self.sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+            return
+        if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return
+        try:
+            self.sock.listen(self.backlog)
+        except OSError as error:
+            raise _explained(error, "listen on", self.address) from error
+
+    def is_at_its_path(self) -> bool:
+        """Say whether its path still leads to this very socket."""
+        return self.inode is not None and _inode_of(self.address) == self.inode
+
+
+class Registry:
+    """All named sockets of one generation.
+
+    The methods that ask for a socket return the inherited one where there is one of the same kind, name and address
+    that was not claimed before, and create it otherwise: bound, and not yet listening. Without a name, the address is
+    the name, as it was asked for; so even a port that the kernel chose stays the same over all generations.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[Entry] = []
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Everything registered, in the order it came."""
+        return tuple(self._entries)
+
+    def inherit(self, descriptions: Sequence[dict[str, Any]], descriptors: Sequence[int]) -> None:
+        """Register sockets of the predecessor, which :meth:`describe` described; the descriptors are taken over.
+
+        Raises:
+            DescriptorMismatch: there are more, or fewer, descriptors than descriptions.
+            GarbledFrame: a description is none.
+            OSError: a descriptor is no socket.
+
+        On an error none is registered and all descriptors are closed.
+        """
+        entries: list[Entry] = []
+        rest = list(descriptors)
+        try:
+            if len(descriptions) != len(rest):
+                raise DescriptorMismatch(f"{len(rest)} descriptors came with {len(descriptions)} descriptions")
+            for description in descriptions:
+                name, address, inode = _parse(description)
+                # Family, type and protocol come from the kernel: with another protocol asyncio does not set
+                # TCP_NODELAY, which costs 44 ms per keep-alive request (DESIGN.md, trap 19).
+                sock = socket.socket(fileno=rest[0])
+                del rest[0]
+                entry = Entry(name, _kind(sock), address, sock, inherited=True, claimed=False, inode=inode)
+                entries.append(entry)
+                sock.set_inheritable(False)
+                # O_NONBLOCK is shared with the predecessor, who listens on a duplicate (trap 3): it only ever goes on.
+                sock.setblocking(False)
+        except BaseException:
+            for entry in entries:
+                entry.sock.close()
+            for descriptor in rest:
+                os.close(descriptor)
+            raise
+        self._entries += entries
+
+    def describe(self, entries: Iterable[Entry] | None = None) -> tuple[list[dict[str, Any]], list[int]]:
+        """Return what a successor needs to inherit: descriptions for JSON, and the descriptors, which stay ours."""
+        chosen = self._entries if entries is None else list(entries)
+        descriptions: list[dict[str, Any]] = [
+            {"name": entry.name, "address": entry.address, "inode": entry.inode} for entry in chosen
+        ]
+        return descriptions, [entry.sock.fileno() for entry in chosen]
+
+    def listen_tcp(
+        self,
+        host: str | None,
+        port: int,
+        *,
+        name: str | None = None,
+        until: Until | str = Until.DRAIN,
+        backlog: int = BACKLOG,
+        reuse_port: bool = False,
+    ) -> Entry:
+        """Ask for a TCP listener.
+
+        Args:
+            host: a numeric address; None or "" is every IPv4 address, "::" every IPv6 address (and those only).
+            port: 0 lets the kernel choose, once for all generations.
+            name: what it is inherited by.
+            until: whether it ends with the drain of a stop, or serves to the exit.
+            backlog: how many connections may wait to be accepted.
+            reuse_port: allow several listeners on one address (SO_REUSEPORT).
+
+        Raises:
+            ValueError: the host is a name, or the port no port.
+            OSError: it cannot be bound; the text says to what and what can be done.
+        """
+        return self._internet(socket.SOCK_STREAM, host, port, name, until, backlog, reuse_port=reuse_port)
+
+    def bind_udp(
+        self,
+        host: str | None,
+        port: int,
+        *,
+        name: str | None = None,
+        until: Until | str = Until.DRAIN,
+        reuse_port: bool = False,
+    ) -> Entry:
+        """Ask for a UDP socket; arguments and errors are those of :meth:`listen_tcp`."""
+        return self._internet(socket.SOCK_DGRAM, host, port, name, until, BACKLOG, reuse_port=reuse_port)
+
+    def listen_unix(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        until: Until | str = Until.DRAIN,
+        backlog: int = BACKLOG,
+        mode: int | None = None,
+    ) -> Entry:
+        """Ask for a Unix stream listener.
+
+        Args:
+            path: in the file system, or "@name" for an abstract address. A path that a killed process left behind
+                is replaced.
+            name: what it is inherited by.
+            until: whether it ends with the drain of a stop, or serves to the exit.
+            backlog: how many connections may wait to be accepted.
+            mode: permissions of a new path, in force from its first moment; None: those of the umask.
+
+        Raises:
+            ValueError: the path is too long for a socket.
+            OSError: it cannot be bound, or somebody else is there; the text says where and what can be done.
+        """
+        return self._unix(socket.SOCK_STREAM, path, name, until, backlog, mode)
+
+    def listen_seqpacket(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        until: Until | str = Until.DRAIN,
+        backlog: int = BACKLOG,
+        mode: int | None = None,
+    ) -> Entry:
+        """Ask for a Unix listener that keeps message boundaries; see :meth:`listen_unix`."""
+        return self._unix(socket.SOCK_SEQPACKET, path, name, until, backlog, mode)
+
+    def bind_unix_datagram(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        until: Until | str = Until.DRAIN,
+        mode: int | None = None,
+    ) -> Entry:
+        """Ask for a Unix datagram socket; see :meth:`listen_unix`."""
+        return self._unix(socket.SOCK_DGRAM, path, name, until, BACKLOG, mode)
+
+    def adopt(self, sock: socket.socket, *, name: str, until: Until | str = Until.DRAIN) -> Entry:
+        """Take over a socket that the application built.
+
+        Where one of the same name, family and type was inherited, that one takes its place and the given one is
+        closed: the entry's ``sock`` is the one to use.
+
+        Raises:
+            ValueError: it is registered already.
+        """
+        if (entry := self.find(sock)) is not None:
+            raise ValueError(f"this socket is registered already, as {entry.name!r}")
+
+        def is_successor(inherited: Entry) -> bool:
+            return inherited.name == name and (inherited.sock.family, inherited.sock.type) == (sock.family, sock.type)
+
+        if (claimed := self._claim(is_successor, until, BACKLOG)) is not None:
+            sock.close()
+            return claimed
+        sock.set_inheritable(False)
+        sock.setblocking(False)
+        entry = Entry(name, _kind(sock), _address_of(sock), sock, Until(until))
+        self._entries.append(entry)
+        return entry
+
+    def find(self, sock: socket.socket | int) -> Entry | None:
+        """Return the entry that a socket object, or a descriptor, belongs to."""
+        descriptor = sock if isinstance(sock, int) else sock.fileno()
+        if descriptor < 0:
+            return None
+        return next((entry for entry in self._entries if entry.sock.fileno() == descriptor), None)
+
+    def unclaimed(self) -> list[Entry]:
+        """Return what was inherited and nobody has asked for."""
+        return [entry for entry in self._entries if not entry.claimed]
+
+    def close_unclaimed(self) -> list[Entry]:
+        """Close what was inherited and nobody has asked for, and return it. The predecessor still has its own."""
+        unclaimed = self.unclaimed()
+        for entry in unclaimed:
+            self.release(entry)
+        return unclaimed
+
+    def release(self, entry: Entry, *, unlink: bool = False) -> None:
+        """Close one socket and forget it; with ``unlink``, remove its path, as :meth:`close` does."""
+        self._entries.remove(entry)
+        # Before the close: as long as the socket is open, no other file can get its inode number.
+        if unlink and entry.is_at_its_path():
+            os.unlink(entry.address)
+        entry.sock.close()
+
+    def close(self, *, unlink: bool) -> None:
+        """Close everything.
+
+        Args:
+            unlink: this is a full stop: remove the paths of Unix sockets too, those that the service made itself
+                and that still lead to its own sockets.
+        """
+        for entry in self.entries:
+            self.release(entry, unlink=unlink)
+
+    def _internet(
+        self,
+        type: socket.SocketKind,
+        host: str | None,
+        port: int,
+        name: str | None,
+        until: Until | str,
+        backlog: int,
+        *,
+        reuse_port: bool,
+    ) -> Entry:
+        family, target, address = _resolve(host, port)
+
+        def create() -> socket.socket:
+            protocol = socket.IPPROTO_TCP if type is socket.SOCK_STREAM else socket.IPPROTO_UDP
+            sock = socket.socket(family, type, protocol)
+            try:
+                if type is socket.SOCK_STREAM:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family is socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                if reuse_port:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                sock.bind(target)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+
+        return self._ask(
+            _KINDS[family, type], address, name, until, backlog, create, is_single=port != 0 and not reuse_port
+        )
+
+    def _unix(
+        self,
+        type: socket.SocketKind,
+        path: str | os.PathLike[str],
+        name: str | None,
+        until: Until | str,
+        backlog: int,
+        mode: int | None,
+    ) -> Entry:
+        target, address = _locate(path)
+
+        def create() -> socket.socket:
+            if not address.startswith("@"):
+                _make_way(target)
+            sock = socket.socket(socket.AF_UNIX, type)
+            try:
+                if mode is not None and not address.startswith("@"):
+                    # Linux gives the new path the mode of the socket's own inode, less the umask (unix_bind_bsd); so
+                    # that the path is at no time more open than it shall be.
+                    os.fchmod(sock.fileno(), mode)
+                sock.bind(target)
+                if mode is not None and not address.startswith("@"):
+                    os.chmod(address, mode)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+
+        return self._ask(_KINDS[socket.AF_UNIX, type], address, name, until, backlog, create, is_single=True)
+
+    def _ask(
+        self,
+        kind: Kind,
+        address: str,
+        name: str | None,
+        until: Until | str,
+        backlog: int,
+        create: Callable[[], socket.socket],
+        *,
+        is_single: bool,
+    ) -> Entry:
+        """Claim an inherited socket, or create it."""
+        name = name or f"{kind.value}:{address}"
+
+        def fits(inherited: Entry) -> bool:
+            # A path that was removed, or now leads elsewhere (a directory in it is a symlink that has moved), is made
+            # afresh: clients do not find the inherited socket there.
+            return (inherited.kind, inherited.address) == (kind, address) and (
+                inherited.inode is None or inherited.is_at_its_path()
+            )
+
+        claimed = self._claim(lambda inherited: inherited.name == name and fits(inherited), until, backlog)
+        if claimed is None and is_single:
+            # Renamed between the generations: the address cannot be bound a second time, and there is but one of it.
+            claimed = self._claim(fits, until, backlog)
+        if claimed is not None:
+            return claimed
+        try:
+            # Two sockets with SO_REUSEADDR may be bound to one port as long as neither listens: it would only fail
+            # after the commit.
+            if is_single and any(
+                entry.claimed and (entry.kind, entry.address) == (kind, address) for entry in self._entries
+            ):
+                raise _error(errno.EADDRINUSE)
+            sock = create()
+        except OSError as error:
+            raise _explained(error, "bind", address) from error
+        sock.setblocking(False)
+        inode = _inode_of(address) if sock.family is socket.AF_UNIX and not address.startswith("@") else None
+        entry = Entry(name, kind, address, sock, Until(until), backlog, inode=inode)
+        self._entries.append(entry)
+        return entry
+
+    def _claim(self, fits: Callable[[Entry], bool], until: Until | str, backlog: int) -> Entry | None:
+        """Claim the first unclaimed entry that fits. Equal ones (SO_REUSEPORT) are so claimed in order, each once."""
+        for index, entry in enumerate(self._entries):
+            if not entry.claimed and fits(entry):
+                claimed = replace(entry, claimed=True, until=Until(until), backlog=backlog)
+                self._entries[index] = claimed
+                return claimed
+        return None
+
+
+def _kind(sock: socket.socket) -> Kind:
+    return _KINDS.get((socket.AddressFamily(sock.family), socket.SocketKind(sock.type)), Kind.OTHER)
+
+
+def _resolve(host: str | None, port: int) -> tuple[socket.AddressFamily, Any, str]:
+    """Return family, socket address and text of a numeric address. Never asks a name server: that would block."""
+    if not 0 <= port <= MAX_PORT:
+        raise ValueError(f"{port} is no port: it is between 0 and {MAX_PORT}")
+    try:
+        found = socket.getaddrinfo(host or EVERY_ADDRESS, port, flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV)
+    # UnicodeError: Python encodes host names by IDNA first.
+    except (socket.gaierror, UnicodeError) as error:
+        raise ValueError(
+            f"{host!r} is no numeric address: resolve names first (getaddrinfo), or take 127.0.0.1, ::1, 0.0.0.0 or ::"
+        ) from error
+    family, _, _, _, target = found[0]
+    # With the scope of a link-local address, which Python leaves out of `target[0]`.
+    text, _ = socket.getnameinfo(target, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+    return family, target, _join(text, port)
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _locate(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """Return what to bind a Unix socket to, and its address as text."""
+    text = os.fspath(path)
+    if text.startswith(("@", "\0")):
+        target, address = "\0" + text[1:], "@" + text[1:]
+    else:
+        # Absolute, since a successor may run in another directory.
+        target, address = text, os.path.abspath(text)
+    if len(os.fsencode(target)) > MAX_UNIX_PATH:
+        raise ValueError(
+            f"{text!r} is too long for a Unix socket: {len(os.fsencode(target))} bytes, and {MAX_UNIX_PATH} are "
+            "possible; take a shorter one, such as one in /run"
+        )
+    return target, address
+
+
+def _make_way(path: str) -> None:
+    """Remove a socket path that nobody is bound to any more.
+
+    Raises:
+        OSError: something else is there.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError(errno.EEXIST, "there is a file that is no socket; remove it, or take another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        # A datagram socket, because it never leaves a connection in somebody's queue, and because it tells a stream
+        # socket that does not listen yet (EPROTOTYPE) from one that is gone (ECONNREFUSED).
+        outcome = probe.connect_ex(path)
+    if outcome == errno.EACCES:
+        raise _error(outcome)
+    if outcome != errno.ECONNREFUSED:
+        raise _error(errno.EADDRINUSE)
+    os.unlink(path)
+
+
+def _inode_of(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    # Not there, or not to be seen: either way it is not known to be ours.
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _address_of(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    match sock.family:
+        case socket.AF_INET | socket.AF_INET6:
+            return _join(name[0], name[1])
+        case socket.AF_UNIX:
+            # Abstract addresses are bytes that begin with a NUL.
+            return "@" + os.fsdecode(name[1:]) if isinstance(name, bytes) else str(name)
+        case _:
+            return str(name)
+
+
+def _error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def _explained(error: OSError, verb: str, address: str) -> OSError:
+    """Return the same error with the address in its text, and what to do about it."""
+    text = f"cannot {verb} {address}: {error.strerror}"
+    if remedy := _REMEDIES.get(error.errno or 0):
+        text += f" ({remedy})"
+    return OSError(error.errno, text)
+
+
+def _parse(description: dict[str, Any]) -> tuple[str, str, tuple[int, int] | None]:
+    match description:
+        case {"name": str(name), "address": str(address), "inode": [int(device), int(inode)]}:
+            return name, address, (device, inode)
+        case {"name": str(name), "address": str(address)}:
+            return name, address, None
+        case _:
+            raise GarbledFrame(f"a listener is described by name and address, not by {description!r}")
