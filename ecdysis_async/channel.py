@@ -45,7 +45,6 @@ MAX_DESCRIPTORS = 16384
 BATCH = 253
 
 READ_SIZE = 64 * 1024
-ANCILLARY_SIZE = socket.CMSG_SPACE(BATCH * array.array("i").itemsize)
 
 # Descriptors in flight are limited per user (ETOOMANYREFS, unix(7)); no event tells when another process of the same
 # user has taken some out, so it is tried again after this many seconds.
@@ -197,6 +196,19 @@ class Channel:
         """The socket's descriptor, or -1 once the channel is closed."""
         return self._sock.fileno()
 
+    @property
+    def pending(self) -> bytes:
+        """The bytes received that are no complete frame yet: what a process that goes on reading has to know."""
+        return self._decoder.pending
+
+    def resume(self, pending: bytes) -> None:
+        """Go on reading where another process, which shares this end, has stopped: with what was pending there.
+
+        Raises:
+            ChannelError: as :meth:`receive`.
+        """
+        self._frames.extend(self._decoder.feed(pending))
+
     async def send(
         self, type: str, body: Mapping[str, Any] | None = None, descriptors: Sequence[int] = (), *, timeout: float = 10
     ) -> None:
@@ -277,8 +289,9 @@ class Channel:
 
     def _read(self) -> bool:
         """Read once; False where there is nothing to read now."""
+        room = socket.CMSG_SPACE(BATCH * array.array("i").itemsize)
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(READ_SIZE, ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
+            data, ancillary, flags, _ = self._sock.recvmsg(READ_SIZE, room, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return False
         except ConnectionResetError as error:

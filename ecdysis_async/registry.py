@@ -53,10 +53,14 @@ _KINDS = {
     (socket.AF_INET6, socket.SOCK_STREAM): Kind.TCP,
     (socket.AF_INET, socket.SOCK_DGRAM): Kind.UDP,
     (socket.AF_INET6, socket.SOCK_DGRAM): Kind.UDP,
-    (socket.AF_UNIX, socket.SOCK_STREAM): Kind.UNIX,
-    (socket.AF_UNIX, socket.SOCK_SEQPACKET): Kind.SEQPACKET,
-    (socket.AF_UNIX, socket.SOCK_DGRAM): Kind.UNIX_DATAGRAM,
 }
+# Where it is missing (Windows), this can be imported and TCP be served.
+if hasattr(socket, "AF_UNIX"):
+    _KINDS |= {
+        (socket.AF_UNIX, socket.SOCK_STREAM): Kind.UNIX,
+        (socket.AF_UNIX, socket.SOCK_SEQPACKET): Kind.SEQPACKET,
+        (socket.AF_UNIX, socket.SOCK_DGRAM): Kind.UNIX_DATAGRAM,
+    }
 
 _REMEDIES = {
     errno.EADDRINUSE: "another socket has this address, or one that includes it: stop that service, or take another",

@@ -1,0 +1,333 @@
+"""The successor's process: its command line, environment and working directory, and the one descriptor it inherits.
+
+What is written here decides *what* is run, starts it, and watches it through a pidfd; it knows nothing of the handoff
+that follows on the channel. Nothing here forks a process of Python code: exec only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import anyio
+
+from .errors import RestartError, RestartUnsupported, SpawnFailed
+
+__all__ = ["Launch", "Process", "claim_channel", "describe_exit", "describe_launch", "spawn", "supported"]
+
+# "<descriptor>:<st_dev>:<st_ino>" of the channel. The inode is there because the number alone would be believed by any
+# process that gets the variable and has something else open under it.
+MARKER = "ECDYSIS_CHANNEL"
+
+# Addressed to this process and to no other: sockets it was activated with (sd_listen_fds(3)), and who must pet the
+# watchdog (sd_watchdog_enabled(3)). WATCHDOG_USEC and NOTIFY_SOCKET hold for the successor as well.
+PRIVATE_KEYS = (MARKER, "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
+
+# What asyncio reports too for a child that was reaped by somebody else.
+UNKNOWN_STATUS = 255
+
+_REMEDIES = {
+    errno.ENOENT: "it, or the interpreter in its first line, is not there any more: restore it, or set command=",
+    errno.EACCES: "it is not executable for this user: chmod +x, or set command=",
+    errno.ENOEXEC: "it is no program: give it a first line like #!/usr/bin/env python3, or set command=",
+    errno.ETXTBSY: "it is being written: try again",
+    errno.E2BIG: "arguments and environment are too large: shorten environment= or the env file",
+    errno.EAGAIN: "too many processes: raise the limit (ulimit -u, TasksMax=)",
+    errno.ENOMEM: "not enough memory: raise the limit (MemoryMax=), or stop something",
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n, LimitNOFILE=)",
+    errno.ENFILE: "too many open files on this machine: raise fs.file-max",
+}
+
+
+def _start_directory() -> str | None:
+    try:
+        physical = os.getcwd()
+    # It was deleted before Python began; then every successor inherits it as it is.
+    except FileNotFoundError:
+        return None
+    logical = os.environ.get("PWD", "")
+    # The shell's view of it goes through symlinks, and so follows a `current` that moves to the next release.
+    try:
+        is_same = os.path.isabs(logical) and os.path.samefile(logical, physical)
+    # PWD is only a variable: it may name what was never there.
+    except OSError:
+        is_same = False
+    return logical if is_same else physical
+
+
+# At import, since the application may change both later.
+_START_DIRECTORY = _start_directory()
+_SCRIPT = sys.argv[0] if sys.argv else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What is run as the successor.
+
+    Attributes:
+        arguments: the command line; the first one is the program.
+        directory: the working directory, or None for the one this process is in.
+        environment: the complete environment.
+    """
+
+    arguments: tuple[str, ...]
+    directory: str | None
+    environment: dict[str, str]
+
+
+class Process:
+    """A child process, seen through a pidfd: never through a number that another process may have by now.
+
+    It owns the pidfd and the child's zombie. A child that is alive when this object goes stays alive.
+
+    Attributes:
+        pid: its process id.
+        pidfd: readable once it is dead.
+        returncode: None until it is reaped; then its exit status, or the negative number of the signal.
+    """
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.returncode: int | None = None
+        # One task waits on the pidfd, for all others.
+        self._waiting = anyio.Lock()
+
+    async def wait(self) -> int:
+        """Wait until it is dead, reap it, and return its exit status, or the negative number of the signal.
+
+        Any number of tasks may wait; cancellation only stops waiting.
+        """
+        while self.returncode is None:
+            async with self._waiting:
+                if self.returncode is None:
+                    await anyio.wait_readable(self.pidfd)
+                    self._reap()
+        return self.returncode
+
+    async def end(self, grace: float) -> int:
+        """Send SIGTERM, and SIGKILL if it lives on for ``grace`` seconds; reap it and return what :meth:`wait` does.
+
+        Cancellation kills it at once, and is raised when it is reaped.
+        """
+        self.send_signal(signal.SIGTERM)
+        try:
+            with anyio.move_on_after(grace):
+                return await self.wait()
+        finally:
+            with anyio.CancelScope(shield=True):
+                # Ends one that is stopped (SIGSTOP) too, on which SIGTERM only waits.
+                self.send_signal(signal.SIGKILL)
+                await self.wait()
+        return await self.wait()
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal; does nothing once it is dead."""
+        if self.returncode is None:
+            try:
+                signal.pidfd_send_signal(self.pidfd, number)
+            # Dead, and reaped by somebody else: SIGCHLD is ignored, or the application waits for every child.
+            except ProcessLookupError:
+                return
+
+    def close(self) -> None:
+        """Close the pidfd; harmless if done already. Nobody may wait any more, and a live child is left alone."""
+        if self.pidfd != -1:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def _reap(self) -> None:
+        try:
+            result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        # Reaped by somebody else: SIGCHLD is ignored, or the application waits for every child.
+        except ChildProcessError:
+            self.returncode = UNKNOWN_STATUS
+            return
+        if result is not None:
+            self.returncode = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+
+class _Detached(subprocess.Popen[bytes]):
+    """A child that may outlive this object and this process, which is what a successor is for."""
+
+    def __del__(self) -> None:
+        """Neither warn that it still runs, nor let the next Popen reap it."""
+
+
+def supported() -> bool:
+    """Say whether this platform, and this kernel, can hand sockets over to a child and watch it."""
+    if not (hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal") and hasattr(socket, "SCM_RIGHTS")):
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    # Not in this kernel, or not in this sandbox.
+    except OSError:
+        return False
+    return True
+
+
+def describe_launch(
+    command: Sequence[str] | None,
+    environment: Mapping[str, str] | None,
+    env_file: str | os.PathLike[str] | None,
+    stale_keys: Collection[str] = (),
+) -> tuple[Launch, tuple[str, ...]]:
+    """Work out what to run as the successor. It reads files: call it in a thread.
+
+    Args:
+        command: the command line; None: the one that this process was started with.
+        environment: the complete environment; None: the one of this process.
+        env_file: a file of more variables, read afresh at each call; relative to where the service was started.
+        stale_keys: variables that an earlier generation took from its env file. They are dropped, so that what was
+            removed from the file is gone.
+
+    Returns:
+        What to run, and the names of the variables that came from the file.
+
+    Raises:
+        RestartUnsupported: this process cannot be run again as it was.
+        RestartError: the env file cannot be read.
+    """
+    variables = dict(os.environ if environment is None else environment)
+    for key in (*PRIVATE_KEYS, *stale_keys):
+        variables.pop(key, None)
+    from_file = {} if env_file is None else _read_env_file(env_file)
+    variables |= from_file
+    # Looked at afresh each time: it may have been deleted, and a restart works without it.
+    directory = _START_DIRECTORY if _START_DIRECTORY and os.path.isdir(_START_DIRECTORY) else None
+    if directory is not None:
+        variables["PWD"] = directory
+    arguments = _own_command() if command is None else tuple(command)
+    if not arguments:
+        raise RestartUnsupported("command= is empty: name a program in it", phase="spawn")
+    return Launch(arguments, directory, variables), tuple(from_file)
+
+
+def spawn(launch: Launch, channel: socket.socket, stderr: int) -> Process:
+    """Start the successor. It blocks for the time of an exec: call it in a thread.
+
+    Args:
+        launch: what to run.
+        channel: the successor's end of the channel, the only descriptor it gets besides 0, 1 and 2; stays ours.
+        stderr: the descriptor that becomes its 2; stays ours.
+
+    Signals that the calling thread blocks are blocked in the successor too.
+
+    Raises:
+        SpawnFailed: there is no process; the text says why and what can be done.
+    """
+    found = os.fstat(channel.fileno())
+    environment = {**launch.environment, MARKER: f"{channel.fileno()}:{found.st_dev}:{found.st_ino}"}
+    try:
+        # With neither preexec_fn nor a change of user, subprocess takes vfork: fork would stop this process for as
+        # long as the kernel copies its page tables, 58 ms at 4 GB (DESIGN.md, trap 12).
+        child = _Detached(
+            launch.arguments,
+            cwd=launch.directory,
+            env=environment,
+            stderr=stderr,
+            pass_fds=[channel.fileno()],
+        )
+    # ValueError: a NUL in an argument or in a variable.
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise _spawn_failed(launch, error) from error
+    try:
+        pidfd = os.pidfd_open(child.pid)
+    except OSError as error:
+        child.kill()
+        child.wait()
+        raise _spawn_failed(launch, error) from error
+    return Process(child.pid, pidfd)
+
+
+def describe_exit(returncode: int) -> str:
+    """Say in words how a process ended."""
+    if returncode >= 0:
+        return f"exit status {returncode}"
+    try:
+        return f"killed by {signal.Signals(-returncode).name}"
+    # Real-time signals have no names of their own.
+    except ValueError:
+        return f"killed by signal {-returncode}"
+
+
+def claim_channel() -> socket.socket | None:
+    """Return the channel to the predecessor, or None where this process is no successor.
+
+    Call it once, as early as possible: it takes the marker out of the environment, so that no process started from
+    here takes itself for a successor. A marker that does not fit what is open under its number is ignored.
+    """
+    marker = os.environ.pop(MARKER, None)
+    if marker is None:
+        return None
+    try:
+        descriptor, device, inode = map(int, marker.split(":"))
+        found = os.fstat(descriptor)
+    # It came through a process in between, which does not have the descriptor; or somebody else wrote it.
+    except (ValueError, OverflowError, OSError):
+        return None
+    if (found.st_dev, found.st_ino) != (device, inode) or not stat.S_ISSOCK(found.st_mode):
+        return None
+    channel = socket.socket(fileno=descriptor)
+    if (channel.family, channel.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        channel.detach()
+        return None
+    channel.set_inheritable(False)
+    return channel
+
+
+def _own_command() -> tuple[str, ...]:
+    """Return the command line of this process, with a program that can be found from anywhere."""
+    program, *arguments = sys.orig_argv or [""]
+    if getattr(sys, "frozen", False) or os.sep not in program:
+        # What was found on the PATH of that time. Never resolved further: a symlink may have moved, and a virtual
+        # environment is found by the name it was called by.
+        program = sys.executable
+    elif not os.path.isabs(program) and _START_DIRECTORY is not None:
+        program = os.path.join(_START_DIRECTORY, program)
+    if not program:
+        raise RestartUnsupported("it is not known how this process was started: set command=", phase="spawn")
+    if _SCRIPT in ("", "-"):
+        raise RestartUnsupported(
+            "this program was read from standard input, or typed in, and cannot be run again: put it into a file, "
+            "or set command=",
+            phase="spawn",
+        )
+    return program, *arguments
+
+
+def _read_env_file(env_file: str | os.PathLike[str]) -> dict[str, str]:
+    try:
+        from dotenv import dotenv_values
+    except ImportError as error:
+        raise RestartError(
+            "env_file= needs python-dotenv: pip install 'ecdysis_async[env-file]'", phase="spawn"
+        ) from error
+    path = os.path.join(_START_DIRECTORY or "", env_file)
+    try:
+        # Opened here, because dotenv takes a file that is not there for an empty one.
+        with open(path, encoding="utf-8") as stream:
+            values = dotenv_values(stream=stream, interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RestartError(f"the env file {path} cannot be read: {error}", phase="spawn") from error
+    # A name without "=" has no value.
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _spawn_failed(launch: Launch, error: Exception) -> SpawnFailed:
+    program = launch.arguments[0]
+    text = f"cannot start {program!r}: {error}"
+    if isinstance(error, OSError):
+        # subprocess names the directory in place of the program where that is what failed.
+        if launch.directory is not None and error.filename == launch.directory:
+            text = f"cannot start {program!r} in {launch.directory!r}: {error.strerror}"
+        elif remedy := _REMEDIES.get(error.errno or 0):
+            text = f"cannot start {program!r}: {error.strerror} ({remedy})"
+    return SpawnFailed(text, phase="spawn")
