@@ -1,0 +1,157 @@
+"""What every test stands on: the backends it runs on, and the guard that nothing outlives it.
+
+An ``async def`` test runs three times: on asyncio and on uvloop by pytest-asyncio, and on trio. A plain test that asks
+for ``backend`` runs three times as well, with the name of the loop its child processes shall use. The marker
+``backends`` chooses fewer. Async fixtures (``pytest_asyncio.fixture``) work on asyncio and uvloop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+import inspect
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+
+import psutil
+import pytest
+import trio
+import uvloop
+
+LOOP_FACTORIES: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.SelectorEventLoop,
+    "uvloop": uvloop.new_event_loop,
+}
+BACKENDS = (*LOOP_FACTORIES, "trio")
+CURRENT_BACKEND = pytest.StashKey[str]()
+
+# Marks the processes that a test starts, so that they are found also where their parent, a generation that left, has
+# died before them.
+GUARD_VARIABLE = "TEST_GUARD"
+
+# How long a process that is no child of ours, and so cannot be waited on by the test, may take over its exit.
+ORPHAN_GRACE_SECONDS = 5.0
+
+
+def pytest_sessionstart() -> None:
+    """Let libuv open what it opens once and never closes: the pipe that serialises its signal handlers."""
+    uvloop.new_event_loop().close()
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """Name the backend of this test: "asyncio", "uvloop" or "trio"."""
+    name: str = request.param
+    request.config.stash[CURRENT_BACKEND] = name
+    return name
+
+
+def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
+    """Give each async test the fixture ``backend``, asked for or not."""
+    if inspect.iscoroutinefunction(obj) and collector.istestfunction(obj, name):
+        pytest.mark.usefixtures("backend")(obj)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Let a test run on its backends; the ones of asyncio become tests of pytest-asyncio."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    chosen = metafunc.definition.get_closest_marker("backends")
+    names = BACKENDS if chosen is None else chosen.args
+    if inspect.iscoroutinefunction(metafunc.function):
+        # pytest-asyncio asks for its loop factories where the definition is marked, and makes its own kind of test of
+        # each one that is marked: the marks of a parameter reach the latter only.
+        metafunc.definition.add_marker(pytest.mark.asyncio)
+        parameters = [pytest.param(name, marks=pytest.mark.asyncio if name != "trio" else ()) for name in names]
+    else:
+        parameters = [pytest.param(name) for name in names]
+    metafunc.parametrize("backend", parameters, ids=names, indirect=True)
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Make the loop that the fixture ``backend`` names; it is set up before any loop."""
+
+    def new_loop() -> asyncio.AbstractEventLoop:
+        return LOOP_FACTORIES[config.stash[CURRENT_BACKEND]]()
+
+    return {"backend": new_loop}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep asyncio's loop out of the tests that run on trio."""
+    # The tests of one function share a list of fixtures, and pytest-asyncio appends its runner to it in each setup.
+    if isinstance(item, pytest.Function):
+        item.fixturenames = list(item.fixturenames)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object | None:
+    """Run an async test on trio."""
+    if pyfuncitem.funcargs.get("backend") != "trio" or not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    trio.run(functools.partial(pyfuncitem.obj, **arguments))
+    return True
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_the_test() -> Iterator[None]:
+    """Fail a test that leaves descriptors, processes or zombies behind, and end those processes."""
+    mark = str(uuid.uuid4())
+    os.environ[GUARD_VARIABLE] = mark
+    descriptors = open_descriptors()
+    children = find_children()
+    yield
+    del os.environ[GUARD_VARIABLE]
+    descriptors = open_descriptors() - descriptors
+    if descriptors:
+        # What only a cycle of garbage keeps open is closed now; where that is a defect, its ResourceWarning says so.
+        gc.collect()
+        descriptors &= open_descriptors()
+    leaks = [f"descriptor {number}: {target}" for number, target in sorted(descriptors)]
+    processes = find_children() - children
+    psutil.wait_procs(find_marked(mark) - processes, timeout=ORPHAN_GRACE_SECONDS)
+    processes |= find_marked(mark)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile, and its parent reaped it
+            leaks.append(describe_process(process))
+            process.kill()
+    psutil.wait_procs(processes, timeout=ORPHAN_GRACE_SECONDS)
+    if leaks:
+        pytest.fail("the test left behind:\n  " + "\n  ".join(leaks), pytrace=False)
+
+
+def open_descriptors() -> set[tuple[int, str]]:
+    """List the descriptors of this process, each with what it refers to."""
+    descriptors = set()
+    for number in os.listdir("/proc/self/fd"):
+        # The descriptor that listdir itself had open is gone again.
+        with contextlib.suppress(FileNotFoundError):
+            descriptors.add((int(number), os.readlink(f"/proc/self/fd/{number}")))
+    return descriptors
+
+
+def find_children() -> set[psutil.Process]:
+    """Find the children of this process, zombies too, and their children."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def find_marked(mark: str) -> set[psutil.Process]:
+    """Find the running processes that were started with a guard's mark in their environment."""
+    marked = set()
+    for process in psutil.process_iter():
+        # Another user's process, or one that ended meanwhile, is none that this test left running.
+        with contextlib.suppress(psutil.AccessDenied, psutil.NoSuchProcess):
+            if process.environ().get(GUARD_VARIABLE) == mark:
+                marked.add(process)
+    return marked
+
+
+def describe_process(process: psutil.Process) -> str:
+    """Say what a reader of a failed test needs to find the culprit."""
+    facts = process.as_dict(["status", "cmdline"])
+    return f"process {process.pid}, {facts['status']}: {' '.join(facts['cmdline'] or ['?'])}"
