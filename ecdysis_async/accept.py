@@ -1,0 +1,268 @@
+"""The one accept loop of anyio and trio: gated, cancellable at every moment, and without a loss.
+
+A :class:`GatedSocket` waits until its socket is readable, and then takes from it without waiting: only the wait can be
+cancelled, and there is no await between taking a connection and tracking it. What a connection is wrapped in, and
+which task serves it, is the business of the modules above.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import anyio
+import anyio.lowlevel
+
+from .drain import Connection, Tracker, current_connection
+from .errors import DrainInterrupt, EcdysisError
+from .gate import Acceptor, GateState
+from .plane import Plane, active
+from .registry import Entry, Kind, Until
+
+__all__ = ["AcceptedConnection", "AcceptingEnded", "GatedSocket", "SocketAcceptor", "handling", "require_streams"]
+
+T = TypeVar("T")
+
+logger = logging.getLogger("ecdysis_async")
+
+# The connection that was to be accepted is broken; the next one may be fine. accept(2), "Error handling": Linux passes
+# pending network errors on, and they are to be treated like EAGAIN.
+BROKEN_CONNECTION = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENONET,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.EPERM,  # the firewall said no
+        errno.EPROTO,
+        errno.ETIMEDOUT,
+    }
+)
+
+# There is no descriptor, or no memory, for one more connection. Nothing tells when there is again.
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+EXHAUSTED_PAUSE_SECONDS = 0.1
+
+
+class AcceptingEnded(EcdysisError, anyio.ClosedResourceError):
+    """Nothing more will come from this socket in this generation; what waits in its queue is the successor's."""
+
+
+class AcceptedConnection(Connection):
+    """A connection that was accepted from a socket, and the scope of the handler that serves it."""
+
+    # Weak, because a stream that its owner drops without closing it shall end as it would without us.
+    __slots__ = ("_sock", "scope")
+
+    def __init__(self, sock: socket.socket, until: Until) -> None:
+        super().__init__(until)
+        self._sock = weakref.ref(sock)
+        self.scope: anyio.CancelScope | None = None
+
+    def cancel(self) -> None:
+        """Cancel the handler; where it is none that we started, its stream has to end instead."""
+        if self.scope is None:
+            self.abort()
+        else:
+            self.scope.cancel()
+
+    def abort(self) -> None:
+        """Make every read and write on the stream end; its owner closes it. What was sent before still arrives."""
+        sock = self._sock()
+        if sock is not None:
+            # ENOTCONN: the peer has reset it already. EBADF: it is closed already.
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def is_over(self) -> bool:
+        """Say whether the socket was closed: the one end of a connection whose handler is not ours."""
+        sock = self._sock()
+        return sock is None or sock.fileno() == -1
+
+
+class GatedSocket(Acceptor):
+    """A registered socket that is read only while the gate stands open.
+
+    Several tasks may take from it; they take turns.
+
+    Args:
+        sock: a socket that the supervisor returned, or its entry.
+        plane: default: the one of this process.
+
+    Raises:
+        LookupError: there is no ``Ecdysis`` in this process.
+        ValueError: the socket is not registered.
+    """
+
+    def __init__(self, sock: socket.socket | Entry, *, plane: Plane | None = None) -> None:
+        self.plane = plane or active()
+        entry = sock if isinstance(sock, Entry) else self.plane.registry.find(sock)
+        if entry is None:
+            raise ValueError(
+                f"{sock!r} is not registered: build it by ecdysis.listen_tcp() and the like, or pass it to "
+                "ecdysis.adopt(), and use the socket that it returns"
+            )
+        self.entry = entry
+        self._added = False
+        self._state = GateState.CLOSED
+        self._changed = anyio.Event()
+        # Held by the one task that waits: two cannot wait for one descriptor (BusyResourceError).
+        self._turn = anyio.Lock(fast_acquire=True)
+        self._is_exhausted = False
+
+    async def take(self, operation: Callable[[socket.socket], T]) -> T:
+        """Wait until the gate is open and the socket readable, and return what ``operation`` takes from it.
+
+        ``operation`` may not wait; it raises BlockingIOError where there is nothing, and is then called again.
+
+        Raises:
+            AcceptingEnded: nothing more will come.
+            OSError: the operation failed for another reason than a shortage of descriptors or memory.
+
+        Cancellation loses nothing.
+        """
+        async with self._turn:
+            if not self._added:
+                self._added = True
+                await self.plane.gate.add(self)
+            # So that a queue that never gets empty does not stop the loop. Every await stands before the operation:
+            # with one after it, a cancellation would lose what was taken (DESIGN.md, trap 18).
+            await anyio.lowlevel.checkpoint()
+            while True:
+                if self._state is GateState.ENDED:
+                    raise AcceptingEnded(
+                        f"{self.entry.name} is closed, or this generation is leaving: nothing will come"
+                    )
+                if self._state is GateState.CLOSED:
+                    await self._changed.wait()
+                    continue
+                try:
+                    taken = operation(self.entry.sock)
+                except BlockingIOError:
+                    # Raised where a pause wakes us. Should the socket be closed, then the operation itself fails next.
+                    with contextlib.suppress(anyio.ClosedResourceError):
+                        await anyio.wait_readable(self.entry.sock)
+                except OSError as error:
+                    if error.errno not in EXHAUSTED:
+                        raise
+                    self._report_exhaustion(error)
+                    await anyio.sleep(EXHAUSTED_PAUSE_SECONDS)
+                else:
+                    self._is_exhausted = False
+                    return taken
+
+    async def open(self) -> None:
+        """Take from the socket from now on."""
+        self._change(GateState.OPEN)
+
+    async def pause(self) -> None:
+        """Take nothing more. There is nothing to wait for: what was taken is tracked already."""
+        self._change(GateState.CLOSED)
+        # Wakes who waits, and makes the loop forget the descriptor. If it watched on after the registry has closed it,
+        # epoll would go on reporting the open file, which the successor shares, under a number that may be reused.
+        anyio.notify_closing(self.entry.sock)
+
+    async def end(self) -> None:
+        """Let everyone who waits know that nothing more will come."""
+        self._change(GateState.ENDED)
+
+    async def aclose(self) -> None:
+        """Close the socket, because the application wants no more of it; harmless once the generation is leaving."""
+        if self._state is not GateState.ENDED:
+            await self.plane.gate.remove(self)
+            self._change(GateState.ENDED)
+            if self.plane.registry.find(self.entry.sock) is self.entry:
+                self.plane.registry.release(self.entry)
+
+    def _change(self, state: GateState) -> None:
+        self._state = state
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    def _report_exhaustion(self, error: OSError) -> None:
+        """Say it once until something was taken again: a queue that cannot be served would fill the log."""
+        if not self._is_exhausted:
+            self._is_exhausted = True
+            logger.error(
+                "cannot take from %s: %s (with %d connections open); clients wait in its queue until some have ended. "
+                "Raise the limit of open files: ulimit -n, or LimitNOFILE= in the unit",
+                self.entry.name,
+                error.strerror,
+                len(self.plane.tracker),
+            )
+
+
+class SocketAcceptor(GatedSocket):
+    """A listener's accept: each connection is tracked from the moment it leaves the kernel's queue."""
+
+    async def accept(self) -> tuple[socket.socket, AcceptedConnection]:
+        """Wait for a connection; return its socket, non-blocking, and what stands for it in the tracker.
+
+        Raises:
+            AcceptingEnded: nothing more will come.
+
+        Cancellation loses no connection.
+        """
+        return await self.take(self._accept)
+
+    def _accept(self, listener: socket.socket) -> tuple[socket.socket, AcceptedConnection]:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError as error:
+                if error.errno in BROKEN_CONNECTION:
+                    continue
+                raise
+            break
+        connection = AcceptedConnection(sock, self.entry.until)
+        self.plane.tracker.open(connection)
+        sock.setblocking(False)
+        if self.entry.kind is Kind.TCP:
+            # Whatever wraps the socket does it only if the protocol number is right (DESIGN.md, trap 19).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock, connection
+
+
+def require_streams(acceptor: SocketAcceptor) -> None:
+    """Refuse a socket whose connections are no streams.
+
+    Raises:
+        TypeError: it is one.
+    """
+    entry = acceptor.entry
+    if entry.sock.type == socket.SOCK_DGRAM:
+        raise TypeError(f"{entry.name} has no connections: receive from it by DatagramListener(sock)")
+    if entry.sock.type != socket.SOCK_STREAM:
+        raise TypeError(f"the connections of {entry.name} are no streams: accept them by SocketAcceptor(sock).accept()")
+
+
+@contextlib.contextmanager
+def handling(connection: AcceptedConnection, tracker: Tracker) -> Iterator[None]:
+    """Run a handler in its own task: under its own cancel scope, counted to its end.
+
+    Its exceptions are logged and go no further: they would end the connections of everybody else.
+    """
+    current_connection.set(connection)
+    try:
+        with anyio.CancelScope() as connection.scope:
+            yield
+    except Exception as error:
+        unexpected: Exception | None = error
+        if isinstance(error, ExceptionGroup):
+            _, unexpected = error.split(DrainInterrupt)
+        elif isinstance(error, DrainInterrupt):
+            unexpected = None
+        if unexpected is not None:
+            logger.exception("the handler of a connection failed; the connection is closed", exc_info=unexpected)
+    finally:
+        tracker.close(connection)
