@@ -1,1 +1,47 @@
-"""ecdysis_async: async services that restart without losing a connection."""
+"""Async services that restart without losing a connection.
+
+One generation of a service hands its sockets to the next one, which says when it is ready; only then the old one stops
+accepting, and finishes what it has. Enter :class:`Ecdysis` and await :meth:`Ecdysis.restart`.
+"""
+
+from __future__ import annotations
+
+from .errors import (
+    DrainInterrupt,
+    EcdysisError,
+    HandoffAborted,
+    NotReady,
+    ReadyTimeout,
+    RestartError,
+    RestartInProgress,
+    RestartUnsupported,
+    RestartWhileDraining,
+    RolledBack,
+    SpawnFailed,
+    SuccessorFailed,
+)
+from .report import DrainCount, Outcome, Phase, RestartReport
+from .supervisor import Ecdysis, State, current
+
+__all__ = [
+    "DrainCount",
+    "DrainInterrupt",
+    "Ecdysis",
+    "EcdysisError",
+    "HandoffAborted",
+    "NotReady",
+    "Outcome",
+    "Phase",
+    "ReadyTimeout",
+    "RestartError",
+    "RestartInProgress",
+    "RestartReport",
+    "RestartUnsupported",
+    "RestartWhileDraining",
+    "RolledBack",
+    "SpawnFailed",
+    "State",
+    "SuccessorFailed",
+    "current",
+    "run",
+]

@@ -196,19 +196,6 @@ class Channel:
         """The socket's descriptor, or -1 once the channel is closed."""
         return self._sock.fileno()
 
-    @property
-    def pending(self) -> bytes:
-        """The bytes received that are no complete frame yet: what a process that goes on reading has to know."""
-        return self._decoder.pending
-
-    def resume(self, pending: bytes) -> None:
-        """Go on reading where another process, which shares this end, has stopped: with what was pending there.
-
-        Raises:
-            ChannelError: as :meth:`receive`.
-        """
-        self._frames.extend(self._decoder.feed(pending))
-
     async def send(
         self, type: str, body: Mapping[str, Any] | None = None, descriptors: Sequence[int] = (), *, timeout: float = 10
     ) -> None:
@@ -274,6 +261,24 @@ class Channel:
                 self._decoder.close()
                 raise
         return self._frames.popleft()
+
+    @property
+    def pending(self) -> bytes:
+        """What was read and not handed out, for :meth:`resume` in another process that shares the socket.
+
+        Descriptors do not go with it.
+        """
+        return b"".join(encode(frame.type, frame.body, 0) for frame in self._frames) + self._decoder.pending
+
+    def resume(self, pending: bytes) -> None:
+        """Go on where another process ended: call it before anything is received here.
+
+        If it is broken, the next :meth:`receive` raises what is wrong with it.
+        """
+        try:
+            self._frames.extend(self._decoder.feed(pending))
+        except ChannelError as error:
+            self._failure = _copy(error)
 
     def close(self) -> None:
         """Close this end and every descriptor that was received and not handed out; harmless if done already."""

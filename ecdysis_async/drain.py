@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -113,7 +113,7 @@ class Tracker:
         self._pruned_size = 0
         # Set while a drain runs: connections of this kind that are still accepted get their finishing task from it.
         self._finishers: TaskGroup | None = None
-        self._finishing = Until.DRAIN
+        self._finishing: Collection[Until] = ()
         # The moments, on the loop's clock, and who waits for each; `hurry` moves both.
         self._farewell = self._deadline = math.inf
         self._until_farewell: set[anyio.CancelScope] = set()
@@ -148,7 +148,7 @@ class Tracker:
         # Amortised: those that ended without telling are looked for each time the table has doubled.
         if len(self._connections) > 2 * self._pruned_size + 256:
             self.prune()
-        if self._finishers is not None and connection.until is self._finishing:
+        if self._finishers is not None and connection.until in self._finishing:
             self._finish_soon(self._finishers, connection)
 
     def close(self, connection: Connection) -> None:
@@ -191,19 +191,19 @@ class Tracker:
         if scope.cancelled_caught:
             raise DrainInterrupt("the drain's deadline came before this work was done")
 
-    async def drain(self, timeout: float, *, until: Until = Until.DRAIN) -> None:
+    async def drain(self, timeout: float, *, kinds: Collection[Until] = tuple(Until)) -> None:
         """Wait for every connection, each in a task of its own; interrupt, cancel and abort what is left at the end.
 
         Connections that are accepted meanwhile are waited for as well. Cancellation leaves all of them as they are.
 
         Args:
             timeout: seconds until the deadline.
-            until: which connections: those of listeners that end with the drain, or those that serve to the exit.
+            kinds: which connections: those of listeners that end with the drain, those that serve to the exit, or all.
         """
         self.draining.set()
         if self._hurried:
             timeout = min(timeout, FAREWELL_SECONDS)
-        self._finishing = until
+        self._finishing = kinds
         self._deadline = anyio.current_time() + timeout
         self._farewell = self._deadline - min(FAREWELL_SECONDS, timeout * FAREWELL_SHARE)
         try:
@@ -212,7 +212,7 @@ class Tracker:
                 housekeepers.start_soon(self._interrupt_bystanders)
                 async with anyio.create_task_group() as self._finishers:
                     for number, connection in enumerate(self.connections(), start=1):
-                        if connection.until is until and connection.over is None and connection in self._connections:
+                        if connection.until in kinds and connection.over is None and connection in self._connections:
                             self._finish_soon(self._finishers, connection)
                         if number % BATCH == 0:
                             await anyio.lowlevel.checkpoint()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from .registry import Entry
 
@@ -71,27 +71,27 @@ class Gate:
             return
         self._acceptors.append(acceptor)
         if self.state is GateState.OPEN:
-            await self._open_one(acceptor)
+            await self.open_one(acceptor)
 
     async def remove(self, acceptor: Acceptor) -> None:
         """Take out one acceptor, because the application closed its server."""
         if acceptor in self._acceptors:
             self._acceptors.remove(acceptor)
-            await self._pause_one(acceptor)
+            await self.pause_one(acceptor)
             await acceptor.end()
 
     async def open(self) -> None:
         """Begin to accept on every socket; also what undoes a pause. Those that are open already stay as they are."""
         self.state = GateState.OPEN
         for acceptor in self.acceptors:
-            await self._open_one(acceptor)
+            await self.open_one(acceptor)
 
     async def pause(self, *, spare: Callable[[Entry], bool] | None = None) -> None:
         """Stop accepting, except on the entries that ``spare`` names; those stay open and can be paused later."""
         self.state = GateState.CLOSED
         for acceptor in self.acceptors:
             if spare is None or not spare(acceptor.entry):
-                await self._pause_one(acceptor)
+                await self.pause_one(acceptor)
 
     async def end(self, *, spare: Callable[[Entry], bool] | None = None) -> None:
         """Pause, and let go of every acceptor that ``spare`` does not name; of all of them at the last call."""
@@ -102,17 +102,15 @@ class Gate:
                 self._acceptors.remove(acceptor)
                 await acceptor.end()
 
-    def open_entries(self) -> Iterable[Entry]:
-        """The entries that are accepted on at this moment."""
-        return (acceptor.entry for acceptor in self._acceptors if acceptor in self._open)
-
-    async def _open_one(self, acceptor: Acceptor) -> None:
+    async def open_one(self, acceptor: Acceptor) -> None:
+        """Begin to accept on one socket, unless it is accepted on already."""
         if acceptor not in self._open:
             acceptor.entry.start_listening()
             await acceptor.open()
             self._open.add(acceptor)
 
-    async def _pause_one(self, acceptor: Acceptor) -> None:
+    async def pause_one(self, acceptor: Acceptor) -> None:
+        """Stop accepting on one socket."""
         if acceptor in self._open:
             await acceptor.pause()
             self._open.discard(acceptor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
+import select
 import socket
 import stat
 from collections.abc import Callable, Iterable, Sequence
@@ -106,6 +107,12 @@ class Entry:
             self.sock.listen(self.backlog)
         except OSError as error:
             raise _explained(error, "listen on", self.address) from error
+
+    def is_waited_for(self) -> bool:
+        """Say whether somebody waits in the kernel's queue to be accepted, or a datagram to be read."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     def is_at_its_path(self) -> bool:
         """Say whether its path still leads to this very socket."""

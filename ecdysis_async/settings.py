@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +36,11 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("ready_timeout", "drain_timeout", "probation"):
             seconds = getattr(self, name)
-            if not isinstance(seconds, (int, float)) or math.isnan(seconds) or seconds < 0:
+            if not isinstance(seconds, int | float) or math.isnan(seconds) or seconds < 0:
                 raise ValueError(f"{name} is a number of seconds, 0 or more, not {seconds!r}")
         if self.ready_timeout == 0:
             raise ValueError("ready_timeout=0 gives the successor no time at all; give it at least its start-up time")
-        if not isinstance(self.max_draining, int) or self.max_draining < 1:
+        if self.max_draining < 1:
             raise ValueError(f"max_draining is a number of generations, 1 or more, not {self.max_draining!r}")
         if both := set(self.restart_signals) & set(self.stop_signals):
             names = ", ".join(sorted(each.name for each in both))
@@ -54,7 +54,7 @@ class Settings:
             raise ValueError("command is empty; leave it out to run the same command line again")
 
 
-def read_signals(signals: Sequence[int]) -> tuple[signal.Signals, ...]:
+def read_signals(signals: Collection[int]) -> tuple[signal.Signals, ...]:
     """Return numbers or names of signals as such.
 
     Raises:

@@ -1,0 +1,59 @@
+"""The pid file: written beside itself and renamed, so that no reader ever sees half of it, nor none.
+
+Everything here may block on the file system: call it in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+__all__ = ["PidFile"]
+
+
+class PidFile:
+    """One process' claim to a pid file."""
+
+    def __init__(self, path: Path) -> None:
+        # Absolute from the start: the application may change its working directory.
+        self.path = path.absolute()
+        self._draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+
+    def prepare(self) -> None:
+        """Write the draft, so that whatever can fail does so before anything depends on it.
+
+        Raises:
+            OSError: the directory is missing or not writable, or the disk is full.
+        """
+        try:
+            self._draft.write_text(f"{os.getpid()}\n")
+        except OSError as error:
+            self.discard()
+            raise OSError(
+                error.errno,
+                f"the pid file {self.path} cannot be written ({error.strerror}): "
+                "create its directory and let the service's user write there, or choose another pid_file",
+            ) from error
+
+    def publish(self) -> None:
+        """Make this process the one that the pid file names.
+
+        Raises:
+            OSError: the directory has become unwritable since ``prepare``.
+        """
+        if not self._draft.exists():
+            self.prepare()
+        self._draft.replace(self.path)
+
+    def discard(self) -> None:
+        """Remove a draft that was never published."""
+        with contextlib.suppress(OSError):
+            self._draft.unlink()
+
+    def remove(self) -> None:
+        """Remove the file at a full stop, if it still names this process."""
+        self.discard()
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.read_text().strip() == str(os.getpid()):
+                self.path.unlink()

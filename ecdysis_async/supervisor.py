@@ -1,0 +1,797 @@
+"""`Ecdysis`: one generation of a service, from its first socket to the last of its connections.
+
+The supervisor connects what the other modules do: sockets, the gate before them, the connections behind it, and the
+handoff on both of its sides. It is written on anyio and runs on asyncio, uvloop and trio; what is native to a loop
+stands in the data planes.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import socket
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from . import plane as planes
+from .drain import Tracker, current_connection
+from .errors import (
+    HandoffAborted,
+    NotReady,
+    RestartError,
+    RestartInProgress,
+    RestartUnsupported,
+    RestartWhileDraining,
+)
+from .gate import Gate
+from .handoff import Ancestor, Generation, Handover, Inheritance, Numbered
+from .pid_file import PidFile
+from .protocol import Farewell, Predecessor, PredecessorEvent, Successor, SuccessorEvent
+from .registry import Entry, Registry, Until
+from .report import Outcome, Phase, RestartReport
+from .settings import Settings, StrPath, read_signals
+from .signals import SignalReceiver, can_handle_signals, handled_signals
+from .spawn import claim_channel, supported
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from .asyncio_servers import DataPlane
+
+__all__ = ["Ecdysis", "State", "current"]
+
+T = TypeVar("T")
+
+# How often a draining generation tells the newest one how many connections are left, seconds.
+PROGRESS_SECONDS = 1.0
+
+# What a restart asked for during probation waits for the predecessor's word that it will never accept again, seconds.
+SETTLE_SECONDS = 10.0
+
+# How long the connections of "exit" listeners get once everything else has drained, seconds.
+EXIT_SECONDS = 1.0
+
+# How long a queue that nobody inherited is answered before its socket closes all the same, seconds.
+FLUSH_SECONDS = 5.0
+FLUSH_POLL_SECONDS = 0.001
+
+
+class State(enum.Enum):
+    """Where a generation stands."""
+
+    STARTING = "starting"  # preparing itself: nothing is accepted
+    WAITING = "waiting"  # ready, and waiting for the predecessor's commit
+    SERVING = "serving"
+    PAUSED = "paused"  # a successor accepts, on probation; connections of this generation are served
+    DRAINING = "draining"  # this generation leaves: it will never accept again
+    ENDED = "ended"
+
+
+_current: Ecdysis | None = None
+
+# Claimed with the first import, before the application can start a process that would find the marker, or hold the
+# channel, as well (DESIGN.md, trap 7). Taken by the first Ecdysis that is entered.
+_channel: socket.socket | None = claim_channel()
+
+
+def current() -> Ecdysis:
+    """Return the ``Ecdysis`` of this process, for an admin endpoint or a handler.
+
+    Raises:
+        LookupError: there is none now.
+    """
+    if _current is None or _current.pid != os.getpid():
+        raise LookupError("no Ecdysis runs in this process: enter `async with Ecdysis() as ecdysis:` first")
+    return _current
+
+
+class Ecdysis:
+    """One generation of a service that restarts without losing a connection.
+
+    Enter it with ``async with``; one per process. All times are in seconds.
+
+    Args:
+        ready_timeout: how long a successor may take from its start to ``ready()``.
+        drain_timeout: how long connections may take to finish once this generation leaves.
+        probation: how long a successor has to serve before a restart is final; until then its death undoes it.
+        max_draining: how many old generations may drain at once; beyond it the oldest one's deadline is now.
+        restart_signals: signals that restart the service.
+        stop_signals: signals that stop it; a second one makes the drain's deadline now.
+        pid_file: names the process that serves; written atomically, moved when a restart has settled.
+        control_socket, systemd, takeover: not in this release; anything but None is refused.
+        command: the successor's command line; the one of this process where it is None.
+        environment: the successor's complete environment; that of this process where it is None.
+        env_file: a file of KEY=VALUE lines, read afresh at each restart, on top of the environment.
+
+    Raises:
+        ValueError, TypeError: a setting that could not work.
+    """
+
+    def __init__(
+        self,
+        *,
+        ready_timeout: float = 60,
+        drain_timeout: float = 30,
+        probation: float = 5,
+        max_draining: int = 3,
+        restart_signals: Collection[int] = Settings().restart_signals,
+        stop_signals: Collection[int] = Settings().stop_signals,
+        pid_file: StrPath | None = None,
+        control_socket: StrPath | None = None,
+        systemd: bool | None = None,
+        command: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        env_file: StrPath | None = None,
+        takeover: StrPath | None = None,
+    ) -> None:
+        for name, value in (("control_socket", control_socket), ("systemd", systemd), ("takeover", takeover)):
+            if value:
+                raise ValueError(f"{name} is not in this release: leave it out")
+        self._settings = Settings(
+            ready_timeout=ready_timeout,
+            drain_timeout=drain_timeout,
+            probation=probation,
+            max_draining=max_draining,
+            restart_signals=read_signals(restart_signals),
+            stop_signals=read_signals(stop_signals),
+            pid_file=Path(pid_file) if pid_file is not None else None,
+            command=command if isinstance(command, str) or command is None else tuple(command),  # type: ignore[arg-type]
+            environment=dict(environment) if environment is not None else None,
+            env_file=Path(env_file).absolute() if env_file is not None else None,
+        )
+        self.pid = os.getpid()
+        self._state = State.STARTING
+        self._registry = Registry()
+        self._gate = Gate()
+        self._tracker = Tracker()
+        self._inheritance: Inheritance | None = None
+        self._handover: Handover | None = None
+        self._last_report: RestartReport | None = None
+        self._pid_file = PidFile(self._settings.pid_file) if self._settings.pid_file is not None else None
+        self._signals: SignalReceiver | None = None
+        self._stop_signals = 0
+
+    # What it is
+
+    @property
+    def state(self) -> State:
+        """Where this generation stands."""
+        return self._state
+
+    @property
+    def generation(self) -> int:
+        """The number of this generation; the first one is 1."""
+        return self._generation.number
+
+    @property
+    def is_successor(self) -> bool:
+        """Whether this process was started by a restart."""
+        return self._inheritance is not None
+
+    @property
+    def predecessor_pid(self) -> int | None:
+        """The process that this one follows, whether or not it is still there."""
+        if self._inheritance is None or self._inheritance.predecessor is None:
+            return None
+        return self._inheritance.predecessor.pid
+
+    @property
+    def draining(self) -> anyio.Event:
+        """An event to await: this generation leaves. Replies may say goodbye from then on."""
+        return self._tracker.draining
+
+    @property
+    def connections(self) -> int:
+        """How many connections, and pieces of tracked work, this generation has at this moment."""
+        return len(self._tracker.connections())
+
+    @property
+    def draining_generations(self) -> tuple[Ancestor, ...]:
+        """The older generations that are still there, and how many connections they have left."""
+        return tuple(self._generation.lineage.ancestors)
+
+    @property
+    def last_report(self) -> RestartReport | None:
+        """The last restart that this generation was asked for, or else the one that it came from."""
+        return self._last_report
+
+    # The block
+
+    async def __aenter__(self) -> Self:
+        global _channel, _current
+        if self._state is not State.STARTING or self.pid != os.getpid():
+            raise RuntimeError("an Ecdysis is entered once, in the process that made it: make a new one")
+        self._finished = anyio.Event()
+        self._drained = anyio.Event()
+        self._tracker.draining = anyio.Event()
+        self._resources = ExitStack()
+        self._task_group = anyio.create_task_group()
+        plane = planes.Plane(self._registry, self._gate, self._tracker, self._task_group)
+        self._generation = Generation(1, self._settings, plane, Numbered(1))
+        planes.activate(plane)
+        _current = self
+        try:
+            self._resources.callback(self._registry.close, unlink=False)
+            self._resources.callback(self._generation.lineage.close)
+            sock, _channel = _channel, None
+            if sock is not None:
+                self._inheritance = Inheritance(sock, self._generation, self._on_inheritance)
+                self._resources.callback(self._inheritance.close)
+                await self._inheritance.greet()
+            self._install_signals()
+            await self._task_group.__aenter__()
+        except BaseException:
+            self._vacate()
+            raise
+        if self._signals is not None:
+            self._task_group.start_soon(self._signals.run)
+        if self._inheritance is not None:
+            self._task_group.start_soon(self._inherit, self._inheritance)
+        # The body alone is cancelled when a restart is called off; the supervisor's own tasks see to the rest.
+        self._body = anyio.CancelScope()
+        self._body.__enter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._body.__exit__(kind, error, trace):
+                kind = error = trace = None
+            # Without its tasks there is nobody to drain: one of them has failed, and its exception says why.
+            if not self._task_group.cancel_scope.cancel_called:
+                # Whoever cancels the block from outside must not cut the goodbye short: the deadline bounds it.
+                with anyio.CancelScope(shield=True):
+                    await self._leave_block(error)
+                self._task_group.cancel_scope.cancel()
+            try:
+                await self._task_group.__aexit__(kind, error, trace)
+            except BaseExceptionGroup as group:
+                # The body's own exception goes its own way, as itself; what else is there comes from the supervisor.
+                others = [each for each in group.exceptions if each is not error]
+                if error is not None and not others:
+                    return
+                raise others[0] if len(others) == 1 else group from error
+        finally:
+            self._state = State.ENDED
+            self._vacate()
+        if self._aborted and error is None:
+            assert self._inheritance is not None
+            last_line = self._inheritance.reason.strip().splitlines()[-1]
+            raise HandoffAborted(f"ecdysis: this generation leaves without having served: {last_line}")
+
+    def _vacate(self) -> None:
+        global _current
+        _current = None
+        planes.deactivate()
+        self._resources.close()
+
+    @property
+    def _aborted(self) -> bool:
+        return self._inheritance is not None and self._inheritance.state is Successor.ABORTED
+
+    @property
+    def _has_heir(self) -> bool:
+        """Whether a successor goes on with what this generation leaves."""
+        return self._handover is not None and self._handover.report.outcome is Outcome.SETTLED
+
+    async def _leave_block(self, error: BaseException | None) -> None:
+        """Bring everything to its end that this block has begun."""
+        log = self._generation.log
+        orderly = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
+        if self._state in (State.STARTING, State.WAITING) and orderly:
+            log.warning("the block is left without ready(): nothing was ever accepted")
+        if self._inheritance is not None and not self._inheritance.state.final:
+            self._inheritance.post(SuccessorEvent.STOP_HERE if orderly else SuccessorEvent.FAILED, error)
+            await self._inheritance.over.wait()
+        if not orderly and (self._aborted or not isinstance(error, Exception)):
+            # Cancelled, interrupted, or failed on probation: then the predecessor waits for this process' death.
+            self._tracker.hurry()
+        await self._let_handover_end()
+        self._leave()
+        await self._drained.wait()
+        if self._handover is not None:
+            await self._handover.over.wait()
+        if self._pid_file is not None:
+            discard = self._pid_file.discard if self._aborted or self._has_heir else self._pid_file.remove
+            await anyio.to_thread.run_sync(discard)
+        if self._aborted:
+            # The predecessor serves on what it handed down; what was made here goes.
+            for entry in self._registry.entries:
+                self._registry.release(entry, unlink=not entry.inherited)
+        else:
+            self._registry.close(unlink=not self._has_heir)
+        log.info("this generation ends")
+
+    async def _let_handover_end(self) -> None:
+        """See a restart through that is under way while the body leaves: call it off, or let it settle."""
+        handover = self._handover
+        if handover is None or handover.state.final or self._state is State.DRAINING:
+            return
+        if not handover.committed:
+            handover.post(PredecessorEvent.CANCELLED)
+        else:
+            await _first(handover.serving, handover.over)
+            handover.post(PredecessorEvent.SETTLE)
+        await handover.over.wait()
+
+    # Serving
+
+    async def ready(self) -> None:
+        """Announce that this generation is ready; return when it accepts.
+
+        In the first generation that is at once, in a successor after the predecessor's commit. Calling it again
+        does nothing.
+
+        Raises:
+            OSError: a socket cannot listen, or the pid file cannot be written.
+        """
+        if self._state is not State.STARTING:
+            return
+        if self._pid_file is not None:
+            await anyio.to_thread.run_sync(self._pid_file.prepare)
+        if self._inheritance is not None:
+            self._state = State.WAITING
+            self._inheritance.post(SuccessorEvent.READY)
+            await self._inheritance.opened.wait()
+            return
+        async with self._generation.gate_lock:
+            await self._gate.open()
+        if self._pid_file is not None:
+            await anyio.to_thread.run_sync(self._pid_file.publish)
+        if self._state is State.STARTING:
+            self._state = State.SERVING
+        self._generation.log.info(
+            "serving on %s", ", ".join(entry.name for entry in self._registry.entries) or "nothing"
+        )
+
+    async def finished(self) -> None:
+        """Return when this generation shall leave: its successor has settled, or the service is to stop.
+
+        Leaving the block then drains.
+        """
+        await self._finished.wait()
+
+    async def serve_forever(self) -> None:
+        """Announce readiness, then return when this generation shall leave: ``ready()`` and ``finished()``."""
+        await self.ready()
+        await self.finished()
+
+    async def serve(self, handler: Callable[[Any], Awaitable[object]], *listeners: Any) -> None:
+        """Accept connections by anyio, or by trio, and handle each in a task of its own; return when accepting ends.
+
+        Each handler has a cancel scope under the drain's deadline, and runs to its end after this has returned.
+
+        Args:
+            handler: called with the stream of each connection.
+            listeners: sockets of this ``Ecdysis`` (their streams are anyio's), or listeners made of them.
+
+        Raises:
+            TypeError: something that is not a listener of ours.
+
+        Cancelling it stops accepting; handlers that have begun go on.
+        """
+        from .anyio_listeners import serve
+
+        await serve(handler, *listeners)
+
+    # Restarting and stopping
+
+    async def restart(self, until: Literal["serving", "settled", "drained"] = "serving") -> RestartReport:
+        """Restart this service: start a successor, hand the sockets over, and let it serve.
+
+        Args:
+            until: how far to wait: until the successor serves, until that is final, or until this generation's
+                connections have drained as well.
+
+        Raises:
+            RestartInProgress: another restart has not ended.
+            NotReady: this generation does not serve yet.
+            RestartWhileDraining: it is leaving.
+            RestartUnsupported: not from this process, or not on this platform.
+            SpawnFailed, SuccessorFailed, ReadyTimeout: there is no successor, and nothing has changed.
+            RolledBack: the successor failed after it had begun to serve; this generation accepts again.
+            RuntimeError: ``until="drained"`` from a connection that the drain would wait for.
+
+        Cancelling it calls the restart off, as long as the successor was not told to accept; later it only stops
+        waiting.
+        """
+        if until not in ("serving", "settled", "drained"):
+            raise ValueError(f'until is "serving", "settled" or "drained", not {until!r}')
+        if until == "drained" and current_connection.get() is not None:
+            raise RuntimeError(
+                'until="drained" from a connection of this generation would wait for itself: '
+                'use until="settled", or ask from outside'
+            )
+        handover = self._begin_restart()
+        try:
+            await _first(*((handover.serving, handover.over) if until == "serving" else (handover.over,)))
+            if handover.error is None and until == "drained":
+                await self._drained.wait()
+        except BaseException:
+            handover.post(PredecessorEvent.CANCELLED)
+            raise
+        if handover.error is not None:
+            raise handover.error
+        if handover.over.is_set() and handover.report.outcome is Outcome.STOPPED:
+            raise RestartWhileDraining("the service was stopped while it restarted")
+        return handover.report
+
+    def stop(self, partial: bool = False) -> None:  # noqa: FBT001, FBT002 - the name ecdysis' users know
+        """Stop the service: accept no more, and let ``finished()`` return; leaving the block then drains.
+
+        A restart that is under way is called off, or its successor is stopped as well.
+
+        Args:
+            partial: leave it to the application to tell the service manager that the service stops.
+        """
+        self._generation.log.info("stopping%s", " (partially)" if partial else "")
+        if self._state in (State.DRAINING, State.ENDED):
+            return
+        if self._inheritance is not None and not self._inheritance.state.final:
+            self._inheritance.post(SuccessorEvent.STOP_HERE)
+        elif self._handover is not None and not self._handover.state.final:
+            self._handover.post(PredecessorEvent.STOP)
+        else:
+            self._leave()
+
+    async def until_draining(self, awaitable: Awaitable[T]) -> T:
+        """Await something that is safe to cancel, at a point where this connection may also end.
+
+        ``StreamReader.readline`` is safe to cancel, ``loop.sock_recv`` is not: what it has received is lost.
+
+        Returns:
+            Its result, also where it is finished at the very moment the drain wants to end.
+
+        Raises:
+            DrainInterrupt: the connection should say goodbye and close. Not at once when the drain begins, because
+                closing an idle connection races with the client's next request; shortly before the deadline.
+        """
+        return await self._tracker.until_draining(awaitable)
+
+    def track(self) -> AbstractAsyncContextManager[None]:
+        """Let the drain wait for work of the application's own: ``async with ecdysis.track():``.
+
+        Raises:
+            DrainInterrupt: at its end, where the deadline has cancelled the work.
+        """
+        return self._tracker.track()
+
+    # Sockets
+
+    def listen_tcp(
+        self,
+        host: str | None,
+        port: int,
+        *,
+        name: str | None = None,
+        until: Until | str = Until.DRAIN,
+        backlog: int = 1024,
+        reuse_port: bool = False,
+    ) -> socket.socket:
+        """Return a TCP socket for connections: the predecessor's, or a new one that will listen at commit.
+
+        Args:
+            host: an address; names are not looked up here.
+            port: 0 for one that the kernel chooses; a successor inherits it all the same.
+            name: what it is inherited by; the address that was asked for, where it is None.
+            until: ``"exit"`` for a listener that serves to the end of a stop (health, metrics).
+            backlog: how many connections may wait in the kernel's queue.
+            reuse_port: set SO_REUSEPORT.
+
+        Raises:
+            ValueError: the host is no address. OSError: the address cannot be bound.
+        """
+        entry = self._registry.listen_tcp(host, port, name=name, until=until, backlog=backlog, reuse_port=reuse_port)
+        return entry.sock
+
+    def listen_unix(
+        self,
+        path: StrPath,
+        *,
+        name: str | None = None,
+        until: Until | str = Until.DRAIN,
+        backlog: int = 1024,
+        mode: int | None = None,
+    ) -> socket.socket:
+        """Return a Unix stream socket for connections, as :meth:`listen_tcp`; ``@name`` is an abstract address."""
+        return self._registry.listen_unix(path, name=name, until=until, backlog=backlog, mode=mode).sock
+
+    def listen_seqpacket(
+        self,
+        path: StrPath,
+        *,
+        name: str | None = None,
+        until: Until | str = Until.DRAIN,
+        backlog: int = 1024,
+        mode: int | None = None,
+    ) -> socket.socket:
+        """Return a Unix socket for connections that keep the boundaries of messages, as :meth:`listen_unix`."""
+        return self._registry.listen_seqpacket(path, name=name, until=until, backlog=backlog, mode=mode).sock
+
+    def bind_udp(
+        self,
+        host: str | None,
+        port: int,
+        *,
+        name: str | None = None,
+        until: Until | str = Until.DRAIN,
+        reuse_port: bool = False,
+    ) -> socket.socket:
+        """Return a UDP socket, as :meth:`listen_tcp`; it is read between commit and pause only."""
+        return self._registry.bind_udp(host, port, name=name, until=until, reuse_port=reuse_port).sock
+
+    def bind_unix_datagram(
+        self, path: StrPath, *, name: str | None = None, until: Until | str = Until.DRAIN, mode: int | None = None
+    ) -> socket.socket:
+        """Return a Unix datagram socket, as :meth:`listen_unix`."""
+        return self._registry.bind_unix_datagram(path, name=name, until=until, mode=mode).sock
+
+    def adopt(self, sock: socket.socket, *, name: str, until: Until | str = Until.DRAIN) -> socket.socket:
+        """Register a socket that the application has made; return the one to use.
+
+        That is the predecessor's where it has one of this name, and the given one is closed then.
+        """
+        return self._registry.adopt(sock, name=name, until=until).sock
+
+    # asyncio and uvloop
+
+    async def start_server(
+        self,
+        client_connected_cb: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None],
+        host: str | Sequence[str] | None = None,
+        port: int | None = None,
+        **options: Any,
+    ) -> asyncio.AbstractServer:
+        """Start a streams server, as :func:`asyncio.start_server`; it accepts from the commit on.
+
+        ``start_serving`` and ``serve_forever`` of the server do not pass the gate.
+
+        Args:
+            client_connected_cb: called with a reader and a writer for each connection.
+            host: an address, a name, several of them, or None for all.
+            port: a port, or 0 for one that the kernel chooses.
+            options: those of :func:`asyncio.start_server`, ``ssl`` among them, and ``name`` and ``until`` as for
+                :meth:`listen_tcp`.
+
+        Raises:
+            OSError: an address cannot be bound. RuntimeError: the loop is not asyncio's; use :meth:`serve` there.
+        """
+        return await self._data_plane.start_server(client_connected_cb, host, port, **options)
+
+    async def start_unix_server(
+        self,
+        client_connected_cb: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None],
+        path: StrPath | None = None,
+        **options: Any,
+    ) -> asyncio.AbstractServer:
+        """Start a streams server on a Unix socket, as :func:`asyncio.start_unix_server`. See :meth:`start_server`."""
+        return await self._data_plane.start_unix_server(client_connected_cb, path, **options)
+
+    async def create_server(
+        self,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        host: str | Sequence[str] | None = None,
+        port: int | None = None,
+        **options: Any,
+    ) -> asyncio.AbstractServer:
+        """Start a server of protocols, as asyncio's ``loop.create_server``. See :meth:`start_server`."""
+        return await self._data_plane.create_server(protocol_factory, host, port, **options)
+
+    async def create_unix_server(
+        self, protocol_factory: Callable[[], asyncio.BaseProtocol], path: StrPath | None = None, **options: Any
+    ) -> asyncio.AbstractServer:
+        """Start a server of protocols on a Unix socket, as ``loop.create_unix_server``. See :meth:`start_server`."""
+        return await self._data_plane.create_unix_server(protocol_factory, path, **options)
+
+    async def create_datagram_endpoint(
+        self,
+        protocol_factory: Callable[[], asyncio.DatagramProtocol],
+        local_addr: tuple[str, int] | str | None = None,
+        **options: Any,
+    ) -> tuple[asyncio.DatagramTransport, asyncio.DatagramProtocol]:
+        """Open a datagram endpoint, as ``loop.create_datagram_endpoint``; it reads from the commit to the pause.
+
+        What arrives in between waits in the kernel's queue for the successor. Sending is possible all the time.
+        """
+        return await self._data_plane.create_datagram_endpoint(protocol_factory, local_addr, **options)
+
+    @property
+    def _data_plane(self) -> DataPlane:
+        from .asyncio_servers import DataPlane
+
+        return DataPlane.of(self._generation.plane)
+
+    # What happens
+
+    def _install_signals(self) -> None:
+        settings = self._settings
+        if not settings.stop_signals and not settings.restart_signals:
+            return
+        if not can_handle_signals():
+            self._generation.log.warning(
+                "off the main thread no signals can be handled: call restart() and stop() instead"
+            )
+            return
+        self._signals = self._resources.enter_context(
+            handled_signals(
+                dict.fromkeys(settings.restart_signals, self._on_restart_signal)
+                | dict.fromkeys(settings.stop_signals, self._on_stop_signal)
+            )
+        )
+
+    def _on_stop_signal(self) -> None:
+        self._stop_signals += 1
+        if self._stop_signals > 1:
+            self._generation.log.warning("told to stop again: the deadline of the drain is now")
+            self._tracker.hurry()
+        self.stop()
+
+    def _on_restart_signal(self) -> None:
+        self._task_group.start_soon(self._restart_by_signal)
+
+    async def _restart_by_signal(self) -> None:
+        try:
+            await self.restart(until="settled")
+        except RestartError as error:
+            # Without a traceback: the message says what happened, in the successor's own words.
+            self._generation.log.error("the restart that a signal asked for failed: %s", error)  # noqa: TRY400
+
+    def _begin_restart(self) -> Handover:
+        if self._state in (State.DRAINING, State.ENDED):
+            raise RestartWhileDraining("this generation is leaving; ask the newest one")
+        if self._handover is not None and not self._handover.over.is_set():
+            raise RestartInProgress(
+                f"restart {self._handover.report.id} is in progress ({self._handover.state.value}); await that one"
+            )
+        if self._state in (State.STARTING, State.WAITING):
+            raise NotReady("this generation does not serve yet: a restart is possible after ready()")
+        if not supported():
+            raise RestartUnsupported(
+                "a restart needs pidfds and descriptors passed over Unix sockets, which this platform does not have: "
+                "stop and start the service instead"
+            )
+        if os.getpid() == 1:
+            raise RestartUnsupported(
+                "this process is PID 1 and must not leave: a restart would end the container. "
+                "Run the service by `ecdysis run`, which keeps one process in front of all generations"
+            )
+        handover = Handover(self._generation, self._on_handover)
+        self._handover, self._last_report = handover, handover.report
+        self._task_group.start_soon(self._hand_over, handover)
+        return handover
+
+    async def _hand_over(self, handover: Handover) -> None:
+        if self._inheritance is not None and not self._inheritance.over.is_set():
+            # A second restart during probation: so that no more than two generations can ever accept in turn, the
+            # predecessor gives up its right to come back first.
+            self._inheritance.post(SuccessorEvent.SETTLE)
+            with anyio.move_on_after(SETTLE_SECONDS):
+                await self._inheritance.over.wait()
+        if self._inheritance is not None and self._inheritance.state is not Successor.SETTLED:
+            handover.refuse(
+                RestartError(
+                    f"the restart before this one is not settled, and the predecessor (pid {self.predecessor_pid}) "
+                    "does not answer: is it stopped (SIGSTOP, a debugger)? Continue or kill it, and try again"
+                )
+            )
+            return
+        await handover.run()
+
+    def _on_handover(self, handover: Handover) -> None:
+        match handover.state:
+            case Predecessor.STOPPING | Predecessor.SETTLED | Predecessor.STOPPED:
+                self._leave()
+            case Predecessor.PAUSING | Predecessor.COMMITTING | Predecessor.PROBATION | Predecessor.REVERTING:
+                self._state = State.PAUSED
+            case _:
+                self._state = State.SERVING
+
+    async def _inherit(self, inheritance: Inheritance) -> None:
+        await inheritance.run()
+        if inheritance.state is not Successor.SETTLED:
+            return
+        assert inheritance.predecessor is not None
+        lineage = self._generation.lineage
+        lineage.ancestors.append(inheritance.predecessor)
+        lineage.on_drained = self._note_drained
+        if self._last_report is None:
+            self._last_report = inheritance.report
+        if self._pid_file is not None:
+            try:
+                await anyio.to_thread.run_sync(self._pid_file.publish)
+            except OSError as error:
+                self._generation.log.error("the pid file still names the former generation: %s", error)  # noqa: TRY400
+        await lineage.follow(self._settings.max_draining)
+
+    def _on_inheritance(self, inheritance: Inheritance) -> None:
+        match inheritance.state:
+            case Successor.PROBATION | Successor.SETTLED if self._state is State.WAITING:
+                self._state = State.SERVING
+            case Successor.ABORTED:
+                self._body.cancel()
+            case Successor.STOPPED:
+                self._leave()
+
+    def _note_drained(self, ancestor: Ancestor, body: Mapping[str, Any]) -> None:
+        report = RestartReport.from_json(body["report"])
+        if self._last_report is not None and self._last_report.id == report.id:
+            self._last_report = report
+        self._generation.log.info("generation %d (pid %d) has drained: %s", ancestor.generation, ancestor.pid, report)
+
+    # The end
+
+    def _leave(self) -> None:
+        """Accept no more, and begin to drain; there is no way back."""
+        if self._state not in (State.DRAINING, State.ENDED):
+            self._state = State.DRAINING
+            self._tracker.draining.set()
+            self._finished.set()
+            self._task_group.start_soon(self._drain)
+
+    async def _drain(self) -> None:
+        begun = anyio.current_time()
+        log, timeout = self._generation.log, self._settings.drain_timeout
+        async with self._generation.gate_lock:
+            if self._has_heir:
+                assert self._handover is not None
+                for entry in self._handover.unclaimed:
+                    await self._finish_queue(entry)
+                await self._gate.end()
+            else:
+                await self._gate.end(spare=lambda entry: entry.until is Until.EXIT)
+        log.info("draining %d connections, for %g seconds at the most", len(self._tracker), timeout)
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(self._tell_progress)
+            await self._tracker.drain(timeout, kinds=tuple(Until) if self._has_heir else (Until.DRAIN,))
+            task_group.cancel_scope.cancel()
+        async with self._generation.gate_lock:
+            await self._gate.end()
+        await self._tracker.drain(min(EXIT_SECONDS, timeout))
+        count = self._tracker.count
+        log.info("drained: %d by themselves, %d silent, %d cut", count.drained, count.silent, count.cut)
+        if self._handover is not None and self._has_heir:
+            report = self._handover.report
+            report.drain = count
+            report.phases[Phase.DRAIN] = anyio.current_time() - begun
+            await self._handover.tell(Farewell.DRAINED, {"report": report.to_json()})
+        self._drained.set()
+
+    async def _tell_progress(self) -> None:
+        while self._has_heir and self._handover is not None:
+            await self._handover.tell(Farewell.PROGRESS, {"connections": self.connections})
+            await anyio.sleep(PROGRESS_SECONDS)
+
+    async def _finish_queue(self, entry: Entry) -> None:
+        """Answer everyone who waits on a socket that nobody inherited, and close it."""
+        acceptors = [acceptor for acceptor in self._gate.acceptors if acceptor.entry is entry]
+        with anyio.move_on_after(FLUSH_SECONDS):
+            # A connection may come between the last look and the pause: then once more.
+            while acceptors and entry.is_waited_for():
+                for acceptor in acceptors:
+                    await self._gate.open_one(acceptor)
+                while entry.is_waited_for():  # noqa: ASYNC110 - the kernel's queue has no event for "empty"
+                    await anyio.sleep(FLUSH_POLL_SECONDS)
+                for acceptor in acceptors:
+                    await self._gate.pause_one(acceptor)
+        for acceptor in acceptors:
+            await self._gate.remove(acceptor)
+        self._registry.release(entry, unlink=True)
+
+
+async def _first(*events: anyio.Event) -> None:
+    """Wait until one of several events has happened."""
+
+    async def wait(event: anyio.Event) -> None:
+        await event.wait()
+        task_group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as task_group:
+        for event in events:
+            task_group.start_soon(wait, event)
