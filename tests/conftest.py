@@ -15,6 +15,7 @@ import inspect
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import psutil
 import pytest
@@ -76,9 +77,19 @@ def pytest_asyncio_loop_factories(config: pytest.Config) -> Mapping[str, Callabl
     """Make the loop that the fixture ``backend`` names; it is set up before any loop."""
 
     def new_loop() -> asyncio.AbstractEventLoop:
-        return LOOP_FACTORIES[config.stash[CURRENT_BACKEND]]()
+        loop = LOOP_FACTORIES[config.stash[CURRENT_BACKEND]]()
+        loop.set_exception_handler(end_at_timeout)
+        return loop
 
     return {"backend": new_loop}
+
+
+def end_at_timeout(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """End a test whose time is up also on uvloop, which runs signal handlers in a callback and logs what they raise."""
+    loop.default_exception_handler(context)
+    if isinstance(context.get("exception"), pytest.fail.Exception):
+        for task in asyncio.all_tasks(loop):
+            task.cancel("the test's time is up")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -1,0 +1,79 @@
+"""Every job of the project: ``python3 noxfile.py`` checks all, ``python3 noxfile.py -s demo`` shows what it is for.
+
+Run as a script it needs nothing but Python: where nox is not installed, it gets a virtual environment of its own below
+.nox. Arguments are nox's own; those after ``--`` go to pytest or to the demo.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import NoReturn
+
+PROJECT = Path(__file__).resolve().parent
+PYTHONS = ("3.11", "3.12", "3.13")
+
+
+def run_nox() -> NoReturn:
+    """Replace this process by nox, which reads this file again."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - this is where an older Python learns that it is too old
+        sys.exit(f"Python 3.11 or newer is needed, and this is {sys.version.split()[0]}: try python3.11 noxfile.py")
+    python = sys.executable if importlib.util.find_spec("nox") else install_nox()
+    os.execv(python, [python, "-m", "nox", "--noxfile", __file__, *sys.argv[1:]])  # noqa: S606
+
+
+def install_nox() -> str:
+    """Make a virtual environment with nox in it, once; return its interpreter."""
+    directory = PROJECT / ".nox" / "nox"
+    python = str(directory / "bin" / "python")
+    installed = directory / "installed"
+    # The stamp comes last: an installation that was interrupted is made anew, and so is one whose Python has gone.
+    if not (installed.exists() and os.path.exists(python)):
+        venv.create(directory, clear=True, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "nox>=2026.10.20"], check=True)
+        installed.touch()
+    return python
+
+
+if __name__ == "__main__":
+    run_nox()
+
+import nox  # noqa: E402 - only nox itself comes this far
+
+nox.needs_version = ">=2026.10.20"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.download_python = "never"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "tests"]
+
+
+def install(session: nox.Session, group: str) -> None:
+    """Install the project, editable, and what a dependency group names."""
+    session.install("--editable", ".", "--group", group)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, layout and types of all there is."""
+    install(session, "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("mypy")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run the tests, in parallel; a Python that is missing is skipped, or with CI=true an error."""
+    install(session, "test")
+    session.run("python", "-m", "pytest", "--numprocesses=auto", "--dist=worksteal", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Restart a real service several times under real load, and print what it cost."""
+    install(session, "demo")
+    session.run("python", "-m", "benchmarks.demo", *session.posargs)
