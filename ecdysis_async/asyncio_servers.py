@@ -1,0 +1,701 @@
+"""The data plane of asyncio and uvloop: servers that accept between commit and pause only, and track what they accept.
+
+To accept is left to the loop's own server, on a duplicate of the registered socket; to pause is to close that server:
+an accept loop of one's own costs uvloop half as much CPU again per connection. Nothing here decides when to accept,
+and nothing stands between a transport and its protocol while data flows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import errno
+import os
+import socket
+import ssl as tls
+import sys
+from asyncio import constants
+from asyncio.trsock import TransportSocket
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any
+
+from .drain import Connection, Tracker, current_connection
+from .errors import DrainInterrupt
+from .gate import Acceptor, GateState
+from .plane import Plane
+from .registry import BACKLOG, Entry, Until
+
+__all__ = [
+    "GatedServer",
+    "ServerConnection",
+    "create_server",
+    "create_unix_server",
+    "start_server",
+    "start_unix_server",
+]
+
+ProtocolFactory = Callable[[], asyncio.BaseProtocol]
+ClientConnected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
+
+# What `asyncio.start_server` lets a StreamReader hold, in bytes.
+STREAM_LIMIT = 2**16
+
+# How many connections asyncio accepts in one turn of its loop: the number it takes by default. The length of the
+# kernel's queue, which asyncio takes from the same argument, would be a stall.
+ACCEPTS_PER_TURN = 100
+
+# There is no descriptor, or no memory, for one more connection.
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+async def create_server(
+    plane: Plane,
+    protocol_factory: ProtocolFactory,
+    host: str | Iterable[str] | None = None,
+    port: int | str | None = None,
+    *,
+    name: str | None = None,
+    until: Until | str = Until.DRAIN,
+    family: int = socket.AF_UNSPEC,
+    flags: int = socket.AI_PASSIVE,
+    sock: socket.socket | None = None,
+    backlog: int = BACKLOG,
+    ssl: tls.SSLContext | None = None,
+    reuse_address: bool | None = None,
+    reuse_port: bool | None = None,
+    keep_alive: bool | None = None,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
+    start_serving: bool = True,
+) -> GatedServer:
+    """Serve a protocol on TCP, as ``loop.create_server`` does, on sockets that are inherited or created.
+
+    Names are resolved first, and each address gets a socket of its own.
+
+    Args:
+        plane: what the sockets are registered with.
+        protocol_factory: called for each connection.
+        host: an address, a name, or several; None or "" is every interface.
+        port: 0 lets the kernel choose, once for all generations.
+        name: what the sockets are inherited by.
+        until: whether it ends with the drain of a stop, or serves to the exit.
+        family: of the addresses that names are resolved to.
+        flags: for that.
+        sock: a socket to use instead of host and port; it is registered, unless it is already. One that has a port
+            of the kernel's choice needs a name to be inherited by.
+        backlog: how many connections may wait to be accepted.
+        ssl: serve TLS.
+        reuse_address: ignored: what a successor shall inherit always has SO_REUSEADDR.
+        reuse_port: allow several listeners on one address.
+        keep_alive: set SO_KEEPALIVE on what is accepted.
+        ssl_handshake_timeout: seconds.
+        ssl_shutdown_timeout: seconds.
+        start_serving: False leaves the beginning to ``start_serving`` of the server, and to the gate.
+
+    Raises:
+        OSError: an address cannot be bound; none of them is then.
+        ValueError: the arguments contradict each other.
+
+    Cancelled, it leaves no socket behind.
+    """
+    tls_options = _tls_options(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+    loop = asyncio.get_running_loop()
+    if sock is not None:
+        if host is not None or port is not None:
+            raise ValueError("host/port and sock can not be specified at the same time")
+        entries = [_register(plane, sock, name, until)]
+    elif host is None and port is None:
+        raise ValueError("Neither host/port nor sock were specified")
+    else:
+        addresses = await _resolve(loop, host, port, family, flags)
+        entries = _listen_tcp(plane, addresses, name, until, backlog, reuse_port=bool(reuse_port))
+    if keep_alive:
+        for entry in entries:
+            entry.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return await _serve(GatedServer(plane, protocol_factory, entries, sock, tls_options), start_serving=start_serving)
+
+
+async def create_unix_server(
+    plane: Plane,
+    protocol_factory: ProtocolFactory,
+    path: str | bytes | os.PathLike[str] | None = None,
+    *,
+    name: str | None = None,
+    until: Until | str = Until.DRAIN,
+    sock: socket.socket | None = None,
+    backlog: int = BACKLOG,
+    ssl: tls.SSLContext | None = None,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
+    start_serving: bool = True,
+    cleanup_socket: bool = True,
+) -> GatedServer:
+    """Serve a protocol on a Unix socket, as ``loop.create_unix_server`` does; see :func:`create_server`.
+
+    ``cleanup_socket`` is ignored: the path outlives the generations and is removed at a full stop, by its owner.
+    """
+    tls_options = _tls_options(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+    if sock is not None:
+        if path is not None:
+            raise ValueError("path and sock can not be specified at the same time")
+        if sock.family != socket.AF_UNIX:
+            raise ValueError(f"A UNIX Domain Stream Socket was expected, got {sock!r}")
+        entry = _register(plane, sock, name, until)
+    elif path is None:
+        raise ValueError("path was not specified, and no sock specified")
+    else:
+        entry = plane.registry.listen_unix(os.fsdecode(path), name=name, until=until, backlog=backlog)
+    return await _serve(GatedServer(plane, protocol_factory, [entry], sock, tls_options), start_serving=start_serving)
+
+
+async def start_server(
+    plane: Plane,
+    client_connected_cb: ClientConnected,
+    host: str | Iterable[str] | None = None,
+    port: int | str | None = None,
+    *,
+    limit: int = STREAM_LIMIT,
+    **options: Any,
+) -> GatedServer:
+    """Call back with a reader and a writer for each connection, as ``asyncio.start_server`` does.
+
+    A coroutine that is called so may use ``until_draining``, is waited for by the drain, and is cancelled at its
+    deadline.
+
+    Args:
+        plane: what the sockets are registered with.
+        client_connected_cb: a plain function or a coroutine function.
+        host: see :func:`create_server`.
+        port: see there.
+        limit: how much the reader may hold, in bytes.
+        options: those of :func:`create_server`.
+    """
+    return await create_server(plane, _stream_factory(client_connected_cb, limit), host, port, **options)
+
+
+async def start_unix_server(
+    plane: Plane,
+    client_connected_cb: ClientConnected,
+    path: str | bytes | os.PathLike[str] | None = None,
+    *,
+    limit: int = STREAM_LIMIT,
+    **options: Any,
+) -> GatedServer:
+    """Call back with a reader and a writer for each connection on a Unix socket; see :func:`start_server`."""
+    return await create_unix_server(plane, _stream_factory(client_connected_cb, limit), path, **options)
+
+
+class GatedServer(asyncio.AbstractServer):
+    """A server that accepts while the gate stands open.
+
+    ``start_serving`` and ``serve_forever`` do not pass the gate. ``wait_closed`` waits for the accepting to end, not
+    for the connections: those are the drain's. It differs from asyncio's own in that, as uvloop's does.
+    """
+
+    def __init__(
+        self,
+        plane: Plane,
+        protocol_factory: ProtocolFactory,
+        entries: Iterable[Entry],
+        given: socket.socket | None,
+        tls_options: dict[str, Any],
+    ) -> None:
+        self._plane = plane
+        self._loop = asyncio.get_running_loop()
+        self._acceptors = [_ServerAcceptor(self, entry, protocol_factory, tls_options) for entry in entries]
+        # What the application passed, where that is a duplicate of what was registered: ours to close, as asyncio does.
+        self._given = given
+        self._is_started = False
+        self._is_closed = False
+        self._closed = asyncio.Event()
+        self._forever: asyncio.Future[None] | None = None
+
+    def __repr__(self) -> str:
+        names = ", ".join(acceptor.entry.name for acceptor in self._acceptors)
+        return f"<{type(self).__name__} {names}>"
+
+    @property
+    def plane(self) -> Plane:
+        """What its sockets are registered with."""
+        return self._plane
+
+    @property
+    def sockets(self) -> tuple[TransportSocket, ...]:
+        """The registered sockets; empty once the server is closed."""
+        if self._is_closed:
+            return ()
+        return tuple(TransportSocket(acceptor.entry.sock) for acceptor in self._acceptors)
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def is_serving(self) -> bool:
+        """Say whether it accepts at this moment."""
+        return any(acceptor.is_open for acceptor in self._acceptors)
+
+    async def start_serving(self) -> None:
+        """Accept as soon as the gate lets it; harmless if that was said before."""
+        if not self._is_started:
+            self._is_started = True
+            for acceptor in self._acceptors:
+                await self._plane.gate.add(acceptor)
+
+    async def serve_forever(self) -> None:
+        """Wait until the server is closed. Cancellation closes it."""
+        if self._forever is not None:
+            raise RuntimeError(f"server {self!r} is already being awaited on serve_forever()")
+        if self._is_closed:
+            raise RuntimeError(f"server {self!r} is closed")
+        await self.start_serving()
+        self._forever = self._loop.create_future()
+        try:
+            await self._forever
+        except asyncio.CancelledError:
+            self.close()
+            await self.wait_closed()
+            raise
+        finally:
+            self._forever = None
+
+    def close(self) -> None:
+        """Stop accepting and close the sockets; connections go on. What is accepted already is still served."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for acceptor in self._acceptors:
+            acceptor.stop()
+            withdraw(self._plane, acceptor)
+        if self._given is not None and all(self._given is not acceptor.entry.sock for acceptor in self._acceptors):
+            self._given.close()
+        if self._forever is not None and not self._forever.done():
+            self._forever.cancel()
+        # Behind what `stop` has left to the next turn of the loop.
+        self._loop.call_soon(self._closed.set)
+
+    async def wait_closed(self) -> None:
+        """Wait until the server is closed and everything it accepted is attached to its protocol."""
+        await self._closed.wait()
+
+    def close_clients(self) -> None:
+        """Close the transport of every connection that this server accepted."""
+        for transport in self._transports():
+            transport.close()
+
+    def abort_clients(self) -> None:
+        """Abort the transport of every connection that this server accepted."""
+        for transport in self._transports():
+            transport.abort()
+
+    def _transports(self) -> list[asyncio.WriteTransport]:
+        return [
+            connection.transport
+            for connection in self._plane.tracker.connections()
+            if isinstance(connection, ServerConnection)
+            and connection.server is self
+            and connection.transport is not None
+        ]
+
+
+class ServerConnection(Connection):
+    """A connection from the call of the protocol factory to its end, and to the end of its handler, if that is known.
+
+    Attributes:
+        server: which accepted it.
+        transport: None until the protocol is told of it: before that there is the attaching, and a TLS handshake.
+        handler: the task of a stream's callback, as long as it runs.
+    """
+
+    __slots__ = ("_is_lost", "handler", "server", "transport")
+
+    def __init__(self, server: GatedServer, until: Until) -> None:
+        super().__init__(until)
+        self.server = server
+        self.transport: asyncio.WriteTransport | None = None
+        self.handler: asyncio.Task[None] | None = None
+        self._is_lost = False
+
+    def interrupt(self) -> None:
+        """Wake the handler at its safe point. What has neither is closed, and still sends what it has written."""
+        is_known = bool(self._idle_scopes) or self.handler is not None
+        super().interrupt()
+        if not is_known and self.transport is not None and not self.transport.is_closing():
+            self.silent = self.transport.get_write_buffer_size() == 0
+            self.transport.close()
+
+    def cancel(self) -> None:
+        if self.handler is not None:
+            self.handler.cancel()
+        elif self.transport is not None:
+            self.transport.close()
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+    def is_over(self) -> bool:
+        # A protocol that was replaced (set_protocol, start_tls) is not told of the loss. The socket, which is closed
+        # after the last byte, tells it for plain and for TLS transports; uvloop forgets a socket that nobody asked for.
+        if not self._is_lost and self.transport is not None and self.transport.is_closing():
+            sock = self.transport.get_extra_info("socket")
+            self._is_lost = sock is None or sock.fileno() == -1
+        return self._is_lost and self.handler is None
+
+    def lose(self) -> None:
+        """Take note that there is no transport any more, or will never be one."""
+        self._is_lost = True
+        self.transport = None
+        if self.handler is None:
+            self._tracker.close(self)
+
+    def handle(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run the handler of a stream in a task of its own."""
+        self.handler = self.server.get_loop().create_task(coroutine)
+        self.handler.add_done_callback(self._on_handled)
+
+    def _on_handled(self, handler: asyncio.Task[None]) -> None:
+        self.handler = None
+        transport = self.transport
+        if transport is None:
+            self._tracker.close(self)
+            return
+        error = None if handler.cancelled() else handler.exception()
+        if error is not None and not isinstance(error, DrainInterrupt):
+            handler.get_loop().call_exception_handler(
+                {
+                    "message": "Unhandled exception in client_connected_cb",
+                    "exception": error,
+                    "transport": transport,
+                }
+            )
+        # Without an error, a handler may return and leave the connection to others. Not while the drain waits for it.
+        if handler.cancelled() or error is not None or self._tracker.draining.is_set():
+            transport.close()
+
+    @property
+    def _tracker(self) -> Tracker:
+        return self.server.plane.tracker
+
+
+class _Doorway(asyncio.BaseProtocol):
+    """The protocol, as its transport sees it: the beginning and the end of the connection pass through here.
+
+    A class of the application's need not be changed for that, whatever it is made of, and data goes to its own bound
+    methods. ``transport.set_protocol`` takes this out of the way.
+    """
+
+    __slots__ = ("_connection", "_protocol")
+
+    def __init__(self, connection: ServerConnection, protocol: Any) -> None:
+        self._connection = connection
+        self._protocol = protocol
+
+    def connection_made(self, transport: Any) -> None:
+        self._connection.transport = transport
+        # In a copy, because the connections of a server of uvloop share one context.
+        contextvars.copy_context().run(self._connect, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        try:
+            self._protocol.connection_lost(exc)
+        finally:
+            self._connection.lose()
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+
+    def eof_received(self) -> bool | None:
+        is_kept: bool | None = self._protocol.eof_received()
+        return is_kept
+
+    def __del__(self) -> None:
+        # A TLS handshake that fails reaches no protocol (DESIGN.md, trap 20), nor does a connection that ends before
+        # it is attached: the loop just lets go of it.
+        if self._connection.transport is None:
+            self._connection.lose()
+
+    def _connect(self, transport: Any) -> None:
+        current_connection.set(self._connection)
+        self._protocol.connection_made(transport)
+
+
+class _StreamDoorway(_Doorway, asyncio.Protocol):
+    __slots__ = ("data_received",)
+
+    def __init__(self, connection: ServerConnection, protocol: asyncio.Protocol) -> None:
+        super().__init__(connection, protocol)
+        self.data_received = protocol.data_received  # type: ignore[method-assign]
+
+
+class _BufferedDoorway(_Doorway, asyncio.BufferedProtocol):
+    __slots__ = ("buffer_updated", "get_buffer")
+
+    def __init__(self, connection: ServerConnection, protocol: asyncio.BufferedProtocol) -> None:
+        super().__init__(connection, protocol)
+        self.get_buffer = protocol.get_buffer  # type: ignore[method-assign]
+        self.buffer_updated = protocol.buffer_updated  # type: ignore[method-assign]
+
+
+class _ServerAcceptor(Acceptor):
+    """One socket of a server: behind it, while the gate stands open, a server of the loop's own on a duplicate."""
+
+    def __init__(
+        self, server: GatedServer, entry: Entry, protocol_factory: ProtocolFactory, tls_options: dict[str, Any]
+    ) -> None:
+        self.entry = entry
+        self._server = server
+        self._loop = server.get_loop()
+        self._protocol_factory = protocol_factory
+        # Protocols run in the context of whoever asked for the server, also when somebody else opens the gate.
+        self._context = contextvars.copy_context()
+        self._duplicate: _Duplicate | None = None
+        self._inner: asyncio.AbstractServer | None = None
+        self._options = tls_options
+        if entry.sock.family == socket.AF_UNIX and sys.version_info >= (3, 13):
+            # Else its close removes the path (DESIGN.md, trap 4).
+            self._options = {**tls_options, "cleanup_socket": False}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it accepts."""
+        return self._inner is not None
+
+    async def open(self) -> None:
+        await self._loop.create_task(self._open(), context=self._context)
+
+    async def pause(self) -> None:
+        if self.is_open:
+            self.stop()
+            # One turn, and those that asyncio has accepted are attached; another one, and their protocols know.
+            for _ in range(2):
+                await asyncio.sleep(0)
+
+    async def end(self) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Accept no more, from this moment on; harmless if it did not."""
+        if self._inner is None or self._duplicate is None:
+            return
+        inner, self._inner = self._inner, None
+        if not isinstance(self._loop, asyncio.SelectorEventLoop):
+            # uvloop attaches in the callback that accepts; its listening handles are no readers.
+            inner.close()
+            return
+        self._duplicate.retire()
+        if self._loop.remove_reader(self._duplicate.fileno()):
+            # What asyncio accepts it attaches in a task of its own, to which a server that was closed meanwhile means a
+            # reset (3.11) or a client that hangs for ever (3.12, 3.13; DESIGN.md, trap 1). The tasks that there are
+            # stand before this callback in the loop's queue.
+            self._loop.call_soon(inner.close)
+        else:
+            # It is out of descriptors and waits (trap 5): it is going to watch the socket again, even if that is
+            # closed, and would log the ValueError of a descriptor -1.
+            self._loop.call_later(constants.ACCEPT_RETRY_DELAY, inner.close)
+
+    async def _open(self) -> None:
+        # Two of the loop's own methods, because each refuses the other one's sockets on one of the loops.
+        method = "create_unix_server" if self.entry.sock.family == socket.AF_UNIX else "create_server"
+        backlog = ACCEPTS_PER_TURN if isinstance(self._loop, asyncio.SelectorEventLoop) else self.entry.backlog
+        duplicate = _Duplicate(self.entry.sock, self._loop)
+        try:
+            inner = await original(self._loop, method)(
+                self._admit, sock=duplicate, backlog=backlog, start_serving=False, **self._options
+            )
+        except BaseException:
+            duplicate.close()
+            raise
+        self._duplicate, self._inner = duplicate, inner
+        try:
+            await inner.start_serving()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _admit(self) -> asyncio.BaseProtocol:
+        """Track a connection, and make its protocol."""
+        connection = ServerConnection(self._server, self.entry.until)
+        self._server.plane.tracker.open(connection)
+        try:
+            protocol = self._protocol_factory()
+            if isinstance(protocol, asyncio.BufferedProtocol):
+                return _BufferedDoorway(connection, protocol)
+            return _StreamDoorway(connection, protocol)  # type: ignore[arg-type]
+        except BaseException:
+            connection.lose()
+            raise
+
+
+class _Duplicate(socket.socket):
+    """A duplicate of a listening socket, for asyncio to accept on; to uvloop it is a descriptor."""
+
+    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        # Family, type and protocol come from the kernel, so that asyncio finds TCP and sets TCP_NODELAY on what it
+        # accepts (DESIGN.md, trap 19).
+        super().__init__(fileno=os.dup(sock.fileno()))
+        self._loop = loop
+        self._is_retired = False
+        self._is_exhausted = False
+
+    def retire(self) -> None:
+        """Accept nothing any more, whoever asks."""
+        self._is_retired = True
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self._is_retired:
+            # asyncio has come back to it after a shortage of descriptors.
+            self._loop.remove_reader(self.fileno())
+            raise BlockingIOError(errno.EAGAIN, "accepting is paused")
+        if self._is_exhausted:
+            # asyncio has logged that, and stopped to watch for a second; yet it asks for the rest of its turn, and logs
+            # it each time.
+            self._is_exhausted = False
+            raise BlockingIOError(errno.EAGAIN, "out of descriptors")
+        try:
+            return super().accept()
+        except OSError as error:
+            self._is_exhausted = error.errno in EXHAUSTED
+            raise
+
+    def listen(self, backlog: int = 0, /) -> None:
+        """Do nothing: it listens, with the backlog that was asked for, and asyncio would set one of its own."""
+
+
+def original(loop: asyncio.AbstractEventLoop, method: str) -> Callable[..., Any]:
+    """Return a loop's own method: of a gated loop the one it covers, which does not lead back here."""
+    own: Callable[..., Any] = getattr(loop, f"ungated_{method}", None) or getattr(loop, method)
+    return own
+
+
+def registered(plane: Plane, sock: socket.socket) -> Entry | None:
+    """Find the entry of a socket, or of a duplicate of it: servers that are given a descriptor make one."""
+    wanted = os.fstat(sock.fileno())
+    for entry in plane.registry.entries:
+        if os.path.samestat(os.fstat(entry.sock.fileno()), wanted):
+            return entry
+    return None
+
+
+def withdraw(plane: Plane, acceptor: Acceptor) -> None:
+    """Close the socket of an acceptor that has stopped, because the application wants no more of it."""
+    # Once the generation is leaving, sockets are the supervisor's: a path may have to be removed.
+    is_leaving = plane.gate.state is GateState.ENDED
+    # A transport's close, and a server's, cannot wait. This does not: there is nothing to pause.
+    with contextlib.suppress(StopIteration):
+        plane.gate.remove(acceptor).send(None)
+    if not is_leaving and acceptor.entry in plane.registry.entries:
+        plane.registry.release(acceptor.entry)
+
+
+def numeric(address: tuple[Any, ...]) -> tuple[str, int]:
+    """Return host and port of a resolved address, with the scope of a link-local one."""
+    host, port, *more = address
+    # IPv6: flow information, and the number of the interface or 0.
+    return (f"{host}%{more[1]}" if more and more[1] else host), port
+
+
+def _register(plane: Plane, sock: socket.socket, name: str | None, until: Until | str) -> Entry:
+    if sock.type != socket.SOCK_STREAM:
+        raise ValueError(f"A Stream Socket was expected, got {sock!r}")
+    return registered(plane, sock) or plane.registry.adopt(sock, name=name or default_name(sock), until=until)
+
+
+def default_name(sock: socket.socket) -> str:
+    """Name a socket by what it is bound to."""
+    kind = "udp" if sock.type == socket.SOCK_DGRAM else "tcp"
+    match sock.getsockname():
+        case [host, port, *_]:
+            return f"{kind}:[{host}]:{port}" if ":" in host else f"{kind}:{host}:{port}"
+        case bytes(abstract):
+            return f"unix:@{os.fsdecode(abstract[1:])}"
+        case path:
+            return f"unix:{path}"
+
+
+async def _resolve(
+    loop: asyncio.AbstractEventLoop, host: str | Iterable[str] | None, port: int | str | None, family: int, flags: int
+) -> list[tuple[str, int]]:
+    """Return numeric addresses, each once."""
+    hosts = [host or None] if host is None or isinstance(host, str) else list(host)
+    found = await asyncio.gather(
+        *(loop.getaddrinfo(each, port, family=family, type=socket.SOCK_STREAM, flags=flags) for each in hosts)
+    )
+    return list(dict.fromkeys(numeric(address) for infos in found for *_, address in infos))
+
+
+def _listen_tcp(
+    plane: Plane,
+    addresses: list[tuple[str, int]],
+    name: str | None,
+    until: Until | str,
+    backlog: int,
+    *,
+    reuse_port: bool,
+) -> list[Entry]:
+    """Register a socket for each address, or for none."""
+    entries: list[Entry] = []
+    missing: OSError | None = None
+    try:
+        for host, port in addresses:
+            try:
+                entry = plane.registry.listen_tcp(
+                    host, port, name=name, until=until, backlog=backlog, reuse_port=reuse_port
+                )
+                entries.append(entry)
+            except OSError as error:
+                # A name may stand for an address, or a family, that this machine does not have: asyncio passes over
+                # those too.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+        if not entries:
+            raise missing or OSError(errno.EADDRNOTAVAIL, "no address was found to bind to")
+    except BaseException:
+        for entry in entries:
+            plane.registry.release(entry)
+        raise
+    return entries
+
+
+async def _serve(server: GatedServer, *, start_serving: bool) -> GatedServer:
+    if start_serving:
+        try:
+            await server.start_serving()
+        except BaseException:
+            server.close()
+            raise
+    return server
+
+
+def _stream_factory(client_connected_cb: ClientConnected, limit: int) -> ProtocolFactory:
+    loop = asyncio.get_running_loop()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = current_connection.get()
+        assert isinstance(connection, ServerConnection)
+        handling = client_connected_cb(reader, writer)
+        if asyncio.iscoroutine(handling):
+            connection.handle(handling)
+
+    def make() -> asyncio.StreamReaderProtocol:
+        return asyncio.StreamReaderProtocol(asyncio.StreamReader(limit=limit, loop=loop), connected, loop=loop)
+
+    return make
+
+
+def _tls_options(
+    context: tls.SSLContext | None, handshake_timeout: float | None, shutdown_timeout: float | None
+) -> dict[str, Any]:
+    """Check now what the loop would refuse at the commit."""
+    if context is None:
+        if handshake_timeout is not None:
+            raise ValueError("ssl_handshake_timeout is only meaningful with ssl")
+        if shutdown_timeout is not None:
+            raise ValueError("ssl_shutdown_timeout is only meaningful with ssl")
+        return {}
+    if not isinstance(context, tls.SSLContext):
+        raise TypeError("ssl argument must be an SSLContext or None")
+    return {"ssl": context, "ssl_handshake_timeout": handshake_timeout, "ssl_shutdown_timeout": shutdown_timeout}
