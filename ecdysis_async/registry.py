@@ -274,6 +274,7 @@ class Registry:
         """
         if (entry := self.find(sock)) is not None:
             raise ValueError(f"this socket is registered already, as {entry.name!r}")
+        until = Until(until)
 
         def is_successor(inherited: Entry) -> bool:
             return inherited.name == name and (inherited.sock.family, inherited.sock.type) == (sock.family, sock.type)
@@ -283,7 +284,7 @@ class Registry:
             return claimed
         sock.set_inheritable(False)
         sock.setblocking(False)
-        entry = Entry(name, _kind(sock), _address_of(sock), sock, Until(until))
+        entry = Entry(name, _kind(sock), _address_of(sock), sock, until)
         self._entries.append(entry)
         return entry
 
@@ -398,7 +399,7 @@ class Registry:
         is_single: bool,
     ) -> Entry:
         """Claim an inherited socket, or create it."""
-        name = name or f"{kind.value}:{address}"
+        name, until = name or f"{kind.value}:{address}", Until(until)
 
         def fits(inherited: Entry) -> bool:
             # A path that was removed, or now leads elsewhere (a directory in it is a symlink that has moved), is made
@@ -425,15 +426,15 @@ class Registry:
             raise _explained(error, "bind", address) from error
         sock.setblocking(False)
         inode = _inode_of(address) if sock.family is socket.AF_UNIX and not address.startswith("@") else None
-        entry = Entry(name, kind, address, sock, Until(until), backlog, inode=inode)
+        entry = Entry(name, kind, address, sock, until, backlog, inode=inode)
         self._entries.append(entry)
         return entry
 
-    def _claim(self, fits: Callable[[Entry], bool], until: Until | str, backlog: int) -> Entry | None:
+    def _claim(self, fits: Callable[[Entry], bool], until: Until, backlog: int) -> Entry | None:
         """Claim the first unclaimed entry that fits. Equal ones (SO_REUSEPORT) are so claimed in order, each once."""
         for index, entry in enumerate(self._entries):
             if not entry.claimed and fits(entry):
-                claimed = replace(entry, claimed=True, until=Until(until), backlog=backlog)
+                claimed = replace(entry, claimed=True, until=until, backlog=backlog)
                 self._entries[index] = claimed
                 return claimed
         return None
