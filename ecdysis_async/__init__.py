@@ -6,6 +6,8 @@ accepting, and finishes what it has. Enter :class:`Ecdysis` and await :meth:`Ecd
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     DrainInterrupt,
     EcdysisError,
@@ -22,6 +24,9 @@ from .errors import (
 )
 from .report import DrainCount, Outcome, Phase, RestartReport
 from .supervisor import Ecdysis, State, current
+
+if TYPE_CHECKING:
+    from .loops import run
 
 __all__ = [
     "DrainCount",
@@ -45,3 +50,12 @@ __all__ = [
     "current",
     "run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Not before it is asked for: asyncio costs a service on trio 40 ms of each start.
+    if name == "run":
+        from .loops import run
+
+        return run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

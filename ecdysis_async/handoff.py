@@ -16,6 +16,7 @@ import mmap
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 import traceback
@@ -36,6 +37,7 @@ from .errors import (
     ReadyTimeout,
     RestartError,
     RolledBack,
+    SpawnFailed,
     SuccessorFailed,
 )
 from .peer import Death, Peer, wait_for_death
@@ -73,6 +75,9 @@ LISTENERS_SECONDS = 30.0
 COMMIT_SECONDS = 120.0
 # What a successor that has to leave gets between SIGTERM and SIGKILL.
 END_GRACE_SECONDS = 3.0
+
+# How long to wait where accepting again failed, for want of descriptors most likely.
+RESUME_PAUSE_SECONDS = 0.2
 
 STDERR_LINES = 40
 STDERR_BYTES = 16 * 1024
@@ -115,10 +120,13 @@ class Lineage:
         self.on_drained: Callable[[Ancestor, Mapping[str, Any]], None] = lambda ancestor, body: None
         self._following: anyio.CancelScope | None = None
         self._ended = anyio.Event()
+        self._is_let_go = False
 
     async def follow(self, max_draining: int) -> None:
         """Listen to all of them until each one is dead, and tell those beyond ``max_draining`` to hurry."""
         with anyio.CancelScope() as self._following:
+            if self._is_let_go:
+                return
             for ancestor in sorted(self.ancestors, key=lambda each: each.generation)[:-max_draining]:
                 with contextlib.suppress(ChannelError):  # it is leaving at this moment
                     await ancestor.peer.channel.send(Farewell.HURRY, timeout=2)
@@ -129,6 +137,7 @@ class Lineage:
 
     async def let_go(self) -> list[dict[str, Any]]:
         """Listen to them no more; return what a successor has to know to go on where this one ended."""
+        self._is_let_go = True
         if self._following is not None:
             self._following.cancel()
             await self._ended.wait()
@@ -181,6 +190,7 @@ class Side(abc.ABC, Generic[State, Event, Action]):
     """A machine with its queue of events and its timer."""
 
     timed_out: Event
+    failed: Event
     limits: Mapping[Timer, float]
 
     def __init__(
@@ -214,7 +224,12 @@ class Side(abc.ABC, Generic[State, Event, Action]):
                 self.state, actions = self._step(before, event)
                 self.changed(before, event, cause)
                 for action in actions:
-                    await self.perform(action)
+                    try:
+                        await self.perform(action)
+                    except Exception as error:
+                        # No descriptors, no memory: whatever it is, it fails this restart and not the service.
+                        self.generation.log.exception("%s failed", action.value)
+                        self.post(self.failed, error)
         finally:
             # Only now, after the last action: whoever is woken by a failure finds this side accepting again.
             self.over.set()
@@ -229,7 +244,7 @@ class Side(abc.ABC, Generic[State, Event, Action]):
 
     @abc.abstractmethod
     async def perform(self, action: Action) -> None:
-        """Carry out one action. What it leads to comes back as an event; it does not raise."""
+        """Carry out one action. What it leads to comes back as an event; so does an exception, as ``failed``."""
 
     async def _next(self, deadline: float) -> tuple[Event, object]:
         with anyio.CancelScope(deadline=deadline):
@@ -266,6 +281,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
     """
 
     timed_out = PredecessorEvent.TIMED_OUT
+    failed = PredecessorEvent.BROKEN
 
     def __init__(self, generation: Generation, on_change: Callable[[Handover], None]) -> None:
         super().__init__(Predecessor.SPAWNING, step_predecessor, generation)
@@ -287,11 +303,11 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         self.unclaimed: list[Entry] = []
         self._on_change = on_change
         self._entries: list[Entry] = []
-        self._entered = anyio.current_time()
+        self._entered = time.monotonic()
         self._paused_at = math.nan
         self._process: Process | None = None
         self._peer: Peer | None = None
-        self._counters: mmap.mmap | None = None
+        self._counters = -1
         self._env_file_keys: tuple[str, ...] = ()
         self._stderr: StderrTail | None = None
 
@@ -377,13 +393,11 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         """Check what came before it counts. A successor may be of an older or a newer release."""
         event = predecessor_event(frame.type)
         if event is PredecessorEvent.HELLO:
-            if self._counters is not None:
+            if self._counters >= 0:
                 raise GarbledFrame("the successor said HELLO twice")
             choose_version(frame.body)
-            pidfd, counters = frame.descriptors
-            self._counters = mmap.mmap(counters, COUNTERS_SIZE, prot=mmap.PROT_READ)
-            os.close(counters)
             self.report.successor_pid = int(frame.body["pid"])
+            pidfd, self._counters = frame.descriptors
             # Another process than the spawned one speaks where the command is a wrapper: that one counts from here on.
             assert self._peer is not None
             self._peer.watch(pidfd)
@@ -414,15 +428,17 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         if self.state is before:
             return
         phase = _PHASES.get(before)
-        now = anyio.current_time()
+        # Not the loop's clock: uvloop's stands still within one turn, and counts whole milliseconds.
+        now = time.monotonic()
         if phase is not None:
             self.report.phases[phase] = now - self._entered
         self._entered = now
         failed = (Predecessor.ABORTING, Predecessor.REVERTING, Predecessor.FAILED, Predecessor.ROLLED_BACK)
         if self.state in failed and self.error is None:
             self._fail(self._explain(before, event, cause), phase)
-        if self.state is Predecessor.ROLLED_BACK and self._counters is not None:
-            opened, closed = memoryview(self._counters).cast("Q")[:2]
+        if self.state is Predecessor.ROLLED_BACK:
+            # Read rather than mapped: a file that was cut short would be a SIGBUS here.
+            opened, closed = COUNTERS.unpack(os.pread(self._counters, COUNTERS.size, 0))
             self.report.lost = max(0, opened - closed)
         self.report.outcome = _OUTCOMES.get(self.state, self.report.outcome)
         if event is PredecessorEvent.STOP:
@@ -430,7 +446,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         self.generation.log.info(
             "restart %s: %s (generation %d, pid %s)",
             self.report.id,
-            self.state.value,
+            self.report.outcome.value if self.state.final else self.state.value,
             self.report.generation,
             self.report.successor_pid,
         )
@@ -451,8 +467,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             case PredecessorAction.PAUSE:
                 self._tasks.start_soon(self._pause)
             case PredecessorAction.RESUME:
-                async with self.generation.gate_lock:
-                    await self.generation.plane.gate.open()
+                await self._resume()
             case PredecessorAction.SEND_COMMIT:
                 await self._send(FromPredecessor.COMMIT)
             case PredecessorAction.SEND_SETTLED:
@@ -475,8 +490,16 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             RestartError: it could not be run.
         """
         settings = self.generation.settings
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._stderr = StderrTail()
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise SpawnFailed(f"no channel for a successor: {error}; is the limit of open files reached?") from error
+        try:
+            self._stderr = StderrTail()
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            raise SpawnFailed(f"no pipe for a successor: {error}; is the limit of open files reached?") from error
         try:
             # In a thread: looking for files may block, and so does vfork until the exec is done (vfork(2)).
             def start() -> Process:
@@ -510,10 +533,15 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         generation = self.generation
         self._entries = list(generation.plane.registry.entries)
         descriptions, sockets = generation.plane.registry.describe(self._entries)
-        ancestors = generation.lineage.ancestors
-        pidfd = os.pidfd_open(os.getpid())
-        stderr = _duplicate_stderr()
-        try:
+        ancestors = list(generation.lineage.ancestors)
+        with contextlib.ExitStack() as ours:
+
+            def owned(descriptor: int) -> int:
+                ours.callback(os.close, descriptor)
+                return descriptor
+
+            # Duplicates, because an ancestor may end, and be closed here, while this is being sent.
+            ends = [owned(os.dup(end)) for each in ancestors for end in (each.peer.channel.fileno(), each.peer.pidfd)]
             await self._send(
                 FromPredecessor.LISTENERS,
                 {
@@ -525,16 +553,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                     "ancestors": [ancestor.to_json() for ancestor in ancestors],
                     "env_file_keys": list(self._env_file_keys),
                 },
-                [
-                    pidfd,
-                    stderr,
-                    *sockets,
-                    *(end for each in ancestors for end in (each.peer.channel.fileno(), each.peer.pidfd)),
-                ],
+                [owned(os.pidfd_open(os.getpid())), owned(_duplicate_stderr()), *sockets, *ends],
             )
-        finally:
-            os.close(pidfd)
-            os.close(stderr)
 
     async def _pause(self) -> None:
         unclaimed = set(self.unclaimed)
@@ -550,6 +570,18 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             self.post(PredecessorEvent.BROKEN, error)
         else:
             self.post(PredecessorEvent.PAUSED)
+
+    async def _resume(self) -> None:
+        while True:
+            try:
+                async with self.generation.gate_lock:
+                    await self.generation.plane.gate.open()
+            except OSError:
+                # There is no successor, and nobody else to accept: it has to work in the end.
+                self.generation.log.exception("this generation cannot accept again yet; trying on")
+                await anyio.sleep(RESUME_PAUSE_SECONDS)
+            else:
+                return
 
     async def _end_successor(self) -> None:
         assert self._process is not None and self._peer is not None
@@ -613,8 +645,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             self._peer.close()
         if self._stderr is not None:
             self._stderr.close()
-        if self._counters is not None:
-            self._counters.close()
+        if self._counters >= 0:
+            os.close(self._counters)
         if self._process is not None:
             self._process.close()
         self.over.set()
@@ -664,7 +696,8 @@ class StderrTail:
         return bool(data)
 
 
-COUNTERS_SIZE = 16
+# Connections opened and closed (see Tracker.share), in the order of bytes of this machine.
+COUNTERS = struct.Struct("@QQ")
 
 
 class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
@@ -678,6 +711,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
     """
 
     timed_out = SuccessorEvent.TIMED_OUT
+    failed = SuccessorEvent.FAILED
     limits: Mapping[Timer, float] = {Timer.LISTENERS: LISTENERS_SECONDS, Timer.COMMIT: COMMIT_SECONDS}
 
     def __init__(self, sock: socket.socket, generation: Generation, on_change: Callable[[Inheritance], None]) -> None:
@@ -798,14 +832,10 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
                 await self._send(FromSuccessor.FAILED, {"error": self.reason})
             case SuccessorAction.OPEN:
                 self._restore_stderr()
-                try:
-                    async with self.generation.gate_lock:
-                        await self.generation.plane.gate.open()
-                except Exception as error:  # noqa: BLE001 - whatever it is, the predecessor takes over again
-                    self.post(SuccessorEvent.FAILED, error)
-                else:
-                    self._opened_at = time.monotonic()
-                    self.post(SuccessorEvent.OPENED)
+                async with self.generation.gate_lock:
+                    await self.generation.plane.gate.open()
+                self._opened_at = time.monotonic()
+                self.post(SuccessorEvent.OPENED)
             case SuccessorAction.SEND_SERVING:
                 await self._send(FromSuccessor.SERVING, {"opened_at": self._opened_at})
             case SuccessorAction.SEND_SETTLE:
@@ -826,8 +856,8 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         pidfd = os.pidfd_open(os.getpid())
         counters = os.memfd_create("ecdysis-counters", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(counters, COUNTERS_SIZE)
-            self.generation.plane.tracker.share(memoryview(mmap.mmap(counters, COUNTERS_SIZE)).cast("Q"))
+            os.ftruncate(counters, COUNTERS.size)
+            self.generation.plane.tracker.share(memoryview(mmap.mmap(counters, COUNTERS.size)).cast("Q"))
             body = {"versions": list(VERSIONS), "pid": os.getpid()}
             await self._channel.send(FromSuccessor.HELLO, body, [pidfd, counters])
         finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
@@ -41,8 +42,6 @@ from .spawn import claim_channel, supported
 
 if TYPE_CHECKING:
     import asyncio
-
-    from .asyncio_servers import DataPlane
 
 __all__ = ["Ecdysis", "State", "current"]
 
@@ -209,6 +208,7 @@ class Ecdysis:
             raise RuntimeError("an Ecdysis is entered once, in the process that made it: make a new one")
         self._finished = anyio.Event()
         self._drained = anyio.Event()
+        self._inherited = anyio.Event()
         self._tracker.draining = anyio.Event()
         self._resources = ExitStack()
         self._task_group = anyio.create_task_group()
@@ -563,7 +563,10 @@ class Ecdysis:
         Raises:
             OSError: an address cannot be bound. RuntimeError: the loop is not asyncio's; use :meth:`serve` there.
         """
-        return await self._data_plane.start_server(client_connected_cb, host, port, **options)
+        _require_asyncio()
+        from .asyncio_servers import start_server
+
+        return await start_server(self._generation.plane, client_connected_cb, host, port, **options)
 
     async def start_unix_server(
         self,
@@ -572,7 +575,10 @@ class Ecdysis:
         **options: Any,
     ) -> asyncio.AbstractServer:
         """Start a streams server on a Unix socket, as :func:`asyncio.start_unix_server`. See :meth:`start_server`."""
-        return await self._data_plane.start_unix_server(client_connected_cb, path, **options)
+        _require_asyncio()
+        from .asyncio_servers import start_unix_server
+
+        return await start_unix_server(self._generation.plane, client_connected_cb, path, **options)
 
     async def create_server(
         self,
@@ -582,13 +588,19 @@ class Ecdysis:
         **options: Any,
     ) -> asyncio.AbstractServer:
         """Start a server of protocols, as asyncio's ``loop.create_server``. See :meth:`start_server`."""
-        return await self._data_plane.create_server(protocol_factory, host, port, **options)
+        _require_asyncio()
+        from .asyncio_servers import create_server
+
+        return await create_server(self._generation.plane, protocol_factory, host, port, **options)
 
     async def create_unix_server(
         self, protocol_factory: Callable[[], asyncio.BaseProtocol], path: StrPath | None = None, **options: Any
     ) -> asyncio.AbstractServer:
         """Start a server of protocols on a Unix socket, as ``loop.create_unix_server``. See :meth:`start_server`."""
-        return await self._data_plane.create_unix_server(protocol_factory, path, **options)
+        _require_asyncio()
+        from .asyncio_servers import create_unix_server
+
+        return await create_unix_server(self._generation.plane, protocol_factory, path, **options)
 
     async def create_datagram_endpoint(
         self,
@@ -600,13 +612,10 @@ class Ecdysis:
 
         What arrives in between waits in the kernel's queue for the successor. Sending is possible all the time.
         """
-        return await self._data_plane.create_datagram_endpoint(protocol_factory, local_addr, **options)
+        _require_asyncio()
+        from .asyncio_datagrams import create_datagram_endpoint
 
-    @property
-    def _data_plane(self) -> DataPlane:
-        from .asyncio_servers import DataPlane
-
-        return DataPlane.of(self._generation.plane)
+        return await create_datagram_endpoint(self._generation.plane, protocol_factory, local_addr, **options)
 
     # What happens
 
@@ -668,13 +677,13 @@ class Ecdysis:
         return handover
 
     async def _hand_over(self, handover: Handover) -> None:
-        if self._inheritance is not None and not self._inheritance.over.is_set():
+        if self._inheritance is not None and not self._inherited.is_set():
             # A second restart during probation: so that no more than two generations can ever accept in turn, the
             # predecessor gives up its right to come back first.
             self._inheritance.post(SuccessorEvent.SETTLE)
             with anyio.move_on_after(SETTLE_SECONDS):
-                await self._inheritance.over.wait()
-        if self._inheritance is not None and self._inheritance.state is not Successor.SETTLED:
+                await self._inherited.wait()
+        if self._inheritance is not None and not self._inherited.is_set():
             handover.refuse(
                 RestartError(
                     f"the restart before this one is not settled, and the predecessor (pid {self.predecessor_pid}) "
@@ -701,6 +710,7 @@ class Ecdysis:
         lineage = self._generation.lineage
         lineage.ancestors.append(inheritance.predecessor)
         lineage.on_drained = self._note_drained
+        self._inherited.set()
         if self._last_report is None:
             self._last_report = inheritance.report
         if self._pid_file is not None:
@@ -783,6 +793,20 @@ class Ecdysis:
         for acceptor in acceptors:
             await self._gate.remove(acceptor)
         self._registry.release(entry, unlink=True)
+
+
+def _require_asyncio() -> None:
+    """Check that asyncio or uvloop runs, whose data plane programs on trio never load.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    try:
+        sys.modules["asyncio"].get_running_loop()
+    except (KeyError, RuntimeError):
+        raise RuntimeError(
+            "this is for asyncio and uvloop: on trio pass a socket of listen_tcp() and the like to serve()"
+        ) from None
 
 
 async def _first(*events: anyio.Event) -> None:
