@@ -23,7 +23,7 @@ from .errors import (
     SuccessorFailed,
 )
 from .report import DrainCount, Outcome, Phase, RestartReport
-from .supervisor import Ecdysis, State, current
+from .supervisor import Ecdysis, State, current, track, until_draining
 
 if TYPE_CHECKING:
     from .loops import run
@@ -49,6 +49,8 @@ __all__ = [
     "SuccessorFailed",
     "current",
     "run",
+    "track",
+    "until_draining",
 ]
 
 

@@ -43,7 +43,7 @@ from .spawn import claim_channel, supported
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Ecdysis", "State", "current"]
+__all__ = ["Ecdysis", "State", "current", "track", "until_draining"]
 
 T = TypeVar("T")
 
@@ -88,6 +88,16 @@ def current() -> Ecdysis:
     if _current is None or _current.pid != os.getpid():
         raise LookupError("no Ecdysis runs in this process: enter `async with Ecdysis() as ecdysis:` first")
     return _current
+
+
+async def until_draining(awaitable: Awaitable[T]) -> T:
+    """Await something at a safe point of this process' :class:`Ecdysis`; see :meth:`Ecdysis.until_draining`."""
+    return await current().until_draining(awaitable)
+
+
+def track() -> AbstractAsyncContextManager[None]:
+    """Let the drain of this process' :class:`Ecdysis` wait for work; see :meth:`Ecdysis.track`."""
+    return current().track()
 
 
 class Ecdysis:

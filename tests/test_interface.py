@@ -1,0 +1,197 @@
+"""The public names, their signatures and their hierarchy: what others build on."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import ecdysis_async
+from ecdysis_async import Ecdysis, RestartError
+
+PUBLIC = {
+    "DrainCount",
+    "DrainInterrupt",
+    "Ecdysis",
+    "EcdysisError",
+    "HandoffAborted",
+    "NotReady",
+    "Outcome",
+    "Phase",
+    "ReadyTimeout",
+    "RestartError",
+    "RestartInProgress",
+    "RestartReport",
+    "RestartUnsupported",
+    "RestartWhileDraining",
+    "RolledBack",
+    "SpawnFailed",
+    "State",
+    "SuccessorFailed",
+    "current",
+    "run",
+    "track",
+    "until_draining",
+}
+
+OPTIONS = {
+    "ready_timeout": 60,
+    "drain_timeout": 30,
+    "probation": 5,
+    "max_draining": 3,
+    "restart_signals": (signal.SIGHUP, signal.SIGUSR2),
+    "stop_signals": (signal.SIGTERM, signal.SIGINT),
+    "pid_file": None,
+    "control_socket": None,
+    "systemd": None,
+    "command": None,
+    "environment": None,
+    "env_file": None,
+    "takeover": None,
+}
+
+COROUTINES = {
+    "create_datagram_endpoint",
+    "create_server",
+    "create_unix_server",
+    "finished",
+    "ready",
+    "restart",
+    "serve",
+    "serve_forever",
+    "start_server",
+    "start_unix_server",
+    "until_draining",
+}
+FUNCTIONS = {
+    "adopt",
+    "bind_udp",
+    "bind_unix_datagram",
+    "listen_seqpacket",
+    "listen_tcp",
+    "listen_unix",
+    "stop",
+    "track",
+}
+PROPERTIES = {
+    "connections",
+    "draining",
+    "draining_generations",
+    "generation",
+    "is_successor",
+    "last_report",
+    "predecessor_pid",
+    "state",
+}
+
+
+def test_public_names() -> None:
+    assert set(ecdysis_async.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(ecdysis_async, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'walk'"):
+        ecdysis_async.walk  # noqa: B018
+
+
+def test_options_and_their_defaults() -> None:
+    parameters = inspect.signature(Ecdysis).parameters
+    assert {name: parameter.default for name, parameter in parameters.items()} == OPTIONS
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters.values())
+
+
+def test_members() -> None:
+    members = {name: member for name, member in vars(Ecdysis).items() if not name.startswith("_")}
+    assert {name for name, member in members.items() if inspect.iscoroutinefunction(member)} == COROUTINES
+    assert {name for name, member in members.items() if isinstance(member, property)} == PROPERTIES
+    assert set(members) == COROUTINES | PROPERTIES | FUNCTIONS
+
+
+def test_listeners_take_a_name_and_until() -> None:
+    for name in FUNCTIONS - {"stop", "track"}:
+        parameters = inspect.signature(getattr(Ecdysis, name)).parameters
+        assert {"name", "until"} <= set(parameters), name
+        assert parameters["until"].default == "drain", name
+
+
+def test_restart_and_stop() -> None:
+    assert inspect.signature(Ecdysis.restart).parameters["until"].default == "serving"
+    assert inspect.signature(Ecdysis.stop).parameters["partial"].default is False
+
+
+def test_every_restart_error_is_one() -> None:
+    for name in (
+        "RestartInProgress",
+        "NotReady",
+        "SpawnFailed",
+        "SuccessorFailed",
+        "ReadyTimeout",
+        "RolledBack",
+        "RestartWhileDraining",
+        "RestartUnsupported",
+    ):
+        assert issubclass(getattr(ecdysis_async, name), RestartError), name
+
+
+def test_an_error_shows_the_last_lines_of_stderr() -> None:
+    error = ecdysis_async.SuccessorFailed("it died", phase="start", stderr="one\ntwo")
+    assert str(error).splitlines()[-2:] == ["  | one", "  | two"]
+    assert error.phase == "start"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ready_timeout": -1}, "ready_timeout is a number of seconds"),
+        ({"ready_timeout": 0}, "no time at all"),
+        ({"drain_timeout": float("nan")}, "drain_timeout is a number of seconds"),
+        ({"probation": -0.1}, "probation is a number of seconds"),
+        ({"max_draining": 0}, "max_draining"),
+        ({"restart_signals": [signal.SIGTERM]}, "SIGTERM cannot both"),
+        ({"stop_signals": [signal.SIGKILL]}, "SIGKILL cannot be handled"),
+        ({"stop_signals": [4711]}, "4711"),
+        ({"command": []}, "command is empty"),
+        ({"control_socket": "/run/x"}, "control_socket is not in this release"),
+        ({"systemd": True}, "systemd is not in this release"),
+        ({"takeover": "/run/x"}, "takeover is not in this release"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_given(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Ecdysis(**options)  # type: ignore[arg-type]
+
+
+def test_a_command_in_one_string_is_refused_with_the_list_it_should_be() -> None:
+    with pytest.raises(TypeError, match=r"\['python', 'app.py'\]"):
+        Ecdysis(command="python app.py")
+
+
+def test_current_outside_of_a_block() -> None:
+    with pytest.raises(LookupError, match="async with Ecdysis"):
+        ecdysis_async.current()
+
+
+def test_a_service_on_trio_never_loads_asyncio() -> None:
+    program = "import sys, ecdysis_async; sys.exit('asyncio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+async def test_asyncio_servers_say_what_to_use_on_trio(backend: str) -> None:
+    async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
+        if backend == "trio":
+            with pytest.raises(RuntimeError, match="listen_tcp"):
+                await ecdysis.start_server(_never_called, "127.0.0.1", 0)
+        else:
+            server = await ecdysis.start_server(_never_called, "127.0.0.1", 0)
+            assert isinstance(server, asyncio.AbstractServer)
+        await ecdysis.ready()
+
+
+async def _never_called(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    raise AssertionError("nobody connects")
