@@ -352,6 +352,10 @@ class Ecdysis:
             await self._inheritance.opened.wait()
             return
         async with self._generation.gate_lock:
+            # Also where the task that will accept has not had its turn yet, which on trio is a matter of chance: who
+            # hears "ready" connects at once, and was refused.
+            for entry in self._registry.entries:
+                entry.start_listening()
             await self._gate.open()
         if self._pid_file is not None:
             await anyio.to_thread.run_sync(self._pid_file.publish)
