@@ -10,7 +10,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,7 +32,8 @@ def install_nox() -> str:
     installed = directory / "installed"
     # The stamp comes last: an installation that was interrupted is made anew, and so is one whose Python has gone.
     if not (installed.exists() and os.path.exists(python)):
-        venv.create(directory, clear=True, with_pip=True)
+        # Not venv.create: only the command says which package a distribution that splits Python up has it in.
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", "nox>=2026.10.20"], check=True)
         installed.touch()
     return python
