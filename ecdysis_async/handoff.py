@@ -833,6 +833,9 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
             case SuccessorAction.OPEN:
                 self._restore_stderr()
                 async with self.generation.gate_lock:
+                    # What was created here, also where the task that will accept has not had its turn yet.
+                    for entry in self.generation.plane.registry.entries:
+                        entry.start_listening()
                     await self.generation.plane.gate.open()
                 self._opened_at = time.monotonic()
                 self.post(SuccessorEvent.OPENED)
