@@ -147,8 +147,9 @@ class GatedSocket(Acceptor):
                     await self._changed.wait()
                     continue
                 try:
-                    taken = operation(self.entry.sock)
+                    return operation(self.entry.sock)
                 except BlockingIOError:
+                    self._is_exhausted = False
                     # Raised where a pause wakes us. Should the socket be closed, then the operation itself fails next.
                     with contextlib.suppress(anyio.ClosedResourceError):
                         await anyio.wait_readable(self.entry.sock)
@@ -157,9 +158,6 @@ class GatedSocket(Acceptor):
                         raise
                     self._report_exhaustion(error)
                     await anyio.sleep(EXHAUSTED_PAUSE_SECONDS)
-                else:
-                    self._is_exhausted = False
-                    return taken
 
     async def open(self) -> None:
         """Take from the socket from now on."""
@@ -190,7 +188,7 @@ class GatedSocket(Acceptor):
         self._changed = anyio.Event()
 
     def _report_exhaustion(self, error: OSError) -> None:
-        """Say it once until something was taken again: a queue that cannot be served would fill the log."""
+        """Say it once until the queue was empty again: every connection that waits would fill the log with it."""
         if not self._is_exhausted:
             self._is_exhausted = True
             logger.error(

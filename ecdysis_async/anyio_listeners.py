@@ -211,7 +211,9 @@ async def serve(handler: Handler, *listeners: object, plane: Plane | None = None
                 services.append(_service_of(ours))
             else:
                 services.append(_service_of(listener))
-        task_group: TaskGroup = plane.task_group or await stack.enter_async_context(anyio.create_task_group())
+        task_group = plane.task_group
+        if task_group is None:
+            task_group = await stack.enter_async_context(anyio.create_task_group())
         async with anyio.create_task_group() as accepting:
             for service in services:
                 accepting.start_soon(service, handler, task_group)
