@@ -425,7 +425,8 @@ class Registry:
         except OSError as error:
             raise _explained(error, "bind", address) from error
         sock.setblocking(False)
-        inode = _inode_of(address) if sock.family is socket.AF_UNIX and not address.startswith("@") else None
+        is_path = kind in (Kind.UNIX, Kind.SEQPACKET, Kind.UNIX_DATAGRAM) and not address.startswith("@")
+        inode = _inode_of(address) if is_path else None
         entry = Entry(name, kind, address, sock, until, backlog, inode=inode)
         self._entries.append(entry)
         return entry
