@@ -23,6 +23,7 @@ TOP_TO_BOTTOM = (
     "supervisor",
     "handoff",
     "loops",
+    "asyncio_datagrams",
     "asyncio_servers",
     "anyio_listeners",
     "trio_listeners",
@@ -47,7 +48,7 @@ TOP_TO_BOTTOM = (
 )
 
 # All others are written once, on anyio.
-NATIVE = ("loops", "asyncio_servers", "anyio_listeners", "trio_listeners", "servers")
+NATIVE = ("loops", "asyncio_datagrams", "asyncio_servers", "anyio_listeners", "trio_listeners", "servers")
 LOOPS = {"asyncio", "trio", "uvloop"}
 
 # What protocol.py would do I/O, tell the time or know a loop with.
