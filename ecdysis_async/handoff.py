@@ -834,8 +834,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
                 self._restore_stderr()
                 async with self.generation.gate_lock:
                     # What was created here, also where the task that will accept has not had its turn yet.
-                    for entry in self.generation.plane.registry.entries:
-                        entry.start_listening()
+                    self.generation.plane.registry.start_listening()
                     await self.generation.plane.gate.open()
                 self._opened_at = time.monotonic()
                 self.post(SuccessorEvent.OPENED)

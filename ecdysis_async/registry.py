@@ -101,7 +101,8 @@ class Entry:
         """Let clients queue. Does nothing for a socket that listens already, or that has no queue of connections."""
         if self.sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
             return
-        if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        # A connected socket that was adopted has no queue either.
+        if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or _is_connected(self.sock):
             return
         try:
             self.sock.listen(self.backlog)
@@ -288,6 +289,15 @@ class Registry:
         self._entries.append(entry)
         return entry
 
+    def start_listening(self) -> None:
+        """Let clients queue on every socket, also where nobody accepts yet.
+
+        Raises:
+            OSError: an address is taken, by a socket that was not listening when this one was bound.
+        """
+        for entry in self._entries:
+            entry.start_listening()
+
     def find(self, sock: socket.socket | int) -> Entry | None:
         """Return the entry that a socket object, or a descriptor, belongs to."""
         descriptor = sock if isinstance(sock, int) else sock.fileno()
@@ -439,6 +449,14 @@ class Registry:
                 self._entries[index] = claimed
                 return claimed
         return None
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _kind(sock: socket.socket) -> Kind:

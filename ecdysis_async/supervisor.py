@@ -354,8 +354,7 @@ class Ecdysis:
         async with self._generation.gate_lock:
             # Also where the task that will accept has not had its turn yet, which on trio is a matter of chance: who
             # hears "ready" connects at once, and was refused.
-            for entry in self._registry.entries:
-                entry.start_listening()
+            self._registry.start_listening()
             await self._gate.open()
         if self._pid_file is not None:
             await anyio.to_thread.run_sync(self._pid_file.publish)
