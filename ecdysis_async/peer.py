@@ -49,6 +49,7 @@ class Peer:
         self.channel = channel
         self.pidfd = pidfd
         self._watching = anyio.CancelScope()
+        self._replaced: list[int] = []
 
     def is_dead(self) -> bool:
         """Say whether it has died, without waiting."""
@@ -56,9 +57,11 @@ class Peer:
 
     def watch(self, pidfd: int) -> None:
         """Watch another process from now on: the one that really speaks, where a wrapper was spawned."""
-        replaced, self.pidfd = self.pidfd, pidfd
+        # Closed only when nobody waits on it any more: its number may belong to the next connection at once, and the
+        # end of the wait would take that one's reader away (asyncio: it hangs; uvloop: RuntimeError).
+        self._replaced.append(self.pidfd)
+        self.pidfd = pidfd
         self._watching.cancel()
-        os.close(replaced)
 
     async def run(self, deliver: Callable[[Frame | ChannelError | Death], None]) -> None:
         """Deliver each frame, at most one error of the channel, and at the end the death.
@@ -86,8 +89,9 @@ class Peer:
         deliver(Death())
 
     def close(self) -> None:
-        """Let go of both descriptors; harmless if done already. Not while ``run`` runs: cancel that first."""
+        """Let go of all descriptors; harmless if done already. Not while ``run`` runs: cancel that first."""
         self.channel.close()
+        self._close_replaced()
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
@@ -98,3 +102,8 @@ class Peer:
                 await wait_for_death(self.pidfd)
                 scope.cancel()
                 return
+            self._close_replaced()
+
+    def _close_replaced(self) -> None:
+        while self._replaced:
+            os.close(self._replaced.pop())
