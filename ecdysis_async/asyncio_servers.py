@@ -15,12 +15,11 @@ import os
 import socket
 import ssl as tls
 import sys
-from asyncio import constants
 from asyncio.trsock import TransportSocket
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
-from .drain import Connection, Tracker, current_connection
+from .drain import Connection, current_connection
 from .errors import DrainInterrupt
 from .gate import Acceptor, GateState
 from .plane import Plane
@@ -47,6 +46,8 @@ ACCEPTS_PER_TURN = 100
 
 # There is no descriptor, or no memory, for one more connection.
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# How often it is looked whether asyncio watches a socket again that it has left alone for that reason.
+EXHAUSTED_POLL_SECONDS = 0.02
 
 
 async def create_server(
@@ -270,12 +271,13 @@ class GatedServer(asyncio.AbstractServer):
             self._given.close()
         if self._forever is not None and not self._forever.done():
             self._forever.cancel()
-        # Behind what `stop` has left to the next turn of the loop.
-        self._loop.call_soon(self._closed.set)
+        self._closed.set()
 
     async def wait_closed(self) -> None:
         """Wait until the server is closed and everything it accepted is attached to its protocol."""
         await self._closed.wait()
+        for acceptor in self._acceptors:
+            await acceptor.wait_stopped()
 
     def close_clients(self) -> None:
         """Close the transport of every connection that this server accepted."""
@@ -306,11 +308,12 @@ class ServerConnection(Connection):
         handler: the task of a stream's callback, as long as it runs.
     """
 
-    __slots__ = ("_is_lost", "handler", "server", "transport")
+    __slots__ = ("_is_lost", "_tracker", "handler", "server", "transport")
 
     def __init__(self, server: GatedServer, until: Until) -> None:
         super().__init__(until)
         self.server = server
+        self._tracker = server.plane.tracker
         self.transport: asyncio.WriteTransport | None = None
         self.handler: asyncio.Task[None] | None = None
         self._is_lost = False
@@ -334,19 +337,14 @@ class ServerConnection(Connection):
             self.transport.abort()
 
     def is_over(self) -> bool:
-        # A protocol that was replaced (set_protocol, start_tls) is not told of the loss. The socket, which is closed
-        # after the last byte, tells it for plain and for TLS transports; uvloop forgets a socket that nobody asked for.
-        if not self._is_lost and self.transport is not None and self.transport.is_closing():
-            sock = self.transport.get_extra_info("socket")
-            self._is_lost = sock is None or sock.fileno() == -1
-        return self._is_lost and self.handler is None
+        return self.handler is None and (self._is_lost or self._is_lost_unheard())
 
     def lose(self) -> None:
-        """Take note that there is no transport any more, or will never be one."""
-        self._is_lost = True
-        self.transport = None
-        if self.handler is None:
-            self._tracker.close(self)
+        """Take note that there is no transport any more, or will never be one; harmless if that is known."""
+        if not self._is_lost:
+            self._is_lost = True
+            if self.handler is None:
+                self._tracker.close(self)
 
     def handle(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run the handler of a stream in a task of its own."""
@@ -354,27 +352,31 @@ class ServerConnection(Connection):
         self.handler.add_done_callback(self._on_handled)
 
     def _on_handled(self, handler: asyncio.Task[None]) -> None:
+        assert self.transport is not None
         self.handler = None
-        transport = self.transport
-        if transport is None:
-            self._tracker.close(self)
-            return
         error = None if handler.cancelled() else handler.exception()
         if error is not None and not isinstance(error, DrainInterrupt):
             handler.get_loop().call_exception_handler(
                 {
                     "message": "Unhandled exception in client_connected_cb",
                     "exception": error,
-                    "transport": transport,
+                    "transport": self.transport,
                 }
             )
         # Without an error, a handler may return and leave the connection to others. Not while the drain waits for it.
         if handler.cancelled() or error is not None or self._tracker.draining.is_set():
-            transport.close()
+            self.transport.close()
+        if self.is_over():
+            self._tracker.close(self)
 
-    @property
-    def _tracker(self) -> Tracker:
-        return self.server.plane.tracker
+    def _is_lost_unheard(self) -> bool:
+        """Ask the transport: a protocol that was replaced (set_protocol, start_tls) is not told of the loss."""
+        if self.transport is None or not self.transport.is_closing():
+            return False
+        # The socket is closed after the last byte, under a TLS transport too, which then has none any more; nor has a
+        # transport of uvloop whose socket nobody had asked for before.
+        sock = self.transport.get_extra_info("socket")
+        return sock is None or bool(sock.fileno() == -1)
 
 
 class _Doorway(asyncio.BaseProtocol):
@@ -386,9 +388,8 @@ class _Doorway(asyncio.BaseProtocol):
 
     __slots__ = ("_connection", "_protocol")
 
-    def __init__(self, connection: ServerConnection, protocol: Any) -> None:
-        self._connection = connection
-        self._protocol = protocol
+    _connection: ServerConnection
+    _protocol: Any
 
     def connection_made(self, transport: Any) -> None:
         self._connection.transport = transport
@@ -426,7 +427,8 @@ class _StreamDoorway(_Doorway, asyncio.Protocol):
     __slots__ = ("data_received",)
 
     def __init__(self, connection: ServerConnection, protocol: asyncio.Protocol) -> None:
-        super().__init__(connection, protocol)
+        self._connection = connection
+        self._protocol = protocol
         self.data_received = protocol.data_received  # type: ignore[method-assign]
 
 
@@ -434,7 +436,8 @@ class _BufferedDoorway(_Doorway, asyncio.BufferedProtocol):
     __slots__ = ("buffer_updated", "get_buffer")
 
     def __init__(self, connection: ServerConnection, protocol: asyncio.BufferedProtocol) -> None:
-        super().__init__(connection, protocol)
+        self._connection = connection
+        self._protocol = protocol
         self.get_buffer = protocol.get_buffer  # type: ignore[method-assign]
         self.buffer_updated = protocol.buffer_updated  # type: ignore[method-assign]
 
@@ -448,11 +451,16 @@ class _ServerAcceptor(Acceptor):
         self.entry = entry
         self._server = server
         self._loop = server.get_loop()
+        self._is_asyncio = isinstance(self._loop, asyncio.SelectorEventLoop)
         self._protocol_factory = protocol_factory
         # Protocols run in the context of whoever asked for the server, also when somebody else opens the gate.
         self._context = contextvars.copy_context()
+        # In use as long as there is an inner server; between two of those, kept for the next one.
         self._duplicate: _Duplicate | None = None
         self._inner: asyncio.AbstractServer | None = None
+        self._stopped = asyncio.Event()
+        self._stopped.set()
+        self._is_ended = False
         self._options = tls_options
         if entry.sock.family == socket.AF_UNIX and sys.version_info >= (3, 13):
             # Else its close removes the path (DESIGN.md, trap 4).
@@ -469,51 +477,67 @@ class _ServerAcceptor(Acceptor):
     async def pause(self) -> None:
         if self.is_open:
             self.stop()
-            # One turn, and those that asyncio has accepted are attached; another one, and their protocols know.
-            for _ in range(2):
-                await asyncio.sleep(0)
+            await self.wait_stopped()
+            # What is attached by now, its protocol knows after another turn.
+            await asyncio.sleep(0)
 
     async def end(self) -> None:
         self.stop()
+        self._is_ended = True
+        if self._stopped.is_set() and self._duplicate is not None:
+            self._duplicate.close()
 
     def stop(self) -> None:
         """Accept no more, from this moment on; harmless if it did not."""
-        if self._inner is None or self._duplicate is None:
-            return
-        inner, self._inner = self._inner, None
-        if not isinstance(self._loop, asyncio.SelectorEventLoop):
-            # uvloop attaches in the callback that accepts; its listening handles are no readers.
-            inner.close()
-            return
-        self._duplicate.retire()
-        if self._loop.remove_reader(self._duplicate.fileno()):
-            # What asyncio accepts it attaches in a task of its own, to which a server that was closed meanwhile means a
-            # reset (3.11) or a client that hangs for ever (3.12, 3.13; DESIGN.md, trap 1). The tasks that there are
-            # stand before this callback in the loop's queue.
-            self._loop.call_soon(inner.close)
-        else:
-            # It is out of descriptors and waits (trap 5): it is going to watch the socket again, even if that is
-            # closed, and would log the ValueError of a descriptor -1.
-            self._loop.call_later(constants.ACCEPT_RETRY_DELAY, inner.close)
+        if self._inner is not None:
+            assert self._duplicate is not None
+            inner, self._inner = self._inner, None
+            self._stopped.clear()
+            self._duplicate.retire()
+            self._let_go(inner)
+
+    async def wait_stopped(self) -> None:
+        """Wait until everything that was accepted is attached to its protocol."""
+        await self._stopped.wait()
 
     async def _open(self) -> None:
         # Two of the loop's own methods, because each refuses the other one's sockets on one of the loops.
         method = "create_unix_server" if self.entry.sock.family == socket.AF_UNIX else "create_server"
-        backlog = ACCEPTS_PER_TURN if isinstance(self._loop, asyncio.SelectorEventLoop) else self.entry.backlog
-        duplicate = _Duplicate(self.entry.sock, self._loop)
+        backlog = ACCEPTS_PER_TURN if self._is_asyncio else self.entry.backlog
+        self._duplicate = self._duplicate or _Duplicate(self.entry.sock)
+        self._inner = await original(self._loop, method)(
+            self._admit, sock=self._duplicate, backlog=backlog, start_serving=False, **self._options
+        )
         try:
-            inner = await original(self._loop, method)(
-                self._admit, sock=duplicate, backlog=backlog, start_serving=False, **self._options
-            )
-        except BaseException:
-            duplicate.close()
-            raise
-        self._duplicate, self._inner = duplicate, inner
-        try:
-            await inner.start_serving()
+            await self._inner.start_serving()
         except BaseException:
             self.stop()
             raise
+
+    def _let_go(self, inner: asyncio.AbstractServer) -> None:
+        assert self._duplicate is not None
+        if not self._is_asyncio:
+            # uvloop attaches in the callback that accepts, and its listeners are no readers.
+            self._close(inner)
+        elif self._loop.remove_reader(self._duplicate.fileno()):
+            # What asyncio accepts it attaches in a task of its own, to which a server that was closed meanwhile means a
+            # reset (3.11) or a client that hangs for ever (3.12, 3.13; DESIGN.md, trap 1). All such tasks stand before
+            # this callback in the loop's queue.
+            self._loop.call_soon(self._close, inner)
+        else:
+            # It is out of descriptors and waits for a second, to watch the socket again even if that is closed by then
+            # (trap 5): ValueError, the descriptor is -1.
+            self._loop.call_later(EXHAUSTED_POLL_SECONDS, self._let_go, inner)
+
+    def _close(self, inner: asyncio.AbstractServer) -> None:
+        inner.close()
+        self._duplicate = None
+        if not self._is_ended:
+            # The descriptor that has become free this moment: to accept again must not fail for want of one. Only
+            # another thread may have been faster; then `open` asks again.
+            with contextlib.suppress(OSError):
+                self._duplicate = _Duplicate(self.entry.sock)
+        self._stopped.set()
 
     def _admit(self) -> asyncio.BaseProtocol:
         """Track a connection, and make its protocol."""
@@ -532,28 +556,23 @@ class _ServerAcceptor(Acceptor):
 class _Duplicate(socket.socket):
     """A duplicate of a listening socket, for asyncio to accept on; to uvloop it is a descriptor."""
 
-    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         # Family, type and protocol come from the kernel, so that asyncio finds TCP and sets TCP_NODELAY on what it
         # accepts (DESIGN.md, trap 19).
         super().__init__(fileno=os.dup(sock.fileno()))
-        self._loop = loop
         self._is_retired = False
         self._is_exhausted = False
 
     def retire(self) -> None:
-        """Accept nothing any more, whoever asks."""
+        """Accept nothing any more, also if asyncio comes back to it after a shortage of descriptors."""
         self._is_retired = True
 
     def accept(self) -> tuple[socket.socket, Any]:
-        if self._is_retired:
-            # asyncio has come back to it after a shortage of descriptors.
-            self._loop.remove_reader(self.fileno())
-            raise BlockingIOError(errno.EAGAIN, "accepting is paused")
-        if self._is_exhausted:
-            # asyncio has logged that, and stopped to watch for a second; yet it asks for the rest of its turn, and logs
-            # it each time.
+        # Where it is out of descriptors, asyncio logs that and stops to watch for a second; yet in the same turn it
+        # asks again, up to its backlog, and would log and wait each time.
+        if self._is_retired or self._is_exhausted:
             self._is_exhausted = False
-            raise BlockingIOError(errno.EAGAIN, "out of descriptors")
+            raise BlockingIOError(errno.EAGAIN, "nothing is accepted now")
         try:
             return super().accept()
         except OSError as error:
