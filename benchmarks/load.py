@@ -1,0 +1,314 @@
+"""Clients of the line service in ``service.py`` that count exactly what became of each request, on loopback only.
+
+Every request ends as one answer or as one failure of a kind. A ``bye`` behind an answer is none: the client connects
+anew and goes on. New connections come at moments of their own, whether or not earlier ones are answered, so that a
+stall is not hidden by the requests it held up. A load ends by itself: at its limit of requests, if not before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import enum
+import itertools
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+__all__ = ["Counts", "Failure", "Kind", "Load", "Mix", "percentile"]
+
+HOST = "127.0.0.1"
+
+# Nothing here takes longer than a few seconds, also on a busy machine: whoever waits longer waits for ever.
+PATIENCE_SECONDS = 15.0
+
+# Half of the new connections stay mute for up to this long: a server must wait for the first byte of what it accepted.
+MUTE_SECONDS = 0.05
+
+
+class Kind(enum.StrEnum):
+    """What a client does with its connection."""
+
+    NEW = "new"  # connect, one request, close
+    KEEP_ALIVE = "keep-alive"  # request after request on one connection
+    SLOW = "slow"  # the same, and the server takes its time for each
+    SILENT = "silent"  # one request, then nothing until the server says goodbye
+
+
+class Failure(enum.StrEnum):
+    """How a request can fail."""
+
+    REFUSED = "refused"
+    RESET = "reset"
+    UNANSWERED = "unanswered"  # closed with a request in flight
+    WRONG = "wrong answer"
+    TIMEOUT = "timeout"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """How many clients of each kind there are, and how they behave.
+
+    Attributes:
+        new_per_second: new connections, on the average, at random moments and whether or not earlier ones are answered.
+        keep_alive: clients that ask again after a pause.
+        pause: the longest such pause, in seconds.
+        slow: clients whose requests take the server some time.
+        slow_seconds: the shortest and the longest of these times.
+        silent: clients that ask once and then keep their connection open.
+        limit: the number of requests at which the load ends by itself.
+    """
+
+    new_per_second: float = 100
+    keep_alive: int = 12
+    pause: float = 0.04
+    slow: int = 6
+    slow_seconds: tuple[float, float] = (0.3, 3.0)
+    silent: int = 4
+    limit: int = 100_000
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the requests of a load.
+
+    Attributes:
+        requests: how many were made.
+        answers: how many of them were answered, and rightly.
+        failures: how many were not.
+        generations: the answers of each generation.
+        reconnects: connections that took the place of one that ended in ``bye``.
+        silent_closed: connections that the server closed with no request in flight.
+        latencies: of the answers, in seconds, a new connection's from before it connects; of slow ones, what came on
+            top of the time that was asked for.
+    """
+
+    requests: Counter[Kind] = field(default_factory=Counter)
+    answers: Counter[Kind] = field(default_factory=Counter)
+    failures: Counter[Failure] = field(default_factory=Counter)
+    generations: Counter[int] = field(default_factory=Counter)
+    reconnects: int = 0
+    silent_closed: int = 0
+    latencies: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Tell it in one line."""
+        failures = ", ".join(f"{number} {failure}" for failure, number in self.failures.items()) or "none"
+        return (
+            f"{self.requests.total()} requests, {self.answers.total()} answers, failures: {failures}; generations "
+            f"{dict(sorted(self.generations.items()))}; {self.reconnects} reconnects, {self.silent_closed} closed "
+            f"while silent; latency p50 {percentile(self.latencies, 50) * 1000:.2f} ms, "
+            f"p99 {percentile(self.latencies, 99) * 1000:.2f} ms, max {percentile(self.latencies, 100) * 1000:.2f} ms"
+        )
+
+
+class Load:
+    """Clients of all kinds against one port, until told to end."""
+
+    def __init__(self, port: int, mix: Mix) -> None:
+        self.port = port
+        self.mix = mix
+        self.counts = Counts()
+        self.random = random.Random()
+        self.texts = itertools.count()
+        self._ended = asyncio.Event()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more requests are made."""
+        return self._ended.is_set() or self.counts.requests.total() >= self.mix.limit
+
+    def end(self) -> None:
+        """Make no more requests; those in flight are still waited for."""
+        self._ended.set()
+
+    async def run(self) -> Counts:
+        """Run the clients until the load is over and each request has its answer or has failed."""
+        async with asyncio.TaskGroup() as clients:
+            clients.create_task(self._arrive(clients))
+            for _ in range(self.mix.keep_alive):
+                clients.create_task(self._keep_alive())
+            for _ in range(self.mix.slow):
+                clients.create_task(self._ask_slowly())
+            for _ in range(self.mix.silent):
+                clients.create_task(self._keep_silent())
+        return self.counts
+
+    async def wait_for_end(self, seconds: float) -> None:
+        """Wait that long, or until the load is told to end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
+
+    async def _arrive(self, clients: asyncio.TaskGroup) -> None:
+        due = time.monotonic()
+        while self.mix.new_per_second:
+            due += self.random.expovariate(self.mix.new_per_second)
+            await self.wait_for_end(due - time.monotonic())
+            if self.is_over:
+                return
+            clients.create_task(self._visit())
+
+    async def _visit(self) -> None:
+        mute = max(0.0, self.random.uniform(-MUTE_SECONDS, MUTE_SECONDS))
+        async with Client(self, Kind.NEW) as client:
+            await client.ask("echo", mute=mute)
+
+    async def _keep_alive(self) -> None:
+        async with Client(self, Kind.KEEP_ALIVE) as client:
+            while not self.is_over:
+                await client.rest(self.random.uniform(0, self.mix.pause))
+                await client.ask("echo")
+
+    async def _ask_slowly(self) -> None:
+        async with Client(self, Kind.SLOW) as client:
+            while not self.is_over:
+                seconds = self.random.uniform(*self.mix.slow_seconds)
+                await client.ask(f"slow {seconds:.3f}", patience=seconds)
+
+    async def _keep_silent(self) -> None:
+        async with Client(self, Kind.SILENT) as client:
+            while not self.is_over:
+                await client.ask("echo")
+                await client.rest(math.inf)
+
+
+class Client:
+    """One client, which has at most one connection and at most one request in flight."""
+
+    def __init__(self, load: Load, kind: Kind) -> None:
+        self._load = load
+        self._kind = kind
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._has_been_dismissed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._close()
+
+    async def ask(self, command: str, *, patience: float = 0.0, mute: float = 0.0) -> None:
+        """Make one request, on a new connection where there is none, and count what becomes of it.
+
+        Args:
+            command: what to ask for; the text to be echoed is added.
+            patience: how long the server was asked to take.
+            mute: how long to wait between the connection and the first byte.
+        """
+        counts = self._load.counts
+        text = f"{self._load.random.getrandbits(32):x}-{next(self._load.texts)}"
+        counts.requests[self._kind] += 1
+        begun = time.monotonic()
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS + patience):
+                reader, writer = self._streams or await self._connect()
+                if mute:
+                    await asyncio.sleep(mute)
+                writer.write(f"{command} {text}\n".encode())
+                await writer.drain()
+                answer = await reader.readline()
+        except OSError as error:
+            counts.failures[_failure_of(error)] += 1
+            await self._close()
+            return
+        elapsed = time.monotonic() - begun - patience - mute
+        match answer.decode(errors="replace").split():
+            case [generation, echo, *bye] if echo == text and generation.isdecimal() and bye in ([], ["bye"]):
+                counts.answers[self._kind] += 1
+                counts.generations[int(generation)] += 1
+                counts.latencies.append(elapsed)
+                if bye:
+                    await self._dismiss()
+            case [] | ["bye"]:
+                counts.failures[Failure.UNANSWERED] += 1
+                await self._close()
+            case _:
+                counts.failures[Failure.WRONG] += 1
+                await self._close()
+
+    async def rest(self, seconds: float) -> None:
+        """Make no request for a while, or until the load is over, and notice if the server closes meanwhile."""
+        if self._streams is None:
+            await self._load.wait_for_end(seconds)
+            return
+        goodbye = asyncio.create_task(self._streams[0].readline())
+        over = asyncio.create_task(self._load.wait_for_end(seconds))
+        try:
+            await asyncio.wait((goodbye, over), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            over.cancel()
+            goodbye.cancel()
+            line, _ = await asyncio.gather(goodbye, over, return_exceptions=True)
+        if line in (b"", b"bye\n"):
+            self._load.counts.silent_closed += 1
+            await self._dismiss()
+        elif isinstance(line, OSError):
+            self._load.counts.failures[_failure_of(line)] += 1
+            await self._close()
+        elif isinstance(line, bytes):
+            self._load.counts.failures[Failure.WRONG] += 1
+            await self._close()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        self._streams = await asyncio.open_connection(HOST, self._load.port)
+        if self._has_been_dismissed:
+            self._has_been_dismissed = False
+            self._load.counts.reconnects += 1
+        return self._streams
+
+    async def _dismiss(self) -> None:
+        self._has_been_dismissed = True
+        await self._close()
+
+    async def _close(self) -> None:
+        if self._streams is None:
+            return
+        _, writer = self._streams
+        self._streams = None
+        writer.close()
+        # Whatever there was to be read was read: how the server's end of it ends is no matter of ours.
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the smallest value that so many percent do not exceed; not a number where there are none."""
+    if not values:
+        return math.nan
+    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
+
+
+def _failure_of(error: OSError) -> Failure:
+    match error:
+        case ConnectionRefusedError():
+            return Failure.REFUSED
+        case ConnectionResetError() | BrokenPipeError() | ConnectionAbortedError():
+            return Failure.RESET
+        case TimeoutError():
+            return Failure.TIMEOUT
+    return Failure.OTHER
+
+
+async def main() -> None:
+    """Load a service that runs already."""
+    parser = argparse.ArgumentParser(description="Load a line service on loopback, and count what becomes of it.")
+    parser.add_argument("port", type=int)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    arguments = parser.parse_args()
+    load = Load(arguments.port, Mix())
+    async with asyncio.TaskGroup() as task_group:
+        task_group.create_task(load.run())
+        await load.wait_for_end(arguments.seconds)
+        load.end()
+    print(load.counts)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
