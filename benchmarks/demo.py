@@ -26,8 +26,8 @@ MIX = Mix(slow_seconds=(0.3, 2.5))
 async def main(loop: str, restarts: int, seconds: float) -> int:
     """Show it, and return the exit status."""
     clients = MIX.keep_alive + MIX.slow + MIX.silent
-    say(f"A line server on {loop}, {clients} clients that stay, {MIX.new_per_second:g} that come and go each second.")
-    say("No proxy in front of it: each restart replaces the very process that they talk to.\n")
+    say(f"A line server on {loop}, {clients} clients that stay, {MIX.new_per_second:g} a second that come and go.")
+    say("No proxy in front: each restart replaces the very process that they talk to.\n")
     async with running(
         "--loop", loop, "--probation", str(PROBATION_SECONDS), "--drain-timeout", str(DRAIN_SECONDS)
     ) as service:
@@ -40,8 +40,8 @@ async def main(loop: str, restarts: int, seconds: float) -> int:
         await service.wait_for_drained()
         await service.stop()
     say("\n" + "\n".join(table(load.counts, list(service.reports.values()))) + "\n")
-    failures = load.counts.failures.total()
     requests = load.counts.requests.total()
+    failures = requests - load.counts.answers.total()
     if failures:
         say(f"NOT what it should be: {failures:,} of {requests:,} requests failed.")
         return 1
@@ -70,32 +70,36 @@ def table(counts: Counts, reports: Sequence[RestartReport]) -> list[str]:
     starts = [report.phases[Phase.START] for report in reports]
     kinds = ", ".join(f"{counts.requests[kind]:,} {kind}" for kind in Kind)
     failures = ", ".join(f"{number:,} {failure}" for failure, number in counts.failures.items())
-    least = min(counts.generations.values(), default=0)
+    answers = [counts.generations[number] for number in range(1, len(reports) + 2)]
     latencies = [milliseconds(percentile(counts.latencies, percent)) for percent in (50, 99, 100)]
     drains = [report.drain for report in reports]
     rows = [
         ("restarts", len(reports), ""),
-        ("generations", len(counts.generations), f"each has answered, the least busy one {least:,} requests"),
+        ("generations", len(answers), f"the least busy one answered {min(answers):,} requests"),
         ("requests", f"{counts.requests.total():,}", kinds),
         ("failures", f"{counts.failures.total():,}", failures or "none refused, reset, unanswered or wrong"),
-        ("latency p50", latencies[0], "of slow requests: what came on top of their time"),
+        ("latency p50", latencies[0], "of slow ones: what came on top of their time"),
         ("latency p99", latencies[1], ""),
         ("latency max", latencies[2], ""),
-        ("accept gap, median", milliseconds(percentile(gaps, 50)), "new connections wait in the kernel's queue"),
+        ("accept gap, median", milliseconds(percentile(gaps, 50)), "new connections wait in the kernel"),
         ("accept gap, max", milliseconds(percentile(gaps, 100)), ""),
         (
             "restart, median",
             milliseconds(percentile(times, 50)),
-            "until the new generation serves; the old one did so far",
+            "until the new one serves; so far the old one did",
         ),
         ("  of that: start", milliseconds(percentile(starts, 50)), "a new interpreter and its imports"),
         ("restart, max", milliseconds(percentile(times, 100)), ""),
-        ("drained", f"{sum(drain.drained for drain in drains):,}", "connections of old generations that ended well"),
-        ("closed when silent", f"{sum(drain.silent for drain in drains):,}", "had nothing in flight at the deadline"),
+        ("drained", f"{sum(drain.drained for drain in drains):,}", "connections of old ones that ended well"),
+        (
+            "closed when silent",
+            f"{sum(drain.silent for drain in drains):,}",
+            "nothing was in flight at the drain's deadline",
+        ),
         ("cut", f"{sum(drain.cut for drain in drains):,}", "were still busy at the deadline"),
         ("reconnects", f"{counts.reconnects:,}", "of clients that were told goodbye"),
     ]
-    return [f"  {name:<19}{value:>11}  {remark}".rstrip() for name, value, remark in rows]
+    return [f"  {name:<18}{value:>10}  {remark}".rstrip() for name, value, remark in rows]
 
 
 def time_to_serving(report: RestartReport) -> float:
