@@ -329,8 +329,8 @@ class ServerConnection(Connection):
     def cancel(self) -> None:
         if self.handler is not None:
             self.handler.cancel()
-        elif self.transport is not None:
-            self.transport.close()
+        else:
+            self._close()
 
     def abort(self) -> None:
         if self.transport is not None:
@@ -365,9 +365,14 @@ class ServerConnection(Connection):
             )
         # Without an error, a handler may return and leave the connection to others. Not while the drain waits for it.
         if handler.cancelled() or error is not None or self._tracker.draining.is_set():
-            self.transport.close()
+            self._close()
         if self.is_over():
             self._tracker.close(self)
+
+    def _close(self) -> None:
+        # Once only: asyncio's TLS transport, closed twice, forgets its connection and cannot be aborted any more.
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.close()
 
     def _is_lost_unheard(self) -> bool:
         """Ask the transport: a protocol that was replaced (set_protocol, start_tls) is not told of the loss."""
@@ -375,7 +380,11 @@ class ServerConnection(Connection):
             return False
         # The socket is closed after the last byte, under a TLS transport too, which then has none any more; nor has a
         # transport of uvloop whose socket nobody had asked for before.
-        sock = self.transport.get_extra_info("socket")
+        try:
+            sock = self.transport.get_extra_info("socket")
+        except AttributeError:
+            # The application has closed asyncio's TLS transport twice. That one's protocol hears of the loss.
+            return False
         return sock is None or bool(sock.fileno() == -1)
 
 
