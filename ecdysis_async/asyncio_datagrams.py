@@ -115,6 +115,8 @@ async def create_datagram_endpoint(
         endpoint = DatagramEndpoint(plane, entry, protocol)
         protocol.connection_made(endpoint)
         await plane.gate.add(endpoint)
+        if plane.task_group is not None:
+            plane.task_group.start_soon(endpoint.close_at_the_end)
     except BaseException:
         if endpoint is not None:
             endpoint.abort()
@@ -151,6 +153,7 @@ class DatagramEndpoint(asyncio.DatagramTransport, Acceptor):
         super().__init__({"socket": TransportSocket(self._sock), "sockname": sockname, "peername": None})
         self._is_reading = False
         self._is_closing = False
+        self._lost = asyncio.Event()
         self._is_writing_paused = False
         self._queue: deque[tuple[bytes, Any]] = deque()
         self._queue_size = 0
@@ -172,6 +175,16 @@ class DatagramEndpoint(asyncio.DatagramTransport, Acceptor):
 
     async def end(self) -> None:
         self._stop_reading()
+
+    async def close_at_the_end(self) -> None:
+        """Close with the block of the ``Ecdysis``, if the application has not: until then, last replies go out."""
+        try:
+            await self._lost.wait()
+        finally:
+            # The registered socket is left to the supervisor, which knows whether a path has to be removed.
+            self._is_closing = True
+            self._stop_reading()
+            self._loop.call_soon(self._lose)
 
     # The transport.
 
@@ -303,3 +316,4 @@ class DatagramEndpoint(asyncio.DatagramTransport, Acceptor):
             self._protocol.connection_lost(None)
         finally:
             self._sock.close()
+            self._lost.set()
