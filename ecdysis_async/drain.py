@@ -114,6 +114,8 @@ class Tracker:
         # Set while a drain runs: connections of this kind that are still accepted get their finishing task from it.
         self._finishers: TaskGroup | None = None
         self._finishing: Collection[Until] = ()
+        self._unfinished = 0
+        self._all_finished = anyio.Event()
         # The moments, on the loop's clock, and who waits for each; `hurry` moves both.
         self._farewell = self._deadline = math.inf
         self._until_farewell: set[anyio.CancelScope] = set()
@@ -210,12 +212,19 @@ class Tracker:
             async with anyio.create_task_group() as housekeepers:
                 housekeepers.start_soon(self._prune_regularly)
                 housekeepers.start_soon(self._interrupt_bystanders)
-                async with anyio.create_task_group() as self._finishers:
+                async with anyio.create_task_group() as finishers:
+                    self._finishers = finishers
                     for number, connection in enumerate(self.connections(), start=1):
                         if connection.until in kinds and connection.over is None and connection in self._connections:
-                            self._finish_soon(self._finishers, connection)
+                            self._finish_soon(finishers, connection)
                         if number % BATCH == 0:
                             await anyio.lowlevel.checkpoint()
+                    # Not left to the end of the task group: it refuses new tasks a moment before we would know, and
+                    # work may begin in that very moment.
+                    while self._unfinished:
+                        self._all_finished = anyio.Event()
+                        await self._all_finished.wait()
+                    self._finishers = None
                 housekeepers.cancel_scope.cancel()
         finally:
             self._finishers = None
@@ -237,15 +246,28 @@ class Tracker:
 
     def _finish_soon(self, finishers: TaskGroup, connection: Connection) -> None:
         connection.over = anyio.Event()
+        self._unfinished += 1
         finishers.start_soon(self._finish, connection, connection.over)
 
     async def _finish(self, connection: Connection, over: anyio.Event) -> None:
+        try:
+            await self._see_off(connection, over)
+        finally:
+            # Where the drain was cancelled, the next one begins afresh.
+            connection.over = None
+            self._unfinished -= 1
+            if not self._unfinished:
+                self._all_finished.set()
+
+    async def _see_off(self, connection: Connection, over: anyio.Event) -> None:
         """See one connection to its end: first its own way, then politely, then by force."""
         if await _wait_until(over, self._farewell, self._until_farewell):
             self.count.drained += 1
             return
         connection.interrupt()
-        if await _wait_until(over, self._deadline, self._until_deadline):
+        # It may have ended without telling, since the last time that such ones were looked for.
+        if await _wait_until(over, self._deadline, self._until_deadline) or connection.is_over():
+            self.close(connection)
             if connection.silent:
                 self.count.silent += 1
             else:
