@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import anyio
 from anyio.abc import TaskGroup
+from anyio.lowlevel import EventLoopToken, current_token
 
 from .drain import Tracker
 from .gate import Gate
@@ -35,11 +37,12 @@ class Plane:
     task_group: TaskGroup | None = None
 
 
-_active: Plane | None = None
+# With the event loop that it belongs to: gate and tracker must not be used from another one.
+_active: tuple[Plane, EventLoopToken] | None = None
 
 
 def activate(plane: Plane) -> None:
-    """Make a plane the one of this process.
+    """Make a plane the one of this process, for those who run on this event loop.
 
     Raises:
         RuntimeError: there is one already.
@@ -47,7 +50,7 @@ def activate(plane: Plane) -> None:
     global _active
     if _active is not None:
         raise RuntimeError("this process has an Ecdysis already: enter one at a time, and share it (current())")
-    _active = plane
+    _active = plane, current_token()
 
 
 def deactivate() -> None:
@@ -60,8 +63,15 @@ def active() -> Plane:
     """Return the plane of this process.
 
     Raises:
-        LookupError: there is none now.
+        LookupError: there is none now, or none on this event loop.
     """
     if _active is None:
         raise LookupError("no Ecdysis runs in this process: do this inside `async with Ecdysis() as ecdysis:`")
-    return _active
+    plane, home = _active
+    try:
+        is_home = current_token() == home
+    except anyio.NoEventLoopError:
+        is_home = False
+    if not is_home:
+        raise LookupError("the Ecdysis of this process runs on another event loop: do this there")
+    return plane
