@@ -122,7 +122,12 @@ class Load:
     @property
     def is_over(self) -> bool:
         """Whether no more requests are made."""
-        return self._ended.is_set() or self.counts.requests.total() >= self.mix.limit
+        return self._ended.is_set() or self.is_limited
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether as many requests were made as there may be."""
+        return self.counts.requests.total() >= self.mix.limit
 
     def end(self) -> None:
         """Make no more requests; those in flight are still waited for."""
