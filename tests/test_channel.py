@@ -186,7 +186,7 @@ def test_broken_bytes_are_a_typed_error(data: bytes, error: type[ChannelError]) 
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_too_many_descriptors_are_closed(complete: bool) -> None:  # noqa: FBT001 - a parameter of the test
+def test_too_many_descriptors_are_closed(complete: bool) -> None:
     data = encode("listeners", {}, 1)
     opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(3)]
     with pytest.raises(DescriptorMismatch):
@@ -352,6 +352,16 @@ async def test_going_on_with_garbage_is_an_error_of_the_next_receive() -> None:
         here.resume(b"garbage")
         with pytest.raises(GarbledFrame):
             await here.receive()
+
+
+async def test_receive_takes_nothing_when_it_is_cancelled_already() -> None:
+    with channels() as (here, there):
+        await here.send("commit")
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await there.receive()
+        assert scope.cancelled_caught
+        assert (await there.receive()).type == "commit"
 
 
 async def test_the_peers_end_is_told_from_a_truncated_frame() -> None:

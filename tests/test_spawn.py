@@ -291,7 +291,7 @@ def test_an_empty_command_is_refused() -> None:
 
 
 @pytest.mark.parametrize("is_absolute", [True, False])
-def test_a_current_symlink_that_moved_is_followed(tmp_path: Path, is_absolute: bool) -> None:  # noqa: FBT001
+def test_a_current_symlink_that_moved_is_followed(tmp_path: Path, is_absolute: bool) -> None:
     for release in "one", "two":
         directory = tmp_path / release
         directory.mkdir()
