@@ -9,12 +9,12 @@ import logging
 import os
 
 import ecdysis_async
-from ecdysis_async import Ecdysis, RestartError, current
+from ecdysis_async import Ecdysis, RestartError, current, until_draining
 
 
 async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     ecdysis = current()
-    while line := await ecdysis.until_draining(reader.readline()):
+    while line := await until_draining(reader.readline()):
         writer.write(b"generation %d: %s" % (ecdysis.generation, line))
         if ecdysis.draining.is_set():
             writer.write(b"bye\n")
@@ -25,7 +25,7 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 async def administer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     ecdysis = current()
-    request = await ecdysis.until_draining(reader.readuntil(b"\r\n\r\n"))
+    request = await until_draining(reader.readuntil(b"\r\n\r\n"))
     status, answer = "405 Method Not Allowed", "POST restarts the service"
     if request.startswith(b"POST "):
         try:

@@ -12,7 +12,7 @@ import anyio
 from anyio.abc import SocketStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from ecdysis_async import Ecdysis, current
+from ecdysis_async import Ecdysis, current, until_draining
 
 
 async def handle(stream: SocketStream) -> None:
@@ -20,7 +20,7 @@ async def handle(stream: SocketStream) -> None:
     received = BufferedByteReceiveStream(stream)
     with contextlib.suppress(anyio.IncompleteRead):
         while True:
-            line = await ecdysis.until_draining(received.receive_until(b"\n", 65536))
+            line = await until_draining(received.receive_until(b"\n", 65536))
             await stream.send(b"generation %d: %s\n" % (ecdysis.generation, line))
             if ecdysis.draining.is_set():
                 await stream.send(b"bye\n")

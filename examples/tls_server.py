@@ -12,12 +12,12 @@ import ssl
 import sys
 
 import ecdysis_async
-from ecdysis_async import Ecdysis, current
+from ecdysis_async import Ecdysis, current, until_draining
 
 
 async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     ecdysis = current()
-    while line := await ecdysis.until_draining(reader.readline()):
+    while line := await until_draining(reader.readline()):
         writer.write(b"generation %d: %s" % (ecdysis.generation, line))
         if ecdysis.draining.is_set():
             writer.write(b"bye\n")

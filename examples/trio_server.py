@@ -9,13 +9,13 @@ import os
 
 import trio
 
-from ecdysis_async import Ecdysis, current
+from ecdysis_async import Ecdysis, current, until_draining
 from ecdysis_async.trio_listeners import TrioListener
 
 
 async def handle(stream: trio.SocketStream) -> None:
     ecdysis = current()
-    while chunk := await ecdysis.until_draining(stream.receive_some()):
+    while chunk := await until_draining(stream.receive_some()):
         await stream.send_all(b"generation %d: %s" % (ecdysis.generation, chunk))
         if ecdysis.draining.is_set():
             await stream.send_all(b"bye\n")

@@ -10,13 +10,13 @@ import logging
 import os
 
 import ecdysis_async
-from ecdysis_async import DrainInterrupt, Ecdysis, current
+from ecdysis_async import DrainInterrupt, Ecdysis, current, until_draining
 
 
 async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     ecdysis = current()
     with contextlib.suppress(DrainInterrupt):
-        while line := await ecdysis.until_draining(reader.readline()):
+        while line := await until_draining(reader.readline()):
             writer.write(b"generation %d: %s" % (ecdysis.generation, line))
             await writer.drain()
             if ecdysis.draining.is_set():
