@@ -167,9 +167,9 @@ def supported() -> bool:
         return False
     try:
         os.close(os.pidfd_open(os.getpid()))
-    # Not in this kernel, or not in this sandbox.
-    except OSError:
-        return False
+    except OSError as error:
+        # Else not in this kernel, or not in this sandbox. A lack of descriptors passes, and says so itself.
+        return error.errno in (errno.EMFILE, errno.ENFILE)
     return True
 
 
