@@ -437,9 +437,12 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         if self.state in failed and self.error is None:
             self._fail(self._explain(before, event, cause), phase)
         if self.state is Predecessor.ROLLED_BACK:
-            # Read rather than mapped: a file that was cut short would be a SIGBUS here.
-            opened, closed = COUNTERS.unpack(os.pread(self._counters, COUNTERS.size, 0))
-            self.report.lost = max(0, opened - closed)
+            try:
+                # Read rather than mapped: a file that was cut short would be a SIGBUS here.
+                opened, closed = COUNTERS.unpack(os.pread(self._counters, COUNTERS.size, 0))
+                self.report.lost = max(0, opened - closed)
+            except (OSError, struct.error) as error:
+                self.generation.log.warning("what the successor had accepted cannot be read: %r", error)
         self.report.outcome = _OUTCOMES.get(self.state, self.report.outcome)
         if event is PredecessorEvent.STOP:
             self.report.outcome = Outcome.STOPPED
@@ -634,7 +637,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         return error
 
     def _fail(self, error: RestartError, phase: Phase | None) -> None:
-        error.phase = error.phase or phase
+        error.phase = phase or error.phase
         self.error = error
         self.report.error = str(error)
         if self.report.outcome is Outcome.IN_PROGRESS:
