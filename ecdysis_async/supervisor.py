@@ -350,6 +350,9 @@ class Ecdysis:
             self._state = State.WAITING
             self._inheritance.post(SuccessorEvent.READY)
             await self._inheritance.opened.wait()
+            if self._aborted:
+                # The body is being cancelled; but a task that was woken before gets one more turn on asyncio.
+                await anyio.sleep_forever()
             return
         async with self._generation.gate_lock:
             # Also where the task that will accept has not had its turn yet, which on trio is a matter of chance: who
