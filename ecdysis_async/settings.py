@@ -46,7 +46,8 @@ class Settings:
             names = ", ".join(sorted(each.name for each in both))
             raise ValueError(f"{names} cannot both restart and stop: leave it out of one of the two")
         for each in (*self.restart_signals, *self.stop_signals):
-            if each in (signal.SIGKILL, signal.SIGSTOP):
+            # By name: not every platform that can import this has them.
+            if each.name in ("SIGKILL", "SIGSTOP"):
                 raise ValueError(f"{each.name} cannot be handled by any process")
         if isinstance(self.command, str):
             raise TypeError(f"command is a list of arguments, not one string: write {self.command.split()!r}")

@@ -19,8 +19,8 @@ __all__ = ["SignalReceiver", "can_handle_signals", "handled_signals"]
 
 
 def can_handle_signals() -> bool:
-    """Say whether this thread may install handlers: Python runs them in the main thread of the process only."""
-    return threading.current_thread() is threading.main_thread()
+    """Say whether this thread may install handlers: Python runs them in the main thread only, and on POSIX alike."""
+    return hasattr(os, "pipe2") and threading.current_thread() is threading.main_thread()
 
 
 @contextlib.contextmanager

@@ -641,7 +641,7 @@ class Ecdysis:
             return
         if not can_handle_signals():
             self._generation.log.warning(
-                "off the main thread no signals can be handled: call restart() and stop() instead"
+                "off the main thread, and off POSIX, no signals can be handled: call restart() and stop() instead"
             )
             return
         self._signals = self._resources.enter_context(

@@ -182,6 +182,41 @@ def test_a_service_on_trio_never_loads_asyncio() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
+# Windows is not at hand: what it lacks is taken away before the import. The loop, which stays, is made before that.
+WITHOUT_THE_MEANS = """
+import asyncio, os, select, signal, socket
+import anyio, anyio._backends._asyncio
+
+async def main():
+    import ecdysis_async
+    async with ecdysis_async.Ecdysis() as ecdysis:
+        await ecdysis.ready()
+        try:
+            await ecdysis.restart()
+        except ecdysis_async.RestartUnsupported as error:
+            print(ecdysis.state.value, error)
+
+with asyncio.Runner() as runner:
+    runner.get_loop()
+    for name in ("SIGHUP", "SIGKILL", "SIGSTOP", "SIGUSR1", "SIGUSR2", "pidfd_send_signal"):
+        delattr(signal, name)
+    for name in ("pipe2", "pidfd_open", "memfd_create", "MFD_CLOEXEC"):
+        delattr(os, name)
+    for name in ("SCM_RIGHTS", "MSG_CMSG_CLOEXEC", "SO_REUSEPORT", "AF_UNIX"):
+        delattr(socket, name)
+    del select.poll
+    os.name = "nt"
+    runner.run(main())
+"""
+
+
+def test_a_platform_without_the_means_serves_and_says_so() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_THE_MEANS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "no signals can be handled" in done.stderr
+    assert done.stdout.startswith("serving a restart needs pidfds")
+
+
 async def test_asyncio_servers_say_what_to_use_on_trio(backend: str) -> None:
     async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
         if backend == "trio":
