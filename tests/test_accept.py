@@ -13,7 +13,6 @@ import anyio
 import pytest
 
 from ecdysis_async.accept import AcceptedConnection, AcceptingEnded, SocketAcceptor, require_streams
-from ecdysis_async.plane import Plane, activate, active, deactivate
 from ecdysis_async.registry import Until
 
 from .planes import a_plane, connect, read, turn, watched_by_epoll
@@ -268,21 +267,6 @@ async def test_cancelling_an_accept_loses_no_connection(turns: int) -> None:
             accepted.append(await accept_one(acceptor))
         for sock in clients + accepted:
             sock.close()
-
-
-async def test_a_plane_is_found_by_itself() -> None:
-    async with a_plane() as plane:
-        with pytest.raises(LookupError, match="async with Ecdysis"):
-            active()
-        activate(plane)
-        try:
-            assert SocketAcceptor(plane.registry.listen_tcp("127.0.0.1", 0)).plane is plane
-            with pytest.raises(RuntimeError, match="already"):
-                activate(Plane(plane.registry, plane.gate, plane.tracker))
-        finally:
-            deactivate()
-        with pytest.raises(LookupError):
-            active()
 
 
 async def test_other_sockets_are_refused_with_a_remedy() -> None:
