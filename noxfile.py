@@ -77,3 +77,11 @@ def demo(session: nox.Session) -> None:
     """Restart a real service several times under real load, and print what it cost."""
     install(session, "demo")
     session.run("python", "-m", "benchmarks.demo", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what a restart costs, and what tracking costs, each beside a baseline; best on an idle machine."""
+    install(session, "bench")
+    for benchmark in ("restart", "tracking"):
+        session.run("python", "-m", f"benchmarks.{benchmark}", "--output", ".nox/benchmarks", *session.posargs)

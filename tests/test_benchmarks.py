@@ -1,0 +1,76 @@
+"""The benchmarks run, and end in the tables that they promise; what the numbers are is for a machine that is idle."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+# How long a benchmark may take here, seconds: far more than it needs, on a machine that is busy with other tests.
+TIMEOUT = 100
+
+# What each one has a row for.
+SUBJECTS = {
+    "restart": {"asyncio", "trio"},
+    "tracking": {"streams on asyncio", "protocol on uvloop", "trio on trio"},
+}
+TITLES = {
+    "restart": ["The accept gap", "From restart() to SERVING", "The old process during a restart"],
+    "tracking": ["What tracking costs in steady state"],
+}
+
+
+def run_quickly(name: str, *options: str) -> str:
+    """Run a benchmark, and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", f"benchmarks.{name}", "--quick", *options],
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def read_tables(text: str) -> dict[str, list[list[str]]]:
+    """Return the rows of each table by its title, the heads of its columns first."""
+    tables: dict[str, list[list[str]]] = {}
+    title = ""
+    for line in text.splitlines():
+        if line.startswith("### "):
+            title = line.removeprefix("### ")
+            tables[title] = []
+        elif line.startswith("| "):
+            tables[title].append([cell.strip() for cell in line.strip("|").split("|")])
+    return tables
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_a_benchmark_ends_in_its_tables(name: str) -> None:
+    text = run_quickly(name)
+    tables = read_tables(text)
+    assert list(tables) == TITLES[name]
+    for head, *rows in tables.values():
+        assert {row[0] for row in rows} == SUBJECTS[name]
+        for row in rows:
+            assert len(row) == len(head)
+            assert all(row)
+            # Behind its name each row has numbers.
+            assert all(any(character.isdigit() for character in cell) for cell in row[-4:])
+    assert "Machine: " in text
+
+
+def test_a_benchmark_writes_its_table_and_a_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="it is in the dependency group of the benchmarks only")
+    text = run_quickly("restart", "--only", "gaps", "--output", str(tmp_path / "output"))
+    assert list(read_tables(text)) == ["The accept gap"]
+    assert (tmp_path / "output" / "restart.md").read_text() in text
+    assert (tmp_path / "output" / "restart.png").read_bytes().startswith(b"\x89PNG")
