@@ -11,11 +11,13 @@ import asyncio
 import contextlib
 import contextvars
 import errno
+import functools
 import os
 import socket
 import ssl as tls
 import sys
 from asyncio.trsock import TransportSocket
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
@@ -306,13 +308,19 @@ class ServerConnection(Connection):
         server: which accepted it.
         transport: None until the protocol is told of it: before that there is the attaching, and a TLS handshake.
         handler: the task of a stream's callback, as long as it runs.
+
+    Args:
+        server: see above.
+        until: how long its listener serves.
+        sock: what was accepted, where the loop tells; until there is a transport, only this can be asked.
     """
 
-    __slots__ = ("_is_lost", "_tracker", "handler", "server", "transport")
+    __slots__ = ("_is_lost", "_sock", "_tracker", "handler", "server", "transport")
 
-    def __init__(self, server: GatedServer, until: Until) -> None:
+    def __init__(self, server: GatedServer, until: Until, sock: socket.socket | None) -> None:
         super().__init__(until)
         self.server = server
+        self._sock = sock
         self._tracker = server.plane.tracker
         self.transport: asyncio.WriteTransport | None = None
         self.handler: asyncio.Task[None] | None = None
@@ -335,6 +343,10 @@ class ServerConnection(Connection):
     def abort(self) -> None:
         if self.transport is not None:
             self.transport.abort()
+        elif self._sock is not None:
+            # ENOTCONN: the peer has reset it already. EBADF: it is closed already.
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
 
     def is_over(self) -> bool:
         return self.handler is None and (self._is_lost or self._is_lost_unheard())
@@ -376,7 +388,9 @@ class ServerConnection(Connection):
 
     def _is_lost_unheard(self) -> bool:
         """Ask the transport: a protocol that was replaced (set_protocol, start_tls) is not told of the loss."""
-        if self.transport is None or not self.transport.is_closing():
+        if self.transport is None:
+            return self._sock is not None and self._sock.fileno() == -1
+        if not self.transport.is_closing():
             return False
         # The socket is closed after the last byte, under a TLS transport too, which then has none any more; nor has a
         # transport of uvloop whose socket nobody had asked for before.
@@ -423,7 +437,8 @@ class _Doorway(asyncio.BaseProtocol):
 
     def __del__(self) -> None:
         # A TLS handshake that fails reaches no protocol (DESIGN.md, trap 20), nor does a connection that ends before
-        # it is attached: the loop just lets go of it.
+        # it is attached: the loop just lets go of it. Before Python 3.13 asyncio does so only when the garbage is
+        # collected, and the socket tells it earlier.
         if self._connection.transport is None:
             self._connection.lose()
 
@@ -515,7 +530,11 @@ class _ServerAcceptor(Acceptor):
         backlog = ACCEPTS_PER_TURN if self._is_asyncio else self.entry.backlog
         self._duplicate = self._duplicate or _Duplicate(self.entry.sock)
         self._inner = await original(self._loop, method)(
-            self._admit, sock=self._duplicate, backlog=backlog, start_serving=False, **self._options
+            functools.partial(self._admit, self._duplicate.accepted),
+            sock=self._duplicate,
+            backlog=backlog,
+            start_serving=False,
+            **self._options,
         )
         try:
             await self._inner.start_serving()
@@ -548,9 +567,9 @@ class _ServerAcceptor(Acceptor):
                 self._duplicate = _Duplicate(self.entry.sock)
         self._stopped.set()
 
-    def _admit(self) -> asyncio.BaseProtocol:
+    def _admit(self, accepted: deque[socket.socket]) -> asyncio.BaseProtocol:
         """Track a connection, and make its protocol."""
-        connection = ServerConnection(self._server, self.entry.until)
+        connection = ServerConnection(self._server, self.entry.until, accepted.popleft() if accepted else None)
         self._server.plane.tracker.open(connection)
         try:
             protocol = self._protocol_factory()
@@ -569,6 +588,8 @@ class _Duplicate(socket.socket):
         # Family, type and protocol come from the kernel, so that asyncio finds TCP and sets TCP_NODELAY on what it
         # accepts (DESIGN.md, trap 19).
         super().__init__(fileno=os.dup(sock.fileno()))
+        # What asyncio has accepted and asks a protocol for next, in this order. uvloop keeps its sockets to itself.
+        self.accepted: deque[socket.socket] = deque()
         self._is_retired = False
         self._is_exhausted = False
 
@@ -583,10 +604,12 @@ class _Duplicate(socket.socket):
             self._is_exhausted = False
             raise BlockingIOError(errno.EAGAIN, "nothing is accepted now")
         try:
-            return super().accept()
+            sock, address = super().accept()
         except OSError as error:
             self._is_exhausted = error.errno in EXHAUSTED
             raise
+        self.accepted.append(sock)
+        return sock, address
 
     def listen(self, backlog: int = 0, /) -> None:
         """Do nothing: it listens, with the backlog that was asked for, and asyncio would set one of its own."""
