@@ -57,6 +57,8 @@ class Mix:
 
     Attributes:
         new_per_second: new connections, on the average, at random moments and whether or not earlier ones are answered.
+        hasty: clients that come back on a new connection as soon as they are answered. A server accepts in nearly every
+            turn of its loop then, also in that of its pause.
         keep_alive: clients that ask again after a pause.
         pause: the longest such pause, in seconds.
         slow: clients whose requests take the server some time.
@@ -66,6 +68,7 @@ class Mix:
     """
 
     new_per_second: float = 100
+    hasty: int = 0
     keep_alive: int = 12
     pause: float = 0.04
     slow: int = 6
@@ -137,6 +140,8 @@ class Load:
         """Run the clients until the load is over and each request has its answer or has failed."""
         async with asyncio.TaskGroup() as clients:
             clients.create_task(self._arrive(clients))
+            for _ in range(self.mix.hasty):
+                clients.create_task(self._hurry())
             for _ in range(self.mix.keep_alive):
                 clients.create_task(self._keep_alive())
             for _ in range(self.mix.slow):
@@ -164,6 +169,11 @@ class Load:
         mute = max(0.0, self.random.uniform(-MUTE_SECONDS, MUTE_SECONDS))
         async with Client(self, Kind.NEW) as client:
             await client.ask("echo", mute=mute)
+
+    async def _hurry(self) -> None:
+        while not self.is_over:
+            async with Client(self, Kind.NEW) as client:
+                await client.ask("echo")
 
     async def _keep_alive(self) -> None:
         async with Client(self, Kind.KEEP_ALIVE) as client:

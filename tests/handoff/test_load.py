@@ -25,7 +25,9 @@ RESTARTS = 20  # in all: one before the first look, the others before the last
 
 # Slow requests end well before the deadline of a drain, also where the fourth generation that drains cuts it short:
 # then a second is left. Silent connections meet it in each of them.
-MIX = Mix(new_per_second=50, keep_alive=6, pause=0.06, slow=4, slow_seconds=(0.1, 0.6), silent=3, limit=40_000)
+MIX = Mix(
+    new_per_second=50, hasty=3, keep_alive=6, pause=0.06, slow=4, slow_seconds=(0.1, 0.6), silent=3, limit=100_000
+)
 DRAIN_SECONDS = 2.0
 PROBATION_SECONDS = 0.05
 
