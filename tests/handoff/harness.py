@@ -28,7 +28,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 SERVICE = Path(__file__).with_name("service.py")
 
 # How long anything may take that should happen at once: on a busy machine, with several tests at a time.
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 12.0
 
 # A client's pause between two connections: there shall always be somebody who asks, and a processor for the others.
 CLIENT_PAUSE_SECONDS = 0.002
@@ -42,7 +42,7 @@ FIFO_SIZE = 1024 * 1024
 LIMITS = {"PAUSE_SECONDS": 5.0, "SERVING_SECONDS": 5.0, "END_GRACE_SECONDS": 3.0}
 
 # What a healthy service never writes.
-BLEMISHES = ("Traceback (most recent call last)", "Exception ignored", "Warning:", "never awaited", "never retrieved")
+BLEMISHES = ("Traceback (most", "Exception ignored", "Warning:", "never awaited", "never retrieved")
 
 Json = dict[str, Any]
 
@@ -121,12 +121,12 @@ class Clients:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
-    def wait_for(self, is_it: Callable[[int], bool]) -> None:
-        """Wait until an answer comes, from now on, whose pid is as wanted."""
+    def wait_for(self, pid: int) -> None:
+        """Wait until a process answers, from now on."""
         with self._condition:
             seen = len(self.answers)
-            assert self._condition.wait_for(lambda: any(map(is_it, self.answers[seen:])), PATIENCE_SECONDS), (
-                f"answers only from {set(self.answers[seen:])}, lost {self.lost}, refused {self.refused}"
+            assert self._condition.wait_for(lambda: pid in self.answers[seen:], PATIENCE_SECONDS), (
+                f"answers only from {set(self.answers[seen:])}, lost {self.lost}, refused {self.refused[:3]}"
             )
 
     def _run(self) -> None:
@@ -235,6 +235,9 @@ class Service:
             )
         self._child = child
         self._know(child.pid)
+
+    def wait_until_serving(self) -> None:
+        """Wait for the first generation, and learn where it is."""
         self.addresses = self.wait_for("ready")["addresses"]
 
     def release(self) -> None:
@@ -306,11 +309,18 @@ class Service:
 
     def wait_until_stopped(self, pid: int) -> None:
         """Wait until a SIGSTOP has come into effect: its sender is not told (and only a parent can wait for it)."""
-        self._poll(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, f"{pid} does not stop")
+        self.wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, f"{pid} does not stop")
 
     def wait_for_log(self, text: str) -> None:
         """Wait for a line in the log, which comes through other processes."""
-        self._poll(lambda: text in self.log, f"{text!r} is not logged")
+        self.wait_until(lambda: text in self.log, f"{text!r} is not logged")
+
+    def wait_until(self, is_so: Callable[[], bool], otherwise: str) -> None:
+        """Wait for something that nobody tells: a file, or what /proc says of a process."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not is_so():
+            assert time.monotonic() < deadline, otherwise
+            time.sleep(0.005)
 
     def accepting_turns(self) -> list[int]:
         """Return the pids that accepted, as often as another one had accepted in between."""
@@ -395,19 +405,18 @@ class Service:
                 self._know(event["successor"])
             self._events.append(event)
 
-    def _poll(self, is_so: Callable[[], bool], otherwise: str) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not is_so():
-            assert time.monotonic() < deadline, otherwise
-            time.sleep(0.005)
-
 
 @contextlib.contextmanager
-def running(directory: Path, loop: str, **settings: Any) -> Iterator[Service]:
-    """Run a service for a test; at the test's end it is stopped, unless that is done, and nothing may be left."""
+def running(directory: Path, loop: str, *, serves: bool = True, **settings: Any) -> Iterator[Service]:
+    """Run a service for a test; at the test's end it is stopped, unless that is done, and nothing may be left.
+
+    One that never ``serves`` is not waited for.
+    """
     service = Service(directory, loop, **settings)
     try:
         service.start()
+        if serves:
+            service.wait_until_serving()
         yield service
         if any(map(service.is_alive, service.pids)):
             service.stop()
@@ -432,4 +441,3 @@ def set_subreaper(*, enabled: bool) -> None:
     """Become the parent of descendants whose parent has died, and so learn their exit status; or no more."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, int(enabled), 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl")
-

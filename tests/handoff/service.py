@@ -54,10 +54,12 @@ async def run_code(source: str, **names: Any) -> Any:
     NAMESPACE.update(names)
     tree = ast.parse(source)
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    parts: list[Any] = [compile(tree, "<planted>", "exec", flags)]
-    if last is not None:
-        parts.append(compile(ast.Expression(last.value), "<planted>", "eval", flags))
+    parts: list[Any] = [compile(ast.Module(tree.body[:-1], []), "<planted>", "exec", flags)]
+    match tree.body[-1:]:
+        case [ast.Expr(value=last)]:
+            parts.append(compile(ast.Expression(last), "<planted>", "eval", flags))
+        case rest:
+            parts.append(compile(ast.Module(rest, []), "<planted>", "exec", flags))
     result = None
     for part in parts:
         result = eval(part, NAMESPACE)

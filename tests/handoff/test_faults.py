@@ -69,13 +69,13 @@ def test_a_lost_successor_costs_the_restart_only(
         service.arm(side, state, action)
         failure = service.fail_to_restart("settled")
         assert (failure["error"], failure["phase"]) in outcomes
-        clients.wait_for(lambda pid: pid == first)
+        clients.wait_for(first)
         lost = list(clients.lost)
         assert service.run("ecdysis.last_report.outcome") == (
             "rolled back" if failure["error"] == "RolledBack" else "failed"
         )
         report = service.restart("settled")
-        clients.wait_for(lambda pid: pid == report["successor_pid"])
+        clients.wait_for(report["successor_pid"])
     assert clients.refused == []
     # Only what the successor had accepted may be lost, and only to its death; the second restart costs nothing.
     assert len(lost) <= (failure["error"] == "RolledBack")
@@ -108,11 +108,11 @@ def test_a_dead_predecessor_costs_nothing(loop: str, side: str, state: str, acti
             with contextlib.suppress(Lost):
                 asking.answer()
         second = service.wait_for("ready", generation=2)["pid"]
-        clients.wait_for(lambda pid: pid == second)
+        clients.wait_for(second)
         lost = list(clients.lost)
         report = service.restart("settled")
         assert (report["outcome"], report["predecessor_pid"], report["generation"]) == ("settled", second, 3)
-        clients.wait_for(lambda pid: pid == report["successor_pid"])
+        clients.wait_for(report["successor_pid"])
     assert clients.refused == []
     # What the dead one had accepted.
     assert len(lost) <= 1
@@ -168,7 +168,7 @@ def test_a_stopped_predecessor_stalls_the_restart(
         service.wait_for("fault", target=first)
         service.wait_until_stopped(first)
         service.wait_for("successor", state=reached)
-        with Conversation(service.address, timeout=0.05) as impatient, pytest.raises(Lost, match="timed out|Timeout"):
+        with Conversation(service.address, timeout=0.05) as impatient, pytest.raises(Lost, match="timed out"):
             impatient.say("hello").answer()
         with service.begin("hello") as patient:
             service.signal(first, signal.SIGCONT)
@@ -201,11 +201,11 @@ def test_a_predecessor_that_stops_after_the_commit_is_not_missed(
             service.wait_for("fault", target=first)
             service.wait_until_stopped(first)
             second = service.wait_for("ready", generation=2)["pid"]
-            clients.wait_for(lambda pid: pid == second)
+            clients.wait_for(second)
             service.signal(first, signal.SIGCONT)
             assert asking.answer()["outcome"] == "settled"
         service.wait_for_death(first)
-        clients.wait_for(lambda pid: pid == second)
+        clients.wait_for(second)
     assert (clients.refused, clients.lost) == ([], [])
     assert service.accepting_turns() == [first, second]
 
@@ -234,6 +234,6 @@ def test_clients_wait_for_a_successor_that_stops(
         with service.begin("hello") as patient:
             service.signal(second, signal.SIGCONT)
             assert patient.answer() == {"generation": 2, "pid": second}
-        clients.wait_for(lambda pid: pid == second)
+        clients.wait_for(second)
     assert (clients.refused, clients.lost) == ([], [])
     assert service.accepting_turns() == [first, second]

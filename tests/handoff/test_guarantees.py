@@ -22,7 +22,7 @@ def test_nobody_is_refused_and_one_generation_accepts_at_a_time(backend: str, ru
             report = service.restart()
             assert (report["outcome"], report["generation"]) == ("serving", generation)
             assert service.ask() == {"generation": generation, "pid": report["successor_pid"]}
-            clients.wait_for(lambda pid, newest=report["successor_pid"]: pid == newest)
+            clients.wait_for(report["successor_pid"])
     assert (clients.refused, clients.lost) == ([], [])
     assert service.accepting_turns() == service.pids == list(dict.fromkeys(clients.answers))
     service.stop()
@@ -57,7 +57,7 @@ def test_at_the_deadline_the_idle_say_goodbye_and_the_busy_are_cut(backend: str,
         with pytest.raises(Lost):
             busy.answer()
     assert service.wait_for_death(first) == 0
-    service.wait_for_log("(pid %d) has drained" % first)
+    service.wait_for_log(f"(pid {first}) has drained")
     # Besides these three the drain met the connection that asked for the restart.
     drain = service.run("ecdysis.last_report.to_json()")["drain"]
     assert (drain["silent"], drain["cut"], drain["transferred"]) == (1, 1, 0)
@@ -125,7 +125,7 @@ def test_a_closed_channel_is_no_death(backend: str, run_service: Run) -> None:
             "SuccessorFailed", "initialise", "ChannelClosed",
         )  # fmt: skip
         service.wait_for_death(second)
-        clients.wait_for(lambda pid: pid == first)
+        clients.wait_for(first)
     assert (clients.refused, clients.lost) == ([], [])
     assert service.accepting_turns() == [first]
 
