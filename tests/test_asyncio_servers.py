@@ -573,6 +573,28 @@ async def test_a_connection_with_a_full_buffer_is_cut_at_the_deadline() -> None:
             assert (plane.tracker.count.silent, plane.tracker.count.cut) == (0, 1)
 
 
+async def test_a_protocol_is_never_taken_for_the_connection_of_another_one() -> None:
+    """The connections of a server of uvloop share one context."""
+    seen: list[object] = []
+
+    class Looking(Echo):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self.connection = current_connection.get()
+
+        def data_received(self, data: bytes) -> None:
+            seen.append(current_connection.get() in (None, self.connection))
+            super().data_received(data)
+
+    async with an_open_plane() as plane:
+        server = await create_server(plane, Looking, LOCALHOST, 0)
+        with a_client(server) as client, a_client(server) as other:
+            await until(lambda: len(plane.tracker) == 2)
+            assert await answers(client)
+            assert await answers(other)
+    assert seen == [True, True]
+
+
 # Streams.
 
 
@@ -912,17 +934,20 @@ async def main():
     await loop.getaddrinfo("127.0.0.1", 0)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     hoard = []
-    try:
-        while True:
-            hoard.append(os.open(os.devnull, os.O_RDONLY))
-    except OSError:
-        pass
+    def hoard_descriptors():
+        try:
+            while True:
+                hoard.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            pass
+    hoard_descriptors()
     # libuv accepts and closes what it has no descriptor for: with uvloop nobody may knock meanwhile.
     if not isinstance(loop, uvloop.Loop):
         await loop.sock_connect(client, server.sockets[0].getsockname())
         while not reports:
             await asyncio.sleep(0)
     await plane.gate.pause()
+    hoard_descriptors()
     for _ in range(10):
         await asyncio.sleep(0)
     assert plane.tracker.opened == 0
