@@ -419,9 +419,10 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         if event is PredecessorEvent.DIED:
             await self._bury()
         elif self.state is Predecessor.PROBATION and event in (PredecessorEvent.TIMED_OUT, PredecessorEvent.SETTLE):
-            # Never settle on a dead successor: this side could not take over again. Its death is on its way here.
+            # Never settle on a successor that is dead, or has just said that it fails: this side could not take over
+            # again. Its death, or its word, is on its way here.
             assert self._peer is not None
-            return not self._peer.is_dead()
+            return not self._peer.is_dead() and not self._peer.has_news()
         return True
 
     def changed(self, before: Predecessor, event: PredecessorEvent, cause: object) -> None:
@@ -736,16 +737,20 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         Raises:
             HandoffAborted: it has called the restart off, is gone, or does not answer.
         """
+        frame: Frame | None = None
         try:
-            with anyio.fail_after(LISTENERS_SECONDS):
+            with anyio.move_on_after(LISTENERS_SECONDS):
                 await self._say_hello()
                 frame = await self._channel.receive()
-                event = successor_event(frame.type)
-                self.state, _ = self._step(self.state, event)
-                if self.state is not Successor.INITIALISING:
-                    frame.close()
-                    raise HandoffAborted("ecdysis: the predecessor called the restart off")
-                self._take_over(frame)
+            # A process that was stopped for longer wakes to both: what is here already was in time.
+            frame = frame or self._channel.receive_nowait()
+            if frame is None:
+                raise TimeoutError(f"it did not answer within {LISTENERS_SECONDS:g} seconds")
+            self.state, _ = self._step(self.state, successor_event(frame.type))
+            if self.state is not Successor.INITIALISING:
+                frame.close()
+                raise HandoffAborted("ecdysis: the predecessor called the restart off")
+            self._take_over(frame)
         except (ChannelError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:
             raise HandoffAborted(f"ecdysis: the predecessor did not hand over its sockets: {error!r}") from error
         finally:
@@ -798,6 +803,12 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         pending = {int(each["pid"]): base64.b64decode(each["pending"]) for each in body["ancestors"]}
         for ancestor in self.generation.lineage.ancestors:
             ancestor.peer.channel.resume(pending.get(ancestor.pid, b""))
+
+    async def foresee(self, event: SuccessorEvent, cause: object) -> bool:
+        # A process that was stopped for longer wakes to both, its timer and a predecessor that died meanwhile; leaving
+        # for the first would leave nobody. The death is on its way here.
+        assert self.predecessor is not None
+        return event is not SuccessorEvent.TIMED_OUT or not self.predecessor.peer.is_dead()
 
     def changed(self, before: Successor, event: SuccessorEvent, cause: object) -> None:
         if event is SuccessorEvent.OPENED or self.state.final:

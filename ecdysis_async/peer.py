@@ -55,6 +55,12 @@ class Peer:
         """Say whether it has died, without waiting."""
         return is_dead(self.pidfd)
 
+    def has_news(self) -> bool:
+        """Say whether something was sent, or the channel ended, that ``run`` has not delivered yet."""
+        poll = select.poll()
+        poll.register(self.channel.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
     def watch(self, pidfd: int) -> None:
         """Watch another process from now on: the one that really speaks, where a wrapper was spawned."""
         # Closed only when nobody waits on it any more: its number may belong to the next connection at once, and the
