@@ -325,8 +325,8 @@ _SUCCESSOR: Final[Mapping[Successor, Mapping[SuccessorEvent, tuple[Successor, tu
         _SE.SETTLED: (_S.SETTLED, ()),
         _SE.DIED: (_S.SETTLED, ()),
         _SE.STOP: (_S.STOPPED, ()),
-        # The predecessor may have settled, and what it said is lost: leaving now would leave nobody. To stay is safe, as
-        # it resumes only over this process's dead body: it ends this process, if it reverts, or ends itself.
+        # The predecessor may have settled, and what it said is lost: leaving now would leave nobody. To stay is safe,
+        # as it resumes only over this process's dead body: it ends this process, if it reverts, or ends itself.
         _SE.BROKEN: (_S.PROBATION, ()),
         _SE.FAILED: (_S.ABORTED, (_SA.SEND_FAILED,)),
         _SE.STOP_HERE: (_S.STOPPED, (_SA.SEND_STOPPING,)),
