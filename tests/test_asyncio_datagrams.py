@@ -13,8 +13,8 @@ from typing import Any
 import anyio
 import pytest
 
-from ecdysis_async.asyncio_datagrams import DatagramEndpoint, create_datagram_endpoint, is_service
-from tests.planes import a_plane, read, turn
+from ecdysis_async.asyncio_datagrams import READS_PER_TURN, DatagramEndpoint, create_datagram_endpoint, is_service
+from tests.planes import a_plane, read, turn, watched_by_epoll
 
 pytestmark = pytest.mark.backends("asyncio", "uvloop")
 
@@ -80,6 +80,7 @@ async def test_pauses_lose_nothing(client: socket.socket) -> None:
     async with a_plane() as plane:
         transport, protocol = await create_datagram_endpoint(plane, Recorder, (LOCALHOST, 0))
         address = transport.get_extra_info("sockname")
+        descriptor = transport.get_extra_info("socket").fileno()
         expected = []
         for number in range(100):
             for part in range(10):
@@ -93,11 +94,24 @@ async def test_pauses_lose_nothing(client: socket.socket) -> None:
                 received = len(protocol.received)
                 await turn()
                 assert len(protocol.received) == received
+                assert not watched_by_epoll(descriptor)
         await plane.gate.open()
         with anyio.fail_after(10):
             while len(protocol.received) < len(expected):
                 await turn()
         assert protocol.received == expected
+        await closed(transport)
+
+
+async def test_a_flood_leaves_room_for_others(client: socket.socket) -> None:
+    async with a_plane() as plane:
+        transport, protocol = await create_datagram_endpoint(plane, Recorder, (LOCALHOST, 0))
+        for _ in range(3 * READS_PER_TURN):
+            client.sendto(b"?", transport.get_extra_info("sockname"))
+        await plane.gate.open()
+        while (before := len(protocol.received)) < 3 * READS_PER_TURN:
+            await turn(1)
+            assert len(protocol.received) <= before + READS_PER_TURN
         await closed(transport)
 
 
@@ -214,6 +228,8 @@ async def test_abort_drops_what_is_queued(tmp_path: Path) -> None:
             transport.close()
             await turn()
             assert protocol.calls == ["made"]
+            # To epoll it is writable all the time: the loop would not come to rest.
+            assert not watched_by_epoll(transport.get_extra_info("socket").fileno())
             transport.abort()
             await turn()
         assert protocol.calls == ["made", "lost"]
