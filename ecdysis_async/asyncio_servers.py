@@ -19,9 +19,9 @@ import sys
 from asyncio.trsock import TransportSocket
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
-from .drain import Connection, current_connection
+from .drain import LEAVING, Connection, current_connection
 from .errors import DrainInterrupt
 from .gate import Acceptor, GateState
 from .plane import Plane
@@ -35,6 +35,8 @@ __all__ = [
     "start_server",
     "start_unix_server",
 ]
+
+T = TypeVar("T")
 
 ProtocolFactory = Callable[[], asyncio.BaseProtocol]
 ClientConnected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
@@ -315,7 +317,7 @@ class ServerConnection(Connection):
         sock: what was accepted, where the loop tells; until there is a transport, only this can be asked.
     """
 
-    __slots__ = ("_is_lost", "_sock", "_tracker", "handler", "server", "transport")
+    __slots__ = ("_idle_task", "_is_lost", "_is_woken", "_sock", "_tracker", "handler", "server", "transport")
 
     def __init__(self, server: GatedServer, until: Until, sock: socket.socket | None) -> None:
         super().__init__(until)
@@ -325,11 +327,36 @@ class ServerConnection(Connection):
         self.transport: asyncio.WriteTransport | None = None
         self.handler: asyncio.Task[None] | None = None
         self._is_lost = False
+        # Who waits at a safe point without a scope, and whether it was cancelled for that.
+        self._idle_task: asyncio.Task[Any] | None = None
+        self._is_woken = False
+
+    async def at_safe_point(self, awaitable: Awaitable[T]) -> T:
+        # Without a cancel scope, which costs as much as half of a small request: each one comes through here.
+        task = asyncio.current_task()
+        if self.interrupted or self._idle_task is not None or task is None:
+            return await super().at_safe_point(awaitable)
+        self._idle_task = task
+        requests = task.cancelling()
+        try:
+            return await awaitable
+        except asyncio.CancelledError:
+            # asyncio makes one error of two requests in one turn: the other one, somebody else's, must not be lost.
+            if not self._is_woken or task.cancelling() > requests + 1:
+                raise
+        finally:
+            self._idle_task = None
+            if self._is_woken:
+                self._is_woken = False
+                task.uncancel()
+        self.silent = True
+        raise DrainInterrupt(LEAVING)
 
     def interrupt(self) -> None:
         """Wake the handler at its safe point. What has neither is closed, and still sends what it has written."""
-        is_known = bool(self._idle_scopes) or self.handler is not None
+        is_known = bool(self._idle_scopes) or self._idle_task is not None or self.handler is not None
         super().interrupt()
+        self._wake()
         if not is_known and self.transport is not None and not self.transport.is_closing():
             self.silent = self.transport.get_write_buffer_size() == 0
             self.transport.close()
@@ -362,6 +389,19 @@ class ServerConnection(Connection):
         """Run the handler of a stream in a task of its own."""
         self.handler = self.server.get_loop().create_task(coroutine)
         self.handler.add_done_callback(self._on_handled)
+
+    def _wake(self) -> None:
+        """Cancel who waits at a safe point without a scope, unless what it waits for has come."""
+        if self._idle_task is None or self._is_woken:
+            return
+        # As anyio does: a task that is cancelled between the event and its turn would lose what it waited for.
+        waiter: asyncio.Future[Any] | None = self._idle_task._fut_waiter  # type: ignore[attr-defined]  # noqa: SLF001
+        if waiter is not None and waiter.done():
+            # It may go on to wait for something else.
+            self.server.get_loop().call_soon(self._wake)
+            return
+        self._is_woken = True
+        self._idle_task.cancel()
 
     def _on_handled(self, handler: asyncio.Task[None]) -> None:
         assert self.transport is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Collection
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -42,6 +42,9 @@ BATCH = 200
 
 # How often a drain looks for connections that ended without telling.
 PRUNE_SECONDS = 0.05
+
+# What a handler is told at its safe point.
+LEAVING = "this generation is leaving: close the connection now"
 
 
 class Connection:
@@ -78,14 +81,20 @@ class Connection:
         """Say whether it ended without telling: asked now and then of connections that cannot always know."""
         return False
 
-    @contextlib.contextmanager
-    def idle(self, scope: anyio.CancelScope) -> Iterator[None]:
-        """Mark the handler as waiting at a safe point, within a scope that ``interrupt`` may cancel."""
+    async def at_safe_point(self, awaitable: Awaitable[T]) -> T:
+        """Await something that ``interrupt`` may cancel; see ``Ecdysis.until_draining``."""
+        scope = anyio.CancelScope()
         self._idle_scopes.append(scope)
         try:
-            yield
+            with scope:
+                # Not before the scope: what is finished already is returned even now, and a coroutine gets its await.
+                if self.interrupted:
+                    scope.cancel()
+                return await awaitable
         finally:
             self._idle_scopes.remove(scope)
+        self.silent = True
+        raise DrainInterrupt(LEAVING)
 
 
 class _Work(Connection):
@@ -170,13 +179,7 @@ class Tracker:
     async def until_draining(self, awaitable: Awaitable[T]) -> T:
         """Await something at a safe point, where this connection may also end. See ``Ecdysis.until_draining``."""
         connection = current_connection.get() or self._bystander
-        with anyio.CancelScope() as scope, connection.idle(scope):
-            # Not before the scope: what is finished already is returned even now, and a coroutine gets its await.
-            if connection.interrupted:
-                scope.cancel()
-            return await awaitable
-        connection.silent = True
-        raise DrainInterrupt("this generation is leaving: close the connection now")
+        return await connection.at_safe_point(awaitable)
 
     @contextlib.asynccontextmanager
     async def track(self) -> AsyncIterator[None]:
