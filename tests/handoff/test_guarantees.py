@@ -149,7 +149,8 @@ def test_it_tells(backend: str, run_service: Run) -> None:
     second = report["successor_pid"]
     assert list(report["phases"]) == ["start", "initialise", "pause", "commit", "probation"]
     assert all(seconds > 0 for seconds in report["phases"].values())
-    assert report["phases"]["probation"] >= 0.2
+    # uvloop counts in whole milliseconds, and its clock stands still within a turn.
+    assert report["phases"]["probation"] >= 0.19
     assert 0 < report["accept_gap"] < 5
     assert report | {"outcome": "settled", "generation": 2, "predecessor_pid": first, "error": None} == report
     assert (report["inherited"], report["created"], report["unclaimed"]) == (["tcp:127.0.0.1:0"], [], [])
