@@ -15,9 +15,9 @@ from ecdysis_async import Ecdysis, RestartError, current, until_draining
 async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     ecdysis = current()
     while line := await until_draining(reader.readline()):
-        writer.write(b"generation %d: %s" % (ecdysis.generation, line))
-        if ecdysis.draining.is_set():
-            writer.write(b"bye\n")
+        leaving = ecdysis.draining.is_set()
+        writer.write(b"%s from generation %d: %s" % (b"bye" if leaving else b"hello", ecdysis.generation, line))
+        if leaving:
             break
         await writer.drain()
     writer.close()

@@ -21,9 +21,10 @@ async def handle(stream: SocketStream) -> None:
     with contextlib.suppress(anyio.IncompleteRead):
         while True:
             line = await until_draining(received.receive_until(b"\n", 65536))
-            await stream.send(b"generation %d: %s\n" % (ecdysis.generation, line))
-            if ecdysis.draining.is_set():
-                await stream.send(b"bye\n")
+            leaving = ecdysis.draining.is_set()
+            answer = b"%s from generation %d: %s\n" % (b"bye" if leaving else b"hello", ecdysis.generation, line)
+            await stream.send(answer)
+            if leaving:
                 return
 
 

@@ -21,10 +21,11 @@ class LineProtocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         ecdysis = current()
         *lines, self.rest = (self.rest + data).split(b"\n")
+        leaving = ecdysis.draining.is_set()
         for line in lines:
-            self.transport.write(b"generation %d: %s\n" % (ecdysis.generation, line))
-        if lines and ecdysis.draining.is_set():
-            self.transport.write(b"bye\n")
+            answer = b"%s from generation %d: %s\n" % (b"bye" if leaving else b"hello", ecdysis.generation, line)
+            self.transport.write(answer)
+        if lines and leaving:
             self.transport.close()
 
 

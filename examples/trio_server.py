@@ -16,9 +16,10 @@ from ecdysis_async.trio_listeners import TrioListener
 async def handle(stream: trio.SocketStream) -> None:
     ecdysis = current()
     while chunk := await until_draining(stream.receive_some()):
-        await stream.send_all(b"generation %d: %s" % (ecdysis.generation, chunk))
-        if ecdysis.draining.is_set():
-            await stream.send_all(b"bye\n")
+        leaving = ecdysis.draining.is_set()
+        answer = b"%s from generation %d: %s" % (b"bye" if leaving else b"hello", ecdysis.generation, chunk)
+        await stream.send_all(answer)
+        if leaving:
             return
 
 

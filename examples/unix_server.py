@@ -5,7 +5,6 @@ PID that its log says. The path stays the same socket over all generations, and 
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 
@@ -15,13 +14,15 @@ from ecdysis_async import DrainInterrupt, Ecdysis, current, until_draining
 
 async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     ecdysis = current()
-    with contextlib.suppress(DrainInterrupt):
+    try:
         while line := await until_draining(reader.readline()):
-            writer.write(b"generation %d: %s" % (ecdysis.generation, line))
-            await writer.drain()
-            if ecdysis.draining.is_set():
+            leaving = ecdysis.draining.is_set()
+            writer.write(b"%s from generation %d: %s" % (b"bye" if leaving else b"hello", ecdysis.generation, line))
+            if leaving:
                 break
-    writer.write(b"bye\n")
+            await writer.drain()
+    except DrainInterrupt:
+        writer.write(b"bye from generation %d\n" % ecdysis.generation)
     writer.close()
 
 

@@ -203,35 +203,35 @@ def test_streams(name: str, loop: str, tmp_path: Path) -> None:
         restart = restart_by_request(service) if name == "admin_server" else restart_by_signal
 
         early = stack.enter_context(connect())
-        assert early.ask(b"one") == b"generation 1: one\n"
+        assert early.ask(b"one") == b"hello from generation 1: one\n"
 
         certificates.renew()
         restart(first)
         second = service.wait_for_generation(2)
         middle = stack.enter_context(connect())
-        assert middle.ask(b"two") == b"generation 2: two\n"
-        assert early.ask(b"three") == b"generation 1: three\n"
+        assert middle.ask(b"two") == b"hello from generation 2: two\n"
+        assert early.ask(b"three") == b"hello from generation 1: three\n"
 
         # A restart of the new generation makes the one before final: the first generation drains, and ends.
         restart(second)
         service.wait_for(r"generation 1, pid \d+\] draining")
-        assert early.ask(b"four") == b"generation 1: four\n"
-        assert early.read_to_end() == b"bye\n"
+        assert early.ask(b"four") == b"bye from generation 1: four\n"
+        assert early.read_to_end() == b""
         assert service.exit_status(first) == 0
         third = service.wait_for_generation(3)
         late, silent = stack.enter_context(connect()), stack.enter_context(connect())
-        assert late.ask(b"five") == silent.ask(b"five") == b"generation 3: five\n"
+        assert late.ask(b"five") == silent.ask(b"five") == b"hello from generation 3: five\n"
 
         os.kill(third, signal.SIGTERM)
         for number, pid, client in ((2, second, middle), (3, third, late)):
             service.wait_for(rf"generation {number}, pid {pid}\] draining")
-            assert client.ask(b"six") == b"generation %d: six\n" % number
-            assert client.read_to_end() == b"bye\n"
+            assert client.ask(b"six") == b"bye from generation %d: six\n" % number
+            assert client.read_to_end() == b""
             if pid == second:
                 assert service.exit_status(pid) == 0
         # A second signal makes the deadline now. Who is silent then gets at the most a goodbye, and no reset.
         os.kill(third, signal.SIGTERM)
-        assert silent.read_to_end() == (b"bye\n" if name == "unix_server" else b"")
+        assert silent.read_to_end() == (b"bye from generation 3\n" if name == "unix_server" else b"")
         assert service.exit_status(third) == 0
         service.require_clean_end()
         assert not (tmp_path / "line.sock").exists()
@@ -282,18 +282,19 @@ def test_admin_endpoint_tells_why_a_restart_failed(tmp_path: Path) -> None:
             status, answer = request(admin_port, "POST")
             assert status == 503
             assert "LookupError: no such setting" in answer
-            assert client.ask(b"one") == b"generation 1: one\n"
+            assert client.ask(b"one") == b"hello from generation 1: one\n"
         script.write_text(works)
         status, answer = request(admin_port, "POST")
         assert status == 200
         assert "generation 2: serving" in answer
         second = service.wait_for_generation(2)
         with closing(connect_tcp(port)) as client:
-            assert client.ask(b"two") == b"generation 2: two\n"
+            assert client.ask(b"two") == b"hello from generation 2: two\n"
             os.kill(second, signal.SIGTERM)
             assert service.exit_status(first) == 0
-            assert client.ask(b"three") == b"generation 2: three\n"
-            assert client.read_to_end() == b"bye\n"
+            service.wait_for(r"generation 2, pid \d+\] draining")
+            assert client.ask(b"three") == b"bye from generation 2: three\n"
+            assert client.read_to_end() == b""
         assert service.exit_status(second) == 0
 
 
