@@ -565,6 +565,9 @@ class _ServerAcceptor(Acceptor):
         await self._stopped.wait()
 
     async def _open(self) -> None:
+        # The application may have closed the server in the turn before.
+        if self._is_ended:
+            return
         # Two of the loop's own methods, because each refuses the other one's sockets on one of the loops.
         method = "create_unix_server" if self.entry.sock.family == socket.AF_UNIX else "create_server"
         backlog = ACCEPTS_PER_TURN if self._is_asyncio else self.entry.backlog

@@ -104,7 +104,8 @@ class Gate:
 
     async def open_one(self, acceptor: Acceptor) -> None:
         """Begin to accept on one socket, unless it is accepted on already."""
-        if acceptor not in self._open:
+        # The application may have removed one, and closed its socket, while others were opened.
+        if acceptor in self._acceptors and acceptor not in self._open:
             acceptor.entry.start_listening()
             await acceptor.open()
             self._open.add(acceptor)

@@ -347,6 +347,23 @@ async def test_close_frees_the_address_and_leaves_the_connections() -> None:
             await plane.gate.open()
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_server_may_be_closed_while_the_gate_opens(turns: int) -> None:
+    async with a_plane() as plane:
+        servers = [await create_server(plane, Echo, LOCALHOST, 0, name=name) for name in ("first", "second", "third")]
+        opening = asyncio.ensure_future(plane.gate.open())
+        await turn(turns)
+        servers[0].close()
+        servers[1].close()
+        await opening
+        assert [entry.name for entry in plane.registry.entries] == ["third"]
+        assert [server.is_serving() for server in servers] == [False, False, True]
+        with a_client(servers[2]) as client:
+            assert await answers(client)
+        await until(lambda: not len(plane.tracker))
+        await turn()
+
+
 @pytest.mark.parametrize("turns", range(1, 6))
 async def test_what_is_accepted_in_the_turn_of_the_close_is_served(turns: int) -> None:
     async with an_open_plane() as plane:
