@@ -97,6 +97,11 @@ class Entry:
     claimed: bool = True
     inode: tuple[int, int] | None = None
 
+    def __str__(self) -> str:
+        # Its name, and where it really is, if the name does not tell: a port that the kernel has chosen.
+        bound = _address_of(self.sock)
+        return self.name if bound in self.name else f"{self.name} ({bound})"
+
     def start_listening(self) -> None:
         """Let clients queue. Does nothing for a socket that listens already, or that has no queue of connections."""
         if self.sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):

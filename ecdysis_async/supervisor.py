@@ -164,6 +164,7 @@ class Ecdysis:
         self._last_report: RestartReport | None = None
         self._pid_file = PidFile(self._settings.pid_file) if self._settings.pid_file is not None else None
         self._signals: SignalReceiver | None = None
+        self._stopping = False
         self._stop_signals = 0
 
     # What it is
@@ -192,7 +193,11 @@ class Ecdysis:
 
     @property
     def draining(self) -> anyio.Event:
-        """An event to await: this generation leaves. Replies may say goodbye from then on."""
+        """An event to await: this generation leaves, and each reply from then on should say goodbye.
+
+        Ask ``draining.is_set()`` before the reply is sent, and put the goodbye into it: after a reply without one, the
+        client's next request may be on its way.
+        """
         return self._tracker.draining
 
     @property
@@ -254,12 +259,15 @@ class Ecdysis:
         try:
             if self._body.__exit__(kind, error, trace):
                 kind = error = trace = None
-            # Without its tasks there is nobody to drain: one of them has failed, and its exception says why.
-            if not self._task_group.cancel_scope.cancel_called:
-                # Whoever cancels the block from outside must not cut the goodbye short: the deadline bounds it.
-                with anyio.CancelScope(shield=True):
+            # Whoever cancels the block from outside must not cut the goodbye short: the deadline bounds it.
+            with anyio.CancelScope(shield=True):
+                if self._task_group.cancel_scope.cancel_called:
+                    # One of the supervisor's tasks has failed, its exception says why; there is nobody left to drain.
+                    await self._gate.end()
+                    await self._tracker.drain(0)
+                else:
                     await self._leave_block(error)
-                self._task_group.cancel_scope.cancel()
+            self._task_group.cancel_scope.cancel()
             try:
                 await self._task_group.__aexit__(kind, error, trace)
             except BaseExceptionGroup as group:
@@ -353,6 +361,7 @@ class Ecdysis:
             if self._aborted:
                 # The body is being cancelled; but a task that was woken before gets one more turn on asyncio.
                 await anyio.sleep_forever()
+            self._log_serving()
             return
         async with self._generation.gate_lock:
             # Also where the task that will accept has not had its turn yet, which on trio is a matter of chance: who
@@ -363,9 +372,10 @@ class Ecdysis:
             await anyio.to_thread.run_sync(self._pid_file.publish)
         if self._state is State.STARTING:
             self._state = State.SERVING
-        self._generation.log.info(
-            "serving on %s", ", ".join(entry.name for entry in self._registry.entries) or "nothing"
-        )
+        self._log_serving()
+
+    def _log_serving(self) -> None:
+        self._generation.log.info("serving on %s", ", ".join(map(str, self._registry.entries)) or "nothing")
 
     async def finished(self) -> None:
         """Return when this generation shall leave: its successor has settled, or the service is to stop.
@@ -450,6 +460,8 @@ class Ecdysis:
         self._generation.log.info("stopping%s", " (partially)" if partial else "")
         if self._state in (State.DRAINING, State.ENDED):
             return
+        # Remembered, because what is posted to a restart that is over in the same moment is not heard any more.
+        self._stopping = True
         if self._inheritance is not None and not self._inheritance.state.final:
             self._inheritance.post(SuccessorEvent.STOP_HERE)
         elif self._handover is not None and not self._handover.state.final:
@@ -663,7 +675,10 @@ class Ecdysis:
 
     async def _restart_by_signal(self) -> None:
         try:
-            await self.restart(until="settled")
+            report = await self.restart(until="settled")
+            self._generation.log.info("%s", report)
+        except RestartWhileDraining as error:
+            self._generation.log.info("%s", error)
         except RestartError as error:
             # Without a traceback: the message says what happened, in the successor's own words.
             self._generation.log.error("the restart that a signal asked for failed: %s", error)  # noqa: TRY400
@@ -708,6 +723,8 @@ class Ecdysis:
             )
             return
         await handover.run()
+        if self._stopping:
+            self._leave()
 
     def _on_handover(self, handover: Handover) -> None:
         match handover.state:
@@ -722,6 +739,8 @@ class Ecdysis:
         await inheritance.run()
         if inheritance.state is not Successor.SETTLED:
             return
+        if self._stopping:
+            self._leave()
         assert inheritance.predecessor is not None
         lineage = self._generation.lineage
         lineage.ancestors.append(inheritance.predecessor)
