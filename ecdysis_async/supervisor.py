@@ -8,9 +8,11 @@ stands in the data planes.
 from __future__ import annotations
 
 import enum
+import functools
 import os
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
@@ -21,6 +23,8 @@ import anyio
 import anyio.to_thread
 
 from . import plane as planes
+from .control import Changes, Controlled, ControlServer, Restart
+from .control_path import locate
 from .drain import Tracker, current_connection
 from .errors import (
     HandoffAborted,
@@ -39,6 +43,7 @@ from .report import Outcome, Phase, RestartReport
 from .settings import Settings, StrPath, read_signals
 from .signals import SignalReceiver, can_handle_signals, handled_signals
 from .spawn import claim_channel, supported
+from .status import describe_ancestors, describe_listeners, describe_restart, describe_wait, report_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -113,7 +118,9 @@ class Ecdysis:
         restart_signals: signals that restart the service.
         stop_signals: signals that stop it; a second one makes the drain's deadline now.
         pid_file: names the process that serves; written atomically, moved when a restart has settled.
-        control_socket, systemd, takeover: not in this release; anything but None is refused.
+        control_socket: where `ecdysis restart`, `stop` and `status` reach this service: a path whose directory is the
+            service's own, or a bare name in the default directory, where they find it by themselves.
+        systemd, takeover: not in this release; anything but None is refused.
         command: the successor's command line; the one of this process where it is None.
         environment: the successor's complete environment; that of this process where it is None.
         env_file: a file of KEY=VALUE lines, read afresh at each restart, on top of the environment.
@@ -139,7 +146,7 @@ class Ecdysis:
         env_file: StrPath | None = None,
         takeover: StrPath | None = None,
     ) -> None:
-        for name, value in (("control_socket", control_socket), ("systemd", systemd), ("takeover", takeover)):
+        for name, value in (("systemd", systemd), ("takeover", takeover)):
             if value:
                 raise ValueError(f"{name} is not in this release: leave it out")
         self._settings = Settings(
@@ -155,6 +162,9 @@ class Ecdysis:
             env_file=Path(env_file).absolute() if env_file is not None else None,
         )
         self.pid = os.getpid()
+        self._begun = time.monotonic()
+        self._control_path = locate(control_socket) if control_socket is not None else None
+        self._control: ControlServer | None = None
         self._state = State.STARTING
         self._registry = Registry()
         self._gate = Gate()
@@ -166,6 +176,9 @@ class Ecdysis:
         self._signals: SignalReceiver | None = None
         self._stopping = False
         self._stop_signals = 0
+        # On the loop's clock, for those who ask: since when a restart is in its state, and until when a drain may last.
+        self._phase_begun = 0.0
+        self._drain_deadline: float | None = None
 
     # What it is
 
@@ -225,6 +238,7 @@ class Ecdysis:
         self._drained = anyio.Event()
         self._inherited = anyio.Event()
         self._tracker.draining = anyio.Event()
+        self._changes = Changes()
         self._resources = ExitStack()
         self._task_group = anyio.create_task_group()
         plane = planes.Plane(self._registry, self._gate, self._tracker, self._task_group)
@@ -239,6 +253,10 @@ class Ecdysis:
                 self._inheritance = Inheritance(sock, self._generation, self._on_inheritance)
                 self._resources.callback(self._inheritance.close)
                 await self._inheritance.greet()
+            if self._control_path is not None:
+                self._control = ControlServer(self._control_path, plane, self._controlled())
+                self._resources.callback(self._control.close)
+                await self._control.open()
             self._install_signals()
             await self._task_group.__aenter__()
         except BaseException:
@@ -248,6 +266,8 @@ class Ecdysis:
             self._task_group.start_soon(self._signals.run)
         if self._inheritance is not None:
             self._task_group.start_soon(self._inherit, self._inheritance)
+        if self._control is not None:
+            self._task_group.start_soon(self._control.run)
         # The body alone is cancelled when a restart is called off; the supervisor's own tasks see to the rest.
         self._body = anyio.CancelScope()
         self._body.__enter__()
@@ -325,6 +345,8 @@ class Ecdysis:
                 self._registry.release(entry, unlink=not entry.inherited)
         else:
             self._registry.close(unlink=not self._has_heir)
+        if self._control is not None:
+            await self._control.finish()
         log.info("this generation ends")
 
     async def _let_handover_end(self) -> None:
@@ -437,12 +459,15 @@ class Ecdysis:
             )
         handover = self._begin_restart()
         try:
-            await _first(*((handover.serving, handover.over) if until == "serving" else (handover.over,)))
-            if handover.error is None and until == "drained":
-                await self._drained.wait()
+            return await self._see_through(handover, until)
         except BaseException:
             handover.post(PredecessorEvent.CANCELLED)
             raise
+
+    async def _see_through(self, handover: Handover, until: str) -> RestartReport:
+        await _first(*((handover.serving, handover.over) if until == "serving" else (handover.over,)))
+        if handover.error is None and until == "drained":
+            await self._drained.wait()
         if handover.error is not None:
             raise handover.error
         if handover.over.is_set() and handover.report.outcome is Outcome.STOPPED:
@@ -704,6 +729,7 @@ class Ecdysis:
             )
         handover = Handover(self._generation, self._on_handover)
         self._handover, self._last_report = handover, handover.report
+        self._note_change()
         self._task_group.start_soon(self._hand_over, handover)
         return handover
 
@@ -734,6 +760,7 @@ class Ecdysis:
                 self._state = State.PAUSED
             case _:
                 self._state = State.SERVING
+        self._note_change()
 
     async def _inherit(self, inheritance: Inheritance) -> None:
         await inheritance.run()
@@ -763,12 +790,57 @@ class Ecdysis:
                 self._body.cancel()
             case Successor.STOPPED:
                 self._leave()
+        self._changes.announce()
 
     def _note_drained(self, ancestor: Ancestor, body: Mapping[str, Any]) -> None:
         report = RestartReport.from_json(body["report"])
         if self._last_report is not None and self._last_report.id == report.id:
             self._last_report = report
         self._generation.log.info("generation %d (pid %d) has drained: %s", ancestor.generation, ancestor.pid, report)
+
+    # What the control socket is told
+
+    def _controlled(self) -> Controlled:
+        return Controlled(self._status, self._waiting_for, self._restart, self._find_report, self.stop, self._changes)
+
+    def _restart(self) -> Restart:
+        handover = self._begin_restart()
+        return Restart(handover.report, functools.partial(self._see_through, handover))
+
+    def _note_change(self) -> None:
+        self._phase_begun = anyio.current_time()
+        self._changes.announce()
+
+    def _waiting_for(self) -> str | None:
+        now = anyio.current_time()
+        return describe_wait(
+            self._handover,
+            self._inheritance,
+            phase_seconds=now - self._phase_begun,
+            connections=self.connections,
+            deadline_seconds=self._drain_deadline - now if self._drain_deadline is not None else None,
+        )
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "generation": self.generation,
+            "pid": self.pid,
+            "state": self._state.value,
+            "uptime": time.monotonic() - self._begun,
+            "connections": self.connections,
+            "listeners": describe_listeners(self._registry.entries),
+            "waiting_for": self._waiting_for(),
+            "restart": describe_restart(self._handover, phase_seconds=anyio.current_time() - self._phase_begun),
+            "last_report": self._last_report.to_json() if self._last_report is not None else None,
+            "draining": describe_ancestors(self._generation.lineage.ancestors),
+        }
+
+    def _find_report(self, id: str) -> RestartReport | None:
+        if self._last_report is not None and self._last_report.id == id:
+            return self._last_report
+        if self._inheritance is not None and self._inheritance.restart_id == id:
+            return report_of(self._inheritance)
+        return None
 
     # The end
 
@@ -778,11 +850,13 @@ class Ecdysis:
             self._state = State.DRAINING
             self._tracker.draining.set()
             self._finished.set()
+            self._changes.announce()
             self._task_group.start_soon(self._drain)
 
     async def _drain(self) -> None:
         begun = anyio.current_time()
         log, timeout = self._generation.log, self._settings.drain_timeout
+        self._drain_deadline = begun + timeout
         async with self._generation.gate_lock:
             if self._has_heir:
                 assert self._handover is not None
