@@ -1,0 +1,399 @@
+"""The control socket: how a command outside asks a generation for its status, a restart, or its end.
+
+A registered listener like any other: it moves to the successor at the commit, and whoever was accepted before is served
+to the end by the generation that accepted. It knows nothing of the supervisor but what :class:`Controlled` passes on,
+and no client, however slow or hostile, may cost the service more than one of a few places here.
+
+One request a connection, each message one line of JSON::
+
+    {"command": "status"}                        {"event": "status", "status": {…}}
+    {"command": "restart", "until": "settled"}   {"event": "accepted", "id": …}, {"event": "phase", "report": {…}, …} …,
+                                                 {"event": "done", "report": {…}}, or {"event": "failed", "error": …, …}
+    {"command": "verdict", "id": …}              {"event": "verdict", "report": {…}}, or {"event": "unknown"}
+    {"command": "stop"}                          {"event": "accepted", "pid": …}, {"event": "phase", …} …,
+                                                 {"event": "done"}
+
+What cannot be served is answered by ``{"event": "error", "message": …}``. The last line ends the connection; a client
+that leaves earlier changes nothing of what it has asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from .accept import BROKEN_CONNECTION, AcceptingEnded, GatedSocket
+from .control_path import ControlLock, prepare_directory
+from .errors import RestartError
+from .plane import Plane
+from .registry import Entry, Until
+from .report import RestartReport
+
+__all__ = ["Changes", "ControlServer", "Controlled", "Restart"]
+
+logger = logging.getLogger("ecdysis_async")
+
+# What the control socket is inherited by.
+NAME = "ecdysis control"
+
+MAX_REQUEST_BYTES = 64 * 1024
+# How long a client may take over its request, and over reading one answer, seconds.
+REQUEST_SECONDS = 10.0
+ANSWER_SECONDS = 5.0
+MAX_CLIENTS = 32
+
+# Those who wait for a restart, or for the end, hear something at least this often, seconds: a drain counts down, and
+# silence means that the service hangs.
+HEARTBEAT_SECONDS = 1.0
+
+# How long the end of the service waits for its last answers to be read, seconds.
+FAREWELL_SECONDS = 1.0
+
+# struct ucred of unix(7): pid, uid, gid.
+CREDENTIALS = struct.Struct("@iII")
+
+
+class Changes:
+    """Something that changes again and again."""
+
+    def __init__(self) -> None:
+        self._next = anyio.Event()
+
+    def announce(self) -> None:
+        """Wake those who wait for the next change."""
+        self._next.set()
+        self._next = anyio.Event()
+
+    def next(self) -> anyio.Event:
+        """Return what will be set at the next change; ask before looking, and no change is missed."""
+        return self._next
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """A restart that has begun.
+
+    Attributes:
+        report: what stands so far; it grows.
+        wait: waits until it is "serving", "settled" or "drained", and returns the report or raises a ``RestartError``;
+            cancelling the wait does not call the restart off.
+    """
+
+    report: RestartReport
+    wait: Callable[[str], Awaitable[RestartReport]]
+
+
+@dataclass(frozen=True, slots=True)
+class Controlled:
+    """What can be asked of a generation.
+
+    Attributes:
+        status: tells where it stands, as an object of JSON.
+        waiting_for: tells what it waits for, in words; None if for nothing.
+        begin_restart: begins a restart, or raises a ``RestartError``.
+        find_report: returns the report of a restart by its id, where it is known here.
+        stop: stops the service.
+        changes: announces each change of the status.
+    """
+
+    status: Callable[[], dict[str, Any]]
+    waiting_for: Callable[[], str | None]
+    begin_restart: Callable[[], Restart]
+    find_report: Callable[[str], RestartReport | None]
+    stop: Callable[[], None]
+    changes: Changes
+
+
+class ControlServer:
+    """The control socket of one generation.
+
+    Args:
+        path: absolute.
+        plane: where it is registered.
+        controlled: whom it speaks for.
+    """
+
+    def __init__(self, path: str, plane: Plane, controlled: Controlled) -> None:
+        self.path = path
+        self.controlled = controlled
+        self._ending = anyio.Event()
+        self._plane = plane
+        self._lock = ControlLock(path)
+        self._clients = 0
+        # Those that have not said what they want, the oldest first.
+        self._silent: dict[_Client, anyio.CancelScope] = {}
+        # How many have asked for something and have not heard yet what became of it.
+        self._waiting = 0
+        self._nobody_waits = anyio.Event()
+
+    async def open(self) -> None:
+        """Take the lock, and register the socket: the predecessor's, or a new one in the place of a stale one.
+
+        Raises:
+            OSError: a live service has it, or its directory is not safe; the text says what to do.
+        """
+        self._entry = await anyio.to_thread.run_sync(self._open)
+
+    async def run(self) -> None:
+        """Answer clients, between the commit and the pause those that come, to the end those that are there."""
+        listener = GatedSocket(self._entry, plane=self._plane)
+        async with anyio.create_task_group() as clients:
+            while True:
+                try:
+                    sock = await listener.take(_accept)
+                except AcceptingEnded:
+                    return
+                except OSError:
+                    logger.exception("the control socket %s is out of service", self.path)
+                    return
+                clients.start_soon(self._serve, sock)
+
+    async def finish(self) -> None:
+        """Let those who wait for the end hear of it. They get a moment for that, and no more."""
+        self._ending.set()
+        with anyio.move_on_after(FAREWELL_SECONDS):
+            while self._waiting:
+                self._nobody_waits = anyio.Event()
+                await self._nobody_waits.wait()
+
+    def close(self) -> None:
+        """Give the lock back. The socket is the registry's."""
+        self._lock.release()
+
+    def _open(self) -> Entry:
+        registry = self._plane.registry
+        prepare_directory(self.path)
+        is_family = any(
+            entry.inherited and (entry.name, entry.address) == (NAME, self.path) for entry in registry.entries
+        )
+        self._lock.acquire(is_family=is_family)
+        return registry.listen_unix(self.path, name=NAME, until=Until.EXIT, mode=0o600)
+
+    @contextmanager
+    def _place(self) -> Iterator[bool]:
+        """Give a client a place; where all are taken, that of the one that has been silent for longest."""
+        if self._clients >= MAX_CLIENTS and self._silent:
+            self._silent.pop(next(iter(self._silent))).cancel()
+        elif self._clients >= MAX_CLIENTS:
+            yield False
+            return
+        self._clients += 1
+        try:
+            yield True
+        finally:
+            self._clients -= 1
+
+    async def _serve(self, sock: socket.socket) -> None:
+        """Serve one client to its end; nothing that it does ends anything else."""
+        with sock:
+            client = _Client(sock)
+            try:
+                if (uid := client.read_uid()) not in (0, os.geteuid()):
+                    await client.send(
+                        "error",
+                        message=f"uid {uid} may not control a service of uid {os.geteuid()}: ask as that user, or root",
+                    )
+                    return
+                with self._place() as has_place:
+                    if has_place:
+                        await self._answer(client)
+                    else:
+                        await client.send("error", message=f"{MAX_CLIENTS} others ask already: try again later")
+            except OSError as error:
+                # It has left, or it does not read: then it will hear nothing more.
+                logger.debug("a client of the control socket is let go: %r", error)
+            except Exception:
+                logger.exception("a request on the control socket failed")
+
+    async def _answer(self, client: _Client) -> None:
+        request = None
+        with anyio.move_on_after(REQUEST_SECONDS) as scope:
+            self._silent[client] = scope
+            try:
+                request = await client.receive()
+            except ValueError as error:
+                await client.send("error", message=f"this is no request, but one JSON object in a line is: {error}")
+                return
+            finally:
+                self._silent.pop(client, None)
+        if scope.cancelled_caught:
+            await client.send("error", message=f"no request came within {REQUEST_SECONDS:g} seconds, or others wait")
+            return
+        match request:
+            case {"command": "status"}:
+                await client.send("status", status=self.controlled.status())
+            case {"command": "verdict", "id": str(id)}:
+                report = self.controlled.find_report(id)
+                if report is None:
+                    await client.send("unknown")
+                else:
+                    await client.send("verdict", report=report.to_json())
+            case {"command": "restart", "until": "serving" | "settled" | "drained" as until}:
+                await self._restart(client, until)
+            case {"command": "stop"}:
+                await self._stop(client)
+            case _:
+                await client.send(
+                    "error",
+                    message='there is no such request: "command" is "status", "restart" (with "until": "serving", '
+                    '"settled" or "drained"), "verdict" (with "id") or "stop"',
+                )
+
+    async def _restart(self, client: _Client, until: str) -> None:
+        failure: RestartError | None = None
+        try:
+            restart = self.controlled.begin_restart()
+        except RestartError as error:
+            await client.send("failed", **_describe(error), report=None)
+            return
+
+        async def wait() -> None:
+            nonlocal failure
+            try:
+                await restart.wait(until)
+            except RestartError as error:
+                failure = error
+
+        with self._until_told():
+            await client.send("accepted", id=restart.report.id, pid=os.getpid())
+            await self._accompany(client, wait, restart.report)
+            if failure is None:
+                await client.send("done", report=restart.report.to_json())
+            else:
+                await client.send("failed", **_describe(failure), report=restart.report.to_json())
+
+    async def _stop(self, client: _Client) -> None:
+        with self._until_told():
+            # Said before it is done, so that a service with nothing to finish does not end before it.
+            await client.send("accepted", pid=os.getpid())
+            self.controlled.stop()
+            await self._accompany(client, self._ending.wait, None)
+            await client.send("done")
+
+    async def _accompany(
+        self, client: _Client, wait: Callable[[], Awaitable[object]], report: RestartReport | None
+    ) -> None:
+        """Tell a client how it goes on, at each change and now and then, until what it waits for has happened.
+
+        Raises:
+            OSError: the client has left, or does not read.
+        """
+        is_over = False
+        failure: OSError | None = None
+        changes = self.controlled.changes
+
+        async def wait_and_announce() -> None:
+            nonlocal is_over
+            await wait()
+            is_over = True
+            changes.announce()
+
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(wait_and_announce)
+            try:
+                while not is_over:
+                    change = changes.next()
+                    await client.send(
+                        "phase",
+                        waiting_for=self.controlled.waiting_for(),
+                        report=report.to_json() if report is not None else None,
+                    )
+                    with anyio.move_on_after(HEARTBEAT_SECONDS):
+                        await change.wait()
+            except OSError as error:
+                failure = error
+                task_group.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    @contextmanager
+    def _until_told(self) -> Iterator[None]:
+        """Let the end of this generation wait until somebody has heard what became of it."""
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._nobody_waits.set()
+
+
+class _Client:
+    """One connection, each of its messages a line of JSON."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def read_uid(self) -> int:
+        """Return the user who connected, as the kernel saw it then (SO_PEERCRED, unix(7))."""
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        uid: int = CREDENTIALS.unpack(credentials)[1]
+        return uid
+
+    async def receive(self) -> Any:
+        """Wait for its request: a line, or what it had said when it said that there will be no more.
+
+        Raises:
+            ValueError: it is no JSON, or too long. ConnectionError: it has left without one.
+        """
+        line = bytearray()
+        while b"\n" not in line:
+            if len(line) > MAX_REQUEST_BYTES:
+                raise ValueError(f"it is longer than {MAX_REQUEST_BYTES} bytes")
+            try:
+                data = self._sock.recv(MAX_REQUEST_BYTES)
+            except BlockingIOError:
+                await anyio.wait_readable(self._sock)
+                continue
+            if not data and not line:
+                raise ConnectionAbortedError("it left without a request")
+            if not data:
+                break
+            line += data
+        try:
+            return json.loads(line.partition(b"\n")[0])
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+
+    async def send(self, event: str, **facts: Any) -> None:
+        """Send a message.
+
+        Raises:
+            OSError: it has left, or it does not read (TimeoutError).
+
+        Cancelled, half of it may be sent: nothing can follow.
+        """
+        rest = memoryview(json.dumps({"event": event, **facts}).encode() + b"\n")
+        with anyio.fail_after(ANSWER_SECONDS):
+            while rest:
+                try:
+                    rest = rest[self._sock.send(rest) :]
+                except BlockingIOError:
+                    await anyio.wait_writable(self._sock)
+
+
+def _accept(listener: socket.socket) -> socket.socket:
+    while True:
+        try:
+            sock, _ = listener.accept()
+        except OSError as error:
+            if error.errno in BROKEN_CONNECTION:
+                continue
+            raise
+        # Not tracked, because who looks on (`ecdysis status --watch`) must not hold a drain.
+        sock.setblocking(False)
+        return sock
+
+
+def _describe(error: RestartError) -> dict[str, Any]:
+    return {"error": type(error).__name__, "message": str(error), "phase": error.phase}
