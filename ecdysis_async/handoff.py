@@ -711,6 +711,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         opened: set when this generation accepts, or never will.
         predecessor: what is known of the predecessor, once its sockets are here.
         report: the predecessor's report, once the restart has settled.
+        restart_id: what the restart is asked for by, also where the predecessor dies before it has reported.
         reason: why it was aborted.
     """
 
@@ -723,6 +724,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         self.opened = anyio.Event()
         self.predecessor: Ancestor | None = None
         self.report: RestartReport | None = None
+        self.restart_id = ""
         self.reason = ""
         self._on_change = on_change
         self._channel = Channel(sock)
@@ -899,6 +901,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         generation.number = int(body["generation"])
         generation.log = Numbered(generation.number)
         generation.env_file_keys = tuple(body["env_file_keys"])
+        self.restart_id = str(body["restart"])
         self.predecessor = Ancestor(int(body["predecessor"]["generation"]), int(body["predecessor"]["pid"]), peer)
 
     def _restore_stderr(self) -> None:
