@@ -851,7 +851,15 @@ class Ecdysis:
             self._tracker.draining.set()
             self._finished.set()
             self._changes.announce()
-            self._task_group.start_soon(self._drain)
+            self._task_group.start_soon(self._drain_to_the_end)
+
+    async def _drain_to_the_end(self) -> None:
+        # Cancelled from outside, this block waits for the drain, which would never come: its task is cancelled as well.
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._drain()
+            finally:
+                self._drained.set()
 
     async def _drain(self) -> None:
         begun = anyio.current_time()
@@ -880,7 +888,6 @@ class Ecdysis:
             report.drain = count
             report.phases[Phase.DRAIN] = anyio.current_time() - begun
             await self._handover.tell(Farewell.DRAINED, {"report": report.to_json()})
-        self._drained.set()
 
     async def _tell_progress(self) -> None:
         while self._has_heir and self._handover is not None:
