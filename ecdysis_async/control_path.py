@@ -13,7 +13,15 @@ import stat
 
 from .settings import StrPath
 
-__all__ = ["ControlLock", "default_directories", "default_directory", "find_live", "locate", "prepare_directory"]
+__all__ = [
+    "ControlLock",
+    "default_directories",
+    "default_directory",
+    "find_live",
+    "is_live",
+    "locate",
+    "prepare_directory",
+]
 
 LOCK_SUFFIX = ".lock"
 
@@ -86,7 +94,15 @@ def find_live() -> list[str]:
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
             found += sorted(entry.path for entry in entries if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode))
     # The lock tells them from the service's other sockets, which may well be in the same directory.
-    return [path for path in found if os.path.exists(path + LOCK_SUFFIX) and _is_live(path)]
+    return [path for path in found if os.path.exists(path + LOCK_SUFFIX) and is_live(path)]
+
+
+def is_live(path: str) -> bool:
+    """Say whether somebody listens on a socket of the file system."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        # EAGAIN: somebody listens, and its queue is full (connect(2)).
+        return probe.connect_ex(path) in (0, errno.EAGAIN)
 
 
 class ControlLock:
@@ -157,10 +173,3 @@ def _is_file_at(descriptor: int, path: str) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False
-
-
-def _is_live(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        # EAGAIN: somebody listens, and its queue is full (connect(2)).
-        return probe.connect_ex(path) in (0, errno.EAGAIN)

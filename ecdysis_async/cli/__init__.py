@@ -1,0 +1,23 @@
+"""The `ecdysis` command: restart, stop and look at a service from outside.
+
+Needs the extra ``cli``, and says so where it is missing; nothing else of the package imports it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+__all__ = ["main"]
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit."""
+    try:
+        from .commands import command
+    except ModuleNotFoundError as error:
+        if error.name != "click":
+            raise
+        print("ecdysis: the command needs click: pip install 'ecdysis_async[cli]'", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    sys.exit(command(prog_name="ecdysis"))

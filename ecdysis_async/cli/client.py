@@ -1,0 +1,287 @@
+"""The client of the control socket: blocking, because a command has nothing else to do.
+
+It asks, and finds out what became of what it has asked for, also where the generation that was asked dies over it.
+What is printed, and how, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ecdysis_async.control_path import default_directories, find_live, is_live, locate
+
+__all__ = ["CommandFailed", "Exit", "find", "restart", "status", "stop"]
+
+Event = dict[str, Any]
+
+# The longest answer: a report with the successor's traceback and the last of its stderr, each twice.
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
+
+# A service says something every second to those who wait; one that says nothing for this long hangs, seconds.
+SILENCE_SECONDS = 15.0
+
+# How long to look for somebody who knows the verdict, once the generation that was asked is gone, seconds.
+VERDICT_SECONDS = 10.0
+VERDICT_POLL_SECONDS = 0.05
+
+# How long a process may take from its last word to its end, seconds.
+EXIT_SECONDS = 5.0
+
+
+class Exit(enum.IntEnum):
+    """The exit codes of the command: a contract."""
+
+    DONE = 0  # the new generation serves
+    FAILED = 1  # it failed, and the old one serves
+    USAGE = 2
+    NO_SERVICE = 3
+    IN_PROGRESS = 4  # another restart is
+    ROLLED_BACK = 5
+    UNKNOWN = 6  # what became of it
+    INTERRUPTED = 130  # 128 + SIGINT, as shells count it
+
+
+ERRORS = {
+    "RestartInProgress": Exit.IN_PROGRESS,
+    "RolledBack": Exit.ROLLED_BACK,
+    # There is no service to restart any more: it is being stopped.
+    "RestartWhileDraining": Exit.NO_SERVICE,
+}
+
+
+class CommandFailed(Exception):
+    """The command ends with this message and this exit code.
+
+    Attributes:
+        code: the exit code.
+        event: what the service has said last, if it has said anything.
+    """
+
+    def __init__(self, message: str, code: Exit, event: Event | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.event = event
+
+
+class NoAnswer(Exception):
+    """The connection ended, or stayed silent, before there was an answer."""
+
+
+def find(control: str | None) -> str:
+    """Return the path of the control socket that is meant: the named one, or the only one that is live.
+
+    Raises:
+        CommandFailed: there is none, or there are several.
+    """
+    if control is not None:
+        try:
+            return locate(control)
+        except ValueError as error:
+            raise CommandFailed(str(error), Exit.USAGE) from error
+    live = find_live()
+    if len(live) > 1:
+        raise CommandFailed(
+            "several services run; choose one:\n" + "\n".join(f"  --control {path}" for path in live), Exit.USAGE
+        )
+    if not live:
+        raise CommandFailed(
+            f"no service has its control socket in {', '.join(default_directories())}: "
+            "start it, or say where it is by --control PATH",
+            Exit.NO_SERVICE,
+        )
+    return live[0]
+
+
+def status(path: str) -> Event:
+    """Return the status of whichever generation accepts.
+
+    Raises:
+        CommandFailed: nobody is there, or nobody answers.
+    """
+    try:
+        answer = _ask_once(path, {"command": "status"}, SILENCE_SECONDS)
+    except NoAnswer as error:
+        raise CommandFailed(f"the service at {path} does not answer: {error}", Exit.UNKNOWN) from error
+    found: Event = answer["status"]
+    return found
+
+
+def restart(path: str, until: str, on_event: Callable[[Event], None]) -> Event:
+    """Restart a service; return its last word, an event "done".
+
+    Args:
+        path: its control socket.
+        until: "serving", "settled" or "drained".
+        on_event: called with each event on the way.
+
+    Raises:
+        CommandFailed: there is no new generation, or nobody knows.
+    """
+    last: Event | None = None
+    try:
+        for event in _ask(path, {"command": "restart", "until": until}, SILENCE_SECONDS):
+            on_event(event)
+            match event["event"]:
+                case "done":
+                    return event
+                case "failed":
+                    raise _failure(event)
+                case "accepted":
+                    last = event
+    except NoAnswer as error:
+        if last is not None:
+            return _seek_verdict(path, last["id"], until)
+        if not is_live(path):
+            raise CommandFailed(f"the service at {path} has ended without an answer", Exit.NO_SERVICE) from error
+        raise CommandFailed(
+            f"the service at {path} did not say whether it restarts ({error}): see `ecdysis status`", Exit.UNKNOWN
+        ) from error
+    raise AssertionError("a conversation ends by its last word, or by NoAnswer")
+
+
+def stop(path: str, on_event: Callable[[Event], None]) -> None:
+    """Stop a service; return when its newest generation has ended.
+
+    Raises:
+        CommandFailed: nobody is there, or it is not known whether it stops.
+    """
+    pidfd = -1
+    try:
+        for event in _ask(path, {"command": "stop"}, SILENCE_SECONDS):
+            on_event(event)
+            if event["event"] == "accepted":
+                pidfd = _open_pidfd(event["pid"])
+            if event["event"] == "done":
+                _wait_for_death(pidfd)
+                return
+    except NoAnswer as error:
+        # Whoever is killed while it stops has stopped as well.
+        if _wait_for_death(pidfd) or not is_live(path):
+            return
+        raise CommandFailed(f"the service at {path} does not say that it stops: {error}", Exit.UNKNOWN) from error
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def _seek_verdict(path: str, id: str, until: str) -> Event:
+    """Find out what became of a restart from whoever serves now."""
+    deadline = time.monotonic() + VERDICT_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            answer = _ask_once(path, {"command": "verdict", "id": id}, left)
+        except (NoAnswer, CommandFailed):
+            # It is just leaving, or a successor is about to accept.
+            answer = {"event": "unknown"}
+        if answer["event"] == "verdict":
+            report = answer["report"]
+            match report["outcome"]:
+                # That drain ended with its generation, if that is what was waited for.
+                case "settled":
+                    return {"event": "done", "report": report}
+                case "serving" if until == "serving":
+                    return {"event": "done", "report": report}
+                case "failed":
+                    raise _failure(_failed("SuccessorFailed", report))
+                case "rolled back":
+                    raise _failure(_failed("RolledBack", report))
+                case "stopped":
+                    raise _failure(_failed("RestartWhileDraining", report))
+                case _:
+                    # It goes on, bounded by the service's own limits.
+                    deadline = time.monotonic() + VERDICT_SECONDS
+        time.sleep(VERDICT_POLL_SECONDS)
+    raise CommandFailed(
+        f"the generation that was asked is gone, and nobody knows what became of restart {id}: see `ecdysis status`",
+        Exit.UNKNOWN,
+    )
+
+
+def _failed(error: str, report: Event) -> Event:
+    message = report["error"] or "the service was stopped while it restarted"
+    return {"event": "failed", "error": error, "message": message, "phase": None, "report": report}
+
+
+def _failure(event: Event) -> CommandFailed:
+    return CommandFailed(event["message"], ERRORS.get(event["error"], Exit.FAILED), event)
+
+
+def _ask_once(path: str, request: Event, timeout: float) -> Event:
+    return next(_ask(path, request, timeout))
+
+
+def _ask(path: str, request: Event, timeout: float) -> Iterator[Event]:
+    """Ask, and yield each answer.
+
+    Args:
+        path: the control socket.
+        request: what is asked.
+        timeout: how long the service may be silent, in seconds.
+
+    Raises:
+        CommandFailed: nobody is there, or the service refuses to answer.
+        NoAnswer: the connection ended, or the service was silent.
+    """
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(timeout)
+        try:
+            sock.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
+            raise CommandFailed(f"no service has the control socket {path}", Exit.NO_SERVICE) from error
+        except PermissionError as error:
+            raise CommandFailed(
+                f"the control socket {path} may not be used by uid {os.geteuid()}: ask as the service's user, or root",
+                Exit.FAILED,
+            ) from error
+        except TimeoutError as error:
+            raise NoAnswer(f"its queue has been full for {timeout:.0f} seconds") from error
+        except OSError as error:
+            raise CommandFailed(f"{path} is no control socket: {error.strerror or error}", Exit.USAGE) from error
+        # Refused before it was heard: what the service has said to that is there to be read.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            sock.sendall(json.dumps(request).encode() + b"\n")
+        with sock.makefile("rb") as lines:
+            while True:
+                try:
+                    line = lines.readline(MAX_ANSWER_BYTES)
+                except TimeoutError as error:
+                    raise NoAnswer(f"it has said nothing for {timeout:.0f} seconds") from error
+                except OSError as error:
+                    raise NoAnswer(f"the connection broke: {error.strerror}") from error
+                if not line.endswith(b"\n"):
+                    raise NoAnswer("the connection ended")
+                yield _read_event(line, path)
+
+
+def _read_event(line: bytes, path: str) -> Event:
+    try:
+        event: Event = json.loads(line)
+        match event:
+            case {"event": "error", "message": str(message)}:
+                raise CommandFailed(message, Exit.FAILED, event)
+            case {"event": str()}:
+                return event
+    except ValueError:
+        pass  # no JSON at all: the same as JSON that says something else
+    raise CommandFailed(f"whoever listens on {path} is no service of this library", Exit.USAGE)
+
+
+def _open_pidfd(pid: int) -> int:
+    """Watch the process that ends, where its number means the same here: not from outside of a container."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return -1
+
+
+def _wait_for_death(pidfd: int) -> bool:
+    """Wait until a process is gone, so that whoever starts the service again finds everything free."""
+    return pidfd >= 0 and bool(select.select([pidfd], [], [], EXIT_SECONDS)[0])

@@ -1,0 +1,141 @@
+"""The command line in click: what is asked, what is printed, and which exit code that is."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec
+
+import click
+
+from ecdysis_async.report import RestartReport
+
+from . import client
+from .client import CommandFailed, Exit
+from .progress import Progress, describe_outcome, describe_status, showing
+
+__all__ = ["command"]
+
+P = ParamSpec("P")
+
+# How often `status --watch` looks, seconds.
+WATCH_SECONDS = 1.0
+
+CODES = """Exit codes: 0 the new generation serves; 1 it failed and the old one serves; 2 usage; 3 no service there;
+4 a restart is in progress; 5 rolled back; 6 the outcome is unknown; 130 interrupted, and the service goes on."""
+
+control_option = click.option(
+    "--control",
+    metavar="PATH",
+    help="The service's control socket, or its bare name in the default directory. Found by itself where one runs.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, on stdout.")
+
+
+def failures_exit(function: Callable[P, None]) -> Callable[P, None]:
+    """Let a command that fails print why, and exit by the code of it; with ``--json`` as JSON on stdout."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **named: P.kwargs) -> None:
+        try:
+            function(*args, **named)
+        except CommandFailed as error:
+            if named.get("as_json"):
+                print_json(error.event or {"event": "error", "message": str(error)})
+            else:
+                click.echo(f"ecdysis: {error}", err=True)
+            sys.exit(error.code)
+
+    return run
+
+
+@contextlib.contextmanager
+def interruptible(what: str) -> Iterator[None]:
+    """Say what becomes of it, where Ctrl-C ends the waiting."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\necdysis: {what} goes on without being watched: see `ecdysis status`", err=True)
+        sys.exit(Exit.INTERRUPTED)
+
+
+def print_json(value: Any) -> None:
+    """Print an object in a line of its own, at once."""
+    click.echo(json.dumps(value))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=CODES)
+@click.version_option(package_name="ecdysis_async")
+def command() -> None:
+    """Restart a service without refusing or losing a connection; stop it, and see how it is."""
+
+
+@command.command(epilog=CODES)
+@click.option(
+    "--until",
+    type=click.Choice(["serving", "settled", "drained"]),
+    default="settled",
+    show_default=True,
+    help="How far to wait: until the new generation serves, until that is final, or until the old one's connections "
+    "have ended.",
+)
+@json_option
+@control_option
+@failures_exit
+def restart(until: str, as_json: bool, control: str | None) -> None:  # noqa: FBT001 - click passes it by name
+    """Restart the service, and wait for the outcome. Leaving earlier (Ctrl-C) does not call it off."""
+    path = client.find(control)
+    if as_json:
+        with interruptible("the restart"):
+            print_json(client.restart(path, until, lambda event: None))
+        return
+    with interruptible("the restart"), showing() as display:
+        progress = Progress(display)
+        event = client.restart(path, until, progress.show)
+        progress.show(event)
+    click.echo(describe_outcome(RestartReport.from_json(event["report"])))
+
+
+@command.command()
+@json_option
+@control_option
+@failures_exit
+def stop(as_json: bool, control: str | None) -> None:  # noqa: FBT001 - click passes it by name
+    """Stop the service, and wait until its newest generation has ended. Ctrl-C does not call it off."""
+    path = client.find(control)
+    if as_json:
+        with interruptible("the stop"):
+            client.stop(path, lambda event: None)
+        print_json({"event": "done"})
+        return
+    with interruptible("the stop"), showing() as display:
+        client.stop(path, Progress(display).show)
+    click.echo("stopped")
+
+
+@command.command()
+@json_option
+@click.option("--watch", is_flag=True, help="Look again each second, until Ctrl-C or the end of the service.")
+@control_option
+@failures_exit
+def status(as_json: bool, watch: bool, control: str | None) -> None:  # noqa: FBT001 - click passes it by name
+    """Show the generation that accepts: its connections, its sockets, its restart, and who still drains."""
+    path = client.find(control)
+    try:
+        while True:
+            found = client.status(path)
+            if as_json:
+                print_json(found)
+            else:
+                if watch and sys.stdout.isatty():
+                    click.clear()
+                click.echo(describe_status(found))
+            if not watch:
+                return
+            time.sleep(WATCH_SECONDS)
+    except KeyboardInterrupt:
+        sys.exit(Exit.INTERRUPTED)
