@@ -62,7 +62,7 @@ class Extent:
     residents: Sequence[int]
 
 
-FULL = Extent(loops=LOOPS, quiet=0.3, restarts=30, starts=10, stalls=3, residents=(50, 1024, 4096))
+FULL = Extent(loops=LOOPS, quiet=0.2, restarts=30, starts=8, stalls=3, residents=(50, 1024, 4096))
 QUICK = Extent(loops=("asyncio", "trio"), quiet=0.05, restarts=2, starts=1, stalls=1, residents=(50,))
 
 
@@ -155,8 +155,8 @@ def measure_gaps(loop: str, extent: Extent) -> Gaps:
                 asked_at, left_at, report = restart(subject)
                 assert report.accept_gap is not None
                 result.gaps.append(report.accept_gap)
-                # A window as long in which nothing happens, and some time before it for the old process to be gone.
-                time.sleep(extent.quiet + left_at - asked_at)
+                # A window as long in which nothing happens; before it, some time for the old process to be gone.
+                time.sleep(extent.quiet / 3 + left_at - asked_at)
                 now = time.monotonic()
                 result.restarted.append(caller.longest(asked_at, left_at))
                 result.calm.append(caller.longest(now - (left_at - asked_at), now))

@@ -162,8 +162,8 @@ async def measured_beats(*, wanted: bool) -> AsyncIterator[list[tuple[float, flo
             beats.append((now, now - before - BEAT_SECONDS, waited - waited_before))
             before, waited_before = now, waited
 
-    async with anyio.create_task_group() as task_group:
-        with open("/proc/thread-self/schedstat", "rb") as statistics:  # noqa: ASYNC230 - in memory
+    with open("/proc/thread-self/schedstat", "rb") as statistics:  # noqa: ASYNC230 - in memory
+        async with anyio.create_task_group() as task_group:
             if wanted:
                 task_group.start_soon(beat, statistics.fileno())
             yield beats
