@@ -342,16 +342,17 @@ def plot(gaps: Sequence[Gaps], starts: Sequence[Starts], stalls: Sequence[Stalls
     draw_points(
         stall_axes,
         {
-            f"{stall.loop}\n{stall.resident} MB\n{name}": values
+            f"{stall.loop}, {stall.resident} MB, {name}": values
             for stall in stalls
             for name, values in (
-                ("calm", stall.calm),
-                ("fork" if stall.is_forked else "restart", stall.restarted),
+                [("fork", stall.restarted)] if stall.is_forked else [("calm", stall.calm), ("restart", stall.restarted)]
             )
         },
         "ms",
         "Longest stall of the old loop",
     )
+    for axes in (gap_axes, start_axes):
+        axes.set_ylim(bottom=0)
     stall_axes.set_yscale("log")
     stall_axes.axhline(STALL_AIM_MS, color="tab:red", linestyle="--", linewidth=0.8)
     return figure
@@ -361,8 +362,7 @@ def draw_points(axes: Axes, groups: dict[str, list[float]], unit: str, title: st
     """Draw each value of each group."""
     for column, values in enumerate(groups.values()):
         axes.plot([column] * len(values), [value * 1000 for value in values], "o", alpha=0.5)
-    axes.set_xticks(range(len(groups)), list(groups), fontsize="x-small", rotation=60 if len(groups) > 9 else 0)
-    axes.set_ylim(bottom=0)
+    axes.set_xticks(range(len(groups)), list(groups), fontsize="x-small", rotation=90 if len(groups) > 9 else 0)
     axes.set_ylabel(unit)
     axes.set_title(title)
 
