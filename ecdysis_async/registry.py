@@ -12,7 +12,7 @@ import os
 import select
 import socket
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,6 +85,7 @@ class Entry:
         inherited: whether it came from another process.
         claimed: whether this generation has asked for it.
         inode: device and inode of its path, where the service made that path; else None.
+        number: the descriptor that the service manager passed it by to the first generation; None for all others.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Entry:
     inherited: bool = False
     claimed: bool = True
     inode: tuple[int, int] | None = None
+    number: int | None = None
 
     def __str__(self) -> str:
         # Its name, and where it really is, if the name does not tell: a port that the kernel has chosen.
@@ -157,12 +159,14 @@ class Registry:
             if len(descriptions) != len(rest):
                 raise DescriptorMismatch(f"{len(rest)} descriptors came with {len(descriptions)} descriptions")
             for description in descriptions:
-                name, address, inode = _parse(description)
+                name, address, inode, number = _parse(description)
                 # Family, type and protocol come from the kernel: with another protocol asyncio does not set
                 # TCP_NODELAY, which costs 44 ms per keep-alive request (DESIGN.md, trap 19).
                 sock = socket.socket(fileno=rest[0])
                 del rest[0]
-                entry = Entry(name, _kind(sock), address, sock, inherited=True, claimed=False, inode=inode)
+                entry = Entry(
+                    name, _kind(sock), address, sock, inherited=True, claimed=False, inode=inode, number=number
+                )
                 entries.append(entry)
                 sock.set_inheritable(False)
                 # O_NONBLOCK is shared with the predecessor, who listens on a duplicate (trap 3): it only ever goes on.
@@ -175,11 +179,48 @@ class Registry:
             raise
         self._entries += entries
 
+    def activate(self, names: Mapping[int, str]) -> None:
+        """Register sockets that the service manager passed; the descriptors are taken over.
+
+        They are claimed by their name, whatever address is asked for with it, or by the address they are bound to, or
+        by :meth:`claim`. A path among them is the manager's, and never unlinked.
+
+        Args:
+            names: the name of each, by its descriptor. Names may repeat.
+        """
+        for number, name in names.items():
+            sock = socket.socket(fileno=number)
+            sock.setblocking(False)
+            address = _address_of(sock)
+            self._entries.append(Entry(name, _kind(sock), address, sock, inherited=True, claimed=False, number=number))
+
+    def claim(self, name: str | int, *, until: Until | str = Until.DRAIN) -> Entry:
+        """Claim a socket that the service manager passed, by its name, or by the number it was passed by (from 3).
+
+        Where several have one name, each call claims the next one of them.
+
+        Raises:
+            LookupError: there is none, or it is claimed already; the text says which there are.
+        """
+        claimed = self._claim(
+            lambda entry: entry.number is not None and name in (entry.name, entry.number), Until(until), BACKLOG
+        )
+        if claimed is None:
+            passed = [entry for entry in self._entries if entry.number is not None]
+            there = ", ".join(f"{entry.number}: {entry}{', claimed' if entry.claimed else ''}" for entry in passed)
+            raise LookupError(
+                f"the service manager passed no socket {name!r} that is not claimed yet; there is {there or 'none'} "
+                "(FileDescriptorName= in the socket unit, --fdname of systemd-socket-activate)"
+            )
+        return claimed
+
     def describe(self, entries: Iterable[Entry] | None = None) -> tuple[list[dict[str, Any]], list[int]]:
         """Return what a successor needs to inherit: descriptions for JSON, and the descriptors, which stay ours."""
         chosen = self._entries if entries is None else list(entries)
         descriptions: list[dict[str, Any]] = [
-            {"name": entry.name, "address": entry.address, "inode": entry.inode} for entry in chosen
+            {"name": entry.name, "address": entry.address, "inode": entry.inode}
+            | ({} if entry.number is None else {"number": entry.number})
+            for entry in chosen
         ]
         return descriptions, [entry.sock.fileno() for entry in chosen]
 
@@ -315,8 +356,12 @@ class Registry:
         return [entry for entry in self._entries if not entry.claimed]
 
     def close_unclaimed(self) -> list[Entry]:
-        """Close what was inherited and nobody has asked for, and return it. The predecessor still has its own."""
-        unclaimed = self.unclaimed()
+        """Close what was inherited and nobody has asked for, and return it. The predecessor still has its own.
+
+        What the service manager passed stays: it passes it no second time, holds it open itself all the while, and a
+        later release may ask for it again.
+        """
+        unclaimed = [entry for entry in self.unclaimed() if entry.number is None]
         for entry in unclaimed:
             self.release(entry)
         return unclaimed
@@ -424,6 +469,18 @@ class Registry:
             )
 
         claimed = self._claim(lambda inherited: inherited.name == name and fits(inherited), until, backlog)
+        if claimed is None:
+            # Passed under this very name: then the address is the socket unit's business. The one with the address that
+            # is asked for came first, above, where several have the name.
+            claimed = self._claim(
+                lambda passed: passed.number is not None and (passed.kind, passed.name) == (kind, name), until, backlog
+            )
+        if claimed is None:
+            claimed = self._claim(
+                lambda passed: passed.number is not None and passed.kind is kind and _covers(passed, address),
+                until,
+                backlog,
+            )
         if claimed is None and is_single:
             # Renamed between the generations: the address cannot be bound a second time, and there is but one of it.
             claimed = self._claim(fits, until, backlog)
@@ -454,6 +511,18 @@ class Registry:
                 self._entries[index] = claimed
                 return claimed
         return None
+
+
+def _covers(passed: Entry, address: str) -> bool:
+    """Say whether a socket stands at an address; one for both IPv6 and IPv4 (``ListenStream=80``) stands at both."""
+    if passed.address == address:
+        return True
+    host, _, port = address.rpartition(":")
+    return (
+        host == EVERY_ADDRESS
+        and passed.address == f"[::]:{port}"
+        and not passed.sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    )
 
 
 def _is_connected(sock: socket.socket) -> bool:
@@ -561,11 +630,13 @@ def _explained(error: OSError, verb: str, address: str) -> OSError:
     return OSError(error.errno, text)
 
 
-def _parse(description: dict[str, Any]) -> tuple[str, str, tuple[int, int] | None]:
+def _parse(description: dict[str, Any]) -> tuple[str, str, tuple[int, int] | None, int | None]:
     match description:
         case {"name": str(name), "address": str(address), "inode": [int(device), int(inode)]}:
-            return name, address, (device, inode)
+            return name, address, (device, inode), None
+        case {"name": str(name), "address": str(address), "number": int(number)}:
+            return name, address, None, number
         case {"name": str(name), "address": str(address)}:
-            return name, address, None
+            return name, address, None, None
         case _:
             raise GarbledFrame(f"a listener is described by name and address, not by {description!r}")

@@ -1,0 +1,247 @@
+"""What a service and systemd tell each other: notifications, the watchdog, and the sockets of an activation.
+
+The datagrams of sd_notify(3) and the variables of sd_listen_fds(3), without libsystemd. What is to be said, and when,
+the supervisor decides; here it is only said if this process is the unit's main one, because systemd hears no other
+(NotifyAccess=main). Nothing here blocks the loop, and no deafness of systemd ends a service.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import stat
+import sys
+import time
+from collections import deque
+
+import anyio
+
+__all__ = ["Systemd", "claim_activation", "find_systemd"]
+
+logger = logging.getLogger("ecdysis_async")
+
+# SD_LISTEN_FDS_START of sd_listen_fds(3): what a process is activated with begins behind stdin, stdout and stderr.
+FIRST_DESCRIPTOR = 3
+
+# What sd_listen_fds_with_names(3) calls a socket that was given no name.
+ANONYMOUS = "unknown"
+
+# How long systemd may take to read a message, and to answer a barrier, seconds. It takes milliseconds, unless it is
+# stopped, or being executed anew.
+SEND_SECONDS = 5.0
+
+
+def claim_activation() -> dict[int, str]:
+    """Return the sockets that this process was activated with: the name of each, by its descriptor.
+
+    Call it once, as early as possible: it takes ``LISTEN_*`` out of the environment, so that no process started from
+    here takes the sockets for its own. A descriptor that is no socket (ListenFIFO=, a file) is left as it is.
+    """
+    pid, count, names, _ = (
+        os.environ.pop(key, "") for key in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
+    )
+    # Meant for another process: it came through a shell, or through a service that does not take it out.
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return {}
+    sockets = {}
+    given = names.split(":")
+    for index in range(int(count)):
+        descriptor = FIRST_DESCRIPTOR + index
+        # Closed by whoever ran before us in this process.
+        with contextlib.suppress(OSError):
+            # systemd passes them without CLOEXEC, because it executes this program with them.
+            os.set_inheritable(descriptor, False)
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                sockets[descriptor] = (given[index] if index < len(given) else "") or ANONYMOUS
+    return sockets
+
+
+def find_systemd(wanted: bool | None) -> Systemd | None:  # noqa: FBT001 - the setting as the user gave it
+    """Return the way to systemd, or None where there is none, or none is wanted.
+
+    Args:
+        wanted: None: if this process was given NOTIFY_SOCKET; True: it has to be there; False: never.
+
+    Raises:
+        ValueError: it is wanted and not there, or is of a kind that is not supported.
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if wanted is False:
+        return None
+    if not address:
+        if wanted:
+            raise ValueError(
+                "systemd=True, but NOTIFY_SOCKET is not set: put Type=notify into the unit's [Service], "
+                "or leave systemd= out to run with and without it"
+            )
+        return None
+    return Systemd(address, _read_watchdog())
+
+
+def _read_watchdog() -> float | None:
+    """Return WatchdogSec= in seconds, where it holds for this process (sd_watchdog_enabled(3))."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    # A successor has no WATCHDOG_PID: it becomes the main process later, and the watchdog passes over to it.
+    is_ours = os.environ.get("WATCHDOG_PID", "") in ("", str(os.getpid()))
+    return int(microseconds) / 1e6 if is_ours and microseconds.isdecimal() and int(microseconds) else None
+
+
+def check_unit() -> str | None:
+    """Return what is wrong with the unit of this first generation, as far as a process can know; else None.
+
+    It can know whether systemd itself executed it (SYSTEMD_EXEC_PID, systemd.exec(5), since 248) and whether it gave
+    it a notification socket. It can know neither Type= nor which NotifyAccess= it is other than "none".
+    """
+    executed = os.environ.get("SYSTEMD_EXEC_PID", "")
+    is_executed = executed == str(os.getpid())
+    if is_executed and not os.environ.get("NOTIFY_SOCKET"):
+        return (
+            "this service of systemd has no notification socket: the first restart would end it, because systemd "
+            "takes the exit of the old process for the end of the service. Put Type=notify into the unit's [Service]"
+        )
+    if executed and not is_executed and os.environ.get("NOTIFY_SOCKET"):
+        return (
+            f"the unit's main process is pid {executed} and not this one, so systemd hears nothing from here unless "
+            "the unit says NotifyAccess=all. Start this program without a wrapper, or by `exec` (ExecStart=)"
+        )
+    return None
+
+
+class Systemd:
+    """The voice of one generation at systemd. It is silent until :meth:`begin`, and after :meth:`name_main`.
+
+    Args:
+        address: what NOTIFY_SOCKET says: a path, or "@name" for an abstract address.
+        watchdog: within how many seconds systemd wants to hear of a sound loop, if it does.
+
+    Attributes:
+        begun: set once this process is the unit's main one.
+
+    Raises:
+        ValueError: the address is of another kind.
+    """
+
+    def __init__(self, address: str, watchdog: float | None = None) -> None:
+        if not address.startswith(("/", "@")):
+            raise ValueError(f"NOTIFY_SOCKET={address} is neither a path nor an abstract address: set systemd=False")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._watchdog = watchdog
+        self._is_main = False
+        self._is_deaf = False
+        self._status = ""
+        self._messages: deque[str] = deque()
+        self._wakeup = anyio.Event()
+        # Two tasks may send, and READY must not overtake RELOADING.
+        self._sending = anyio.Lock()
+        self.begun = anyio.Event()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether systemd takes this process for the unit's main one."""
+        return self._is_main
+
+    def begin(self) -> None:
+        """Speak from now on: this process is the unit's main one. Only the first time counts."""
+        if not self.begun.is_set():
+            self._is_main = True
+            self.begun.set()
+            if self._watchdog is not None:
+                self.tell("WATCHDOG=1")
+
+    def tell(self, *assignments: str) -> None:
+        """Let ``run`` send a message, after those before it. A process that is not the main one says nothing."""
+        if self._is_main:
+            self._messages.append("\n".join(assignments))
+            self._wakeup.set()
+
+    def tell_status(self, text: str) -> None:
+        """Say in one line where the service stands; nothing if that is what was said last."""
+        line = " ".join(text.split())
+        if self._is_main and line != self._status:
+            self._status = line
+            self.tell(f"STATUS={line}")
+
+    def tell_reloading(self, limit: float) -> None:
+        """Say that a restart has begun, which may take so many seconds; READY=1 has to follow."""
+        # One datagram: systemd takes it for an answer to its SIGHUP only by this time (systemd.service(5)).
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self.tell("RELOADING=1", f"MONOTONIC_USEC={now}", _extension(limit))
+
+    def ask_for_time(self, seconds: float) -> None:
+        """Say that what goes on may take so many seconds from now, whatever the unit's timeouts say."""
+        self.tell(_extension(seconds))
+
+    async def run(self) -> None:
+        """Send what is told, and pet the watchdog as often as it takes, as long as the loop turns."""
+        async with anyio.create_task_group() as task_group:
+            if self._watchdog is not None:
+                task_group.start_soon(self._pet, self._watchdog / 2)
+            while True:
+                await self.flush()
+                self._wakeup = anyio.Event()
+                if not self._messages:
+                    await self._wakeup.wait()
+
+    async def name_main(self, pid: int, *assignments: str) -> None:
+        """Make another process the unit's main one, and be silent; returns when systemd has taken note.
+
+        Cancelled, systemd may or may not have heard of it.
+        """
+        self.tell(f"MAINPID={pid}", *assignments)
+        self._is_main = False
+        await self.synchronize()
+
+    async def flush(self) -> None:
+        """Send what was told so far."""
+        async with self._sending:
+            while self._messages:
+                await self._send(self._messages[0].encode())
+                self._messages.popleft()
+
+    async def synchronize(self) -> None:
+        """Return when systemd has read all that was told: who exits earlier may not be heard (sd_notify_barrier(3))."""
+        await self.flush()
+        read_end, write_end = os.pipe()
+        try:
+            try:
+                async with self._sending:
+                    is_sent = await self._send(b"BARRIER=1", write_end)
+            finally:
+                os.close(write_end)
+            # systemd closes its copy when it comes to this message.
+            with anyio.move_on_after(SEND_SECONDS if is_sent else 0):
+                await anyio.wait_readable(read_end)
+        finally:
+            os.close(read_end)
+
+    async def _pet(self, pause: float) -> None:
+        while True:
+            self.tell("WATCHDOG=1")
+            await anyio.sleep(pause)
+
+    async def _send(self, message: bytes, *descriptors: int) -> bool:
+        """Send one datagram. That it does not arrive is said once; the service goes on without it."""
+        try:
+            # Connected anew each time, as systemd may be executed anew, and because only then the kernel says when
+            # there is room in the receiver's queue (unix(7)).
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, anyio.fail_after(SEND_SECONDS):
+                sock.setblocking(False)
+                sock.connect(self._address)
+                while True:
+                    try:
+                        socket.send_fds(sock, [message], descriptors)
+                    except BlockingIOError:
+                        await anyio.wait_writable(sock)
+                    else:
+                        return True
+        except OSError as error:
+            if not self._is_deaf:
+                logger.warning("systemd does not hear this service (NOTIFY_SOCKET=%r): %r", self._address, error)
+            self._is_deaf = True
+            return False
+
+
+def _extension(seconds: float) -> str:
+    return f"EXTEND_TIMEOUT_USEC={int(min(seconds, sys.maxsize / 1e6) * 1e6)}"

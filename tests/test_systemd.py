@@ -1,0 +1,331 @@
+"""The datagrams of sd_notify and the variables of an activation, byte for byte; the rest is shown on a real systemd."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from ecdysis_async.registry import Registry
+from ecdysis_async.systemd import Systemd, check_unit, claim_activation, find_systemd
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class Manager:
+    """The receiving end of NOTIFY_SOCKET."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind("\0" + address[1:] if address.startswith("@") else address)
+        self.sock.setblocking(False)
+        self.barriers: list[int] = []
+
+    async def hear(self) -> list[str]:
+        """Wait for a message; return its lines. A barrier is kept until it is lifted."""
+        await anyio.wait_readable(self.sock)
+        message, descriptors, _, _ = socket.recv_fds(self.sock, 4096, 4)
+        self.barriers += descriptors
+        return message.decode().split("\n")
+
+    def lift(self) -> None:
+        """Answer the barriers."""
+        while self.barriers:
+            os.close(self.barriers.pop())
+
+    def close(self) -> None:
+        self.lift()
+        self.sock.close()
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]:
+    manager = Manager(str(tmp_path / "notify") if request.param == "path" else f"@{tmp_path}")
+    yield manager
+    manager.close()
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set variables, and undo at the end what becomes of them."""
+    names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC")
+    for name in (*names, "WATCHDOG_PID", "SYSTEMD_EXEC_PID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def set_variables(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+async def test_only_the_main_process_speaks(manager: Manager) -> None:
+    systemd = Systemd(manager.address)
+    with anyio.fail_after(5):
+        systemd.tell("lost")
+        systemd.begin()
+        systemd.tell("READY=1", "STATUS=generation 1")
+        await systemd.flush()
+        assert await manager.hear() == ["READY=1", "STATUS=generation 1"]
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(systemd.name_main, 4711, "READY=1")
+            assert await manager.hear() == ["MAINPID=4711", "READY=1"]
+            assert await manager.hear() == ["BARRIER=1"]
+            assert not systemd.is_main
+            manager.lift()
+        systemd.begin()
+        systemd.tell("lost")
+        await systemd.flush()
+    with pytest.raises(BlockingIOError):
+        manager.sock.recv(1)
+
+
+async def test_reloading_has_its_time_in_the_same_datagram(manager: Manager) -> None:
+    systemd = Systemd(manager.address)
+    systemd.begin()
+    before = time.monotonic()
+    systemd.tell_reloading(1.5)
+    await systemd.flush()
+    reloading, since, extension = await manager.hear()
+    assert (reloading, extension) == ("RELOADING=1", "EXTEND_TIMEOUT_USEC=1500000")
+    key, _, microseconds = since.partition("=")
+    assert key == "MONOTONIC_USEC"
+    assert int(before * 1e6) <= int(microseconds) <= time.monotonic() * 1e6
+
+
+async def test_a_status_is_one_line_and_said_once(manager: Manager) -> None:
+    systemd = Systemd(manager.address)
+    systemd.begin()
+    for text in ("it failed:\n  Type=evil", "it failed:\n  Type=evil", "it serves"):
+        systemd.tell_status(text)
+    await systemd.flush()
+    assert [await manager.hear() for _ in range(2)] == [["STATUS=it failed: Type=evil"], ["STATUS=it serves"]]
+
+
+async def test_messages_wait_for_room_in_their_order(manager: Manager) -> None:
+    systemd = Systemd(manager.address)
+    systemd.begin()
+    numbers = [f"X_NUMBER={number}" for number in range(2000)]
+    for number in numbers:
+        systemd.tell(number)
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(systemd.run)
+        with anyio.fail_after(20):
+            assert [(await manager.hear())[0] for _ in numbers] == numbers
+        task_group.cancel_scope.cancel()
+
+
+async def test_the_watchdog_is_petted_twice_in_its_time_by_the_main_process_only(manager: Manager) -> None:
+    systemd = Systemd(manager.address, watchdog=0.02)
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(systemd.run)
+        with anyio.move_on_after(0.05):
+            await manager.hear()
+            raise AssertionError("it spoke before it was the main process")
+        systemd.begin()
+        with anyio.fail_after(5):
+            assert [await manager.hear() for _ in range(4)] == [["WATCHDOG=1"]] * 4
+        task_group.cancel_scope.cancel()
+
+
+async def test_a_deaf_systemd_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    systemd = Systemd(str(tmp_path / "nobody"))
+    systemd.begin()
+    with caplog.at_level(logging.WARNING), anyio.fail_after(5):
+        for _ in range(2):
+            systemd.tell("READY=1")
+            await systemd.flush()
+        await systemd.synchronize()
+    assert [record.message[:35] for record in caplog.records] == ["systemd does not hear this service "]
+
+
+def test_it_is_switched_on_by_the_notification_socket(environment: Callable[..., None]) -> None:
+    assert find_systemd(None) is None
+    with pytest.raises(ValueError, match="Type=notify"):
+        find_systemd(wanted=True)
+    environment(NOTIFY_SOCKET="@some/where")
+    assert find_systemd(None) is not None
+    assert find_systemd(wanted=True) is not None
+    assert find_systemd(wanted=False) is None
+    environment(NOTIFY_SOCKET="vsock:2:1")
+    with pytest.raises(ValueError, match="systemd=False"):
+        find_systemd(None)
+
+
+@pytest.mark.parametrize(
+    ("pid", "usec", "seconds"),
+    [("own", "3000000", 3.0), (None, "500000", 0.5), ("1", "500000", None), (None, "x", None), (None, "0", None)],
+)
+def test_the_watchdog_holds_for_this_process(
+    environment: Callable[..., None], pid: str | None, usec: str, seconds: float | None
+) -> None:
+    environment(NOTIFY_SOCKET="@x", WATCHDOG_USEC=usec)
+    if pid is not None:
+        environment(WATCHDOG_PID=str(os.getpid()) if pid == "own" else pid)
+    systemd = find_systemd(None)
+    assert systemd is not None
+    assert systemd._watchdog == seconds
+
+
+def test_a_unit_that_cannot_work_is_told_what_to_change(environment: Callable[..., None]) -> None:
+    assert check_unit() is None
+    environment(SYSTEMD_EXEC_PID=str(os.getpid()))
+    assert "Type=notify" in (check_unit() or "")
+    environment(NOTIFY_SOCKET="@x")
+    assert check_unit() is None
+    environment(SYSTEMD_EXEC_PID="1")
+    assert "NotifyAccess=all" in (check_unit() or "")
+
+
+# Run as another program, because it is for the descriptors from 3 on of a process that was just executed.
+ACTIVATED = """
+import json, os, sys
+from ecdysis_async.systemd import claim_activation
+found = claim_activation()
+print(json.dumps([found, [os.get_inheritable(fd) for fd in found], [key for key in os.environ if "LISTEN" in key]]))
+"""
+
+
+def run_activated(sockets: int, names: str | None, pid: str = "$$") -> str:
+    variables = f"LISTEN_PID={pid} LISTEN_FDS={sockets}" + (f" LISTEN_FDNAMES={names}" if names is not None else "")
+    made = [socket.socket() for _ in range(2)]
+    try:
+        # A shell puts them from 3 on, and knows the pid before the exec.
+        command = (
+            f"exec {' '.join(f'{3 + index}<&{sock.fileno() + 20}' for index, sock in enumerate(made))} 5</dev/null; "
+            f'exec env {variables} "$0" -c "$1"'
+        )
+        high = [os.dup2(sock.fileno(), sock.fileno() + 20) for sock in made]
+        try:
+            return subprocess.run(
+                ["bash", "-c", command, sys.executable, ACTIVATED],
+                check=True, capture_output=True, text=True, cwd=PROJECT, pass_fds=high,
+            ).stdout.strip()  # fmt: skip
+        finally:
+            for descriptor in high:
+                os.close(descriptor)
+    finally:
+        for sock in made:
+            sock.close()
+
+
+@pytest.mark.parametrize(
+    ("sockets", "names", "pid", "result"),
+    [
+        (2, "web:web", "$$", '[{"3": "web", "4": "web"}, [false, false], []]'),
+        (2, None, "$$", '[{"3": "unknown", "4": "unknown"}, [false, false], []]'),
+        (3, "web::file", "$$", '[{"3": "web", "4": "unknown"}, [false, false], []]'),
+        (2, "web", "1", "[{}, [], []]"),
+        (0, "", "$$", "[{}, [], []]"),
+    ],
+)
+def test_an_activation_is_claimed_and_its_variables_are_gone(
+    sockets: int, names: str | None, pid: str, result: str
+) -> None:
+    assert run_activated(sockets, names, pid) == result
+
+
+def test_what_was_never_passed_is_not_claimed(environment: Callable[..., None]) -> None:
+    environment(LISTEN_PID=str(os.getpid()), LISTEN_FDS="many", LISTEN_FDNAMES="web")
+    assert claim_activation() == {}
+    assert not [key for key in os.environ if key.startswith("LISTEN_")]
+
+
+def make_listener(family: int = socket.AF_INET, address: object = ("127.0.0.1", 0)) -> socket.socket:
+    sock = socket.socket(family)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind(address)  # type: ignore[arg-type]
+    sock.listen()
+    return sock
+
+
+def activate(*named: tuple[str, socket.socket]) -> tuple[Registry, list[int]]:
+    registry = Registry()
+    numbers = [sock.detach() for _, sock in named]
+    registry.activate({number: name for number, (name, _) in zip(numbers, named, strict=True)})
+    return registry, numbers
+
+
+def test_an_activated_socket_is_claimed_by_its_address() -> None:
+    first, second = make_listener(), make_listener()
+    port = second.getsockname()[1]
+    registry, (_, number) = activate(("web.socket", first), ("web.socket", second))
+    entry = registry.listen_tcp("127.0.0.1", port)
+    assert (entry.sock.fileno(), entry.number, entry.claimed) == (number, number, True)
+    assert len(registry.unclaimed()) == 1
+    registry.close(unlink=True)
+
+
+def test_an_activated_socket_is_claimed_by_its_name_whatever_the_address() -> None:
+    registry, (number, _) = activate(("web", make_listener()), ("web", make_listener()))
+    assert registry.listen_tcp("0.0.0.0", 80, name="web").number == number
+    with pytest.raises(LookupError, match="admin"):
+        registry.claim("admin")
+    registry.close(unlink=True)
+
+
+def test_repeated_names_are_claimed_in_their_order_and_the_right_address_first() -> None:
+    sockets = [make_listener() for _ in range(3)]
+    port = sockets[1].getsockname()[1]
+    registry, numbers = activate(*(("web", sock) for sock in sockets))
+    claimed = [registry.listen_tcp("127.0.0.1", port, name="web").number, registry.claim("web").number]
+    claimed.append(registry.claim("web").number)
+    assert claimed == [numbers[1], numbers[0], numbers[2]]
+    with pytest.raises(LookupError, match="claimed"):
+        registry.claim("web")
+    registry.close(unlink=True)
+
+
+def test_anonymous_ones_are_claimed_by_number() -> None:
+    registry, numbers = activate(("unknown", make_listener()), ("unknown", make_listener()))
+    assert registry.claim(numbers[1]).number == numbers[1]
+    assert registry.claim("unknown").number == numbers[0]
+    registry.close(unlink=True)
+
+
+def test_a_socket_for_both_ip_versions_is_found_by_either_address() -> None:
+    for host in ("0.0.0.0", "::"):
+        sock = make_listener(socket.AF_INET6, ("::", 0))
+        port = sock.getsockname()[1]
+        registry, (number,) = activate(("web.socket", sock))
+        assert registry.listen_tcp(host, port).number == number
+        registry.close(unlink=True)
+
+
+def test_the_kind_has_to_fit() -> None:
+    registry, _ = activate(("web", make_listener()))
+    entry = registry.bind_udp("127.0.0.1", 0, name="web")
+    assert entry.number is None
+    registry.close(unlink=True)
+
+
+def test_a_path_of_the_manager_is_never_unlinked(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    registry, _ = activate(("web", make_listener(socket.AF_UNIX, str(path))))
+    assert registry.listen_unix(path).number is not None
+    registry.close(unlink=True)
+    assert path.exists()
+
+
+def test_it_is_handed_on_and_stays_claimable_by_name_and_number() -> None:
+    registry, (number,) = activate(("web", make_listener()))
+    for _ in range(2):
+        descriptions, descriptors = registry.describe()
+        heir = Registry()
+        heir.inherit(descriptions, [os.dup(descriptor) for descriptor in descriptors])
+        registry.close(unlink=True)
+        registry = heir
+        # Nobody has asked for it in this generation: it is kept for the next one.
+        assert registry.close_unclaimed() == []
+    assert registry.listen_tcp("127.0.0.1", 1, name="web").number == number
+    registry.close(unlink=True)
