@@ -850,7 +850,6 @@ class Ecdysis:
             self._state = State.DRAINING
             self._tracker.draining.set()
             self._finished.set()
-            self._changes.announce()
             self._task_group.start_soon(self._drain_to_the_end)
 
     async def _drain_to_the_end(self) -> None:
@@ -865,6 +864,7 @@ class Ecdysis:
         begun = anyio.current_time()
         log, timeout = self._generation.log, self._settings.drain_timeout
         self._drain_deadline = begun + timeout
+        self._changes.announce()
         async with self._generation.gate_lock:
             if self._has_heir:
                 assert self._handover is not None
