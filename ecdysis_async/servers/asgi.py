@@ -1,0 +1,171 @@
+"""An ASGI application as it is served here: its clients are told when this generation leaves, and requests are counted.
+
+This is the one seam that all servers of ASGI have in public. It changes nothing of what a request says, and nothing of
+a response but its header ``Connection``, once this generation leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from typing import Any
+
+from ecdysis_async.asyncio_servers import ServerConnection
+from ecdysis_async.drain import current_connection
+
+from .departure import DRAINING, RESTARTING, Departure
+
+__all__ = ["Application"]
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Application:
+    """What a server is given in place of the application.
+
+    Attributes:
+        failure: why the application's start-up failed, if it did.
+
+    Args:
+        app: the application, of ASGI 3.
+        departure: learns which WebSockets are open.
+    """
+
+    def __init__(self, app: Callable[[Any, Any, Any], Awaitable[Any]], departure: Departure) -> None:
+        self.failure: BaseException | None = None
+        self._app = app
+        self._departure = departure
+        self._draining = departure.ecdysis.draining
+        # The requests that each connection has at this moment: with HTTP/2 that may be many.
+        self._requests: dict[ServerConnection, set[asyncio.Task[Any]]] = {}
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
+        scope.setdefault("state", {})[DRAINING] = self._draining
+        with self._in_progress():
+            if scope["type"] == "websocket":
+                await _WebSocket(self._departure, receive, send).run(self._app, scope)
+            else:
+                await self._respond(scope, receive, send)
+
+    async def _live(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Run the lifespan, and keep the reason if its beginning fails.
+
+        An application that does not know the protocol raises at the sight of the scope. One that has asked for the
+        event, and fails then, does know it: servers go on without, and a broken release would be taken for a good one.
+        """
+        is_asked = is_started = False
+
+        async def receive_through() -> Message:
+            nonlocal is_asked
+            message = await receive()
+            is_asked = True
+            return message
+
+        async def send_through(message: Message) -> None:
+            nonlocal is_started
+            if message["type"] == "lifespan.startup.complete":
+                is_started = True
+            elif message["type"] == "lifespan.startup.failed":
+                # Frameworks say so while they handle the exception.
+                self.failure = sys.exception() or RuntimeError(message.get("message") or "the start-up failed")
+            await send(message)
+
+        try:
+            await self._app(scope, receive_through, send_through)
+        except Exception as error:
+            if is_asked and not is_started and self.failure is None:
+                self.failure = error
+                await send({"type": "lifespan.startup.failed", "message": repr(error)})
+            raise
+
+    async def _respond(self, scope: Message, receive: Receive, send: Send) -> None:
+        async def send_through(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._draining.is_set():
+                message = {**message, "headers": _with_goodbye(message.get("headers", ()))}
+            await send(message)
+
+        # HTTP/2 and 3 have no such header (RFC 9113, 8.2.2).
+        is_http_1 = scope["http_version"].startswith("1")
+        await self._app(scope, receive, send_through if is_http_1 else send)
+
+    @contextlib.contextmanager
+    def _in_progress(self) -> Iterator[None]:
+        """Let the drain know that this connection is busy, and whom to cancel at the deadline."""
+        connection, task = current_connection.get(), asyncio.current_task()
+        if not isinstance(connection, ServerConnection) or task is None:
+            yield
+            return
+        tasks = self._requests.setdefault(connection, set())
+        tasks.add(task)
+        connection.handler = task
+        try:
+            yield
+        finally:
+            tasks.remove(task)
+            connection.handler = next(iter(tasks), None)
+            if not tasks:
+                del self._requests[connection]
+                if connection.is_over():
+                    connection.server.plane.tracker.close(connection)
+
+
+class _WebSocket:
+    """One WebSocket, which its application serves, and which may be closed over its head."""
+
+    def __init__(self, departure: Departure, receive: Receive, send: Send) -> None:
+        self._departure = departure
+        self._receive = receive
+        self._send = send
+        self._is_dismissed = False
+        self._is_disconnected = False
+
+    async def run(self, app: Callable[[Any, Any, Any], Awaitable[Any]], scope: Message) -> None:
+        try:
+            with contextlib.suppress(_Dismissed):
+                await app(scope, self._receive_through, self._send_through)
+        finally:
+            self._departure.websockets.discard(self._dismiss)
+        # To the end of the closing handshake: a socket that is closed while there is something to be read resets.
+        while self._is_dismissed and not self._is_disconnected:
+            await self._receive_through()
+
+    async def _receive_through(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "websocket.disconnect":
+            self._is_disconnected = True
+            self._departure.websockets.discard(self._dismiss)
+        return message
+
+    async def _send_through(self, message: Message) -> None:
+        if self._is_dismissed:
+            if message["type"] == "websocket.close":
+                return
+            # What the specification asks of a server whose client is gone: a subclass of OSError.
+            raise _Dismissed("this WebSocket was closed, because the service restarts")
+        if message["type"] == "websocket.close":
+            self._departure.websockets.discard(self._dismiss)
+        await self._send(message)
+        if message["type"] == "websocket.accept":
+            self._departure.websockets.add(self._dismiss)
+
+    async def _dismiss(self) -> None:
+        self._is_dismissed = True
+        # OSError: its client was faster. RuntimeError: its server was (a ping that was not answered).
+        with contextlib.suppress(OSError, RuntimeError):
+            await self._send({"type": "websocket.close", "code": RESTARTING, "reason": "the service restarts"})
+
+
+class _Dismissed(OSError):
+    """An application sends to a WebSocket that was closed."""
+
+
+def _with_goodbye(headers: Any) -> list[tuple[bytes, bytes]]:
+    others = [(name, value) for name, value in headers if name.lower() != b"connection"]
+    return [*others, (b"connection", b"close")]

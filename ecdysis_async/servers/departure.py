@@ -1,0 +1,127 @@
+"""How a generation takes leave of the clients of its server: the same for every server.
+
+From the restart's settling on, whoever asks is answered, and told to come back on a new connection; WebSockets are
+closed one after the other; what is idle to the end the drain closes, shortly before its deadline. Only when nobody is
+left may the server shut down. Nothing here knows a server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from ecdysis_async.drain import FAREWELL_SECONDS, FAREWELL_SHARE
+from ecdysis_async.errors import DrainInterrupt
+from ecdysis_async.gate import GateState
+from ecdysis_async.plane import active
+from ecdysis_async.supervisor import Ecdysis
+
+__all__ = ["DRAINING", "RESTARTING", "Departure"]
+
+DRAINING = "ecdysis.draining"
+"""Where an application finds the event that this generation leaves: an object with ``is_set()`` and ``wait()``."""
+
+RESTARTING = 1012
+"""The code that a WebSocket is closed with: "Service Restart" in IANA's registry of close codes."""
+
+# How often it is looked whether the last connection has ended, and who is to be closed next, seconds. A WebSocket's
+# connection ends without telling, because its protocol is no longer the one that was made for it; a drain, too, looks
+# for those this often.
+STEP_SECONDS = 0.05
+
+# What a server may take for its own shutdown, the application's included, if the drain has used up all of its time; and
+# what a drain may take beyond its deadline before it is not waited for any longer. Seconds.
+GRACE_SECONDS = 10.0
+
+log = logging.getLogger("ecdysis_async")
+
+
+class Departure:
+    """The way out of one server's connections.
+
+    Attributes:
+        ecdysis: says when.
+        websockets: for each WebSocket that is open, what closes it with ``RESTARTING``; it may take its time, and
+            raises nothing.
+
+    Args:
+        ecdysis: see above.
+        say_farewell: called shortly before the deadline, when idle connections are to be closed.
+
+    Raises:
+        RuntimeError: the loop is not gated, so that the server would bypass the handoff.
+        LookupError: the ``Ecdysis`` was not entered.
+    """
+
+    def __init__(self, ecdysis: Ecdysis, say_farewell: Callable[[], None] | None = None) -> None:
+        if not hasattr(asyncio.get_running_loop(), "ungated_create_server"):
+            raise RuntimeError("this loop's servers cannot be handed over: run the program by ecdysis_async.run(main)")
+        self.ecdysis = ecdysis
+        self.websockets: set[Callable[[], Coroutine[Any, Any, object]]] = set()
+        self._gate = active().gate
+        self._say_farewell = say_farewell
+        self._timeout = ecdysis._settings.drain_timeout  # noqa: SLF001 - there is no other way to learn it
+        self._deadline = -math.inf
+
+    async def see_off(self) -> None:
+        """Return when this generation has left and its last connection has ended, at the deadline at the latest.
+
+        Cancelling it leaves connections as they are.
+        """
+        await self.ecdysis.finished()
+        self._deadline = anyio.current_time() + self._timeout
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(self._say_goodbye)
+            with anyio.CancelScope(deadline=self._deadline + GRACE_SECONDS):
+                # Before the gate has ended, one may still be accepted.
+                while self._gate.state is not GateState.ENDED or self.ecdysis.connections:  # noqa: ASYNC110 - see above
+                    await anyio.sleep(STEP_SECONDS)
+            task_group.cancel_scope.cancel()
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[Callable[[], None]]:
+        """Cancel a server's own shutdown when its time is up, whatever it waits for.
+
+        Yields what is to be called when that shutdown begins.
+        """
+        with anyio.CancelScope() as scope:
+
+            def begin() -> None:
+                scope.deadline = max(self._deadline, anyio.current_time() + GRACE_SECONDS)
+
+            yield begin
+        if scope.cancelled_caught:
+            log.warning("the server, or the shutdown of its application, does not end: it is not waited for any longer")
+
+    async def _say_goodbye(self) -> None:
+        async with anyio.create_task_group() as closing:
+            with contextlib.suppress(DrainInterrupt):
+                await self.ecdysis.until_draining(self._close_one_by_one(closing))
+            if self._say_farewell is not None:
+                self._say_farewell()
+            while True:
+                # All that are left, and those that are opened even now.
+                self._close(closing, len(self.websockets))
+                await anyio.sleep(STEP_SECONDS)
+
+    async def _close_one_by_one(self, closing: TaskGroup) -> None:
+        """Close WebSockets evenly over the time there is: all at once, their clients would come back all at once."""
+        end = self._deadline - min(FAREWELL_SECONDS, self._timeout * FAREWELL_SHARE)
+        due = 0.0
+        while True:
+            due += len(self.websockets) / max(1.0, (end - anyio.current_time()) / STEP_SECONDS)
+            number = min(int(due), len(self.websockets))
+            self._close(closing, number)
+            due -= number
+            await anyio.sleep(STEP_SECONDS)
+
+    def _close(self, closing: TaskGroup, number: int) -> None:
+        for _ in range(number):
+            closing.start_soon(self.websockets.pop())
