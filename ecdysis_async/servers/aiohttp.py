@@ -1,0 +1,153 @@
+"""aiohttp: its runner, whose sockets, signals and end are those of the ``Ecdysis``.
+
+Seams, as seen in aiohttp 3.14: ``AppRunner`` with its ``server.pre_shutdown`` and ``cleanup``, the sites, a middleware,
+the signal ``on_response_prepare``, ``Request.task``, and ``WebSocketResponse.close``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+import ssl
+from collections.abc import Iterator
+from typing import Any
+
+import anyio
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from ecdysis_async.asyncio_servers import ServerConnection
+from ecdysis_async.drain import current_connection
+from ecdysis_async.settings import StrPath
+from ecdysis_async.supervisor import Ecdysis
+
+from .departure import RESTARTING, Departure
+
+__all__ = ["DRAINING", "serve"]
+
+DRAINING = web.AppKey("ecdysis.draining", anyio.Event)
+"""Where an application finds the event that this generation leaves; sub-applications look in ``config_dict``."""
+
+
+async def serve(
+    ecdysis: Ecdysis,
+    app: web.Application,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    path: StrPath | None = None,
+    sock: socket.socket | None = None,
+    ssl_context: ssl.SSLContext | None = None,
+    backlog: int = 1024,
+    **options: Any,
+) -> None:
+    """Serve an application until this generation shall leave and its requests are answered.
+
+    It announces readiness itself, after the application's start-up. Applications find the event that this generation
+    leaves as ``app[DRAINING]``: streams should end then. WebSockets are closed with 1012, one after the other until the
+    deadline.
+
+    Args:
+        ecdysis: entered, on a gated loop (``ecdysis_async.run``).
+        app: not yet frozen.
+        host: an address or a name; every interface where it is None.
+        port: 8080, or 8443 with TLS, if neither path nor sock are given.
+        path: of a Unix socket.
+        sock: one of the ``Ecdysis``, or one to be registered.
+        ssl_context: serve TLS.
+        backlog: how many connections may wait to be accepted.
+        options: those of ``aiohttp.web.AppRunner``, such as ``access_log`` and ``keepalive_timeout``.
+
+    Raises:
+        RuntimeError: the loop is not gated, or the application is frozen.
+        Exception: whatever the application's start-up raised.
+        OSError: an address cannot be bound.
+
+    Cancelling it ends the server at once.
+    """
+    # The drain waits for requests, and has cancelled what is left by the time of the clean-up: nothing is to wait for.
+    runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=0, **options)
+    clients = _Clients(ecdysis, runner)
+    app[DRAINING] = ecdysis.draining
+    app.middlewares.insert(0, clients.note_request)
+    app.on_response_prepare.append(clients.note_response)
+    try:
+        await runner.setup()
+        for site in _make_sites(runner, host, port, path, sock, ssl_context=ssl_context, backlog=backlog):
+            await site.start()
+        await ecdysis.ready()
+        await clients.departure.see_off()
+    finally:
+        with clients.departure.ending() as begin:
+            begin()
+            await runner.cleanup()
+
+
+class _Clients:
+    """Those who are connected: what they are told, and when their connections end."""
+
+    def __init__(self, ecdysis: Ecdysis, runner: web.AppRunner) -> None:
+        self.departure = Departure(ecdysis, self._close_idle)
+        self._runner = runner
+        # Each connection that has made a request; and whether it has one now.
+        self._is_busy: dict[ServerConnection, bool] = {}
+
+    @web.middleware
+    async def note_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Know a connection that makes a request, and its task, which lives as long as it does."""
+        connection = current_connection.get()
+        if not isinstance(connection, ServerConnection):
+            return await handler(request)
+        if connection not in self._is_busy:
+            connection.handler = request.task
+            request.task.add_done_callback(functools.partial(self._forget, connection))
+        self._is_busy[connection] = True
+        try:
+            return await handler(request)
+        finally:
+            if connection in self._is_busy:
+                self._is_busy[connection] = False
+
+    async def note_response(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Say goodbye once this generation leaves; and know WebSockets."""
+        if isinstance(response, web.WebSocketResponse):
+            dismiss = functools.partial(response.close, code=RESTARTING, message=b"the service restarts")
+            self.departure.websockets.add(dismiss)
+            request.task.add_done_callback(lambda _: self.departure.websockets.discard(dismiss))
+        elif self.departure.ecdysis.draining.is_set():
+            response.force_close()
+            if request.version.major == 1:
+                response.headers["Connection"] = "close"
+
+    def _close_idle(self) -> None:
+        for connection, is_busy in self._is_busy.items():
+            connection.silent = not is_busy
+        # Ends the tasks of connections that are idle, and those of the others after their response.
+        assert self._runner.server is not None
+        self._runner.server.pre_shutdown()
+
+    def _forget(self, connection: ServerConnection, task: asyncio.Task[None]) -> None:
+        del self._is_busy[connection]
+        connection.handler = None
+        if connection.is_over():
+            connection.server.plane.tracker.close(connection)
+        elif self.departure.ecdysis.draining.is_set() and connection.transport is not None:
+            # An idle connection whose task was ended is left open, and nobody would answer.
+            connection.transport.close()
+
+
+def _make_sites(
+    runner: web.AppRunner,
+    host: str | None,
+    port: int | None,
+    path: StrPath | None,
+    sock: socket.socket | None,
+    **options: Any,
+) -> Iterator[web.BaseSite]:
+    if sock is not None:
+        yield web.SockSite(runner, sock, **options)
+    if path is not None:
+        yield web.UnixSite(runner, path, **options)
+    if host is not None or port is not None or (sock is None and path is None):
+        yield web.TCPSite(runner, host, port, **options)
