@@ -9,7 +9,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from .handoff import Ancestor, Handover, Inheritance
+from .handover import Handover
+from .inheritance import Inheritance
+from .lineage import Ancestor
 from .protocol import Predecessor, Successor
 from .registry import Entry, Kind
 from .report import Outcome, RestartReport

@@ -35,7 +35,10 @@ from .errors import (
     RestartWhileDraining,
 )
 from .gate import Gate
-from .handoff import Ancestor, Generation, Handover, Inheritance, Numbered
+from .generation import Generation, Numbered
+from .handover import Handover
+from .inheritance import Inheritance
+from .lineage import Ancestor
 from .pid_file import PidFile
 from .protocol import Farewell, Predecessor, PredecessorEvent, Successor, SuccessorEvent
 from .registry import Entry, Registry, Until

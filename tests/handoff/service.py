@@ -26,9 +26,11 @@ import anyio.abc
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 import ecdysis_async
-from ecdysis_async import handoff
+from ecdysis_async import handover
 from ecdysis_async.drain import Connection, Tracker
 from ecdysis_async.errors import DrainInterrupt, RestartError
+from ecdysis_async.handover import Handover
+from ecdysis_async.inheritance import Inheritance
 from ecdysis_async.supervisor import Ecdysis
 
 MAX_LINE = 1024 * 1024
@@ -111,31 +113,31 @@ def act(side: str, state: str, peer: int | None) -> None:
 
 def watch_handoff() -> None:
     """Tell each state of either side, and act there."""
-    handover_changed, handover_start = handoff.Handover.changed, handoff.Handover._start
-    inheritance_changed, inheritance_greet = handoff.Inheritance.changed, handoff.Inheritance.greet
+    handover_changed, handover_start = Handover.changed, Handover._start
+    inheritance_changed, inheritance_greet = Inheritance.changed, Inheritance.greet
 
     @functools.wraps(handover_changed)
-    def changed_handover(self: handoff.Handover, before: Any, event: Any, cause: object) -> None:
+    def changed_handover(self: Handover, before: Any, event: Any, cause: object) -> None:
         handover_changed(self, before, event, cause)
         if self.state is not before:
             tell("predecessor", state=self.state.value, generation=self.generation.number)
             act("predecessor", self.state.value, self.report.successor_pid)
 
     @functools.wraps(handover_start)
-    async def start_handover(self: handoff.Handover) -> None:
+    async def start_handover(self: Handover) -> None:
         await handover_start(self)
         tell("predecessor", state="spawning", generation=self.generation.number, successor=self.report.successor_pid)
         act("predecessor", "spawning", self.report.successor_pid)
 
     @functools.wraps(inheritance_changed)
-    def changed_inheritance(self: handoff.Inheritance, before: Any, event: Any, cause: object) -> None:
+    def changed_inheritance(self: Inheritance, before: Any, event: Any, cause: object) -> None:
         inheritance_changed(self, before, event, cause)
         if self.state is not before:
             tell("successor", state=self.state.value, generation=self.generation.number)
             act("successor", self.state.value, self.predecessor.pid if self.predecessor is not None else None)
 
     @functools.wraps(inheritance_greet)
-    async def greet_inheritance(self: handoff.Inheritance) -> None:
+    async def greet_inheritance(self: Inheritance) -> None:
         tell("successor", state="greeting")
         act("successor", "greeting", os.getppid())
         await inheritance_greet(self)
@@ -143,10 +145,10 @@ def watch_handoff() -> None:
         act("successor", "initialising", self.predecessor.pid if self.predecessor is not None else None)
 
     # One thing after the other, because mypy knows how each of them is called.
-    handoff.Handover.changed = changed_handover  # type: ignore[method-assign]
-    handoff.Handover._start = start_handover  # type: ignore[method-assign]
-    handoff.Inheritance.changed = changed_inheritance  # type: ignore[method-assign]
-    handoff.Inheritance.greet = greet_inheritance  # type: ignore[method-assign]
+    Handover.changed = changed_handover  # type: ignore[method-assign]
+    Handover._start = start_handover  # type: ignore[method-assign]
+    Inheritance.changed = changed_inheritance  # type: ignore[method-assign]
+    Inheritance.greet = greet_inheritance  # type: ignore[method-assign]
 
 
 def watch_accepts() -> None:
@@ -282,7 +284,7 @@ if __name__ == "__main__":
     tell("started", parent=os.getppid())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for constant, seconds in SETTINGS["limits"].items():
-        setattr(handoff, constant, seconds)
+        setattr(handover, constant, seconds)
     exec(SETTINGS["at_import"], NAMESPACE)
     watch_handoff()
     watch_accepts()

@@ -1,0 +1,42 @@
+"""What the supervisor of a generation and the two sides of its handoffs share: data, and the log they write."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+
+from .lineage import Lineage
+from .plane import Plane
+from .settings import Settings
+
+__all__ = ["Generation", "Numbered"]
+
+
+class Numbered(logging.LoggerAdapter[logging.Logger]):
+    """Puts generation and pid before each line: in a restart's log two processes speak."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(logging.getLogger("ecdysis_async"), {})
+        self._prefix = f"[generation {number}, pid {os.getpid()}] "
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        return self._prefix + str(msg), kwargs
+
+
+@dataclass(slots=True)
+class Generation:
+    """What the two sides of a handoff share with their supervisor."""
+
+    number: int
+    settings: Settings
+    plane: Plane
+    log: Numbered
+    # Keys that this generation's environment got from the env file: forgotten before it is read afresh.
+    env_file_keys: tuple[str, ...] = ()
+    lineage: Lineage = field(default_factory=Lineage)
+    # Pausing and resuming may be asked for at the same time; they must not interleave within the gate.
+    gate_lock: anyio.Lock = field(default_factory=anyio.Lock)

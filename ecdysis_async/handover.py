@@ -1,0 +1,458 @@
+"""The predecessor's side of a restart, carried out: the successor's process, the frames to it, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import struct
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import anyio
+import anyio.to_thread
+
+from .channel import Channel, Frame
+from .errors import (
+    ChannelError,
+    GarbledFrame,
+    ReadyTimeout,
+    RestartError,
+    RolledBack,
+    SpawnFailed,
+    SuccessorFailed,
+)
+from .generation import Generation
+from .peer import Death, Peer, wait_for_death
+from .protocol import (
+    VERSIONS,
+    Farewell,
+    FromPredecessor,
+    Predecessor,
+    PredecessorAction,
+    PredecessorEvent,
+    Timer,
+    choose_version,
+    predecessor_event,
+    step_predecessor,
+)
+from .registry import Entry
+from .report import Outcome, Phase, RestartReport
+from .side import COUNTERS, ERROR_BYTES, Side, as_channel_error
+from .spawn import Process, describe_exit, describe_launch, spawn
+from .stderr_tail import StderrTail, duplicate_stderr
+
+__all__ = ["Handover"]
+
+# Limits of waits that no setting is worth: each is far more than a healthy process needs, seconds.
+PAUSE_SECONDS = 10.0
+SERVING_SECONDS = 30.0
+# What a successor that has to leave gets between SIGTERM and SIGKILL.
+END_GRACE_SECONDS = 3.0
+# How long to wait where accepting again failed, for want of descriptors most likely.
+RESUME_PAUSE_SECONDS = 0.2
+
+# A phase ends with the event that leads from its last state to another phase.
+_PHASES: Final = {
+    Predecessor.SPAWNING: Phase.START,
+    Predecessor.INITIALISING: Phase.INITIALISE,
+    Predecessor.PAUSING: Phase.PAUSE,
+    Predecessor.COMMITTING: Phase.COMMIT,
+    Predecessor.PROBATION: Phase.PROBATION,
+}
+_OUTCOMES: Final = {
+    Predecessor.PROBATION: Outcome.SERVING,
+    Predecessor.SETTLED: Outcome.SETTLED,
+    Predecessor.FAILED: Outcome.FAILED,
+    Predecessor.ROLLED_BACK: Outcome.ROLLED_BACK,
+    Predecessor.STOPPED: Outcome.STOPPED,
+}
+
+
+class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
+    """One restart, as the generation that was asked for it carries it out.
+
+    Attributes:
+        report: what stands so far.
+        error: why there is no successor, once it failed.
+        serving: set when the successor serves; not set where it never did.
+    """
+
+    timed_out = PredecessorEvent.TIMED_OUT
+    failed = PredecessorEvent.BROKEN
+
+    def __init__(self, generation: Generation, on_change: Callable[[Handover], None]) -> None:
+        super().__init__(Predecessor.SPAWNING, step_predecessor, generation)
+        settings = generation.settings
+        self.limits = {
+            Timer.READY: settings.ready_timeout,
+            Timer.PAUSE: PAUSE_SECONDS,
+            Timer.SERVING: SERVING_SECONDS,
+            Timer.PROBATION: settings.probation,
+        }
+        self.report = RestartReport(
+            id=uuid.uuid4().hex[:12],
+            generation=generation.number + 1,
+            predecessor_pid=os.getpid(),
+            started_at=time.time(),
+        )
+        self.error: RestartError | None = None
+        self.serving = anyio.Event()
+        self.unclaimed: list[Entry] = []
+        self._on_change = on_change
+        self._entries: list[Entry] = []
+        self._entered = time.monotonic()
+        self._paused_at = math.nan
+        self._process: Process | None = None
+        self._peer: Peer | None = None
+        self._counters = -1
+        self._env_file_keys: tuple[str, ...] = ()
+        self._stderr: StderrTail | None = None
+
+    # What the supervisor asks
+
+    @property
+    def committed(self) -> bool:
+        """Whether the successor was told to accept: from then on the restart cannot be called off any more."""
+        return self.state not in (
+            Predecessor.SPAWNING,
+            Predecessor.INITIALISING,
+            Predecessor.PAUSING,
+            Predecessor.ABORTING,
+            Predecessor.STOPPING,
+            Predecessor.FAILED,
+        )
+
+    async def run(self) -> None:
+        """Carry the restart out, to its very end: after it has settled, until the successor ends or this is cancelled.
+
+        Never raises what went wrong with the successor: that stands in ``error``.
+        """
+        log = self.generation.log
+        log.info("restart %s: starting generation %d", self.report.id, self.report.generation)
+        try:
+            try:
+                await self._start()
+            except RestartError as error:
+                self.state = Predecessor.FAILED
+                self._fail(error, Phase.START)
+                return
+            assert self._peer is not None and self._process is not None and self._stderr is not None
+            async with anyio.create_task_group() as task_group:
+                self._tasks = task_group
+                task_group.start_soon(self._peer.run, self._deliver)
+                task_group.start_soon(self._stderr.run)
+                await self.advance()
+                if self.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
+                    task_group.cancel_scope.cancel()
+                else:
+                    # Its zombie is this process' to reap, also if its own successor lets it go before this one has
+                    # drained. What it says meanwhile (Farewell.HURRY) is still heard.
+                    await self._process.wait()
+                    task_group.cancel_scope.cancel()
+        finally:
+            self._close()
+
+    def refuse(self, error: RestartError) -> None:
+        """Let it fail before anything has begun."""
+        self.state = Predecessor.FAILED
+        self._fail(error, None)
+        self.over.set()
+
+    async def tell(self, message: Farewell, body: Mapping[str, Any], *, timeout: float = 2) -> None:
+        """Tell the successor how the drain goes; it may be gone, or busy, and then it is not told."""
+        if self._peer is None:
+            return
+        try:
+            await self._peer.channel.send(message, body, timeout=timeout)
+        except ChannelError as error:
+            self.generation.log.debug("the successor was not told of the drain: %s", error)
+
+    # What happens
+
+    def _deliver(self, item: Frame | ChannelError | Death) -> None:
+        match item:
+            case Death():
+                self.post(PredecessorEvent.DIED)
+            case ChannelError():
+                self.post(PredecessorEvent.BROKEN, item)
+            case Frame(type=Farewell.HURRY):
+                item.close()
+                self.generation.log.warning("too many generations drain: the deadline of this one is now")
+                self.generation.plane.tracker.hurry()
+            case Frame():
+                try:
+                    self.post(self._read(item), item)
+                except (ChannelError, KeyError, TypeError, ValueError) as error:
+                    item.close()
+                    self.post(PredecessorEvent.BROKEN, as_channel_error(error, item))
+
+    def _read(self, frame: Frame) -> PredecessorEvent:
+        """Check what came before it counts. A successor may be of an older or a newer release."""
+        event = predecessor_event(frame.type)
+        if event is PredecessorEvent.HELLO:
+            if self._counters >= 0:
+                raise GarbledFrame("the successor said HELLO twice")
+            choose_version(frame.body)
+            self.report.successor_pid = int(frame.body["pid"])
+            pidfd, self._counters = frame.descriptors
+            # Another process than the spawned one speaks where the command is a wrapper: that one counts from here on.
+            assert self._peer is not None
+            self._peer.watch(pidfd)
+            return event
+        frame.close()
+        if frame.descriptors:
+            raise GarbledFrame(f"{frame.type!r} came with descriptors")
+        if event is PredecessorEvent.READY:
+            claimed = {int(index) for index in frame.body["claimed"]}
+            self.report.created = [str(name) for name in frame.body["created"]]
+            self.report.inherited = [entry.name for index, entry in enumerate(self._entries) if index in claimed]
+            self.unclaimed = [entry for index, entry in enumerate(self._entries) if index not in claimed]
+            self.report.unclaimed = [entry.name for entry in self.unclaimed]
+        elif event is PredecessorEvent.SERVING:
+            self.report.accept_gap = max(0.0, float(frame.body["opened_at"]) - self._paused_at)
+        return event
+
+    async def foresee(self, event: PredecessorEvent, cause: object) -> bool:
+        if event is PredecessorEvent.DIED:
+            await self._bury()
+        elif self.state is Predecessor.PROBATION and event in (PredecessorEvent.TIMED_OUT, PredecessorEvent.SETTLE):
+            # Never settle on a successor that is dead, or has just said that it fails: this side could not take over
+            # again. Its death, or its word, is on its way here.
+            assert self._peer is not None
+            return not self._peer.is_dead() and not self._peer.has_news()
+        return True
+
+    def changed(self, before: Predecessor, event: PredecessorEvent, cause: object) -> None:
+        if self.state is before:
+            return
+        phase = _PHASES.get(before)
+        # Not the loop's clock: uvloop's stands still within one turn, and counts whole milliseconds.
+        now = time.monotonic()
+        if phase is not None:
+            self.report.phases[phase] = now - self._entered
+        self._entered = now
+        failed = (Predecessor.ABORTING, Predecessor.REVERTING, Predecessor.FAILED, Predecessor.ROLLED_BACK)
+        if self.state in failed and self.error is None:
+            self._fail(self._explain(before, event, cause), phase)
+        if self.state is Predecessor.ROLLED_BACK:
+            try:
+                # Read rather than mapped: a file that was cut short would be a SIGBUS here.
+                opened, closed = COUNTERS.unpack(os.pread(self._counters, COUNTERS.size, 0))
+                self.report.lost = max(0, opened - closed)
+            except (OSError, struct.error) as error:
+                self.generation.log.warning("what the successor had accepted cannot be read: %r", error)
+        self.report.outcome = _OUTCOMES.get(self.state, self.report.outcome)
+        if event is PredecessorEvent.STOP:
+            self.report.outcome = Outcome.STOPPED
+        self.generation.log.info(
+            "restart %s: %s (generation %d, pid %s)",
+            self.report.id,
+            self.report.outcome.value if self.state.final else self.state.value,
+            self.report.generation,
+            self.report.successor_pid,
+        )
+        if self.state is Predecessor.SETTLED and self.unclaimed:
+            self.generation.log.warning(
+                "generation %d did not claim %s: closing what nobody listens on any more",
+                self.report.generation,
+                ", ".join(entry.name for entry in self.unclaimed),
+            )
+        self._on_change(self)
+        if self.state is Predecessor.PROBATION:
+            self.serving.set()
+
+    async def perform(self, action: PredecessorAction) -> None:
+        match action:
+            case PredecessorAction.SEND_LISTENERS:
+                await self._send_listeners()
+            case PredecessorAction.PAUSE:
+                self._tasks.start_soon(self._pause)
+            case PredecessorAction.RESUME:
+                await self._resume()
+            case PredecessorAction.SEND_COMMIT:
+                await self._send(FromPredecessor.COMMIT)
+            case PredecessorAction.SEND_SETTLED:
+                # Whoever is told to settle hears the ancestors from now on; two readers would tear frames apart.
+                ancestors = await self.generation.lineage.let_go()
+                await self._send(FromPredecessor.SETTLED, {"report": self.report.to_json(), "ancestors": ancestors})
+            case PredecessorAction.SEND_ABORT:
+                await self._send(FromPredecessor.ABORT)
+            case PredecessorAction.SEND_STOP:
+                await self._send(FromPredecessor.STOP)
+            case PredecessorAction.END_SUCCESSOR:
+                self._tasks.start_soon(self._end_successor)
+
+    # How it is done
+
+    async def _start(self) -> None:
+        """Run the successor's process.
+
+        Raises:
+            RestartError: it could not be run.
+        """
+        settings = self.generation.settings
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise SpawnFailed(f"no channel for a successor: {error}; is the limit of open files reached?") from error
+        try:
+            self._stderr = StderrTail()
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            raise SpawnFailed(f"no pipe for a successor: {error}; is the limit of open files reached?") from error
+        try:
+            # In a thread: looking for files may block, and so does vfork until the exec is done (vfork(2)).
+            def start() -> Process:
+                launch, self._env_file_keys = describe_launch(
+                    settings.command, settings.environment, settings.env_file, self.generation.env_file_keys
+                )
+                assert self._stderr is not None
+                return spawn(launch, theirs, self._stderr.write_end)
+
+            self._process = await anyio.to_thread.run_sync(start)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            self._stderr.close_write_end()
+        self.report.successor_pid = self._process.pid
+        self._peer = Peer(Channel(ours), os.dup(self._process.pidfd))
+
+    async def _send(
+        self, message: FromPredecessor, body: Mapping[str, Any] | None = None, descriptors: Sequence[int] = ()
+    ) -> None:
+        """Send, or let a channel that does not carry it be the event that it is."""
+        assert self._peer is not None
+        try:
+            await self._peer.channel.send(message, body, descriptors)
+        except ChannelError as error:
+            self.post(PredecessorEvent.BROKEN, error)
+
+    async def _send_listeners(self) -> None:
+        generation = self.generation
+        self._entries = list(generation.plane.registry.entries)
+        descriptions, sockets = generation.plane.registry.describe(self._entries)
+        ancestors = list(generation.lineage.ancestors)
+        with contextlib.ExitStack() as ours:
+
+            def owned(descriptor: int) -> int:
+                ours.callback(os.close, descriptor)
+                return descriptor
+
+            # Duplicates, because an ancestor may end, and be closed here, while this is being sent.
+            ends = [owned(os.dup(end)) for each in ancestors for end in (each.peer.channel.fileno(), each.peer.pidfd)]
+            await self._send(
+                FromPredecessor.LISTENERS,
+                {
+                    "version": VERSIONS[1],
+                    "restart": self.report.id,
+                    "generation": self.report.generation,
+                    "predecessor": {"generation": generation.number, "pid": os.getpid()},
+                    "sockets": descriptions,
+                    "ancestors": [ancestor.to_json() for ancestor in ancestors],
+                    "env_file_keys": list(self._env_file_keys),
+                },
+                [owned(os.pidfd_open(os.getpid())), owned(duplicate_stderr()), *sockets, *ends],
+            )
+
+    async def _pause(self) -> None:
+        unclaimed = set(self.unclaimed)
+        try:
+            with anyio.CancelScope(shield=True):
+                async with self.generation.gate_lock:
+                    self._paused_at = time.monotonic()
+                    # It may have been resumed, for a successor that died, before this had its turn.
+                    if self.state is Predecessor.PAUSING:
+                        await self.generation.plane.gate.pause(spare=unclaimed.__contains__)
+        except Exception as error:
+            self.generation.log.exception("this generation could not stop accepting; the restart is called off")
+            self.post(PredecessorEvent.BROKEN, error)
+        else:
+            self.post(PredecessorEvent.PAUSED)
+
+    async def _resume(self) -> None:
+        while True:
+            try:
+                async with self.generation.gate_lock:
+                    await self.generation.plane.gate.open()
+            except OSError:
+                # There is no successor, and nobody else to accept: it has to work in the end.
+                self.generation.log.exception("this generation cannot accept again yet; trying on")
+                await anyio.sleep(RESUME_PAUSE_SECONDS)
+            else:
+                return
+
+    async def _end_successor(self) -> None:
+        assert self._process is not None and self._peer is not None
+        speaker = self._peer.pidfd
+        await self._process.end(END_GRACE_SECONDS)
+        # Where a wrapper was spawned, the one that speaks is its child, and has to be ended too.
+        if not self._peer.is_dead():
+            signal.pidfd_send_signal(speaker, signal.SIGTERM)
+            with anyio.move_on_after(END_GRACE_SECONDS):
+                await wait_for_death(speaker)
+            if not self._peer.is_dead():
+                signal.pidfd_send_signal(speaker, signal.SIGKILL)
+
+    async def _bury(self) -> None:
+        """Learn how the successor died, and hear its last words."""
+        assert self._process is not None and self._stderr is not None
+        self._exit_status = await self._process.end(END_GRACE_SECONDS)
+        await self._stderr.read_rest()
+
+    def _explain(self, before: Predecessor, event: PredecessorEvent, cause: object) -> RestartError:
+        """Say what went wrong, and what to do about it."""
+        assert self._stderr is not None
+        pid = self.report.successor_pid
+        match event, cause:
+            case PredecessorEvent.CANCELLED, _:
+                what = "the restart was called off"
+            case PredecessorEvent.FAILED, Frame(body=body):
+                what = f"the successor (pid {pid}) failed: {str(body.get('error'))[-ERROR_BYTES:]}"
+            case PredecessorEvent.TIMED_OUT, _ if before in (Predecessor.SPAWNING, Predecessor.INITIALISING):
+                seconds = self.limits[Timer.READY]
+                what = f"the successor (pid {pid}) was not ready within {seconds:g} seconds and was ended"
+                if before is Predecessor.SPAWNING:
+                    what += "; it never entered `async with Ecdysis()`: does its command run this service?"
+                else:
+                    what += "; where its start-up takes longer, raise ready_timeout"
+                return ReadyTimeout(what, phase=_PHASES[before], stderr=self._stderr.text)
+            case PredecessorEvent.TIMED_OUT, _:
+                what = f"the successor (pid {pid}) did not answer in time while {before.value}"
+            case PredecessorEvent.DIED, _:
+                what = f"the successor (pid {pid}) ended with {describe_exit(self._exit_status)} while {before.value}"
+                if before is Predecessor.SPAWNING:
+                    what += ", before it entered `async with Ecdysis()`"
+            case _:
+                what = f"the successor (pid {pid}) broke the handoff while {before.value}: {cause}"
+        committed = before in (Predecessor.COMMITTING, Predecessor.PROBATION)
+        kind = RolledBack if committed else SuccessorFailed
+        error = kind(what, phase=_PHASES.get(before), stderr=self._stderr.text)
+        if isinstance(cause, BaseException):
+            error.__cause__ = cause
+        return error
+
+    def _fail(self, error: RestartError, phase: Phase | None) -> None:
+        error.phase = phase or error.phase
+        self.error = error
+        self.report.error = str(error)
+        if self.report.outcome is Outcome.IN_PROGRESS:
+            self.report.outcome = Outcome.FAILED
+
+    def _close(self) -> None:
+        if self._peer is not None:
+            self._peer.close()
+        if self._stderr is not None:
+            self._stderr.close()
+        if self._counters >= 0:
+            os.close(self._counters)
+        if self._process is not None:
+            self._process.close()
+        self.over.set()

@@ -1,0 +1,90 @@
+"""The older generations that are still there: what a newer one knows of them, and hears from them."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from .channel import Frame
+from .errors import ChannelError
+from .peer import Death, Peer
+from .protocol import Farewell
+
+__all__ = ["Ancestor", "Lineage"]
+
+
+@dataclass(slots=True)
+class Ancestor:
+    """An older generation that is still there, or the predecessor."""
+
+    generation: int
+    pid: int
+    peer: Peer
+    connections: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what travels in LISTENERS; channel and pidfd travel beside it, in this order."""
+        return {"generation": self.generation, "pid": self.pid}
+
+
+class Lineage:
+    """The older generations that still drain: how far they are, and which of them is too many.
+
+    Only one generation reads what they say: the newest one that has settled.
+    """
+
+    def __init__(self) -> None:
+        self.ancestors: list[Ancestor] = []
+        self.on_drained: Callable[[Ancestor, Mapping[str, Any]], None] = lambda ancestor, body: None
+        self._following: anyio.CancelScope | None = None
+        self._ended = anyio.Event()
+        self._is_let_go = False
+
+    async def follow(self, max_draining: int) -> None:
+        """Listen to all of them until each one is dead, and tell those beyond ``max_draining`` to hurry."""
+        with anyio.CancelScope() as self._following:
+            if self._is_let_go:
+                return
+            for ancestor in sorted(self.ancestors, key=lambda each: each.generation)[:-max_draining]:
+                with contextlib.suppress(ChannelError):  # it is leaving at this moment
+                    await ancestor.peer.channel.send(Farewell.HURRY, timeout=2)
+            async with anyio.create_task_group() as task_group:
+                for ancestor in self.ancestors:
+                    task_group.start_soon(ancestor.peer.run, functools.partial(self._deliver, ancestor))
+        self._ended.set()
+
+    async def let_go(self) -> list[dict[str, Any]]:
+        """Listen to them no more; return what a successor has to know to go on where this one ended."""
+        self._is_let_go = True
+        if self._following is not None:
+            self._following.cancel()
+            await self._ended.wait()
+        return [
+            {"pid": ancestor.pid, "pending": base64.b64encode(ancestor.peer.channel.pending).decode()}
+            for ancestor in self.ancestors
+        ]
+
+    def close(self) -> None:
+        """Let go of the descriptors. Not while ``follow`` runs."""
+        while self.ancestors:
+            self.ancestors.pop().peer.close()
+
+    def _deliver(self, ancestor: Ancestor, item: Frame | ChannelError | Death) -> None:
+        match item:
+            case Frame(type=Farewell.PROGRESS):
+                ancestor.connections = item.body.get("connections")
+            case Frame(type=Farewell.DRAINED):
+                ancestor.connections = 0
+                self.on_drained(ancestor, item.body)
+            case Death():
+                # Still in the list means still to be closed; its tasks end with this call.
+                self.ancestors.remove(ancestor)
+                ancestor.peer.close()
+        if isinstance(item, Frame):
+            item.close()
