@@ -28,7 +28,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 SERVICE = Path(__file__).with_name("service.py")
 
 # How long anything may take that should happen at once: on a busy machine, with several tests at a time.
-PATIENCE_SECONDS = 12.0
+PATIENCE_SECONDS = 30.0
 
 # A client's pause between two connections: there shall always be somebody who asks, and a processor for the others.
 CLIENT_PAUSE_SECONDS = 0.002
@@ -201,7 +201,7 @@ class Service:
         Args:
             ecdysis: arguments of ``Ecdysis``, added to those it has.
             settings: ``at_import``, ``at_start``: code to run there; ``listeners``: [method, arguments, options] each;
-                ``limits``: constants of handoff.py.
+                ``limits``: constants of handover.py.
         """
         self._settings |= settings
         self._settings["ecdysis"] = {**self._settings["ecdysis"], **(ecdysis or {})}
@@ -222,6 +222,7 @@ class Service:
         self._gate = os.open(self._settings["gate"], os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         # Room for what the generations tell while the test does not read.
         fcntl.fcntl(self._fifo, fcntl.F_SETPIPE_SZ, FIFO_SIZE)
+        self._former_children = set(psutil.Process().children())
         set_subreaper(enabled=True)
         with self.log_path.open("ab") as log, self.output_path.open("ab") as output:
             child = subprocess.Popen(
@@ -379,10 +380,14 @@ class Service:
             os.close(pidfd)
         os.close(self._fifo)
         os.close(self._gate)
+        # What a generation has left running (a resource tracker of multiprocessing) ends soon, and is ours to reap.
+        for orphan in set(psutil.Process().children()) - self._former_children:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(orphan.pid)
+                select.select([pidfd], [], [], PATIENCE_SECONDS)
+                os.close(pidfd)
+            reap(orphan.pid)
         set_subreaper(enabled=False)
-        for zombie in psutil.Process().children():
-            if zombie.status() == psutil.STATUS_ZOMBIE:
-                reap(zombie.pid)
         self._child.returncode = 0  # reaped here, and not by Popen
 
     def _know(self, pid: int) -> None:
