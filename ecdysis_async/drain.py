@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import AsyncIterator, Awaitable, Collection
+from collections.abc import AsyncIterator, Awaitable, Collection, Coroutine
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -176,10 +176,10 @@ class Tracker:
             self.close(connection)
         self._pruned_size = len(self._connections)
 
-    async def until_draining(self, awaitable: Awaitable[T]) -> T:
+    def until_draining(self, awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:
         """Await something at a safe point, where this connection may also end. See ``Ecdysis.until_draining``."""
-        connection = current_connection.get() or self._bystander
-        return await connection.at_safe_point(awaitable)
+        # No coroutine around the coroutine, here and in those who call this: each request pays for every one of them.
+        return (current_connection.get() or self._bystander).at_safe_point(awaitable)
 
     @contextlib.asynccontextmanager
     async def track(self) -> AsyncIterator[None]:

@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -98,9 +98,9 @@ def current() -> Ecdysis:
     return _current
 
 
-async def until_draining(awaitable: Awaitable[T]) -> T:
+def until_draining(awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:
     """Await something at a safe point of this process' :class:`Ecdysis`; see :meth:`Ecdysis.until_draining`."""
-    return await current().until_draining(awaitable)
+    return current().until_draining(awaitable)
 
 
 def track() -> AbstractAsyncContextManager[None]:
@@ -497,7 +497,7 @@ class Ecdysis:
         else:
             self._leave()
 
-    async def until_draining(self, awaitable: Awaitable[T]) -> T:
+    def until_draining(self, awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:
         """Await something that is safe to cancel, at a point where this connection may also end.
 
         ``StreamReader.readline`` is safe to cancel, ``loop.sock_recv`` is not: what it has received is lost.
@@ -509,7 +509,7 @@ class Ecdysis:
             DrainInterrupt: the connection should say goodbye and close. Not at once when the drain begins, because
                 closing an idle connection races with the client's next request; shortly before the deadline.
         """
-        return await self._tracker.until_draining(awaitable)
+        return self._tracker.until_draining(awaitable)
 
     def track(self) -> AbstractAsyncContextManager[None]:
         """Let the drain wait for work of the application's own: ``async with ecdysis.track():``.

@@ -65,8 +65,9 @@ COROUTINES = {
     "serve_forever",
     "start_server",
     "start_unix_server",
-    "until_draining",
 }
+# Returns the coroutine of the connection: one of its own around it would cost each request.
+AWAITABLES = {"until_draining"}
 FUNCTIONS = {
     "adopt",
     "bind_udp",
@@ -110,7 +111,7 @@ def test_members() -> None:
     members = {name: member for name, member in vars(Ecdysis).items() if not name.startswith("_")}
     assert {name for name, member in members.items() if inspect.iscoroutinefunction(member)} == COROUTINES
     assert {name for name, member in members.items() if isinstance(member, property)} == PROPERTIES
-    assert set(members) == COROUTINES | PROPERTIES | FUNCTIONS
+    assert set(members) == COROUTINES | AWAITABLES | PROPERTIES | FUNCTIONS
 
 
 def test_listeners_take_a_name_and_until() -> None:
