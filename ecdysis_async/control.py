@@ -274,9 +274,9 @@ class ControlServer:
 
     async def _stop(self, client: _Client) -> None:
         with self._until_told():
-            # Said before it is done, so that a service with nothing to finish does not end before it.
-            await client.send("accepted", pid=os.getpid())
+            # Whether or not the client is still there to hear of it: as with a restart.
             self.controlled.stop()
+            await client.send("accepted", pid=os.getpid())
             await self._accompany(client, self._ending.wait, None)
             await client.send("done")
 

@@ -251,6 +251,12 @@ async def test_a_client_that_leaves_changes_nothing(tmp_path: Path) -> None:
         await until(lambda: ecdysis.last_report is not None and ecdysis.last_report.outcome == "failed")
 
 
+async def test_a_stop_is_heard_from_one_who_has_left(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (ecdysis, path):
+        await (await connect(path, b'{"command": "stop"}\n')).aclose()
+        await ecdysis.finished()
+
+
 async def test_a_client_that_never_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "HEARTBEAT_SECONDS", 0)
     monkeypatch.setattr(control, "ANSWER_SECONDS", 0.05)
