@@ -1,0 +1,189 @@
+"""Clients of HTTP and WebSockets on plain sockets, that count exactly what became of each request and connection."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import struct
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+HOST = "127.0.0.1"
+
+# Nothing takes longer than the drain of a generation.
+PATIENCE_SECONDS = 20.0
+
+NEW_PAUSE_SECONDS = 0.02
+KEEP_ALIVE_PAUSE_SECONDS = 0.2
+MUTE_SECONDS = 0.05
+SLOW_SECONDS = (0.1, 0.7)
+
+TEXT, CLOSE = 0x1, 0x8
+RESTARTING = 1012
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Load:
+    """Clients of all kinds, until told to end.
+
+    Attributes:
+        answers: right ones, by kind.
+        generations: who gave them.
+        failures: whatever else happened, by kind and error: there must be none.
+        goodbyes: connections that the server ended in good order, by kind.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.answers: Counter[str] = Counter()
+        self.generations: Counter[int] = Counter()
+        self.failures: Counter[str] = Counter()
+        self.goodbyes: Counter[str] = Counter()
+        self._ended = asyncio.Event()
+        self._random = random.Random()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as clients:
+            for kind, number, client in (
+                ("new", 2, self._visit),
+                ("keep-alive", 5, self._keep_alive),
+                ("slow", 3, self._ask_slowly),
+                ("silent", 2, self._keep_silent),
+                ("websocket", 4, self._talk),
+                ("stream", 2, self._listen),
+            ):
+                for _ in range(number):
+                    clients.create_task(self._repeat(kind, client))
+
+    def end(self) -> None:
+        """Begin nothing new."""
+        self._ended.set()
+
+    async def _repeat(self, kind: str, client: Callable[[str, Streams], Awaitable[None]]) -> None:
+        while not self._ended.is_set():
+            try:
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    streams = await asyncio.open_connection(HOST, self.port)
+                    try:
+                        await client(kind, streams)
+                    finally:
+                        streams[1].close()
+            except (OSError, EOFError, AssertionError) as error:
+                self.failures[f"{kind}: {error!r}"] += 1
+
+    async def _visit(self, kind: str, streams: Streams) -> None:
+        # A server has to wait for the first byte of what it accepted.
+        await self._rest(self._random.uniform(0, MUTE_SECONDS))
+        await self._ask(kind, streams)
+        await self._rest(self._random.uniform(0, NEW_PAUSE_SECONDS))
+
+    async def _keep_alive(self, kind: str, streams: Streams) -> None:
+        while not self._ended.is_set() and await self._ask(kind, streams):
+            await self._rest(self._random.uniform(0, KEEP_ALIVE_PAUSE_SECONDS))
+
+    async def _ask_slowly(self, kind: str, streams: Streams) -> None:
+        while not self._ended.is_set() and await self._ask(
+            kind, streams, f"slow/{self._random.uniform(*SLOW_SECONDS):.2f}"
+        ):
+            pass
+
+    async def _keep_silent(self, kind: str, streams: Streams) -> None:
+        if await self._ask(kind, streams):
+            await self._unless_ended(streams[0].read(1))
+            if not self._ended.is_set():
+                self.goodbyes[kind] += 1
+
+    async def _ask(self, kind: str, streams: Streams, what: str = "echo") -> bool:
+        """Make a request; say whether the connection is good for another one."""
+        text = f"{self._random.getrandbits(32):x}"
+        streams[1].write(f"GET /{what}/{text} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        headers = await read_head(streams[0])
+        body = await streams[0].readexactly(int(headers["content-length"]))
+        self._note(kind, body.decode(), text)
+        if headers.get("connection") != "close":
+            return True
+        assert await streams[0].read() == b""
+        self.goodbyes[kind] += 1
+        return False
+
+    async def _listen(self, kind: str, streams: Streams) -> None:
+        streams[1].write(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await read_head(streams[0])
+        event = b""
+        while size := int(await self._unless_ended(streams[0].readuntil(b"\r\n")) or b"0", 16):
+            event = (await streams[0].readexactly(size + 2))[:-2]
+            self.answers[kind] += 1
+        if not self._ended.is_set():
+            assert event.endswith(b"data: bye\n\n"), event
+            self.goodbyes[kind] += 1
+
+    async def _talk(self, kind: str, streams: Streams) -> None:
+        reader, writer = streams
+        writer.write(
+            b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        await read_head(reader)
+        while not self._ended.is_set():
+            text = f"{self._random.getrandbits(32):x}"
+            writer.write(frame(TEXT, text.encode()))
+            opcode, payload = await read_frame(reader)
+            if opcode == CLOSE:
+                assert payload[:2] == struct.pack("!H", RESTARTING), payload
+                writer.write(frame(CLOSE, payload[:2]))
+                assert await reader.read() == b""
+                self.goodbyes[kind] += 1
+                return
+            self._note(kind, payload.decode(), text)
+            await self._rest(self._random.uniform(0, KEEP_ALIVE_PAUSE_SECONDS))
+
+    def _note(self, kind: str, answer: str, text: str) -> None:
+        generation, _, echo = answer.partition(" ")
+        assert echo == text, (answer, text)
+        self.answers[kind] += 1
+        self.generations[int(generation)] += 1
+
+    async def _rest(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def _unless_ended(self, coroutine: Coroutine[Any, Any, bytes]) -> bytes:
+        """Await something, or nothing once the load is over."""
+        waiting = [asyncio.create_task(coroutine), asyncio.create_task(self._ended.wait())]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            return b"" if self._ended.is_set() else await waiting[0]  # type: ignore[return-value]
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def fetch(port: int, path: str) -> str:
+    """Make one request on a connection of its own."""
+    reader, writer = await asyncio.open_connection(HOST, port)
+    try:
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        headers = await read_head(reader)
+        return (await reader.readexactly(int(headers["content-length"]))).decode()
+    finally:
+        writer.close()
+
+
+async def read_head(reader: asyncio.StreamReader) -> dict[str, str]:
+    status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    assert status.split()[1] in ("200", "101"), status
+    return {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+
+
+def frame(opcode: int, payload: bytes) -> bytes:
+    """Make a short frame of a client (RFC 6455, 5.2)."""
+    mask = os.urandom(4)
+    return bytes([0x80 | opcode, 0x80 | len(payload)]) + mask + bytes(b ^ mask[i % 4] for i, b in enumerate(payload))
+
+
+async def read_frame(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    first, second = await reader.readexactly(2)
+    return first & 0x0F, await reader.readexactly(second)

@@ -1,0 +1,200 @@
+"""The service of these tests: one application, written for ASGI and for aiohttp, on the server and loop asked for.
+
+Each generation writes a line of JSON to stdout when it serves, and one with its report when it has ended. Paths:
+``/echo/TEXT``, ``/slow/SECONDS/TEXT``, ``/events`` (ends when the generation leaves), ``/ws`` (echoes), ``/restart``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+import ecdysis_async
+from ecdysis_async import Ecdysis, RestartError
+
+TICK_SECONDS = 0.02
+
+
+def tell(**fact: Any) -> None:
+    """Write a line that the test reads; one write each, because generations share the pipe."""
+    os.write(1, json.dumps({"pid": os.getpid(), **fact}).encode() + b"\n")
+
+
+def who() -> str:
+    return str(ecdysis_async.current().generation)
+
+
+async def restart() -> str:
+    try:
+        return json.dumps((await ecdysis_async.current().restart(until="settled")).to_json())
+    except RestartError as error:
+        return json.dumps({"error": f"{type(error).__name__}: {error}"})
+
+
+async def respond(path: str) -> str:
+    match path.strip("/").split("/"):
+        case ["echo", text]:
+            return f"{who()} {text}"
+        case ["slow", seconds, text]:
+            await anyio.sleep(float(seconds))
+            return f"{who()} {text}"
+        case ["restart"]:
+            return await restart()
+    return "what?"
+
+
+def start(directory: Path) -> None:
+    if (directory / "broken").exists():
+        raise ArithmeticError("this release is broken")
+
+
+class Asgi:
+    """The application for uvicorn and hypercorn."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        match scope["type"]:
+            case "lifespan":
+                await self.live(receive, send)
+            case "websocket":
+                await self.talk(receive, send)
+            case "http" if scope["path"] == "/events":
+                await self.stream(scope["state"]["ecdysis.draining"], send)
+            case "http":
+                await self.answer(scope, send)
+
+    async def live(self, receive: Any, send: Any) -> None:
+        await receive()
+        start(self.directory)
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        tell(event="shutdown", state=ecdysis_async.current().state.value)
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def answer(self, scope: Any, send: Any) -> None:
+        body = (await respond(scope["path"])).encode()
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def stream(self, draining: Any, send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while not draining.is_set():
+            await send({"type": "http.response.body", "body": b"data: tick\n\n", "more_body": True})
+            with anyio.move_on_after(TICK_SECONDS):
+                await draining.wait()
+        await send({"type": "http.response.body", "body": b"data: bye\n\n"})
+
+    async def talk(self, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": f"{who()} {message['text']}"})
+
+
+async def serve_by_uvicorn(ecdysis: Ecdysis, directory: Path) -> None:
+    import uvicorn
+
+    import ecdysis_async.servers.uvicorn as adapter
+
+    config = uvicorn.Config(Asgi(directory), port=0, access_log=False, log_level="warning")
+    await adapter.serve(ecdysis, config)
+
+
+async def serve_by_hypercorn(ecdysis: Ecdysis, directory: Path) -> None:
+    from hypercorn.config import Config
+
+    import ecdysis_async.servers.hypercorn as adapter
+
+    config = Config()
+    config.bind = ["127.0.0.1:0"]
+    config.loglevel = "WARNING"
+    await adapter.serve(ecdysis, Asgi(directory), config)
+
+
+async def serve_by_aiohttp(ecdysis: Ecdysis, directory: Path) -> None:
+    from aiohttp import WSMsgType, web
+
+    import ecdysis_async.servers.aiohttp as adapter
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(text=await respond(request.path))
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        draining = request.app[adapter.DRAINING]
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        while not draining.is_set():
+            await response.write(b"data: tick\n\n")
+            with anyio.move_on_after(TICK_SECONDS):
+                await draining.wait()
+        await response.write(b"data: bye\n\n")
+        return response
+
+    async def talk(request: web.Request) -> web.WebSocketResponse:
+        websocket = web.WebSocketResponse()
+        await websocket.prepare(request)
+        async for message in websocket:
+            if message.type is WSMsgType.TEXT:
+                with contextlib.suppress(ConnectionError):  # closed over its head
+                    await websocket.send_str(f"{who()} {message.data}")
+        return websocket
+
+    async def live(app: web.Application) -> None:
+        start(directory)
+
+    async def die(app: web.Application) -> None:
+        tell(event="shutdown", state=ecdysis.state.value)
+
+    app = web.Application()
+    app.on_startup.append(live)
+    app.on_shutdown.append(die)
+    app.router.add_get("/events", stream)
+    app.router.add_get("/ws", talk)
+    app.router.add_get("/{path:.*}", answer)
+    await adapter.serve(ecdysis, app, host="127.0.0.1", port=0, access_log=None)
+
+
+SERVE: dict[str, Callable[[Ecdysis, Path], Awaitable[None]]] = {
+    "uvicorn": serve_by_uvicorn,
+    "hypercorn": serve_by_hypercorn,
+    "aiohttp": serve_by_aiohttp,
+}
+
+
+async def main() -> None:
+    server, _, directory, options = sys.argv[1:]
+    ecdysis = Ecdysis(**json.loads(options))
+    async with ecdysis:
+        serving = asyncio.create_task(tell_serving(ecdysis))
+        try:
+            await SERVE[server](ecdysis, Path(directory))
+        finally:
+            serving.cancel()
+    report = ecdysis.last_report
+    tell(event="ended", generation=ecdysis.generation, report=None if report is None else report.to_json())
+
+
+async def tell_serving(ecdysis: Ecdysis) -> None:
+    while ecdysis.state is not ecdysis_async.State.SERVING:
+        await asyncio.sleep(0.001)
+    # The address, of the one socket there is.
+    entry = ecdysis._registry.entries[0]
+    tell(event="serving", generation=ecdysis.generation, address=entry.sock.getsockname())
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    ecdysis_async.run(main, loop=sys.argv[2])  # type: ignore[arg-type]
