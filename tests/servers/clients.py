@@ -122,19 +122,13 @@ class Load:
 
     async def _talk(self, kind: str, streams: Streams) -> None:
         reader, writer = streams
-        writer.write(
-            b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
-        await read_head(reader)
+        await upgrade(streams)
         while not self._ended.is_set():
             text = f"{self._random.getrandbits(32):x}"
             writer.write(frame(TEXT, text.encode()))
             opcode, payload = await read_frame(reader)
             if opcode == CLOSE:
-                assert payload[:2] == struct.pack("!H", RESTARTING), payload
-                writer.write(frame(CLOSE, payload[:2]))
-                assert await reader.read() == b""
+                await say_goodbye(streams, payload)
                 self.goodbyes[kind] += 1
                 return
             self._note(kind, payload.decode(), text)
@@ -170,6 +164,22 @@ async def fetch(port: int, path: str) -> str:
         return (await reader.readexactly(int(headers["content-length"]))).decode()
     finally:
         writer.close()
+
+
+async def upgrade(streams: Streams) -> None:
+    """Open a WebSocket."""
+    streams[1].write(
+        b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    await read_head(streams[0])
+
+
+async def say_goodbye(streams: Streams, payload: bytes) -> None:
+    """See that a WebSocket was closed for the right reason, and see its closing through."""
+    assert payload[:2] == struct.pack("!H", RESTARTING), payload
+    streams[1].write(frame(CLOSE, payload[:2]))
+    assert await streams[0].read() == b""
 
 
 async def read_head(reader: asyncio.StreamReader) -> dict[str, str]:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Awaitable, Callable
@@ -20,6 +21,9 @@ import anyio
 
 import ecdysis_async
 from ecdysis_async import Ecdysis, RestartError
+from ecdysis_async.asyncio_servers import ServerConnection
+from ecdysis_async.drain import current_connection
+from ecdysis_async.servers import departure
 
 TICK_SECONDS = 0.02
 
@@ -49,12 +53,24 @@ async def respond(path: str) -> str:
             return f"{who()} {text}"
         case ["restart"]:
             return await restart()
+        case ["nodelay"]:
+            connection = current_connection.get()
+            assert isinstance(connection, ServerConnection)
+            assert connection.transport is not None
+            sock = connection.transport.get_extra_info("socket")
+            return str(bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
     return "what?"
 
 
 def start(directory: Path) -> None:
     if (directory / "broken").exists():
         raise ArithmeticError("this release is broken")
+
+
+async def end(directory: Path) -> None:
+    tell(event="shutdown", state=ecdysis_async.current().state.value)
+    if (directory / "endless").exists():
+        await anyio.sleep_forever()
 
 
 class Asgi:
@@ -79,7 +95,7 @@ class Asgi:
         start(self.directory)
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        tell(event="shutdown", state=ecdysis_async.current().state.value)
+        await end(self.directory)
         await send({"type": "lifespan.shutdown.complete"})
 
     async def answer(self, scope: Any, send: Any) -> None:
@@ -109,7 +125,7 @@ async def serve_by_uvicorn(ecdysis: Ecdysis, directory: Path) -> None:
 
     import ecdysis_async.servers.uvicorn as adapter
 
-    config = uvicorn.Config(Asgi(directory), port=0, access_log=False, log_level="warning")
+    config = uvicorn.Config(Asgi(directory), port=0, timeout_keep_alive=60, access_log=False, log_level="warning")
     await adapter.serve(ecdysis, config)
 
 
@@ -121,6 +137,7 @@ async def serve_by_hypercorn(ecdysis: Ecdysis, directory: Path) -> None:
     config = Config()
     config.bind = ["127.0.0.1:0"]
     config.loglevel = "WARNING"
+    config.keep_alive_timeout = 60
     await adapter.serve(ecdysis, Asgi(directory), config)
 
 
@@ -156,7 +173,7 @@ async def serve_by_aiohttp(ecdysis: Ecdysis, directory: Path) -> None:
         start(directory)
 
     async def die(app: web.Application) -> None:
-        tell(event="shutdown", state=ecdysis.state.value)
+        await end(directory)
 
     app = web.Application()
     app.on_startup.append(live)
@@ -176,6 +193,7 @@ SERVE: dict[str, Callable[[Ecdysis, Path], Awaitable[None]]] = {
 
 async def main() -> None:
     server, _, directory, options = sys.argv[1:]
+    departure.GRACE_SECONDS = 0.2
     ecdysis = Ecdysis(**json.loads(options))
     async with ecdysis:
         serving = asyncio.create_task(tell_serving(ecdysis))
@@ -188,7 +206,7 @@ async def main() -> None:
 
 
 async def tell_serving(ecdysis: Ecdysis) -> None:
-    while ecdysis.state is not ecdysis_async.State.SERVING:
+    while ecdysis.state is not ecdysis_async.State.SERVING:  # noqa: ASYNC110 - a state has no event
         await asyncio.sleep(0.001)
     # The address, of the one socket there is.
     entry = ecdysis._registry.entries[0]
