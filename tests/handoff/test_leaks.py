@@ -53,7 +53,7 @@ for _ in range({FAILED_RESTARTS // 10}):
     assert psutil.Process(first).memory_info().rss - memory < 4 * 1024 * 1024
 
 
-@pytest.mark.backends("asyncio", "trio")
+@pytest.mark.backends("trio")  # the load test counts on all loops
 def test_generations_leave_nothing(backend: str, run_service: Run) -> None:
     service = run_service(backend)
     before: dict[str, int] = {}
