@@ -1,20 +1,23 @@
 """aiohttp: its runner, whose sockets, signals and end are those of the ``Ecdysis``.
 
 Seams, as seen in aiohttp 3.14: ``AppRunner`` with its ``server.pre_shutdown`` and ``cleanup``, the sites, a middleware,
-the signal ``on_response_prepare``, ``Request.task``, and ``WebSocketResponse.close``.
+the signal ``on_response_prepare``, ``Request.task``, and of ``WebSocketResponse``
+``send_frame``, ``closed`` and ``close``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import socket
 import ssl
+import struct
 from collections.abc import Iterator
 from typing import Any
 
 import anyio
-from aiohttp import web
+from aiohttp import WSMsgType, web
 from aiohttp.typedefs import Handler
 
 from ecdysis_async.asyncio_servers import ServerConnection
@@ -22,12 +25,18 @@ from ecdysis_async.drain import current_connection
 from ecdysis_async.settings import StrPath
 from ecdysis_async.supervisor import Ecdysis
 
-from .departure import RESTARTING, Departure
+from .departure import RESTARTING, STEP_SECONDS, Departure
 
 __all__ = ["DRAINING", "serve"]
 
 DRAINING = web.AppKey("ecdysis.draining", anyio.Event)
 """Where an application finds the event that this generation leaves; sub-applications look in ``config_dict``."""
+
+
+REASON = b"the service restarts"
+
+# What a client may take to answer before its WebSocket is closed without, seconds.
+ANSWER_SECONDS = 0.5
 
 
 async def serve(
@@ -112,7 +121,7 @@ class _Clients:
     async def note_response(self, request: web.Request, response: web.StreamResponse) -> None:
         """Say goodbye once this generation leaves; and know WebSockets."""
         if isinstance(response, web.WebSocketResponse):
-            dismiss = functools.partial(response.close, code=RESTARTING, message=b"the service restarts")
+            dismiss = functools.partial(_dismiss, response)
             self.departure.websockets.add(dismiss)
             request.task.add_done_callback(lambda _: self.departure.websockets.discard(dismiss))
         elif self.departure.ecdysis.draining.is_set():
@@ -135,6 +144,21 @@ class _Clients:
         elif self.departure.ecdysis.draining.is_set() and connection.transport is not None:
             # An idle connection whose task was ended is left open, and nobody would answer.
             connection.transport.close()
+
+
+async def _dismiss(websocket: web.WebSocketResponse) -> None:
+    """Close a WebSocket, and let its client answer.
+
+    ``close`` waits for no answer while the handler receives, and a socket that is closed with something unread resets.
+    What the handler sends before the answer is in, clients discard (RFC 6455, 1.4).
+    """
+    with contextlib.suppress(ConnectionError):  # its client was faster
+        await websocket.send_frame(struct.pack("!H", RESTARTING) + REASON, WSMsgType.CLOSE)
+    with anyio.move_on_after(ANSWER_SECONDS):
+        while not websocket.closed:  # noqa: ASYNC110 - aiohttp tells only the handler
+            await anyio.sleep(STEP_SECONDS)
+    # Reads the answer where the handler does not; and where there is none, ends it.
+    await websocket.close(code=RESTARTING, message=REASON)
 
 
 def _make_sites(
