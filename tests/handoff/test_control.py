@@ -76,6 +76,8 @@ def test_it_moves_over_generations(backend: str, run_service: Run, path: str) ->
         assert (done["event"], done["report"]["generation"]) == ("done", generation + 1)
         assert done["report"]["inherited"] == ["ecdysis control", "tcp:127.0.0.1:0"]
         assert "drain" in done["report"]["phases"]
+        # Its predecessor has told it, and it may not have come to hear of it.
+        service.wait_until(lambda: status(path)["last_report"] is not None, "it does not know where it came from")
         last = status(path)["last_report"]
         assert (last["id"], last["outcome"]) == (done["report"]["id"], "settled")
     assert ask(path, command="stop") == {"event": "done"}
