@@ -37,6 +37,8 @@ class Generation:
     log: Numbered
     # Keys that this generation's environment got from the env file: forgotten before it is read afresh.
     env_file_keys: tuple[str, ...] = ()
+    # Whether systemd watches over the service: then a successor has to become its child.
+    is_supervised: bool = False
     lineage: Lineage = field(default_factory=Lineage)
     # Pausing and resuming may be asked for at the same time; they must not interleave within the gate.
     gate_lock: anyio.Lock = field(default_factory=anyio.Lock)

@@ -80,6 +80,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         report: what stands so far.
         error: why there is no successor, once it failed.
         serving: set when the successor serves; not set where it never did.
+        published: set when the successor has settled on its side, and its pid file names it.
     """
 
     timed_out = PredecessorEvent.TIMED_OUT
@@ -102,6 +103,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         )
         self.error: RestartError | None = None
         self.serving = anyio.Event()
+        self.published = anyio.Event()
         self.unclaimed: list[Entry] = []
         self._on_change = on_change
         self._entries: list[Entry] = []
@@ -109,6 +111,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         self._paused_at = math.nan
         self._process: Process | None = None
         self._peer: Peer | None = None
+        self._gone = anyio.Event()
         self._counters = -1
         self._env_file_keys: tuple[str, ...] = ()
         self._stderr: StderrTail | None = None
@@ -144,7 +147,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             assert self._peer is not None and self._process is not None and self._stderr is not None
             async with anyio.create_task_group() as task_group:
                 self._tasks = task_group
-                task_group.start_soon(self._peer.run, self._deliver)
+                task_group.start_soon(self._listen, self._peer)
                 task_group.start_soon(self._stderr.run)
                 await self.advance()
                 if self.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
@@ -153,9 +156,15 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                     # Its zombie is this process' to reap, also if its own successor lets it go before this one has
                     # drained. What it says meanwhile (Farewell.HURRY) is still heard.
                     await self._process.wait()
+                    await self._gone.wait()
                     task_group.cancel_scope.cancel()
         finally:
             self._close()
+
+    async def let_go(self) -> None:
+        """Let a successor that has settled be a child of systemd; it is watched as before."""
+        if self._process is not None:
+            await self._process.let_go()
 
     def refuse(self, error: RestartError) -> None:
         """Let it fail before anything has begun."""
@@ -174,12 +183,19 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
 
     # What happens
 
+    async def _listen(self, peer: Peer) -> None:
+        await peer.run(self._deliver)
+        self._gone.set()
+
     def _deliver(self, item: Frame | ChannelError | Death) -> None:
         match item:
             case Death():
                 self.post(PredecessorEvent.DIED)
             case ChannelError():
                 self.post(PredecessorEvent.BROKEN, item)
+            case Frame(type=Farewell.PUBLISHED):
+                item.close()
+                self.published.set()
             case Frame(type=Farewell.HURRY):
                 item.close()
                 self.generation.log.warning("too many generations drain: the deadline of this one is now")
@@ -313,7 +329,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                     settings.command, settings.environment, settings.env_file, self.generation.env_file_keys
                 )
                 assert self._stderr is not None
-                return spawn(launch, theirs, self._stderr.write_end)
+                return spawn(launch, theirs, self._stderr.write_end, is_kept=self.generation.is_supervised)
 
             self._process = await anyio.to_thread.run_sync(start)
         except BaseException:

@@ -42,6 +42,8 @@ class Lineage:
     def __init__(self) -> None:
         self.ancestors: list[Ancestor] = []
         self.on_drained: Callable[[Ancestor, Mapping[str, Any]], None] = lambda ancestor, body: None
+        # Called when an ancestor has made its successor the main process in the eyes of the service manager.
+        self.on_main: Callable[[Ancestor], None] = lambda ancestor: None
         self._following: anyio.CancelScope | None = None
         self._ended = anyio.Event()
         self._is_let_go = False
@@ -70,6 +72,11 @@ class Lineage:
             for ancestor in self.ancestors
         ]
 
+    async def outlive(self) -> None:
+        """Wait until each of them is dead. Only while ``follow`` runs."""
+        if self.ancestors:
+            await self._ended.wait()
+
     def close(self) -> None:
         """Let go of the descriptors. Not while ``follow`` runs."""
         while self.ancestors:
@@ -82,7 +89,11 @@ class Lineage:
             case Frame(type=Farewell.DRAINED):
                 ancestor.connections = 0
                 self.on_drained(ancestor, item.body)
+            case Frame(type=Farewell.MAIN):
+                self.on_main(ancestor)
             case Death():
+                # Also if it could not say so: who is dead is the main process no more.
+                self.on_main(ancestor)
                 # Still in the list means still to be closed; its tasks end with this call.
                 self.ancestors.remove(ancestor)
                 ancestor.peer.close()

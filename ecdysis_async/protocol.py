@@ -74,6 +74,8 @@ class Farewell(enum.StrEnum):
 
     PROGRESS = "progress"  # down: how many connections are left
     DRAINED = "drained"  # down: none; the report of the restart is complete
+    PUBLISHED = "published"  # up: it has settled, pid file and all; a service manager may be told
+    MAIN = "main"  # down: the service manager has been told, and takes the successor for the main process
     HURRY = "hurry"  # up: too many generations drain, and this is the oldest; its deadline is now
 
 

@@ -30,6 +30,14 @@ MARKER = "ECDYSIS_CHANNEL"
 # watchdog (sd_watchdog_enabled(3)). WATCHDOG_USEC and NOTIFY_SOCKET hold for the successor as well.
 PRIVATE_KEYS = (MARKER, "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
 
+# Stands between this process and the successor, and dies when it is let go: then the successor is a child of systemd
+# (reparenting, exit(2)). systemd 254 does not wait for a main process that is not its child when MAINPID= names it:
+# any `systemctl stop` would send SIGKILL right behind its SIGTERM, and its death would go unnoticed (seen). The traps
+# let the shell outlive signals to its group, and unlike ignored ones they do not reach the successor.
+_KEEPER = ("/bin/sh", "-c", 'trap : HUP INT TERM USR1 USR2; "$@"; exit $?', "sh")
+# How a shell tells that a signal has ended its child.
+_SIGNAL_STATUS = 128
+
 # What asyncio reports too for a child that was reaped by somebody else.
 UNKNOWN_STATUS = 255
 
@@ -91,11 +99,13 @@ class Process:
         pid: its process id.
         pidfd: readable once it is dead.
         returncode: None until it is reaped; then its exit status, or the negative number of the signal.
+        is_kept: whether a shell stands in between, whose process group the successor is in.
     """
 
-    def __init__(self, pid: int, pidfd: int) -> None:
+    def __init__(self, pid: int, pidfd: int, *, is_kept: bool = False) -> None:
         self.pid = pid
         self.pidfd = pidfd
+        self.is_kept = is_kept
         self.returncode: int | None = None
         # One task waits on the pidfd, for all others.
         self._waiting = anyio.Lock()
@@ -132,10 +142,20 @@ class Process:
         """Send it a signal; does nothing once it is dead."""
         if self.returncode is None:
             try:
-                signal.pidfd_send_signal(self.pidfd, number)
+                if self.is_kept:
+                    # No other group can have this number, as long as the shell is not reaped.
+                    os.killpg(self.pid, number)
+                else:
+                    signal.pidfd_send_signal(self.pidfd, number)
             # Dead, and reaped by somebody else: SIGCHLD is ignored, or the application waits for every child.
             except ProcessLookupError:
                 return
+
+    async def let_go(self) -> None:
+        """Let a kept successor be a child of systemd; it goes on, and only its peer's pidfd tells of its death."""
+        if self.is_kept and self.returncode is None:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            await self.wait()
 
     def close(self) -> None:
         """Close the pidfd; harmless if done already. Nobody may wait any more, and a live child is left alone."""
@@ -152,6 +172,8 @@ class Process:
             return
         if result is not None:
             self.returncode = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+            if self.is_kept and self.returncode > _SIGNAL_STATUS:
+                self.returncode = _SIGNAL_STATUS - self.returncode
 
 
 class _Detached(subprocess.Popen[bytes]):
@@ -210,13 +232,14 @@ def describe_launch(
     return Launch(arguments, directory, variables), tuple(from_file)
 
 
-def spawn(launch: Launch, channel: socket.socket, stderr: int) -> Process:
+def spawn(launch: Launch, channel: socket.socket, stderr: int, *, is_kept: bool = False) -> Process:
     """Start the successor. It blocks for the time of an exec: call it in a thread.
 
     Args:
         launch: what to run.
         channel: the successor's end of the channel, the only descriptor it gets besides 0, 1 and 2; stays ours.
         stderr: the descriptor that becomes its 2; stays ours.
+        is_kept: it shall become a child of systemd later, by :meth:`Process.let_go`.
 
     Signals that the calling thread blocks are blocked in the successor too.
 
@@ -229,11 +252,12 @@ def spawn(launch: Launch, channel: socket.socket, stderr: int) -> Process:
         # With neither preexec_fn nor a change of user, subprocess takes vfork: fork would stop this process for as
         # long as the kernel copies its page tables, 58 ms at 4 GB (DESIGN.md, trap 12).
         child = _Detached(
-            launch.arguments,
+            (*_KEEPER, *launch.arguments) if is_kept else launch.arguments,
             cwd=launch.directory,
             env=environment,
             stderr=stderr,
             pass_fds=[channel.fileno()],
+            process_group=0 if is_kept else None,
         )
     # ValueError: a NUL in an argument or in a variable.
     except (OSError, ValueError, subprocess.SubprocessError) as error:
@@ -244,7 +268,7 @@ def spawn(launch: Launch, channel: socket.socket, stderr: int) -> Process:
         child.kill()
         child.wait()
         raise _spawn_failed(launch, error) from error
-    return Process(child.pid, pidfd)
+    return Process(child.pid, pidfd, is_kept=is_kept)
 
 
 def describe_exit(returncode: int) -> str:

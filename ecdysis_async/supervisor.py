@@ -7,6 +7,7 @@ stands in the data planes.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import os
@@ -27,6 +28,7 @@ from .control import Changes, Controlled, ControlServer, Restart
 from .control_path import locate
 from .drain import Tracker, current_connection
 from .errors import (
+    ChannelError,
     HandoffAborted,
     NotReady,
     RestartError,
@@ -47,6 +49,7 @@ from .settings import Settings, StrPath, read_signals
 from .signals import SignalReceiver, can_handle_signals, handled_signals
 from .spawn import claim_channel, supported
 from .status import describe_ancestors, describe_listeners, describe_restart, describe_wait, report_of
+from .systemd import check_unit, claim_activation, find_systemd
 
 if TYPE_CHECKING:
     import asyncio
@@ -60,6 +63,15 @@ PROGRESS_SECONDS = 1.0
 
 # What a restart asked for during probation waits for the predecessor's word that it will never accept again, seconds.
 SETTLE_SECONDS = 10.0
+
+# How long the predecessor waits for the word that the successor's pid file is in place, seconds.
+PUBLISH_SECONDS = 5.0
+
+# How often systemd is told the number of connections, seconds.
+STATUS_SECONDS = 5.0
+
+# What a restart may take at most besides ready_timeout and probation, and a stop besides drain_timeout, seconds.
+LEEWAY_SECONDS = 60.0
 
 # How long the connections of "exit" listeners get once everything else has drained, seconds.
 EXIT_SECONDS = 1.0
@@ -85,6 +97,9 @@ _current: Ecdysis | None = None
 # Claimed with the first import, before the application can start a process that would find the marker, or hold the
 # channel, as well (DESIGN.md, trap 7). Taken by the first Ecdysis that is entered.
 _channel: socket.socket | None = claim_channel()
+
+# The same holds for the sockets that systemd has passed to this process.
+_activation: Mapping[int, str] = claim_activation()
 
 
 def current() -> Ecdysis:
@@ -123,7 +138,9 @@ class Ecdysis:
         pid_file: names the process that serves; written atomically, moved when a restart has settled.
         control_socket: where `ecdysis restart`, `stop` and `status` reach this service: a path whose directory is the
             service's own, or a bare name in the default directory, where they find it by themselves.
-        systemd, takeover: not in this release; anything but None is refused.
+        systemd: whether to speak to systemd, and to take the sockets it has passed; None: if it started this process
+            with NOTIFY_SOCKET (Type=notify), or with sockets; True: NOTIFY_SOCKET must be there; False: never.
+        takeover: not in this release; anything but None is refused.
         command: the successor's command line; the one of this process where it is None.
         environment: the successor's complete environment; that of this process where it is None.
         env_file: a file of KEY=VALUE lines, read afresh at each restart, on top of the environment.
@@ -149,9 +166,8 @@ class Ecdysis:
         env_file: StrPath | None = None,
         takeover: StrPath | None = None,
     ) -> None:
-        for name, value in (("systemd", systemd), ("takeover", takeover)):
-            if value:
-                raise ValueError(f"{name} is not in this release: leave it out")
+        if takeover:
+            raise ValueError("takeover is not in this release: leave it out")
         self._settings = Settings(
             ready_timeout=ready_timeout,
             drain_timeout=drain_timeout,
@@ -166,6 +182,8 @@ class Ecdysis:
         )
         self.pid = os.getpid()
         self._begun = time.monotonic()
+        self._systemd = find_systemd(systemd)
+        self._takes_activation = systemd is not False
         self._control_path = locate(control_socket) if control_socket is not None else None
         self._control: ControlServer | None = None
         self._state = State.STARTING
@@ -178,6 +196,8 @@ class Ecdysis:
         self._pid_file = PidFile(self._settings.pid_file) if self._settings.pid_file is not None else None
         self._signals: SignalReceiver | None = None
         self._stopping = False
+        self._stops_partially = False
+        self._failure: str | None = None
         self._stop_signals = 0
         # On the loop's clock, for those who ask: since when a restart is in its state, and until when a drain may last.
         self._phase_begun = 0.0
@@ -234,7 +254,7 @@ class Ecdysis:
     # The block
 
     async def __aenter__(self) -> Self:
-        global _channel, _current
+        global _activation, _channel, _current
         if self._state is not State.STARTING or self.pid != os.getpid():
             raise RuntimeError("an Ecdysis is entered once, in the process that made it: make a new one")
         self._finished = anyio.Event()
@@ -245,7 +265,7 @@ class Ecdysis:
         self._resources = ExitStack()
         self._task_group = anyio.create_task_group()
         plane = planes.Plane(self._registry, self._gate, self._tracker, self._task_group)
-        self._generation = Generation(1, self._settings, plane, Numbered(1))
+        self._generation = Generation(1, self._settings, plane, Numbered(1), is_supervised=self._systemd.is_there)
         planes.activate(plane)
         _current = self
         try:
@@ -256,6 +276,12 @@ class Ecdysis:
                 self._inheritance = Inheritance(sock, self._generation, self._on_inheritance)
                 self._resources.callback(self._inheritance.close)
                 await self._inheritance.greet()
+            else:
+                if self._takes_activation:
+                    activation, _activation = _activation, {}
+                    self._registry.activate(activation)
+                if self._takes_activation and (complaint := check_unit()) is not None:
+                    self._generation.log.warning("%s", complaint)
             if self._control_path is not None:
                 self._control = ControlServer(self._control_path, plane, self._controlled())
                 self._resources.callback(self._control.close)
@@ -267,8 +293,14 @@ class Ecdysis:
             raise
         if self._signals is not None:
             self._task_group.start_soon(self._signals.run)
+        if self._systemd.is_there:
+            self._task_group.start_soon(self._systemd.run)
+            self._task_group.start_soon(self._tell_status)
         if self._inheritance is not None:
             self._task_group.start_soon(self._inherit, self._inheritance)
+        else:
+            self._systemd.begin()
+            self._systemd.ask_for_time(self._settings.ready_timeout)
         if self._control is not None:
             self._task_group.start_soon(self._control.run)
         # The body alone is cancelled when a restart is called off; the supervisor's own tasks see to the rest.
@@ -326,6 +358,11 @@ class Ecdysis:
         """Bring everything to its end that this block has begun."""
         log = self._generation.log
         orderly = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
+        if not orderly:
+            self._failure = f"generation {self.generation} has failed: {error!r}"
+            self._systemd.tell_status(self._failure)
+            if isinstance(error, OSError) and error.errno:
+                self._systemd.tell(f"ERRNO={error.errno}")
         if self._state in (State.STARTING, State.WAITING) and orderly:
             log.warning("the block is left without ready(): nothing was ever accepted")
         if self._inheritance is not None and not self._inheritance.state.final:
@@ -339,6 +376,10 @@ class Ecdysis:
         await self._drained.wait()
         if self._handover is not None:
             await self._handover.over.wait()
+        if self._has_heir and self._systemd.is_there:
+            await self._main_named.wait()
+        elif self._systemd.is_main:
+            await self._outlive_others()
         if self._pid_file is not None:
             discard = self._pid_file.discard if self._aborted or self._has_heir else self._pid_file.remove
             await anyio.to_thread.run_sync(discard)
@@ -350,6 +391,8 @@ class Ecdysis:
             self._registry.close(unlink=not self._has_heir)
         if self._control is not None:
             await self._control.finish()
+        if self._systemd.is_main:
+            await self._systemd.synchronize()
         log.info("this generation ends")
 
     async def _let_handover_end(self) -> None:
@@ -398,6 +441,9 @@ class Ecdysis:
         if self._state is State.STARTING:
             self._state = State.SERVING
         self._log_serving()
+        for entry in self._registry.unclaimed():
+            self._generation.log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
+        self._tell_serving()
 
     def _log_serving(self) -> None:
         self._generation.log.info("serving on %s", ", ".join(map(str, self._registry.entries)) or "nothing")
@@ -473,6 +519,9 @@ class Ecdysis:
             await self._drained.wait()
         if handover.error is not None:
             raise handover.error
+        if until != "serving" and self._has_heir and self._systemd.is_there:
+            # Once this is known, ExecReload= may end, and systemd looks at the pid file again.
+            await self._main_named.wait()
         if handover.over.is_set() and handover.report.outcome is Outcome.STOPPED:
             raise RestartWhileDraining("the service was stopped while it restarted")
         return handover.report
@@ -490,6 +539,7 @@ class Ecdysis:
             return
         # Remembered, because what is posted to a restart that is over in the same moment is not heard any more.
         self._stopping = True
+        self._stops_partially = partial
         if self._inheritance is not None and not self._inheritance.state.final:
             self._inheritance.post(SuccessorEvent.STOP_HERE)
         elif self._handover is not None and not self._handover.state.final:
@@ -558,6 +608,22 @@ class Ecdysis:
     ) -> socket.socket:
         """Return a Unix stream socket for connections, as :meth:`listen_tcp`; ``@name`` is an abstract address."""
         return self._registry.listen_unix(path, name=name, until=until, backlog=backlog, mode=mode).sock
+
+    def listen_fd(self, name: str | int, *, until: Until | str = Until.DRAIN) -> socket.socket:
+        """Return a socket that systemd has passed (socket activation), wherever it listens.
+
+        Where the address, or the name, is known as well, ``listen_tcp`` and all others find it too, and need not care
+        whether systemd passed it.
+
+        Args:
+            name: FileDescriptorName= of the socket unit, or the number of the descriptor, from 3 on. Where several have
+                one name, each call returns the next one of them.
+            until: as for :meth:`listen_tcp`.
+
+        Raises:
+            LookupError: there is none, or it is claimed already.
+        """
+        return self._registry.claim(name, until=until).sock
 
     def listen_seqpacket(
         self,
@@ -696,18 +762,25 @@ class Ecdysis:
         if self._stop_signals > 1:
             self._generation.log.warning("told to stop again: the deadline of the drain is now")
             self._tracker.hurry()
+        self._hurry_if_forsaken()
         self.stop()
 
     def _on_restart_signal(self) -> None:
         self._task_group.start_soon(self._restart_by_signal)
 
     async def _restart_by_signal(self) -> None:
+        # Also a restart that is refused, because systemd waits for an answer to its signal (Type=notify-reload).
+        self._systemd.tell_reloading(LEEWAY_SECONDS)
         try:
             report = await self.restart(until="settled")
             self._generation.log.info("%s", report)
         except RestartWhileDraining as error:
             self._generation.log.info("%s", error)
+        except RestartInProgress as error:
+            # READY=1 comes with the end of that one.
+            self._generation.log.error("the restart that a signal asked for is refused: %s", error)  # noqa: TRY400
         except RestartError as error:
+            self._systemd.tell("READY=1")
             # Without a traceback: the message says what happened, in the successor's own words.
             self._generation.log.error("the restart that a signal asked for failed: %s", error)  # noqa: TRY400
 
@@ -732,11 +805,25 @@ class Ecdysis:
             )
         handover = Handover(self._generation, self._on_handover)
         self._handover, self._last_report = handover, handover.report
+        self._handed_over, self._main_named = anyio.Event(), anyio.Event()
+        settings = self._settings
+        self._systemd.tell_reloading(settings.ready_timeout + settings.probation + LEEWAY_SECONDS)
         self._note_change()
         self._task_group.start_soon(self._hand_over, handover)
         return handover
 
     async def _hand_over(self, handover: Handover) -> None:
+        try:
+            await self._carry_out(handover)
+        finally:
+            self._handed_over.set()
+        self._hurry_if_forsaken()
+        if handover.error is not None:
+            self._tell_serving()
+        if self._stopping:
+            self._leave()
+
+    async def _carry_out(self, handover: Handover) -> None:
         if self._inheritance is not None and not self._inherited.is_set():
             # A second restart during probation: so that no more than two generations can ever accept in turn, the
             # predecessor gives up its right to come back first.
@@ -751,9 +838,11 @@ class Ecdysis:
                 )
             )
             return
+        if self._inheritance is not None and self._systemd.is_there:
+            # Only who is the main process can make another one so. The predecessor is about to say it.
+            with anyio.move_on_after(SETTLE_SECONDS):
+                await self._systemd.begun.wait()
         await handover.run()
-        if self._stopping:
-            self._leave()
 
     def _on_handover(self, handover: Handover) -> None:
         match handover.state:
@@ -764,6 +853,10 @@ class Ecdysis:
             case _:
                 self._state = State.SERVING
         self._note_change()
+        if handover.state in (Predecessor.PROBATION, Predecessor.FAILED, Predecessor.ROLLED_BACK):
+            self._tell_serving()
+        elif self._has_heir and self._systemd.is_there:
+            self._task_group.start_soon(self._name_main, handover)
 
     async def _inherit(self, inheritance: Inheritance) -> None:
         await inheritance.run()
@@ -783,6 +876,10 @@ class Ecdysis:
                 await anyio.to_thread.run_sync(self._pid_file.publish)
             except OSError as error:
                 self._generation.log.error("the pid file still names the former generation: %s", error)  # noqa: TRY400
+        lineage.on_main = self._become_main
+        if self._systemd.is_there:
+            with contextlib.suppress(ChannelError):  # it has left
+                await inheritance.predecessor.peer.channel.send(Farewell.PUBLISHED, timeout=2)
         await lineage.follow(self._settings.max_draining)
 
     def _on_inheritance(self, inheritance: Inheritance) -> None:
@@ -800,6 +897,71 @@ class Ecdysis:
         if self._last_report is not None and self._last_report.id == report.id:
             self._last_report = report
         self._generation.log.info("generation %d (pid %d) has drained: %s", ancestor.generation, ancestor.pid, report)
+
+    # What systemd is told
+
+    def _hurry_if_forsaken(self) -> None:
+        # The main process has died, and systemd starts the service anew once the last process of this one has ended:
+        # until then nobody listens, which costs more than what drains here.
+        if self._systemd.is_there and self._stop_signals and self._has_heir and self._handed_over.is_set():
+            self._generation.log.warning("the successor is dead, and the service is stopped: the deadline is now")
+            self._tracker.hurry()
+
+    def _become_main(self, ancestor: Ancestor) -> None:
+        # The predecessor's own predecessor may still drain, and die, while that one has yet to hand its role on.
+        if ancestor.pid == self.predecessor_pid:
+            self._systemd.begin()
+            self._systemd.tell_status(self._describe())
+
+    async def _name_main(self, handover: Handover) -> None:
+        """Make the successor the unit's main process, once and for good."""
+        try:
+            # systemd reads PIDFile= again when a reload has ended: one that is behind MAINPID would point it back to
+            # this process, and nothing could ever correct that (DESIGN.md, trap 14).
+            with anyio.move_on_after(PUBLISH_SECONDS):
+                await handover.published.wait()
+            if self._systemd.is_main:
+                await handover.let_go()
+                await self._systemd.name_main(handover.report.successor_pid or 0, "READY=1")
+                await handover.tell(Farewell.MAIN, {})
+        finally:
+            self._main_named.set()
+
+    async def _outlive_others(self) -> None:
+        """Wait for all other generations: with the exit of the main process systemd ends them, drained or not."""
+        with anyio.move_on_after(self._settings.drain_timeout + EXIT_SECONDS):
+            if self._handover is not None:
+                await self._handed_over.wait()
+            await self._generation.lineage.outlive()
+
+    def _tell_serving(self) -> None:
+        self._systemd.tell_status(self._describe())
+        self._systemd.tell("READY=1")
+
+    async def _tell_status(self) -> None:
+        while True:
+            self._systemd.tell_status(self._describe())
+            await anyio.sleep(STATUS_SECONDS)
+
+    def _describe(self) -> str:
+        """Say in one line what `systemctl status` shows."""
+        if self._failure is not None:
+            return self._failure
+
+        def count(connections: int | None) -> str:
+            return "1 connection" if connections == 1 else f"{connections} connections"
+
+        parts = [f"generation {self.generation} is {self._state.value}, {count(self.connections)}"]
+        parts += [
+            f"generation {each.generation} drains, {count(each.connections)}"
+            for each in self._generation.lineage.ancestors
+            if each.connections is not None
+        ]
+        if self._handover is not None and (error := self._handover.error) is not None:
+            # Of a traceback, and of what the successor has written, the last line says what happened.
+            lines = [*str(error).splitlines()[:1], *f"{error}\n{error.stderr}".strip().splitlines()[-1:]]
+            parts.append("the last restart failed: " + " … ".join(dict.fromkeys(lines)))
+        return "; ".join(parts)
 
     # What the control socket is told
 
@@ -853,6 +1015,10 @@ class Ecdysis:
             self._state = State.DRAINING
             self._tracker.draining.set()
             self._finished.set()
+            if not self._has_heir:
+                self._systemd.ask_for_time(self._settings.drain_timeout + LEEWAY_SECONDS)
+                if not self._stops_partially:
+                    self._systemd.tell("STOPPING=1")
             self._task_group.start_soon(self._drain_to_the_end)
 
     async def _drain_to_the_end(self) -> None:

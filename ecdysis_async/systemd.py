@@ -18,7 +18,7 @@ from collections import deque
 
 import anyio
 
-__all__ = ["Systemd", "claim_activation", "find_systemd"]
+__all__ = ["Systemd", "check_unit", "claim_activation", "find_systemd"]
 
 logger = logging.getLogger("ecdysis_async")
 
@@ -58,8 +58,8 @@ def claim_activation() -> dict[int, str]:
     return sockets
 
 
-def find_systemd(wanted: bool | None) -> Systemd | None:  # noqa: FBT001 - the setting as the user gave it
-    """Return the way to systemd, or None where there is none, or none is wanted.
+def find_systemd(wanted: bool | None) -> Systemd:  # noqa: FBT001 - the setting as the user gave it
+    """Return the way to systemd, or one that leads nowhere if there is none, or none is wanted.
 
     Args:
         wanted: None: if this process was given NOTIFY_SOCKET; True: it has to be there; False: never.
@@ -68,16 +68,12 @@ def find_systemd(wanted: bool | None) -> Systemd | None:  # noqa: FBT001 - the s
         ValueError: it is wanted and not there, or is of a kind that is not supported.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if wanted is False:
-        return None
-    if not address:
-        if wanted:
-            raise ValueError(
-                "systemd=True, but NOTIFY_SOCKET is not set: put Type=notify into the unit's [Service], "
-                "or leave systemd= out to run with and without it"
-            )
-        return None
-    return Systemd(address, _read_watchdog())
+    if wanted and not address:
+        raise ValueError(
+            "systemd=True, but NOTIFY_SOCKET is not set: put Type=notify into the unit's [Service], "
+            "or leave systemd= out to run with and without it"
+        )
+    return Systemd("" if wanted is False else address, _read_watchdog())
 
 
 def _read_watchdog() -> float | None:
@@ -113,7 +109,8 @@ class Systemd:
     """The voice of one generation at systemd. It is silent until :meth:`begin`, and after :meth:`name_main`.
 
     Args:
-        address: what NOTIFY_SOCKET says: a path, or "@name" for an abstract address.
+        address: what NOTIFY_SOCKET says: a path, or "@name" for an abstract address; "" where there is no systemd, and
+            so never anything to say.
         watchdog: within how many seconds systemd wants to hear of a sound loop, if it does.
 
     Attributes:
@@ -124,7 +121,7 @@ class Systemd:
     """
 
     def __init__(self, address: str, watchdog: float | None = None) -> None:
-        if not address.startswith(("/", "@")):
+        if address and not address.startswith(("/", "@")):
             raise ValueError(f"NOTIFY_SOCKET={address} is neither a path nor an abstract address: set systemd=False")
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._watchdog = watchdog
@@ -138,13 +135,18 @@ class Systemd:
         self.begun = anyio.Event()
 
     @property
+    def is_there(self) -> bool:
+        """Whether there is a systemd to speak to."""
+        return bool(self._address)
+
+    @property
     def is_main(self) -> bool:
         """Whether systemd takes this process for the unit's main one."""
         return self._is_main
 
     def begin(self) -> None:
         """Speak from now on: this process is the unit's main one. Only the first time counts."""
-        if not self.begun.is_set():
+        if self.is_there and not self.begun.is_set():
             self._is_main = True
             self.begun.set()
             if self._watchdog is not None:

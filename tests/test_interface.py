@@ -72,6 +72,7 @@ FUNCTIONS = {
     "adopt",
     "bind_udp",
     "bind_unix_datagram",
+    "listen_fd",
     "listen_seqpacket",
     "listen_tcp",
     "listen_unix",
@@ -160,7 +161,7 @@ def test_an_error_shows_the_last_lines_of_stderr() -> None:
         ({"command": []}, "command is empty"),
         ({"control_socket": ""}, "a control socket is a path"),
         ({"control_socket": "@abstract"}, "a control socket is a path"),
-        ({"systemd": True}, "systemd is not in this release"),
+        ({"systemd": True}, "NOTIFY_SOCKET is not set"),
         ({"takeover": "/run/x"}, "takeover is not in this release"),
     ],
 )

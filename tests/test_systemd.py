@@ -149,13 +149,13 @@ async def test_a_deaf_systemd_is_said_once(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_it_is_switched_on_by_the_notification_socket(environment: Callable[..., None]) -> None:
-    assert find_systemd(None) is None
+    assert not find_systemd(None).is_there
     with pytest.raises(ValueError, match="Type=notify"):
         find_systemd(wanted=True)
     environment(NOTIFY_SOCKET="@some/where")
-    assert find_systemd(None) is not None
-    assert find_systemd(wanted=True) is not None
-    assert find_systemd(wanted=False) is None
+    assert find_systemd(None).is_there
+    assert find_systemd(wanted=True).is_there
+    assert not find_systemd(wanted=False).is_there
     environment(NOTIFY_SOCKET="vsock:2:1")
     with pytest.raises(ValueError, match="systemd=False"):
         find_systemd(None)
@@ -171,9 +171,7 @@ def test_the_watchdog_holds_for_this_process(
     environment(NOTIFY_SOCKET="@x", WATCHDOG_USEC=usec)
     if pid is not None:
         environment(WATCHDOG_PID=str(os.getpid()) if pid == "own" else pid)
-    systemd = find_systemd(None)
-    assert systemd is not None
-    assert systemd._watchdog == seconds
+    assert find_systemd(None)._watchdog == seconds
 
 
 def test_a_unit_that_cannot_work_is_told_what_to_change(environment: Callable[..., None]) -> None:
@@ -189,8 +187,8 @@ def test_a_unit_that_cannot_work_is_told_what_to_change(environment: Callable[..
 # Run as another program, because it is for the descriptors from 3 on of a process that was just executed.
 ACTIVATED = """
 import json, os, sys
-from ecdysis_async.systemd import claim_activation
-found = claim_activation()
+from ecdysis_async import supervisor  # which claims them when it is imported
+found = supervisor._activation
 print(json.dumps([found, [os.get_inheritable(fd) for fd in found], [key for key in os.environ if "LISTEN" in key]]))
 """
 
