@@ -53,6 +53,21 @@ class Settings:
             raise TypeError(f"command is a list of arguments, not one string: write {self.command.split()!r}")
         if self.command is not None and not self.command:
             raise ValueError("command is empty; leave it out to run the same command line again")
+        for argument in self.command or ():
+            _check_text("an argument of command", argument)
+        for name, value in (self.environment or {}).items():
+            _check_text("the name of a variable in environment", name)
+            if not name or "=" in name:
+                raise ValueError(f"{name!r} cannot name a variable of environment: it is empty, or contains a '='")
+            # Named, but not shown: it may be a secret.
+            _check_text(f"the variable {name} of environment", value)
+
+
+def _check_text(what: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} is text, not {type(text).__name__}: write str(...) around it")
+    if "\0" in text:
+        raise ValueError(f"{what} contains a NUL character, at which the kernel would end it")
 
 
 def read_signals(signals: Collection[int]) -> tuple[signal.Signals, ...]:

@@ -228,7 +228,7 @@ def describe_launch(
         variables["PWD"] = directory
     arguments = _own_command() if command is None else tuple(command)
     if not arguments:
-        raise RestartUnsupported("command= is empty: name a program in it", phase="spawn")
+        raise RestartUnsupported("command= is empty: name a program in it", phase="start")
     return Launch(arguments, directory, variables), tuple(from_file)
 
 
@@ -259,8 +259,8 @@ def spawn(launch: Launch, channel: socket.socket, stderr: int, *, is_kept: bool 
             pass_fds=[channel.fileno()],
             process_group=0 if is_kept else None,
         )
-    # ValueError: a NUL in an argument or in a variable.
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+    # Whatever it is: this process serves, and goes on serving.
+    except Exception as error:
         raise _spawn_failed(launch, error) from error
     try:
         pidfd = os.pidfd_open(child.pid)
@@ -317,12 +317,12 @@ def _own_command() -> tuple[str, ...]:
     elif not os.path.isabs(program) and _START_DIRECTORY is not None:
         program = os.path.join(_START_DIRECTORY, program)
     if not program:
-        raise RestartUnsupported("it is not known how this process was started: set command=", phase="spawn")
+        raise RestartUnsupported("it is not known how this process was started: set command=", phase="start")
     if _SCRIPT in ("", "-"):
         raise RestartUnsupported(
             "this program was read from standard input, or typed in, and cannot be run again: put it into a file, "
             "or set command=",
-            phase="spawn",
+            phase="start",
         )
     return program, *arguments
 
@@ -332,7 +332,7 @@ def _read_env_file(env_file: str | os.PathLike[str]) -> dict[str, str]:
         from dotenv import dotenv_values
     except ImportError as error:
         raise RestartError(
-            "env_file= needs python-dotenv: pip install 'ecdysis_async[env-file]'", phase="spawn"
+            "env_file= needs python-dotenv: pip install 'ecdysis_async[env-file]'", phase="start"
         ) from error
     path = os.path.join(_START_DIRECTORY or "", env_file)
     try:
@@ -340,7 +340,7 @@ def _read_env_file(env_file: str | os.PathLike[str]) -> dict[str, str]:
         with open(path, encoding="utf-8") as stream:
             values = dotenv_values(stream=stream, interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
-        raise RestartError(f"the env file {path} cannot be read: {error}", phase="spawn") from error
+        raise RestartError(f"the env file {path} cannot be read: {error}", phase="start") from error
     # A name without "=" has no value.
     return {key: value for key, value in values.items() if value is not None}
 
@@ -354,4 +354,4 @@ def _spawn_failed(launch: Launch, error: Exception) -> SpawnFailed:
             text = f"cannot start {program!r} in {launch.directory!r}: {error.strerror}"
         elif remedy := _REMEDIES.get(error.errno or 0):
             text = f"cannot start {program!r}: {error.strerror} ({remedy})"
-    return SpawnFailed(text, phase="spawn")
+    return SpawnFailed(text, phase="start")

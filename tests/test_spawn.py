@@ -430,7 +430,7 @@ async def test_an_exec_fails_and_then_succeeds(
         program.chmod(mode)
     with pytest.raises(SpawnFailed, match=f"cannot start '{program}': {expected}") as raised:
         spawn(launch_of(str(program)), theirs, 2)
-    assert raised.value.phase == "spawn"
+    assert raised.value.phase == "start"
     program.write_text("#!/bin/sh\nexit 7\n")
     program.chmod(0o755)
     process = spawn(launch_of(str(program)), theirs, 2)
@@ -449,6 +449,12 @@ def test_arguments_that_no_kernel_takes(theirs: socket.socket) -> None:
         spawn(launch_of("true", "a\0b"), theirs, 2)
     with pytest.raises(SpawnFailed, match="shorten"):
         spawn(launch_of("true", "x" * 10_000_000), theirs, 2)
+
+
+def test_what_is_no_text_is_a_failure_like_others(theirs: socket.socket) -> None:
+    variables: dict[str, Any] = {**os.environ, "PORT": 8000}
+    with pytest.raises(SpawnFailed, match=r"cannot start 'true': .*int"):
+        spawn(Launch(("true",), None, variables), theirs, 2)
 
 
 # --- the process ------------------------------------------------------------------------------------------------------
