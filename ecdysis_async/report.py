@@ -93,14 +93,21 @@ class RestartReport:
     def from_json(cls, body: Mapping[str, Any]) -> RestartReport:
         """Read a report that another release may have written: what this one does not know is left out.
 
+        An outcome that it does not know is read as failed, where the report holds an error, and else as in progress:
+        nothing is claimed to be final that may not be.
+
         Raises:
             KeyError, TypeError, ValueError: it is no report.
         """
         known = {name.name: body[name.name] for name in fields(cls) if name.name in body}
-        known["outcome"] = Outcome(known["outcome"])
-        known["phases"] = {Phase(name): float(seconds) for name, seconds in known["phases"].items()}
-        counts = {name.name: int(known["drain"][name.name]) for name in fields(DrainCount)}
-        known["drain"] = DrainCount(**counts)
+        outcome, phases, counts = known["outcome"], dict(known["phases"]), dict(known["drain"])
+        if outcome not in set(Outcome):
+            outcome = Outcome.FAILED if known.get("error") is not None else Outcome.IN_PROGRESS
+        known["outcome"] = Outcome(outcome)
+        known["phases"] = {phase: float(phases[phase]) for phase in Phase if phase in phases}
+        known["drain"] = DrainCount(
+            **{name.name: int(counts[name.name]) for name in fields(DrainCount) if name.name in counts}
+        )
         return cls(**known)
 
     def __str__(self) -> str:
