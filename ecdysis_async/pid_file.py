@@ -23,6 +23,8 @@ class PidFile:
     def prepare(self) -> None:
         """Write the draft, so that whatever can fail does so before anything depends on it.
 
+        It also removes the drafts of successors that were killed before they could.
+
         Raises:
             OSError: the directory is missing or not writable, or the disk is full.
         """
@@ -35,6 +37,7 @@ class PidFile:
                 f"the pid file {self.path} cannot be written ({error.strerror}): "
                 "create its directory and let the service's user write there, or choose another pid_file",
             ) from error
+        self._discard_orphans()
 
     def publish(self) -> None:
         """Make this process the one that the pid file names.
@@ -54,6 +57,27 @@ class PidFile:
     def remove(self) -> None:
         """Remove the file at a full stop, if it still names this process."""
         self.discard()
+        self._discard_orphans()
         with contextlib.suppress(FileNotFoundError):
             if self.path.read_text().strip() == str(os.getpid()):
                 self.path.unlink()
+
+    def _discard_orphans(self) -> None:
+        prefix = f".{self.path.name}."
+        # Litter harms nobody: a directory that cannot be listed, or a draft that is another user's.
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.path.parent):
+                pid = name.removeprefix(prefix)
+                if name.startswith(prefix) and pid.isdecimal() and not _is_alive(int(pid)):
+                    self.path.with_name(name).unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    # OverflowError: no process ever had this number, so the file is nobody's draft, and not ours to judge.
+    except (PermissionError, OverflowError):
+        return True
+    except ProcessLookupError:
+        return False
+    return True
