@@ -367,7 +367,13 @@ class Registry:
         return unclaimed
 
     def release(self, entry: Entry, *, unlink: bool = False) -> None:
-        """Close one socket and forget it; with ``unlink``, remove its path, as :meth:`close` does."""
+        """Close one socket and forget it; with ``unlink``, remove its path, as :meth:`close` does.
+
+        Does nothing for one that was released before: a server may be closed after its socket, which nobody wanted
+        any more, or after everything.
+        """
+        if entry not in self._entries:
+            return
         self._entries.remove(entry)
         # Before the close: as long as the socket is open, no other file can get its inode number.
         if unlink and entry.is_at_its_path():

@@ -576,6 +576,16 @@ def test_find_knows_the_very_socket(registry: Registry) -> None:
     assert registry.find(entry.sock) is None
 
 
+def test_what_is_released_already_is_released(registry: Registry, tmp_path: Path) -> None:
+    kept = registry.listen_tcp("127.0.0.1", 0)
+    entry = registry.listen_unix(tmp_path / "socket")
+    registry.release(entry)
+    registry.release(entry, unlink=True)
+    assert registry.entries == (kept,)
+    # Nobody knows any more whose socket it leads to.
+    assert (tmp_path / "socket").exists()
+
+
 def test_describe_leaves_the_descriptors_alone(registry: Registry) -> None:
     entries = [registry.listen_tcp("127.0.0.1", 0, name=name) for name in "abc"]
     descriptions, descriptors = registry.describe(entries[1:])
