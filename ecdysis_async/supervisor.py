@@ -436,10 +436,11 @@ class Ecdysis:
             # hears "ready" connects at once, and was refused.
             self._registry.start_listening()
             await self._gate.open()
-        if self._pid_file is not None:
-            await anyio.to_thread.run_sync(self._pid_file.publish)
+        # Before the pid file, which takes a thread: who waited in the queue may ask for a restart by now.
         if self._state is State.STARTING:
             self._state = State.SERVING
+        if self._pid_file is not None:
+            await anyio.to_thread.run_sync(self._pid_file.publish)
         self._log_serving()
         for entry in self._registry.unclaimed():
             self._generation.log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
@@ -806,8 +807,6 @@ class Ecdysis:
         handover = Handover(self._generation, self._on_handover)
         self._handover, self._last_report = handover, handover.report
         self._handed_over, self._main_named = anyio.Event(), anyio.Event()
-        settings = self._settings
-        self._systemd.tell_reloading(settings.ready_timeout + settings.probation + LEEWAY_SECONDS)
         self._note_change()
         self._task_group.start_soon(self._hand_over, handover)
         return handover
@@ -842,6 +841,9 @@ class Ecdysis:
             # Only who is the main process can make another one so. The predecessor is about to say it.
             with anyio.move_on_after(SETTLE_SECONDS):
                 await self._systemd.begun.wait()
+        # Not earlier: systemd may have sent its signal here before this process has learnt that it may speak.
+        settings = self._settings
+        self._systemd.tell_reloading(settings.ready_timeout + settings.probation + LEEWAY_SECONDS)
         await handover.run()
 
     def _on_handover(self, handover: Handover) -> None:
@@ -853,7 +855,7 @@ class Ecdysis:
             case _:
                 self._state = State.SERVING
         self._note_change()
-        if handover.state in (Predecessor.PROBATION, Predecessor.FAILED, Predecessor.ROLLED_BACK):
+        if handover.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
             self._tell_serving()
         elif self._has_heir and self._systemd.is_there:
             self._task_group.start_soon(self._name_main, handover)
