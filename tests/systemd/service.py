@@ -1,0 +1,83 @@
+"""The service that systemd runs in the tests: it answers lines, as benchmarks/service.py does, and obeys.
+
+Each generation reads its settings afresh from the file that the command line names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ecdysis_async
+from benchmarks.service import converse
+from ecdysis_async import Ecdysis, RestartError
+
+
+async def answer(ecdysis: Ecdysis, line: str) -> Any:
+    """Do what a line asks for, of what the load does not ask for."""
+    match line.split(" "):
+        case ["who"]:
+            return {"pid": os.getpid(), "generation": ecdysis.generation, "names": sorted(os.environ)}
+        case ["stall", seconds]:
+            time.sleep(float(seconds))
+            return {}
+        case ["restart", until]:
+            try:
+                return (await ecdysis.restart(until=until)).to_json()  # type: ignore[arg-type]
+            except RestartError as error:
+                return {"error": str(error)}
+        case ["stop", "partially"]:
+            ecdysis.stop(partial=True)
+            return {}
+    return None
+
+
+async def main(settings: dict[str, Any]) -> None:
+    """Run one generation."""
+    exec(settings["at_start"], {})
+    async with Ecdysis(**settings["ecdysis"]) as ecdysis:
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            async def read_line() -> bytes:
+                while True:
+                    line = await reader.readline()
+                    reply = await answer(ecdysis, line.decode().strip())
+                    if reply is None:
+                        return line
+                    await send(json.dumps(reply).encode() + b"\n")
+
+            async def send(data: bytes) -> None:
+                writer.write(data)
+                await writer.drain()
+
+            # A client that the test has finished with may be gone.
+            with contextlib.suppress(ConnectionError):
+                try:
+                    await converse(ecdysis, read_line, send)
+                finally:
+                    writer.close()
+
+        sockets = [getattr(ecdysis, method)(*values, **options) for method, values, options in settings["sockets"]]
+        for sock in sockets:
+            if sock.family == sock.family.AF_UNIX:
+                await ecdysis.start_unix_server(handle, sock=sock)
+            else:
+                await ecdysis.start_server(handle, sock=sock)
+        names = Path(settings["addresses"])
+        names.with_suffix(".draft").write_text(json.dumps([sock.getsockname() for sock in sockets]))
+        names.with_suffix(".draft").replace(names)
+        await asyncio.sleep(settings["before_ready"])
+        await ecdysis.ready()
+        await ecdysis.finished()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    ecdysis_async.run(main(json.loads(Path(sys.argv[1]).read_text())), loop="asyncio")

@@ -1,0 +1,117 @@
+"""Sockets that a real systemd passes: claimed by name and by address, and handed on through all generations."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.systemd.harness import NAME, SERVICE, Client, Unit
+from tests.systemd.machine import PROJECT
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("by", ["name", "address", "descriptor"])
+def test_tcp_and_unix_sockets_are_served_through_generations(unit: Unit, by: str) -> None:
+    port, path = free_port(), str(unit.machine.directory / "app.sock")
+    tcp = f"[Socket]\nListenStream=127.0.0.1:{port}\nFileDescriptorName=web\nService={NAME}\n"
+    local = f"[Socket]\nListenStream={path}\nFileDescriptorName=local\nService={NAME}\n"
+    for name, text in (("tcp.socket", tcp), ("local.socket", local)):
+        unit.machine.install(name, f"[Unit]\nDefaultDependencies=no\n{text}")
+    unit.configure(
+        sockets={
+            # Elsewhere, as far as the service knows: where to listen is the socket unit's business.
+            "name": [["listen_tcp", ["127.0.0.1", 1], {"name": "web"}], ["listen_unix", ["/x"], {"name": "local"}]],
+            "address": [["listen_tcp", ["127.0.0.1", port], {}], ["listen_unix", [path], {}]],
+            "descriptor": [["listen_fd", ["web"], {}], ["listen_fd", ["local"], {}]],
+        }[by]
+    )
+    unit.install("Sockets=tcp.socket local.socket")
+    unit.machine.systemctl("start", "tcp.socket", "local.socket")
+    assert unit.show("ActiveState") == "inactive"
+    # The first client starts it, and waits for that in the kernel's queue.
+    for generation in (1, 2, 3):
+        for address in (("127.0.0.1", port), path):
+            answer = unit.ask("who", address)
+            assert answer["generation"] == generation
+            assert not [name for name in answer["names"] if name.startswith("LISTEN_")]
+        assert answer["pid"] == unit.main_pid
+        unit.reload()
+    unit.systemctl("stop")
+    assert unit.show("Result") == "success"
+    # It is systemd's path, and systemd still listens there: the next client starts the service anew.
+    assert Path(path).is_socket()
+    assert unit.ask("who", path)["generation"] == 1
+
+
+def test_several_sockets_of_one_name_and_one_that_nobody_asks_for(unit: Unit) -> None:
+    ports = [free_port() for _ in range(3)]
+    listen = "".join(f"ListenStream=127.0.0.1:{port}\n" for port in ports)
+    unit.machine.install(
+        "app.socket", f"[Unit]\nDefaultDependencies=no\n[Socket]\n{listen}FileDescriptorName=web\nService={NAME}\n"
+    )
+    two = [["listen_fd", ["web"], {}], ["listen_fd", ["web"], {}]]
+    unit.configure(sockets=two)
+    unit.install("Sockets=app.socket")
+    unit.machine.systemctl("start", "app.socket")
+    unit.systemctl("start")
+    assert "nobody asks for it" in unit.log
+    unit.reload()
+    # A later release asks for it after all.
+    unit.configure(sockets=[*two, ["listen_fd", ["web"], {}]])
+    unit.reload()
+    assert {unit.ask("who", ("127.0.0.1", port))["generation"] for port in ports} == {3}
+
+
+@pytest.mark.usefixtures("systemd")
+def test_systemd_socket_activate_starts_it_as_well(systemd: Path, unit: Unit) -> None:
+    # Without a systemd that runs: any program can pass sockets in this way.
+    port = free_port()
+    unit.configure(
+        sockets=[["listen_tcp", ["127.0.0.1", port], {}], ["listen_fd", [4], {}]], ecdysis={"control_socket": None}
+    )
+    environment = {
+        "PYTHONPATH": str(PROJECT),
+        "PATH": os.environ["PATH"],
+        "LD_LIBRARY_PATH": ":".join(str(path) for path in systemd.glob("usr/lib/*/systemd")),
+    }
+    path = str(unit.machine.directory / "socket")
+    activate = [str(systemd / "usr/bin/systemd-socket-activate"), "-l", f"127.0.0.1:{port}", "-l", path]
+    names = [f"--setenv={name}" for name in ("PYTHONPATH", "PATH")]
+    process = subprocess.Popen(
+        [*activate, "--fdname=web:local", *names, sys.executable, str(SERVICE), str(unit.settings_path)],
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        with contextlib.ExitStack() as stack:
+            unit.wait_until(lambda: Path(path).is_socket())
+            client = stack.enter_context(Client(("127.0.0.1", port)))
+            first = client.ask("who")
+            assert first["pid"] == process.pid
+            assert client.ask("restart settled")["outcome"] == "settled"
+        second = unit.ask("who", path)
+        assert (first["generation"], second["generation"]) == (1, 2)
+        assert process.wait() == 0
+        pidfd = os.pidfd_open(second["pid"])
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            unit.wait_until(lambda: not Path(f"/proc/{second['pid']}/cwd").exists())
+        finally:
+            os.close(pidfd)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

@@ -1,0 +1,156 @@
+"""Reloads on a real systemd: under load, to broken releases, of either type, and through every failure of theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections import Counter
+
+import pytest
+
+from benchmarks.load import Counts, Load, Mix
+from tests.systemd.harness import NAME, Client, Unit
+
+RELOADS = 10
+
+MIX = Mix(new_per_second=40, hasty=1, keep_alive=4, pause=0.06, slow=3, slow_seconds=(0.1, 0.5), silent=2)
+
+
+def reload_under_load(unit: Unit) -> Counts:
+    """Reload again and again, while clients of all kinds ask."""
+
+    async def run() -> Counts:
+        clients = Load(unit.port, MIX)
+        async with asyncio.TaskGroup() as task_group:
+            task_group.create_task(clients.run())
+            for generation in range(2, RELOADS + 2):
+                former = await asyncio.to_thread(lambda: unit.main_pid)
+                await asyncio.to_thread(unit.reload)
+                # At once, and not some time later.
+                assert await asyncio.to_thread(lambda: unit.main_pid) != former
+                while not clients.counts.generations[generation]:
+                    await clients.wait_for_end(0.01)
+            clients.end()
+        return clients.counts
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", ["notify", "notify-reload"])
+def test_ten_reloads_in_a_row_lose_nothing(unit: Unit, kind: str) -> None:
+    unit.configure(ecdysis={"probation": 0.0 if kind == "notify-reload" else 0.05, "drain_timeout": 2})
+    unit.start("WatchdogSec=5", kind=kind)
+    first = unit.main_pid
+    counts = reload_under_load(unit)
+    assert counts.failures == Counter()
+    assert counts.answers == counts.requests
+    assert unit.ask("who")["pid"] == unit.main_pid != first
+    assert (unit.show("NRestarts"), unit.show("ActiveState")) == ("0", "active")
+    assert f"generation {RELOADS + 1} is serving" in unit.show("StatusText")
+    unit.systemctl("stop")
+    assert (unit.show("Result"), unit.show("ExecMainStatus")) == ("success", "0")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise ValueError('a broken release')", "a broken release"),
+        ("import signal; signal.pause()", "was not ready within 1 seconds"),
+    ],
+    ids=["broken", "hangs"],
+)
+def test_a_reload_that_fails_says_so_and_the_old_generation_serves(unit: Unit, code: str, reason: str) -> None:
+    unit.configure(ecdysis={"ready_timeout": 1})
+    unit.start()
+    first = unit.main_pid
+    with Client(unit.addresses[0]) as client:
+        unit.configure(at_start=code)
+        assert unit.machine.fails("systemctl", "reload", NAME)
+        assert client.ask("who")["pid"] == unit.ask("who")["pid"] == unit.main_pid == first
+    assert (unit.show("ActiveState"), unit.show("SubState")) == ("active", "running")
+    assert reason in unit.show("StatusText")
+    assert "generation 1 is serving" in unit.show("StatusText")
+    unit.configure(at_start="")
+    unit.reload()
+    assert unit.ask("who")["pid"] == unit.main_pid != first
+
+
+def test_a_restart_that_is_rolled_back_fails_the_reload(unit: Unit) -> None:
+    unit.configure(ecdysis={"probation": 30})
+    unit.start()
+    first = unit.main_pid
+    reload = unit.machine.begin("systemctl", "reload", NAME)
+    unit.wait_until(lambda: unit.ask("who")["pid"] != first)
+    unit.machine.kill(unit.ask("who")["pid"], signal.SIGKILL)
+    assert reload.wait() != 0
+    assert unit.ask("who")["pid"] == unit.main_pid == first
+    assert "SIGKILL" in unit.show("StatusText")
+
+
+def test_a_reload_by_signal_that_fails_shows_in_the_status(unit: Unit) -> None:
+    unit.start(kind="notify-reload")
+    first = unit.main_pid
+    unit.configure(at_start="raise ValueError('a broken release')")
+    # systemd has no way to be told that it failed; but it must not wait for its timeout either.
+    unit.reload()
+    assert unit.ask("who")["pid"] == unit.main_pid == first
+    assert "a broken release" in unit.show("StatusText")
+
+
+def test_a_reload_by_signal_waits_for_the_restart_that_goes_on(unit: Unit) -> None:
+    unit.configure(ecdysis={"probation": 1})
+    unit.start(kind="notify-reload")
+    with Client(unit.addresses[0]) as client:
+        assert client.ask("restart serving")["outcome"] == "serving"
+        # systemd signals the next main process in the very moment in which it learns of it.
+        unit.reload()
+    answer = unit.ask("who")
+    assert (answer["pid"], answer["generation"]) == (unit.main_pid, 3)
+
+
+def test_the_pid_file_names_the_main_process_once_it_is_that(unit: Unit) -> None:
+    path = unit.machine.directory / "app.pid"
+    unit.start(f"PIDFile={path}")
+    for _ in range(3):
+        former = unit.main_pid
+        unit.reload()
+        # With PIDFile= systemd reads it when the reload has ended, and believes it.
+        assert int(path.read_text()) == unit.main_pid != former
+    unit.machine.systemctl("daemon-reload")
+    assert int(path.read_text()) == unit.main_pid == unit.ask("who")["pid"]
+
+
+def test_it_survives_systemd_being_executed_anew(unit: Unit) -> None:
+    unit.start("WatchdogSec=1")
+    unit.reload()
+    second = unit.main_pid
+    unit.machine.systemctl("daemon-reexec")
+    unit.wait_until(lambda: not unit.machine.fails("systemctl", "is-active", NAME))
+    assert unit.main_pid == second
+    unit.reload()
+    third = unit.main_pid
+    assert unit.ask("who")["pid"] == third != second
+    unit.systemctl("stop")
+    assert unit.show("Result") == "success"
+
+
+def test_what_is_for_one_process_does_not_reach_the_next(unit: Unit) -> None:
+    unit.start("WatchdogSec=5")
+    unit.reload()
+    names = unit.ask("who")["names"]
+    assert {"NOTIFY_SOCKET", "WATCHDOG_USEC"} <= set(names)
+    assert not {"WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS"} & set(names)
+
+
+def test_without_a_notification_socket_it_says_what_to_change(unit: Unit) -> None:
+    unit.start(kind="exec")
+    unit.wait_until(lambda: "serving on" in unit.log)
+    assert unit.log.count("Type=notify") == 1
+
+
+def test_behind_a_wrapper_it_says_what_to_change(unit: Unit) -> None:
+    shell = f'/bin/sh -c "{unit.command()}; exit"'
+    unit.start(f"ExecStart=\nExecStart={shell}", "NotifyAccess=all")
+    assert unit.log.count("NotifyAccess=all") == 1
+    assert unit.ask("who")["pid"] != os.getpid()

@@ -1,0 +1,153 @@
+"""Stops, kills and the watchdog on a real systemd, in each phase of a restart."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.systemd.harness import NAME, Client, Unit
+
+
+@pytest.mark.parametrize("kill_mode", ["control-group", "mixed"])
+def test_a_stop_waits_for_every_generation_that_drains(unit: Unit, kill_mode: str) -> None:
+    unit.start(f"KillMode={kill_mode}")
+    with Client(unit.addresses[0]) as oldest:
+        oldest.say("slow 2 oldest")
+        unit.reload()
+        with Client(unit.addresses[0]) as newest:
+            newest.say("slow 0.2 newest")
+            # So that it is there before the stop is.
+            assert unit.ask("who")["generation"] == 2
+            unit.systemctl("stop")
+            assert newest.hear() == "2 newest bye"
+        assert oldest.hear() == "1 oldest bye"
+    assert (unit.show("Result"), unit.show("ActiveState")) == ("success", "inactive")
+
+
+@pytest.mark.parametrize("kill_mode", ["control-group", "mixed"])
+def test_a_stop_in_probation_drains_both(unit: Unit, kill_mode: str) -> None:
+    unit.configure(ecdysis={"probation": 30})
+    unit.start(f"KillMode={kill_mode}")
+    with Client(unit.addresses[0]) as old:
+        old.say("slow 2 old")
+        with Client(unit.addresses[0]) as asker:
+            assert asker.ask("restart serving")["outcome"] == "serving"
+        with Client(unit.addresses[0]) as new:
+            new.say("slow 1.7 new")
+            assert unit.ask("who")["generation"] == 2
+            unit.systemctl("stop")
+            assert new.hear() == "2 new bye"
+        assert old.hear() == "1 old bye"
+    assert (unit.show("Result"), unit.show("ActiveState")) == ("success", "inactive")
+
+
+def test_a_stop_while_the_successor_starts_calls_it_off(unit: Unit) -> None:
+    unit.start()
+    unit.configure(at_start="import signal; print('waiting', flush=True); signal.pause()")
+    reload = unit.machine.begin("systemctl", "reload", NAME)
+    unit.wait_until(lambda: "waiting\n" in unit.log)
+    unit.systemctl("stop")
+    assert reload.wait() != 0
+    # The unit's result is that of ExecReload=, which systemd ends by SIGTERM; the service itself has left in order.
+    assert (unit.show("ExecMainCode"), unit.show("ExecMainStatus")) == ("1", "0")  # CLD_EXITED
+    assert unit.show("MainPID") == "0"
+
+
+def test_a_drain_may_take_longer_than_the_unit_says(unit: Unit) -> None:
+    unit.start("TimeoutStopSec=500ms")
+    with Client(unit.addresses[0]) as client:
+        client.say("slow 1.5 patience")
+        assert unit.ask("who")["generation"] == 1
+        unit.systemctl("stop")
+        assert client.hear() == "1 patience bye"
+    assert unit.show("Result") == "success"
+
+
+def test_a_start_may_take_longer_than_the_unit_says(unit: Unit) -> None:
+    # What is slow comes after the first word to systemd, and before ready().
+    unit.configure(ecdysis={"ready_timeout": 20}, before_ready=2.5)
+    unit.start("TimeoutStartSec=2")
+    assert unit.ask("who")["pid"] == unit.main_pid
+
+
+def test_a_restart_of_the_unit_is_a_new_first_generation(unit: Unit) -> None:
+    unit.start()
+    unit.reload()
+    unit.systemctl("restart")
+    answer = unit.ask("who")
+    assert (answer["generation"], answer["pid"]) == (1, unit.main_pid)
+
+
+def test_a_kill_before_a_restart_is_settled_ends_all_and_the_unit_comes_back(unit: Unit) -> None:
+    unit.configure(ecdysis={"probation": 30})
+    unit.start("Restart=always", "RestartSec=0")
+    first = unit.main_pid
+    with Client(unit.addresses[0]) as client:
+        assert client.ask("restart serving")["outcome"] == "serving"
+        unit.machine.kill(first, signal.SIGKILL)
+    unit.wait_until(lambda: unit.show("NRestarts") == "1" and unit.show("ActiveState") == "active")
+    answer = unit.ask("who")
+    assert (answer["generation"], answer["pid"]) == (1, unit.main_pid)
+
+
+def test_a_kill_of_the_old_generation_after_a_restart_is_settled_costs_nothing(unit: Unit) -> None:
+    unit.start("Restart=always")
+    first = unit.main_pid
+    with Client(unit.addresses[0]) as lost, Client(unit.addresses[0]) as kept:
+        lost.say("slow 5 lost")
+        unit.reload()
+        kept.say("slow 0.3 kept")
+        unit.machine.kill(first, signal.SIGKILL)
+        assert unit.ask("who")["pid"] == unit.main_pid != first
+        unit.reload()
+    assert (unit.show("NRestarts"), unit.ask("who")["generation"]) == ("0", 3)
+
+
+def test_a_kill_of_the_new_generation_is_noticed_while_the_old_one_drains(unit: Unit) -> None:
+    unit.configure(ecdysis={"drain_timeout": 60})
+    unit.start("Restart=always", "RestartSec=0")
+    with Client(unit.addresses[0]) as client:
+        client.say("slow 40 for-longer-than-this-test")
+        unit.reload()
+        unit.machine.kill(unit.main_pid, signal.SIGKILL)
+        unit.wait_until(lambda: unit.show("NRestarts") == "1" and unit.show("ActiveState") == "active")
+    assert unit.ask("who")["generation"] == 1
+
+
+def test_the_watchdog_bites_a_stalled_loop_and_spares_a_sound_one(unit: Unit) -> None:
+    unit.configure(ecdysis={"probation": 0.7})
+    unit.start("WatchdogSec=500ms", "Restart=always", "RestartSec=0")
+    with Client(unit.addresses[0]) as client:
+        # Longer than the watchdog's time in each phase: the start, the probation, the drain, and after all of them.
+        client.say("slow 4 sound")
+        unit.configure(before_ready=0.7)
+        unit.reload()
+        assert client.hear() == "1 sound bye"
+    unit.configure(before_ready=0.0)
+    assert unit.show("NRestarts") == "0"
+    assert unit.ask("who")["generation"] == 2
+    with Client(unit.addresses[0]) as client:
+        client.say("stall 30")
+        unit.wait_until(lambda: unit.show("NRestarts") == "1" and unit.show("ActiveState") == "active")
+        assert client.hear() == ""
+    assert unit.ask("who")["generation"] == 1
+
+
+def test_a_partial_stop_leaves_the_word_to_the_application(unit: Unit) -> None:
+    unit.start()
+    with Client(unit.addresses[0]) as client, Client(unit.addresses[0]) as busy:
+        busy.say("slow 1 busy")
+        client.ask("stop partially")
+        assert unit.show("SubState") == "running"
+        assert busy.hear() == "1 busy bye"
+    unit.wait_until(lambda: unit.show("ActiveState") == "inactive")
+    assert unit.show("Result") == "success"
+
+
+def test_a_start_that_fails_says_why(unit: Unit) -> None:
+    unit.configure(sockets=[["listen_tcp", ["192.0.2.1", 1], {}]])
+    unit.install()
+    assert unit.machine.fails("systemctl", "start", NAME)
+    assert "192.0.2.1" in unit.show("StatusText")
+    assert unit.show("StatusErrno") == "99"  # EADDRNOTAVAIL of Linux
