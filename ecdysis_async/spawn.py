@@ -7,6 +7,7 @@ that follows on the channel. Nothing here forks a process of Python code: exec o
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import socket
@@ -125,6 +126,9 @@ class Process:
     async def end(self, grace: float) -> int:
         """Send SIGTERM, and SIGKILL if it lives on for ``grace`` seconds; reap it and return what :meth:`wait` does.
 
+        One that has become another user may not be killed by this one: that is waited for as long again, and left
+        alive, with ``UNKNOWN_STATUS`` returned and ``returncode`` None.
+
         Cancellation kills it at once, and is raised when it is reaped.
         """
         self.send_signal(signal.SIGTERM)
@@ -134,22 +138,26 @@ class Process:
         finally:
             with anyio.CancelScope(shield=True):
                 # Ends one that is stopped (SIGSTOP) too, on which SIGTERM only waits.
-                self.send_signal(signal.SIGKILL)
-                await self.wait()
-        return await self.wait()
+                is_sent = self.send_signal(signal.SIGKILL)
+                with anyio.move_on_after(math.inf if is_sent else grace):
+                    await self.wait()
+        return UNKNOWN_STATUS if self.returncode is None else self.returncode
 
-    def send_signal(self, number: int) -> None:
-        """Send it a signal; does nothing once it is dead."""
-        if self.returncode is None:
-            try:
-                if self.is_kept:
-                    # No other group can have this number, as long as the shell is not reaped.
-                    os.killpg(self.pid, number)
-                else:
-                    signal.pidfd_send_signal(self.pidfd, number)
-            # Dead, and reaped by somebody else: SIGCHLD is ignored, or the application waits for every child.
-            except ProcessLookupError:
-                return
+    def send_signal(self, number: int) -> bool:
+        """Send it a signal; say whether it was sent: not to one that is dead, nor to one that is another user now."""
+        if self.returncode is not None:
+            return False
+        try:
+            if self.is_kept:
+                # No other group can have this number, as long as the shell is not reaped.
+                os.killpg(self.pid, number)
+            else:
+                signal.pidfd_send_signal(self.pidfd, number)
+        # Dead, and reaped by somebody else: SIGCHLD is ignored, or the application waits for every child. Or the
+        # command changes the user, as sudo(8) does.
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
 
     async def let_go(self) -> None:
         """Let a kept successor be a child of systemd; it goes on, and only its peer's pidfd tells of its death."""
@@ -207,8 +215,9 @@ def describe_launch(
         command: the command line; None: the one that this process was started with.
         environment: the complete environment; None: the one of this process.
         env_file: a file of more variables, read afresh at each call; relative to where the service was started.
-        stale_keys: variables that an earlier generation took from its env file. They are dropped, so that what was
-            removed from the file is gone.
+        stale_keys: variables that an earlier generation took from its env file. They are dropped from the environment
+            of this process, so that what was removed from the file is gone. A value that such a variable had before
+            there was the file is lost then: give ``environment`` where that one is to come back.
 
     Returns:
         What to run, and the names of the variables that came from the file.
@@ -218,7 +227,8 @@ def describe_launch(
         RestartError: the env file cannot be read.
     """
     variables = dict(os.environ if environment is None else environment)
-    for key in (*PRIVATE_KEYS, *stale_keys):
+    # What was given explicitly is what was meant, whatever a file once said.
+    for key in (*PRIVATE_KEYS, *(stale_keys if environment is None else ())):
         variables.pop(key, None)
     from_file = {} if env_file is None else _read_env_file(env_file)
     variables |= from_file

@@ -370,7 +370,7 @@ async def test_its_stderr_is_the_one_given(theirs: socket.socket) -> None:
 # --- the env file -----------------------------------------------------------------------------------------------------
 
 
-def test_an_env_file_is_read_afresh(tmp_path: Path) -> None:
+def test_an_env_file_is_read_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "env"
     path.write_text("# settings\nA=1\nexport B='two words'\nC=${A}\nNO_VALUE\nKEPT=file\n")
     environment = {"KEPT": "environment", "OTHER": "x"}
@@ -380,10 +380,24 @@ def test_an_env_file_is_read_afresh(tmp_path: Path) -> None:
     assert first.environment == {"A": "1", "B": "two words", "C": "${A}", "KEPT": "file", "OTHER": "x"}
     # The second generation has them in its environment, and reads a file without some of them.
     path.write_text("A=2\n")
-    second, keys = describe_launch(["true"], first.environment, path, keys)
-    del second.environment["PWD"]
+    for key, value in first.environment.items():
+        monkeypatch.setenv(key, value)
+    second, keys = describe_launch(["true"], None, path, keys)
     assert keys == ("A",)
-    assert second.environment == {"A": "2", "OTHER": "x"}
+    assert second.environment["A"] == "2"
+    assert second.environment["OTHER"] == "x"
+    assert not {"B", "C", "KEPT"} & set(second.environment)
+
+
+def test_an_explicit_environment_keeps_what_an_env_file_once_had(tmp_path: Path) -> None:
+    path = tmp_path / "env"
+    path.write_text("PORT=81\n")
+    first, keys = describe_launch(["true"], {"PORT": "80"}, path)
+    assert first.environment["PORT"] == "81"
+    path.write_text("")
+    second, keys = describe_launch(["true"], {"PORT": "80"}, path, keys)
+    assert second.environment["PORT"] == "80"
+    assert keys == ()
 
 
 def test_an_env_file_is_relative_to_the_start_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,6 +542,27 @@ async def test_a_child_that_somebody_else_reaped(start: Callable[..., Process]) 
     await anyio.to_thread.run_sync(os.waitpid, process.pid, 0)
     process.send_signal(signal.SIGTERM)
     assert await process.wait() == UNKNOWN_STATUS
+
+
+async def test_signals_are_sent_to_the_living(start: Callable[..., Process]) -> None:
+    process = start("sleep", "600")
+    assert process.send_signal(signal.SIGTERM)
+    assert await process.wait() == -signal.SIGTERM
+    assert not process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody who may not signal its child")
+async def test_one_of_another_user_is_left_alive(start: Callable[..., Process]) -> None:
+    process = start("sleep", "600")
+    os.setresuid(65534, 65534, 0)
+    try:
+        assert not process.send_signal(signal.SIGTERM)
+        assert await process.end(grace=0.01) == UNKNOWN_STATUS
+        assert process.returncode is None
+    finally:
+        os.setresuid(0, 0, 0)
+    assert process.send_signal(signal.SIGKILL)
+    assert await process.wait() == -signal.SIGKILL
 
 
 def test_it_outlives_the_object_without_a_warning(start: Callable[..., Process]) -> None:
