@@ -12,10 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
+import psutil
 import pytest
 
+from ecdysis_async.peer import wait_for_death
 from ecdysis_async.registry import Registry
+from ecdysis_async.spawn import Launch, Process, spawn
 from ecdysis_async.systemd import Systemd, check_unit, claim_activation, find_systemd
+from tests.handoff.harness import set_subreaper
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -327,3 +332,59 @@ def test_it_is_handed_on_and_stays_claimable_by_name_and_number() -> None:
         assert registry.close_unclaimed() == []
     assert registry.listen_tcp("127.0.0.1", 1, name="web").number == number
     registry.close(unlink=True)
+
+
+async def spawn_kept(program: str) -> tuple[Process, socket.socket]:
+    """Run a Python program behind a shell; return it with our end of its channel."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        launch = Launch((sys.executable, "-c", f"import os, socket; c = {CHANNEL}; {program}"), None, dict(os.environ))
+        process = await anyio.to_thread.run_sync(lambda: spawn(launch, theirs, 2, is_kept=True))
+    ours.setblocking(False)
+    return process, ours
+
+
+CHANNEL = "socket.socket(fileno=int(os.environ['ECDYSIS_CHANNEL'].split(':')[0]))"
+
+
+@pytest.fixture
+def subreaper() -> Iterator[None]:
+    """Stand in for systemd: be the parent of those whose parent has died."""
+    set_subreaper(enabled=True)
+    yield
+    set_subreaper(enabled=False)
+
+
+@pytest.mark.usefixtures("subreaper")
+async def test_a_kept_successor_becomes_a_child_of_systemd() -> None:
+    process, channel = await spawn_kept("c.send(b'%d %d' % (os.getpid(), os.getppid())); c.recv(1)")
+    with channel, anyio.fail_after(20):
+        await anyio.wait_readable(channel)
+        pid, parent = map(int, channel.recv(64).split())
+        assert parent == process.pid != pid
+        await process.let_go()
+        assert psutil.Process(pid).ppid() == os.getpid()
+        channel.send(b"x")
+        assert os.waitpid(pid, 0) == (pid, 0)
+    process.close()
+
+
+async def test_a_kept_successor_ends_as_itself() -> None:
+    process, channel = await spawn_kept("os.kill(os.getpid(), 9)")
+    with channel, anyio.fail_after(20):
+        assert await process.wait() == -9
+    process.close()
+
+
+async def test_a_kept_successor_that_does_not_listen_is_killed() -> None:
+    program = "import signal; signal.signal(15, signal.SIG_IGN); c.send(b'%d' % os.getpid()); signal.pause()"
+    process, channel = await spawn_kept(program)
+    with channel, anyio.fail_after(20):
+        await anyio.wait_readable(channel)
+        pidfd = os.pidfd_open(int(channel.recv(64)))
+        try:
+            assert await process.end(0.01) == -9
+            await wait_for_death(pidfd)
+        finally:
+            os.close(pidfd)
+    process.close()
