@@ -10,7 +10,8 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import FrameType
 
 import anyio
@@ -27,14 +28,19 @@ def can_handle_signals() -> bool:
 def handled_signals(handlers: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[SignalReceiver]:
     """Install handlers; run the receiver that is returned, and it calls them as the signals come."""
     receiver = SignalReceiver(handlers)
-    former = {each: signal.signal(each, receiver.note) for each in handlers}
+    former = {}
     try:
+        receiver.wake_from_c()
+        for each in handlers:
+            former[each] = signal.signal(each, receiver.note)
         yield receiver
     finally:
         for each, handler in former.items():
-            # None: a handler that was not installed from Python, and cannot be put back from here.
-            if handler is not None:
-                signal.signal(each, handler)
+            if each in receiver.ignored_afterwards:
+                signal.signal(each, signal.SIG_IGN)
+            else:
+                # None: a handler that was not installed from Python, and cannot be put back from here.
+                signal.signal(each, signal.SIG_DFL if handler is None else handler)
         receiver.close()
 
 
@@ -42,24 +48,63 @@ class SignalReceiver:
     """The signals that came and were not looked at yet."""
 
     def __init__(self, handlers: Mapping[signal.Signals, Callable[[], None]]) -> None:
+        self.ignored_afterwards: frozenset[signal.Signals] = frozenset()
         self._handlers = handlers
+        self._noted: deque[int] = deque()
+        # Only wakes: what is written there, C writes as well, and for signals of others too.
         self._read_end, self._write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wakes_from_c = False
+
+    def wake_from_c(self) -> None:
+        """Let Python's own handler write to the pipe, unless the loop has it write to another.
+
+        Python runs :meth:`note` between two bytecodes: a signal that comes after the last one before the loop sleeps
+        would be noted once something else wakes the loop. uvloop and trio see to that themselves, and asyncio's loop
+        does once it has a signal handler of its own.
+        """
+        others = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._wakes_from_c = others == -1
+        if not self._wakes_from_c:
+            signal.set_wakeup_fd(others, warn_on_full_buffer=False)
+
+    def keep_ignoring(self, signals: Collection[signal.Signals]) -> None:
+        """Let signals be ignored instead of put back at the end: the process exits, and they ask for nothing else.
+
+        Without it a second SIGTERM would still kill the interpreter while it finalizes, and its exit status would
+        tell of a death where there was none. Nothing in Python could catch it by then.
+        """
+        self.ignored_afterwards |= frozenset(signals)
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Take note of a signal: the handler."""
-        # Runs between two bytecodes of the main thread, so it does the least there is. A full pipe holds thousands of
-        # signals that nobody has looked at yet; one more tells nothing new.
+        # Runs between two bytecodes of the main thread, so it does the least there is. Closed already: somebody has
+        # kept it as the former handler, and the number of the pipe may belong to another file.
+        if self._write_end == -1:
+            return
+        self._noted.append(number)
+        # A full pipe has woken the loop long ago.
         with contextlib.suppress(BlockingIOError):
-            os.write(self._write_end, bytes([number]))
+            os.write(self._write_end, b"\0")
 
     async def run(self) -> None:
         """Call the handlers for ever. Cancellation loses no signal that a later run could not receive."""
         while True:
             await anyio.wait_readable(self._read_end)
-            for number in os.read(self._read_end, 4096):
-                self._handlers[signal.Signals(number)]()
+            os.read(self._read_end, 4096)
+            while self._noted:
+                self._handlers[signal.Signals(self._noted.popleft())]()
 
     def close(self) -> None:
-        """Let go of the pipe."""
-        os.close(self._read_end)
-        os.close(self._write_end)
+        """Let go of the pipe; harmless if done already. What is noted from then on is ignored."""
+        if self._write_end == -1:
+            return
+        if self._wakes_from_c:
+            current = signal.set_wakeup_fd(-1)
+            # A loop that was given a signal handler meanwhile has its own.
+            if current != self._write_end:
+                signal.set_wakeup_fd(current, warn_on_full_buffer=False)
+        # First without a number, since a signal may come between any two of these lines.
+        read_end, write_end = self._read_end, self._write_end
+        self._read_end = self._write_end = -1
+        os.close(read_end)
+        os.close(write_end)
