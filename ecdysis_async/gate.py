@@ -10,6 +10,8 @@ import abc
 import enum
 from collections.abc import Callable
 
+import anyio
+
 from .registry import Entry
 
 __all__ = ["Acceptor", "Gate", "GateState"]
@@ -27,7 +29,8 @@ class Acceptor(abc.ABC):
     """What takes connections, or datagrams, from one registered socket.
 
     ``open`` and ``pause`` alternate, beginning with ``open``; ``end`` comes last, once, always after the gate was
-    closed for this acceptor (or before it was ever opened).
+    closed for this acceptor (or before it was ever opened). Only where the application closes its server while that
+    is being opened, ``end`` comes during ``open``, which then has to leave nothing open.
     """
 
     entry: Entry
@@ -55,6 +58,9 @@ class Gate:
         self.state = GateState.CLOSED
         self._acceptors: list[Acceptor] = []
         self._open: set[Acceptor] = set()
+        # Those whose `open` runs at this moment, in whatever task. A pause waits for them: one that it overlooked would
+        # go on accepting next to the successor (G2).
+        self._opening: dict[Acceptor, anyio.Event] = {}
 
     @property
     def acceptors(self) -> tuple[Acceptor, ...]:
@@ -77,21 +83,31 @@ class Gate:
         """Take out one acceptor, because the application closed its server."""
         if acceptor in self._acceptors:
             self._acceptors.remove(acceptor)
-            await self.pause_one(acceptor)
+            # One that is being opened is not waited for: who closes a server cannot wait (asyncio_servers.withdraw).
+            await self._pause_open(acceptor)
             await acceptor.end()
 
     async def open(self) -> None:
-        """Begin to accept on every socket; also what undoes a pause. Those that are open already stay as they are."""
+        """Begin to accept on every socket; also what undoes a pause. Those that are open already stay as they are.
+
+        Where accepting is over for good it stays over.
+        """
+        if self.state is GateState.ENDED:
+            return
         self.state = GateState.OPEN
         for acceptor in self.acceptors:
-            await self.open_one(acceptor)
+            # It may have been paused while the one before was opened.
+            if self.state is GateState.OPEN:
+                await self.open_one(acceptor)
 
     async def pause(self, *, spare: Callable[[Entry], bool] | None = None) -> None:
         """Stop accepting, except on the entries that ``spare`` names; those stay open and can be paused later."""
-        self.state = GateState.CLOSED
+        if self.state is GateState.OPEN:
+            self.state = GateState.CLOSED
         for acceptor in self.acceptors:
+            await self._wait_opened(acceptor)
             if spare is None or not spare(acceptor.entry):
-                await self.pause_one(acceptor)
+                await self._pause_open(acceptor)
 
     async def end(self, *, spare: Callable[[Entry], bool] | None = None) -> None:
         """Pause, and let go of every acceptor that ``spare`` does not name; of all of them at the last call."""
@@ -104,14 +120,30 @@ class Gate:
 
     async def open_one(self, acceptor: Acceptor) -> None:
         """Begin to accept on one socket, unless it is accepted on already."""
+        await self._wait_opened(acceptor)
         # The application may have removed one, and closed its socket, while others were opened.
-        if acceptor in self._acceptors and acceptor not in self._open:
+        if acceptor not in self._acceptors or acceptor in self._open:
+            return
+        opened = self._opening[acceptor] = anyio.Event()
+        try:
             acceptor.entry.start_listening()
             await acceptor.open()
-            self._open.add(acceptor)
+            if acceptor in self._acceptors:
+                self._open.add(acceptor)
+        finally:
+            del self._opening[acceptor]
+            opened.set()
 
     async def pause_one(self, acceptor: Acceptor) -> None:
         """Stop accepting on one socket."""
+        await self._wait_opened(acceptor)
+        await self._pause_open(acceptor)
+
+    async def _wait_opened(self, acceptor: Acceptor) -> None:
+        while acceptor in self._opening:
+            await self._opening[acceptor].wait()
+
+    async def _pause_open(self, acceptor: Acceptor) -> None:
         if acceptor in self._open:
             await acceptor.pause()
             self._open.discard(acceptor)
