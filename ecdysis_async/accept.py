@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import socket
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,7 +25,16 @@ from .gate import Acceptor, GateState
 from .plane import Plane, active
 from .registry import Entry, Kind, Until
 
-__all__ = ["AcceptedConnection", "AcceptingEnded", "GatedSocket", "SocketAcceptor", "handling", "require_streams"]
+__all__ = [
+    "AcceptedConnection",
+    "AcceptingEnded",
+    "GatedSocket",
+    "SocketAcceptor",
+    "confining_cancellation",
+    "handling",
+    "largest_datagram",
+    "require_streams",
+]
 
 T = TypeVar("T")
 
@@ -52,6 +62,10 @@ BROKEN_CONNECTION = frozenset(
 # There is no descriptor, or no memory, for one more connection. Nothing tells when there is again.
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 EXHAUSTED_PAUSE_SECONDS = 0.1
+
+# The largest datagram, in bytes: lengths in IP have 16 bits; for Unix sockets asyncio's limit.
+MAX_DATAGRAM = 2**16
+MAX_UNIX_DATAGRAM = 2**18
 
 
 class AcceptingEnded(EcdysisError, anyio.ClosedResourceError):
@@ -179,7 +193,9 @@ class GatedSocket(Acceptor):
         if self._state is not GateState.ENDED:
             await self.plane.gate.remove(self)
             self._change(GateState.ENDED)
-            if self.plane.registry.find(self.entry.sock) is self.entry:
+            # Once the generation is leaving, sockets are the supervisor's: a path may have to be removed.
+            is_leaving = self.plane.tracker.draining.is_set()
+            if not is_leaving and self.plane.registry.find(self.entry.sock) is self.entry:
                 self.plane.registry.release(self.entry)
 
     def _change(self, state: GateState) -> None:
@@ -244,6 +260,27 @@ def require_streams(acceptor: SocketAcceptor) -> None:
         raise TypeError(f"the connections of {entry.name} are no streams: accept them by SocketAcceptor(sock).accept()")
 
 
+def largest_datagram(entry: Entry) -> int:
+    """Return how much to read at once, in bytes, so that no datagram is truncated."""
+    return MAX_DATAGRAM if entry.kind is Kind.UDP else MAX_UNIX_DATAGRAM
+
+
+@contextlib.contextmanager
+def confining_cancellation() -> Iterator[None]:
+    """Let a task that was cancelled by itself end alone; every task of the plane's task group runs under this.
+
+    On asyncio a task may be cancelled by anybody, and so it seems when it awaits one that was; anyio takes that for the
+    cancellation of the whole task group, and the service would end. The same is no error to asyncio's own streams.
+    """
+    cancelled = anyio.get_cancelled_exc_class()
+    try:
+        yield
+    except cancelled:
+        # It is minus infinity where a scope around this is cancelled; on trio there is no other cancellation.
+        if anyio.current_effective_deadline() == -math.inf:
+            raise
+
+
 @contextlib.contextmanager
 def handling(connection: AcceptedConnection, tracker: Tracker) -> Iterator[None]:
     """Run a handler in its own task: under its own cancel scope, counted to its end.
@@ -252,7 +289,7 @@ def handling(connection: AcceptedConnection, tracker: Tracker) -> Iterator[None]
     """
     current_connection.set(connection)
     try:
-        with anyio.CancelScope() as connection.scope:
+        with confining_cancellation(), anyio.CancelScope() as connection.scope:
             yield
     except Exception as error:
         unexpected: Exception | None = error

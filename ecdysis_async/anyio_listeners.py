@@ -17,7 +17,15 @@ import anyio.lowlevel
 from anyio.abc import Listener, SocketAttribute, SocketStream, TaskGroup, UNIXSocketStream, UnreliableObjectStream
 from anyio.streams.tls import TLSListener
 
-from .accept import AcceptedConnection, AcceptingEnded, GatedSocket, SocketAcceptor, handling, require_streams
+from .accept import (
+    AcceptedConnection,
+    AcceptingEnded,
+    GatedSocket,
+    SocketAcceptor,
+    handling,
+    largest_datagram,
+    require_streams,
+)
 from .plane import Plane, active
 from .registry import Entry, Kind
 
@@ -25,9 +33,6 @@ __all__ = ["AnyioListener", "DatagramListener", "serve"]
 
 Handler = Callable[[Any], Awaitable[object]]
 Service = Callable[[Handler, TaskGroup], Coroutine[Any, Any, None]]
-
-# The largest datagram there is: lengths in IP have 16 bits, and Unix datagrams beyond 64 KiB are no custom.
-MAX_DATAGRAM = 65536
 
 # A Unix datagram socket is writable also where the receiver's queue is full (unix_dgram_poll looks at the peer of
 # connected sockets only), so there is nothing to wait for: it is tried again after this many seconds.
@@ -115,6 +120,7 @@ class DatagramListener(UnreliableObjectStream[tuple[bytes, Any]]):
         entry = self._gated.entry
         if entry.sock.type != socket.SOCK_DGRAM:
             raise TypeError(f"{entry.name} is no datagram socket: serve connections by ecdysis.serve(handler, sock)")
+        self._largest = largest_datagram(entry)
 
     async def receive(self) -> tuple[bytes, Any]:
         """Wait for a datagram and return it with its sender's address.
@@ -126,7 +132,7 @@ class DatagramListener(UnreliableObjectStream[tuple[bytes, Any]]):
         Cancellation, and a pause of the generation, lose no datagram.
         """
         try:
-            return await self._gated.take(_receive)
+            return await self._gated.take(self._receive)
         except AcceptingEnded:
             if self._is_closed():
                 raise anyio.ClosedResourceError from None
@@ -175,6 +181,11 @@ class DatagramListener(UnreliableObjectStream[tuple[bytes, Any]]):
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
         """Provide the attributes of ``SocketAttribute`` that an unconnected socket has."""
         return attributes_of(self._gated.entry.sock)
+
+    def _receive(self, sock: socket.socket) -> tuple[bytes, Any]:
+        data, address = sock.recvfrom(self._largest)
+        # Without the flow and scope numbers of IPv6, as in anyio; the host has the scope in it.
+        return data, address[:2] if isinstance(address, tuple) else address
 
     def _is_closed(self) -> bool:
         return self._gated.entry.sock.fileno() == -1
@@ -260,12 +271,6 @@ def _service_of(listener: object) -> Service:
         f"cannot serve {listener!r}: its accepting cannot be paused. Pass a socket of ecdysis.listen_tcp() and the "
         "like, an AnyioListener(sock) or TrioListener(sock), or a TLSListener or trio.SSLListener around one of these"
     )
-
-
-def _receive(sock: socket.socket) -> tuple[bytes, Any]:
-    data, address = sock.recvfrom(MAX_DATAGRAM)
-    # Without the flow and scope numbers of IPv6, as in anyio; the host has the scope in it.
-    return data, address[:2] if isinstance(address, tuple) else address
 
 
 def _local_address(sock: socket.socket) -> Any:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from .accept import confining_cancellation, largest_datagram
 from .asyncio_servers import default_name, numeric, original, registered, withdraw
 from .gate import Acceptor
 from .plane import Plane
@@ -27,10 +28,6 @@ P = TypeVar("P", bound=asyncio.DatagramProtocol)
 # How many datagrams are read in one turn of the loop: enough to spare the loop's own cost for most of them, too few to
 # be noticed by the connections next to it.
 READS_PER_TURN = 32
-
-# The largest datagram, in bytes: lengths in IP have 16 bits; for Unix sockets asyncio's limit.
-MAX_DATAGRAM = 2**16
-MAX_UNIX_DATAGRAM = 2**18
 
 # What may wait to be sent until the protocol is told to pause, in bytes, and the share of it at which it may resume:
 # the defaults of asyncio.
@@ -147,7 +144,7 @@ class DatagramEndpoint(asyncio.DatagramTransport, Acceptor):
         self._loop = asyncio.get_running_loop()
         # The protocol is called in the context of whoever made it, also when somebody else opens the gate.
         self._context = contextvars.copy_context()
-        self._max_datagram = MAX_DATAGRAM if entry.kind is Kind.UDP else MAX_UNIX_DATAGRAM
+        self._max_datagram = largest_datagram(entry)
         self._sock = socket.socket(fileno=os.dup(entry.sock.fileno()))
         sockname = self._sock.getsockname()
         super().__init__({"socket": TransportSocket(self._sock), "sockname": sockname, "peername": None})
@@ -179,7 +176,8 @@ class DatagramEndpoint(asyncio.DatagramTransport, Acceptor):
     async def close_at_the_end(self) -> None:
         """Close with the block of the ``Ecdysis``, if the application has not: until then, last replies go out."""
         try:
-            await self._lost.wait()
+            with confining_cancellation():
+                await self._lost.wait()
         finally:
             # The registered socket is left to the supervisor, which knows whether a path has to be removed.
             self._is_closing = True

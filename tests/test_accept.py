@@ -217,6 +217,18 @@ async def test_closing_while_the_generation_leaves_lets_the_registry_keep_the_so
         assert entry.sock.fileno() != -1
 
 
+async def test_closing_while_the_drain_begins_lets_the_registry_keep_the_socket() -> None:
+    async with a_plane() as plane:
+        await plane.gate.open()
+        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        acceptor = SocketAcceptor(entry, plane=plane)
+        await plane.gate.add(acceptor)
+        # A turn before the gate ends, `serve_forever` returns, and the application closes what it has.
+        plane.tracker.draining.set()
+        await acceptor.aclose()
+        assert plane.registry.entries == (entry,)
+
+
 async def test_several_tasks_may_accept_from_one_socket() -> None:
     async with a_plane() as plane:
         entry = plane.registry.listen_tcp("127.0.0.1", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import ssl
@@ -228,6 +229,76 @@ async def test_a_failing_handler_ends_its_own_connection_only(
     assert len(caplog.records) == caplog.text.count("RuntimeError: this handler is broken") == logged
 
 
+async def await_a_cancelled_task(_: object) -> None:
+    task = asyncio.create_task(asyncio.sleep(3600))
+    task.cancel()
+    await task
+
+
+async def cancel_itself(_: object) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    await asyncio.sleep(0)
+
+
+@pytest.mark.backends("asyncio", "uvloop")
+@pytest.mark.parametrize("runs_handlers", [True, False])
+@pytest.mark.parametrize("handler", [await_a_cancelled_task, cancel_itself])
+async def test_a_handler_that_ends_cancelled_ends_its_own_connection_only(
+    handler: Callable[[object], Awaitable[None]], runs_handlers: bool
+) -> None:
+    served_on = False
+    async with a_plane(runs_handlers=runs_handlers) as plane, anyio.create_task_group() as task_group:
+        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        await plane.gate.open()
+        entry.start_listening()
+
+        async def dispatch(stream: SocketStream) -> None:
+            if await stream.receive() == b"end":
+                await handler(stream)
+            await echo(stream)
+
+        task_group.start_soon(lambda: serve(dispatch, entry, plane=plane))
+        with connect(entry) as other, connect(entry) as ending:
+            other.send(b"echo")
+            ending.send(b"end")
+            with anyio.fail_after(5):
+                assert await read(ending) == b""
+                other.send(b"still here")
+                assert await read(other) == b"still here"
+        await wait_for_end(plane)
+        await plane.gate.end()
+        served_on = True
+    # A plane whose task group was cancelled leaves its block without an error.
+    assert served_on
+
+
+async def test_a_cancelled_plane_cancels_its_handlers() -> None:
+    ended = False
+
+    async def handle(stream: SocketStream) -> None:
+        nonlocal ended
+        try:
+            await stream.send(b"welcome")
+            await anyio.sleep_forever()
+        except BaseException:
+            ended = True
+            raise
+
+    async with a_plane() as plane:
+        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry.start_listening()
+        await plane.gate.open()
+        with connect(entry) as client:
+            with anyio.fail_after(5):
+                async with anyio.create_task_group() as task_group:
+                    task_group.start_soon(lambda: AnyioListener(entry, plane=plane).serve(handle))
+                    assert await read(client) == b"welcome"
+                    task_group.cancel_scope.cancel()
+            assert ended
+
+
 async def test_a_client_that_reset_its_connection_in_the_queue_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
     async with a_plane() as plane, anyio.create_task_group() as task_group:
         entry = plane.registry.listen_tcp("127.0.0.1", 0)
@@ -415,6 +486,18 @@ async def test_a_closed_datagram_socket_says_so() -> None:
             await listener.sendto(b"data", "127.0.0.1", 9)
         with pytest.raises(TypeError, match="no datagram socket"):
             DatagramListener(plane.registry.listen_tcp("127.0.0.1", 0), plane=plane)
+
+
+async def test_a_long_unix_datagram_is_received_whole(tmp_path: Path) -> None:
+    datagram = bytes(150_000)  # more than an IP datagram holds, less than a socket's default buffer
+    async with a_plane() as plane:
+        await plane.gate.open()
+        listener = DatagramListener(plane.registry.bind_unix_datagram(tmp_path / "ours"), plane=plane)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
+            peer.sendto(datagram, str(tmp_path / "ours"))
+            with anyio.fail_after(5):
+                received, _ = await listener.receive()
+        assert received == datagram
 
 
 async def test_a_full_receiver_of_unix_datagrams_is_waited_for(tmp_path: Path) -> None:

@@ -147,6 +147,20 @@ async def test_close_frees_the_address(way: str) -> None:
             other.bind(address)
 
 
+async def test_who_cancels_every_task_closes_the_endpoint_and_not_the_plane() -> None:
+    stayed = False
+    async with a_plane() as plane:
+        _, protocol = await create_datagram_endpoint(plane, Recorder, (LOCALHOST, 0))
+        await turn()
+        own = [task for task in asyncio.all_tasks() if "close_at_the_end" in task.get_name()]
+        assert len(own) == 1
+        own[0].cancel()
+        await turn()
+        assert protocol.calls == ["made", "lost"]
+        stayed = True
+    assert stayed
+
+
 async def test_a_protocol_may_close_its_transport_between_two_datagrams(client: socket.socket) -> None:
     class Once(Recorder):
         def datagram_received(self, data: bytes, addr: Any) -> None:
