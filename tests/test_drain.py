@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import socket
@@ -191,6 +192,23 @@ async def test_hurry_before_the_drain_shortens_it() -> None:
             with anyio.fail_after(10):
                 await tracker.drain(3600)
             assert await read(client) == b"bye"
+
+
+@pytest.mark.backends("asyncio", "uvloop")
+async def test_a_callback_of_the_loop_may_hurry_a_drain_and_open_connections() -> None:
+    # No task runs there, so that anyio knows no time and starts no task.
+    tracker, late = Tracker(), EndsWhenTold()
+
+    def open_and_hurry() -> None:
+        tracker.open(late)
+        tracker.hurry()
+
+    tracker.open(EndsWhenTold())
+    asyncio.get_running_loop().call_soon(open_and_hurry)
+    with anyio.fail_after(20):
+        await tracker.drain(3600)
+    assert late.interrupted
+    assert tracker.count == DrainCount(drained=2)
 
 
 def test_hurry_may_be_asked_before_there_is_a_loop() -> None:
@@ -463,6 +481,49 @@ async def test_the_counters_can_be_shared() -> None:
     tracker.close(first)
     assert cells.tolist() == [2, 1]
     assert tracker.opened == 2
+
+
+async def test_only_connections_count_and_not_the_work_of_the_application() -> None:
+    tracker = Tracker()
+    cells = memoryview(bytearray(16)).cast("Q")
+    tracker.share(cells)
+    async with tracker.track():
+        assert len(tracker) == 1
+        assert cells.tolist() == [0, 0]
+    assert cells.tolist() == [0, 0]
+    assert tracker.opened == 0
+
+
+async def test_a_drain_does_not_ask_all_connections_in_one_turn_of_the_loop() -> None:
+    asked = 0
+
+    class Asked(Connection):
+        __slots__ = ()
+
+        def is_over(self) -> bool:
+            nonlocal asked
+            asked += 1
+            return False
+
+    tracker = Tracker()
+    connections = [Asked() for _ in range(2000)]
+    for connection in connections:
+        tracker.open(connection)
+    seen = [asked]
+
+    async def watch() -> None:
+        # To the end of the second look: the first one is that of the drain's beginning.
+        while seen[-1] < seen[0] + 2 * len(connections):
+            await turn(1)
+            seen.append(asked)
+        for connection in connections:
+            tracker.close(connection)
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(watch)
+            await tracker.drain(60)
+    assert max(after - before for before, after in itertools.pairwise(seen)) <= len(connections) / 2
 
 
 async def test_the_drain_of_many_does_not_begin_in_one_turn_of_the_loop() -> None:
