@@ -244,7 +244,9 @@ class GatedServer(asyncio.AbstractServer):
         if not self._is_started:
             self._is_started = True
             for acceptor in self._acceptors:
-                await self._plane.gate.add(acceptor)
+                # It may be closed while the one before is opened.
+                if not self._is_closed:
+                    await self._plane.gate.add(acceptor)
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed. Cancellation closes it."""
@@ -385,6 +387,12 @@ class ServerConnection(Connection):
             if self.handler is None:
                 self._tracker.close(self)
 
+    def lose_soon(self) -> None:
+        """Do that in a turn of the loop: the garbage is collected in any thread, and in the middle of anything."""
+        # The loop is closed: nobody counts any more.
+        with contextlib.suppress(RuntimeError):
+            self.server.get_loop().call_soon_threadsafe(self.lose)
+
     def handle(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run the handler of a stream in a task of its own."""
         self.handler = self.server.get_loop().create_task(coroutine)
@@ -480,7 +488,7 @@ class _Doorway(asyncio.BaseProtocol):
         # it is attached: the loop just lets go of it. Before Python 3.13 asyncio does so only when the garbage is
         # collected, and the socket tells it earlier.
         if self._connection.transport is None:
-            self._connection.lose()
+            self._connection.lose_soon()
 
     def _connect(self, transport: Any) -> None:
         current_connection.set(self._connection)
@@ -536,7 +544,12 @@ class _ServerAcceptor(Acceptor):
         return self._inner is not None
 
     async def open(self) -> None:
-        await self._loop.create_task(self._open(), context=self._context)
+        try:
+            await self._loop.create_task(self._open(), context=self._context)
+        except BaseException:
+            # Cancelled in the turn in which it is done, it would accept, and the gate would not know.
+            self.stop()
+            raise
 
     async def pause(self) -> None:
         if self.is_open:
@@ -571,19 +584,25 @@ class _ServerAcceptor(Acceptor):
         # Two of the loop's own methods, because each refuses the other one's sockets on one of the loops.
         method = "create_unix_server" if self.entry.sock.family == socket.AF_UNIX else "create_server"
         backlog = ACCEPTS_PER_TURN if self._is_asyncio else self.entry.backlog
-        self._duplicate = self._duplicate or _Duplicate(self.entry.sock)
-        self._inner = await original(self._loop, method)(
-            functools.partial(self._admit, self._duplicate.accepted),
-            sock=self._duplicate,
-            backlog=backlog,
-            start_serving=False,
-            **self._options,
-        )
+        # Nobody else's while the loop makes a server of it.
+        duplicate, self._duplicate = self._duplicate or _Duplicate(self.entry.sock), None
         try:
-            await self._inner.start_serving()
+            inner = await original(self._loop, method)(
+                functools.partial(self._admit, duplicate.accepted),
+                sock=duplicate,
+                backlog=backlog,
+                start_serving=False,
+                **self._options,
+            )
         except BaseException:
-            self.stop()
+            duplicate.close()
             raise
+        # The application may have closed the server meanwhile, too.
+        if self._is_ended:
+            inner.close()
+            return
+        self._duplicate, self._inner = duplicate, inner
+        await inner.start_serving()
 
     def _let_go(self, inner: asyncio.AbstractServer) -> None:
         assert self._duplicate is not None
@@ -676,7 +695,7 @@ def registered(plane: Plane, sock: socket.socket) -> Entry | None:
 def withdraw(plane: Plane, acceptor: Acceptor) -> None:
     """Close the socket of an acceptor that has stopped, because the application wants no more of it."""
     # Once the generation is leaving, sockets are the supervisor's: a path may have to be removed.
-    is_leaving = plane.gate.state is GateState.ENDED
+    is_leaving = plane.gate.state is GateState.ENDED or plane.tracker.draining.is_set()
     # A transport's close, and a server's, cannot wait. This does not: there is nothing to pause.
     with contextlib.suppress(StopIteration):
         plane.gate.remove(acceptor).send(None)

@@ -24,6 +24,7 @@ import trustme
 from ecdysis_async.asyncio_servers import (
     GatedServer,
     ServerConnection,
+    _StreamDoorway,
     create_server,
     create_unix_server,
     start_server,
@@ -33,6 +34,7 @@ from ecdysis_async.drain import current_connection
 from ecdysis_async.errors import DrainInterrupt
 from ecdysis_async.gate import GateState
 from ecdysis_async.plane import Plane
+from ecdysis_async.registry import Until
 from tests.planes import a_plane, read, turn
 
 pytestmark = pytest.mark.backends("asyncio", "uvloop")
@@ -193,6 +195,44 @@ async def test_nothing_is_accepted_before_the_gate_opens() -> None:
         assert server.sockets[0].getsockname()[1] > 0
         with pytest.raises(ConnectionRefusedError), a_client(server):
             pass
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_server_that_is_started_in_the_turn_of_a_pause_is_paused(turns: int) -> None:
+    """G2: one that the pause overlooks accepts next to the successor."""
+    async with an_open_plane() as plane:
+        entry = plane.registry.listen_tcp(LOCALHOST, 0)
+        starting = asyncio.ensure_future(create_server(plane, Echo, sock=entry.sock))
+        # Each turn of ours is one of the loop.
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await plane.gate.pause()
+        server = await starting
+        assert not server.is_serving()
+        await plane.gate.open()
+        assert server.is_serving()
+        with a_client(server) as client:
+            assert await answers(client)
+
+
+@pytest.mark.parametrize("turns", range(1, 4))
+async def test_a_server_whose_start_is_cancelled_does_not_accept(turns: int) -> None:
+    async with an_open_plane() as plane:
+        server = await create_server(plane, Echo, LOCALHOST, 0, start_serving=False)
+        starting = asyncio.ensure_future(server.start_serving())
+        # Each turn of ours is one of the loop.
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if starting.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await starting
+            assert not server.is_serving()
+        await plane.gate.pause()
+        assert not server.is_serving()
+        await plane.gate.open()
+        assert server.is_serving() == (server.plane.gate.acceptors != ())
+        with a_client(server) as client:
+            assert await answers(client)
 
 
 async def test_accepted_sockets_have_nodelay_whatever_the_listener_was_made_with() -> None:
@@ -364,6 +404,41 @@ async def test_a_server_may_be_closed_while_the_gate_opens(turns: int) -> None:
         await turn()
 
 
+async def test_a_server_of_several_sockets_may_be_closed_while_it_starts() -> None:
+    async with an_open_plane() as plane:
+        server = await create_server(plane, Echo, [LOCALHOST, "127.0.0.2"], 0, start_serving=False)
+        starting = asyncio.ensure_future(server.start_serving())
+        await asyncio.sleep(0)
+        server.close()
+        await starting
+        assert (plane.gate.acceptors, plane.registry.entries) == ((), ())
+        assert not server.is_serving()
+
+
+async def test_a_server_may_be_closed_while_the_loop_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops' own methods do not wait for anything; that of an application's loop may."""
+    loop = asyncio.get_running_loop()
+    make, closed = loop.create_server, asyncio.Event()
+
+    async def make_late(*args: Any, **options: Any) -> asyncio.AbstractServer:
+        await closed.wait()
+        return await make(*args, **options)
+
+    monkeypatch.setattr(loop, "ungated_create_server", make_late, raising=False)
+    async with an_open_plane() as plane:
+        server = await create_server(plane, Echo, LOCALHOST, 0, start_serving=False)
+        address = server.sockets[0].getsockname()
+        starting = asyncio.ensure_future(server.start_serving())
+        await turn()
+        server.close()
+        closed.set()
+        await starting
+        assert not server.is_serving()
+        await turn()
+        with socket.socket() as client:
+            assert client.connect_ex(address) == errno.ECONNREFUSED
+
+
 @pytest.mark.parametrize("turns", range(1, 6))
 async def test_what_is_accepted_in_the_turn_of_the_close_is_served(turns: int) -> None:
     async with an_open_plane() as plane:
@@ -386,6 +461,17 @@ async def test_once_the_generation_is_leaving_close_leaves_the_socket_to_the_sup
         await plane.gate.end()
         server.close()
         await server.wait_closed()
+        assert len(plane.registry.entries) == 1
+    assert not (tmp_path / "socket").exists()
+
+
+async def test_a_server_that_is_closed_while_the_drain_begins_leaves_the_socket_to_the_supervisor(
+    tmp_path: Path,
+) -> None:
+    async with an_open_plane() as plane:
+        async with await create_unix_server(plane, Echo, tmp_path / "socket"):
+            # A turn before the gate ends, `serve_forever` returns.
+            plane.tracker.draining.set()
         assert len(plane.registry.entries) == 1
     assert not (tmp_path / "socket").exists()
 
@@ -840,6 +926,41 @@ async def test_a_handshake_that_fails_leaves_nothing(
                     await turn()
         await until(lambda: plane.tracker.opened == 20)
         await until(lambda: not plane.tracker.connections())
+
+
+class RecordsItsThread(ServerConnection):
+    """Says in which thread it was lost."""
+
+    __slots__ = ("threads",)
+
+    def __init__(self, server: GatedServer) -> None:
+        super().__init__(server, Until.DRAIN, None)
+        self.threads: list[int] = []
+
+    def lose(self) -> None:
+        self.threads.append(threading.get_ident())
+        super().lose()
+
+
+async def test_what_another_thread_collects_is_lost_in_that_of_the_loop() -> None:
+    async with an_open_plane() as plane:
+        connection = RecordsItsThread(await create_server(plane, Echo, LOCALHOST, 0))
+        plane.tracker.open(connection)
+        garbage = [_StreamDoorway(connection, Echo())]
+        await anyio.to_thread.run_sync(garbage.clear)
+        await until(lambda: connection.threads)
+        assert connection.threads == [threading.get_ident()]
+        assert len(plane.tracker) == 0
+
+
+def test_what_is_collected_after_the_loop_was_closed_is_let_go() -> None:
+    async def make() -> list[object]:
+        async with a_plane() as plane:
+            server = await create_server(plane, Echo, LOCALHOST, 0)
+            return [_StreamDoorway(ServerConnection(server, Until.DRAIN, None), Echo())]
+
+    # An exception of its `__del__` would be a warning, and that an error.
+    asyncio.run(make()).clear()
 
 
 async def test_a_handshake_that_takes_for_ever_is_given_up_at_the_deadline(server_context: ssl.SSLContext) -> None:
