@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import anyio
-import anyio.to_thread
 
 from .channel import Channel, Frame
 from .errors import (
@@ -45,6 +44,7 @@ from .report import Outcome, Phase, RestartReport
 from .side import COUNTERS, ERROR_BYTES, Side, as_channel_error
 from .spawn import Process, describe_exit, describe_launch, spawn
 from .stderr_tail import StderrTail, duplicate_stderr
+from .threads import run_in_thread
 
 __all__ = ["Handover"]
 
@@ -53,6 +53,8 @@ PAUSE_SECONDS = 10.0
 SERVING_SECONDS = 30.0
 # What a successor that has to leave gets between SIGTERM and SIGKILL.
 END_GRACE_SECONDS = 3.0
+# How long to wait for what is on its way here already.
+FORESEE_SECONDS = 0.01
 # How long to wait where accepting again failed, for want of descriptors most likely.
 RESUME_PAUSE_SECONDS = 0.2
 
@@ -138,28 +140,52 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         log = self.generation.log
         log.info("restart %s: starting generation %d", self.report.id, self.report.generation)
         try:
-            try:
-                await self._start()
-            except RestartError as error:
-                self.state = Predecessor.FAILED
-                self._fail(error, Phase.START)
-                return
-            assert self._peer is not None and self._process is not None and self._stderr is not None
-            async with anyio.create_task_group() as task_group:
-                self._tasks = task_group
-                task_group.start_soon(self._listen, self._peer)
-                task_group.start_soon(self._stderr.run)
-                await self.advance()
-                if self.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
-                    task_group.cancel_scope.cancel()
-                else:
-                    # Its zombie is this process' to reap, also if its own successor lets it go before this one has
-                    # drained. What it says meanwhile (Farewell.HURRY) is still heard.
-                    await self._process.wait()
-                    await self._gone.wait()
-                    task_group.cancel_scope.cancel()
+            await self._run()
+        except Exception:
+            # A defect of this library, or a machine in distress: it may cost the restart, never the service.
+            log.exception("restart %s broke down", self.report.id)
+            with anyio.CancelScope(shield=True):
+                await self._break_off()
         finally:
             self._close()
+
+    async def _run(self) -> None:
+        try:
+            await self._start()
+        except RestartError as error:
+            self.state = Predecessor.FAILED
+            self._fail(error, Phase.START)
+            return
+        assert self._peer is not None and self._process is not None and self._stderr is not None
+        async with anyio.create_task_group() as task_group:
+            self._tasks = task_group
+            task_group.start_soon(self._listen, self._peer)
+            task_group.start_soon(self._stderr.run)
+            await self.advance()
+            if self.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
+                await self._stderr.pass_rest_on()
+            else:
+                # Its zombie is this process' to reap, also if its own successor lets it go before this one has
+                # drained. Whoever is the newest by then, and shares the channel, is still heard (Farewell.HURRY).
+                await self._process.wait()
+                await self._gone.wait()
+            task_group.cancel_scope.cancel()
+
+    async def _break_off(self) -> None:
+        """End a restart that cannot go on, so that this side accepts again wherever nobody else may."""
+        if self._process is not None:
+            await self._process.end(END_GRACE_SECONDS)
+        if self._peer is not None and not self._peer.is_dead():
+            self._peer.send_signal(signal.SIGKILL)
+            await wait_for_death(self._peer.pidfd)
+        if not self.state.final:
+            await self._resume()
+            kind, self.state = (
+                (RolledBack, Predecessor.ROLLED_BACK) if self.committed else (SuccessorFailed, Predecessor.FAILED)
+            )
+            self.report.outcome = Outcome.ROLLED_BACK if kind is RolledBack else Outcome.FAILED
+            self._fail(kind("the restart broke down in this process; its log has the traceback"), None)
+            self._on_change(self)
 
     async def let_go(self) -> None:
         """Let a successor that has settled be a child of systemd; it is watched as before."""
@@ -185,6 +211,10 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
 
     async def _listen(self, peer: Peer) -> None:
         await peer.run(self._deliver)
+        # The successor is dead. Its own successor has the other end as well, and may have to tell this one to hurry.
+        with contextlib.suppress(ChannelError):
+            while True:
+                self._deliver(await peer.channel.receive())
         self._gone.set()
 
     def _deliver(self, item: Frame | ChannelError | Death) -> None:
@@ -224,6 +254,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         if frame.descriptors:
             raise GarbledFrame(f"{frame.type!r} came with descriptors")
         if event is PredecessorEvent.READY:
+            assert self._stderr is not None
+            self._stderr.stop()
             claimed = {int(index) for index in frame.body["claimed"]}
             self.report.created = [str(name) for name in frame.body["created"]]
             self.report.inherited = [entry.name for index, entry in enumerate(self._entries) if index in claimed]
@@ -240,7 +272,9 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             # Never settle on a successor that is dead, or has just said that it fails: this side could not take over
             # again. Its death, or its word, is on its way here.
             assert self._peer is not None
-            return not self._peer.is_dead() and not self._peer.has_news()
+            if self._peer.is_dead() or self._peer.has_news():
+                await anyio.sleep(FORESEE_SECONDS)
+                return False
         return True
 
     def changed(self, before: Predecessor, event: PredecessorEvent, cause: object) -> None:
@@ -315,13 +349,17 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as error:
-            raise SpawnFailed(f"no channel for a successor: {error}; is the limit of open files reached?") from error
+            raise SpawnFailed(
+                f"no channel for a successor: {error}; is the limit of open files reached?", phase=Phase.START
+            ) from error
         try:
             self._stderr = StderrTail()
         except OSError as error:
             ours.close()
             theirs.close()
-            raise SpawnFailed(f"no pipe for a successor: {error}; is the limit of open files reached?") from error
+            raise SpawnFailed(
+                f"no pipe for a successor: {error}; is the limit of open files reached?", phase=Phase.START
+            ) from error
         try:
             # In a thread: looking for files may block, and so does vfork until the exec is done (vfork(2)).
             def start() -> Process:
@@ -331,15 +369,19 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 assert self._stderr is not None
                 return spawn(launch, theirs, self._stderr.write_end, is_kept=self.generation.is_supervised)
 
-            self._process = await anyio.to_thread.run_sync(start)
-        except BaseException:
+            self._process = await run_in_thread(start)
+            self._peer = Peer(Channel(ours), os.dup(self._process.pidfd))
+        except BaseException as error:
             ours.close()
+            if self._process is not None:
+                await self._process.end(END_GRACE_SECONDS)
+            if isinstance(error, Exception) and not isinstance(error, RestartError):
+                raise SpawnFailed(f"the successor could not be started: {error!r}") from error
             raise
         finally:
             theirs.close()
             self._stderr.close_write_end()
         self.report.successor_pid = self._process.pid
-        self._peer = Peer(Channel(ours), os.dup(self._process.pidfd))
 
     async def _send(
         self, message: FromPredecessor, body: Mapping[str, Any] | None = None, descriptors: Sequence[int] = ()
@@ -352,6 +394,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             self.post(PredecessorEvent.BROKEN, error)
 
     async def _send_listeners(self) -> None:
+        assert self._stderr is not None
         generation = self.generation
         self._entries = list(generation.plane.registry.entries)
         descriptions, sockets = generation.plane.registry.describe(self._entries)
@@ -362,7 +405,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 ours.callback(os.close, descriptor)
                 return descriptor
 
-            # Duplicates, because an ancestor may end, and be closed here, while this is being sent.
+            # Duplicates, because an ancestor may end, or the application close a listener, while this is being sent.
+            sockets = [owned(os.dup(each)) for each in sockets]
             ends = [owned(os.dup(end)) for each in ancestors for end in (each.peer.channel.fileno(), each.peer.pidfd)]
             await self._send(
                 FromPredecessor.LISTENERS,
@@ -375,7 +419,13 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                     "ancestors": [ancestor.to_json() for ancestor in ancestors],
                     "env_file_keys": list(self._env_file_keys),
                 },
-                [owned(os.pidfd_open(os.getpid())), owned(duplicate_stderr()), *sockets, *ends],
+                [
+                    owned(os.pidfd_open(os.getpid())),
+                    owned(duplicate_stderr()),
+                    self._stderr.read_end,
+                    *sockets,
+                    *ends,
+                ],
             )
 
     async def _pause(self) -> None:
@@ -407,21 +457,19 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
 
     async def _end_successor(self) -> None:
         assert self._process is not None and self._peer is not None
-        speaker = self._peer.pidfd
         await self._process.end(END_GRACE_SECONDS)
         # Where a wrapper was spawned, the one that speaks is its child, and has to be ended too.
-        if not self._peer.is_dead():
-            signal.pidfd_send_signal(speaker, signal.SIGTERM)
-            with anyio.move_on_after(END_GRACE_SECONDS):
-                await wait_for_death(speaker)
+        for number in (signal.SIGTERM, signal.SIGKILL):
             if not self._peer.is_dead():
-                signal.pidfd_send_signal(speaker, signal.SIGKILL)
+                self._peer.send_signal(number)
+                with anyio.move_on_after(END_GRACE_SECONDS):
+                    await self._peer.died.wait()
 
     async def _bury(self) -> None:
         """Learn how the successor died, and hear its last words."""
         assert self._process is not None and self._stderr is not None
         self._exit_status = await self._process.end(END_GRACE_SECONDS)
-        await self._stderr.read_rest()
+        self._stderr.read_rest()
 
     def _explain(self, before: Predecessor, event: PredecessorEvent, cause: object) -> RestartError:
         """Say what went wrong, and what to do about it."""

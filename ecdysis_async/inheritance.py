@@ -32,7 +32,7 @@ from .protocol import (
 )
 from .report import RestartReport
 from .side import COUNTERS, ERROR_BYTES, Side, as_channel_error
-from .stderr_tail import identity
+from .stderr_tail import identity, pass_on
 
 __all__ = ["Inheritance"]
 
@@ -51,6 +51,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         report: the predecessor's report, once the restart has settled.
         restart_id: what the restart is asked for by, also where the predecessor dies before it has reported.
         reason: why it was aborted.
+        summary: the same in one line.
     """
 
     timed_out = SuccessorEvent.TIMED_OUT
@@ -63,13 +64,14 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         self.predecessor: Ancestor | None = None
         self.report: RestartReport | None = None
         self.restart_id = ""
-        self.reason = ""
+        self.reason = self.summary = ""
         self._on_change = on_change
         self._channel = Channel(sock)
         self._inherited = 0
         # The service's real stderr, and the pipe that stands in its place until this generation is ready.
         self._stderr = -1
         self._stderr_pipe = identity(2)
+        self._stderr_read_end = -1
 
     async def greet(self) -> None:
         """Say hello, and take over what the predecessor holds.
@@ -111,9 +113,10 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         self._channel.close()
         if self.predecessor is not None:
             self.predecessor.peer.close()
-        if self._stderr >= 0:
-            os.close(self._stderr)
-            self._stderr = -1
+        for descriptor in (self._stderr, self._stderr_read_end):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._stderr = self._stderr_read_end = -1
 
     # What happens
 
@@ -139,10 +142,14 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
                     self.post(event, item)
 
     def _read_settled(self, body: Mapping[str, Any]) -> None:
-        self.report = RestartReport.from_json(body["report"])
+        # First what matters: another release's idea of a report must not keep the restart from settling.
         pending = {int(each["pid"]): base64.b64decode(each["pending"]) for each in body["ancestors"]}
         for ancestor in self.generation.lineage.ancestors:
             ancestor.peer.channel.resume(pending.get(ancestor.pid, b""))
+        try:
+            self.report = RestartReport.from_json(body["report"])
+        except (KeyError, TypeError, ValueError) as error:
+            self.generation.log.warning("the predecessor's report cannot be read: %r", error)
 
     async def foresee(self, event: SuccessorEvent, cause: object) -> bool:
         # A process that was stopped for longer wakes to both, its timer and a predecessor that died meanwhile; leaving
@@ -163,9 +170,10 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         if self.state is Successor.ABORTED:
             if isinstance(cause, BaseException):
                 self.reason = "".join(traceback.format_exception(cause))[-ERROR_BYTES:]
+                self.summary = traceback.format_exception_only(cause)[-1].strip()
             else:
-                self.reason = _REASONS.get(event, event.value)
-            log.warning("the restart is called off, this generation leaves: %s", self.reason.strip().splitlines()[-1])
+                self.reason = self.summary = _REASONS.get(event, event.value)
+            log.warning("the restart is called off, this generation leaves: %s", self.summary)
         else:
             log.info("handoff: %s", self.state.value)
         self._on_change(self)
@@ -186,9 +194,14 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
                 await self._send(FromSuccessor.FAILED, {"error": self.reason})
             case SuccessorAction.OPEN:
                 self._restore_stderr()
+                registry = self.generation.plane.registry
+                # There are some left only where the predecessor died before this side was ready: nobody else has them.
+                for entry in registry.unclaimed():
+                    self.generation.log.warning("nobody claims %s: closing what nobody listens on any more", entry)
+                    registry.release(entry, unlink=True)
                 async with self.generation.gate_lock:
                     # What was created here, also where the task that will accept has not had its turn yet.
-                    self.generation.plane.registry.start_listening()
+                    registry.start_listening()
                     await self.generation.plane.gate.open()
                 self._opened_at = time.monotonic()
                 self.post(SuccessorEvent.OPENED)
@@ -223,12 +236,12 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
     def _take_over(self, frame: Frame) -> None:
         generation, body = self.generation, frame.body
         sockets, ancestors = body["sockets"], body["ancestors"]
-        if len(frame.descriptors) != 2 + len(sockets) + 2 * len(ancestors):
+        if len(frame.descriptors) != 3 + len(sockets) + 2 * len(ancestors):
             frame.close()
             raise GarbledFrame(f"{len(frame.descriptors)} descriptors do not match the {len(sockets)} sockets named")
         descriptors = iter(frame.descriptors)
         peer = Peer(self._channel, next(descriptors))
-        self._stderr = next(descriptors)
+        self._stderr, self._stderr_read_end = next(descriptors), next(descriptors)
         generation.plane.registry.inherit(sockets, [next(descriptors) for _ in sockets])
         self._inherited = len(sockets)
         for ancestor in ancestors:
@@ -253,6 +266,16 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
             os.dup2(self._stderr, 2)
         os.close(self._stderr)
         self._stderr = -1
+        # What was started until now may write to the pipe for as long as it lives, and so does this one pass it on.
+        assert self.generation.plane.task_group is not None
+        self.generation.plane.task_group.start_soon(self._pass_stderr_on)
+
+    async def _pass_stderr_on(self) -> None:
+        read_end, self._stderr_read_end = self._stderr_read_end, -1
+        try:
+            await pass_on(read_end)
+        finally:
+            os.close(read_end)
 
 
 _REASONS: Final = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from .peer import Death, Peer
 from .protocol import Farewell
 
 __all__ = ["Ancestor", "Lineage"]
+
+logger = logging.getLogger("ecdysis_async")
 
 
 @dataclass(slots=True)
@@ -88,7 +91,11 @@ class Lineage:
                 ancestor.connections = item.body.get("connections")
             case Frame(type=Farewell.DRAINED):
                 ancestor.connections = 0
-                self.on_drained(ancestor, item.body)
+                try:
+                    self.on_drained(ancestor, item.body)
+                except (KeyError, TypeError, ValueError):
+                    # Another release's idea of a report; whatever it says, it must not end the newest generation.
+                    logger.warning("the report of generation %d cannot be read", ancestor.generation, exc_info=True)
             case Frame(type=Farewell.MAIN):
                 self.on_main(ancestor)
             case Death():

@@ -6,9 +6,11 @@ guessed from a channel that ended. Nothing here knows what the messages mean.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import select
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,12 +50,19 @@ class Peer:
     def __init__(self, channel: Channel, pidfd: int) -> None:
         self.channel = channel
         self.pidfd = pidfd
+        # Set by the one task that waits for the pidfd, which no other can wait for at the same time.
+        self.died = anyio.Event()
         self._watching = anyio.CancelScope()
         self._replaced: list[int] = []
 
     def is_dead(self) -> bool:
         """Say whether it has died, without waiting."""
         return is_dead(self.pidfd)
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it still lives and is not another user's by now."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            signal.pidfd_send_signal(self.pidfd, number)
 
     def has_news(self) -> bool:
         """Say whether something was sent, or the channel ended, that ``run`` has not delivered yet."""
@@ -106,6 +115,7 @@ class Peer:
         while True:
             with anyio.CancelScope() as self._watching:
                 await wait_for_death(self.pidfd)
+                self.died.set()
                 scope.cancel()
                 return
             self._close_replaced()

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+from collections.abc import Callable
 
 import anyio
-import anyio.to_thread
 
-__all__ = ["StderrTail", "duplicate_stderr", "identity"]
+from .threads import run_in_thread
+
+__all__ = ["StderrTail", "duplicate_stderr", "identity", "pass_on"]
 
 STDERR_LINES = 40
 STDERR_BYTES = 16 * 1024
 
+# How long the last words of a dead successor may take to be written, seconds.
+REST_SECONDS = 1.0
+
 
 class StderrTail:
-    """The successor's stderr until it is ready: passed on as it comes, its last lines kept for the error."""
+    """The successor's stderr until it is ready: passed on as it comes, its last lines kept for the error.
+
+    Attributes:
+        read_end: also held by the successor, so that it, and what it has started, never write to a broken pipe.
+        write_end: the successor's.
+    """
 
     def __init__(self) -> None:
-        self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self._read_end, False)
+        self.read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self.read_end, False)
         self._tail = b""
+        self._rest = b""
+        self._passing_on = anyio.CancelScope()
 
     @property
     def text(self) -> str:
@@ -28,17 +41,25 @@ class StderrTail:
         return "\n".join(self._tail.decode(errors="replace").splitlines()[-STDERR_LINES:])
 
     async def run(self) -> None:
-        """Pass it on until every writer has closed it; that is long after the successor has put its own in place."""
-        while True:
-            await anyio.wait_readable(self._read_end)
-            if not await self._read():
-                return
+        """Pass it on until every writer has closed it, or the successor passes it on itself."""
+        with self._passing_on:
+            await pass_on(self.read_end, self._keep)
 
-    async def read_rest(self) -> None:
+    def stop(self) -> None:
+        """Leave the rest to the successor, which is ready."""
+        self._passing_on.cancel()
+
+    def read_rest(self) -> None:
         """Take what a dead successor has left, without waiting for those who may have inherited its stderr."""
         with contextlib.suppress(BlockingIOError):
-            while await self._read():
-                pass
+            while len(self._rest) < STDERR_BYTES and (data := os.read(self.read_end, STDERR_BYTES)):
+                self._keep(data)
+                self._rest += data
+
+    async def pass_rest_on(self) -> None:
+        """Pass on what :meth:`read_rest` took, unless nobody takes it off this process."""
+        with anyio.move_on_after(REST_SECONDS):
+            await _write(self._rest)
 
     def close_write_end(self) -> None:
         """Leave the writing to the successor."""
@@ -46,16 +67,31 @@ class StderrTail:
 
     def close(self) -> None:
         """Let go of the pipe."""
-        os.close(self._read_end)
+        os.close(self.read_end)
 
-    async def _read(self) -> bool:
-        data = os.read(self._read_end, 64 * 1024)
+    def _keep(self, data: bytes) -> None:
         self._tail = (self._tail + data)[-STDERR_BYTES:]
-        if data:
-            # In a thread: a log that nobody reads must not stop the service. A closed stderr loses what it always did.
-            with contextlib.suppress(OSError):
-                await anyio.to_thread.run_sync(_write_all, 2, data, abandon_on_cancel=True)
-        return bool(data)
+
+
+async def pass_on(read_end: int, keep: Callable[[bytes], None] = lambda data: None) -> None:
+    """Write what comes out of a pipe to stderr, until its last writer is gone."""
+    while True:
+        await anyio.wait_readable(read_end)
+        try:
+            data = os.read(read_end, 64 * 1024)
+        except BlockingIOError:
+            # Another process, which shares the pipe, was faster.
+            continue
+        if not data:
+            return
+        keep(data)
+        await _write(data)
+
+
+async def _write(data: bytes) -> None:
+    # In a thread: a log that nobody reads must not stop the service. A closed stderr loses what it always did.
+    with contextlib.suppress(OSError):
+        await run_in_thread(functools.partial(_write_all, 2, data), abandon_on_cancel=True)
 
 
 def duplicate_stderr() -> int:

@@ -7,6 +7,7 @@ stands in the data planes.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import enum
 import functools
@@ -21,7 +22,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import anyio
-import anyio.to_thread
 
 from . import plane as planes
 from .control import Changes, Controlled, ControlServer, Restart
@@ -43,13 +43,14 @@ from .inheritance import Inheritance
 from .lineage import Ancestor
 from .pid_file import PidFile
 from .protocol import Farewell, Predecessor, PredecessorEvent, Successor, SuccessorEvent
-from .registry import Entry, Registry, Until
+from .registry import BACKLOG, Entry, Registry, Until
 from .report import Outcome, Phase, RestartReport
 from .settings import Settings, StrPath, read_signals
 from .signals import SignalReceiver, can_handle_signals, handled_signals
 from .spawn import claim_channel, supported
 from .status import describe_ancestors, describe_listeners, describe_restart, describe_wait, report_of
 from .systemd import check_unit, claim_activation, find_systemd
+from .threads import run_in_thread
 
 if TYPE_CHECKING:
     import asyncio
@@ -97,6 +98,9 @@ _current: Ecdysis | None = None
 # Claimed with the first import, before the application can start a process that would find the marker, or hold the
 # channel, as well (DESIGN.md, trap 7). Taken by the first Ecdysis that is entered.
 _channel: socket.socket | None = claim_channel()
+if _channel is not None:
+    # A process that dies before it enters the block has nobody else who closes it.
+    atexit.register(_channel.close)
 
 # The same holds for the sockets that systemd has passed to this process.
 _activation: Mapping[int, str] = claim_activation()
@@ -143,7 +147,8 @@ class Ecdysis:
         takeover: not in this release; anything but None is refused.
         command: the successor's command line; the one of this process where it is None.
         environment: the successor's complete environment; that of this process where it is None.
-        env_file: a file of KEY=VALUE lines, read afresh at each restart, on top of the environment.
+        env_file: a file of KEY=VALUE lines, read afresh at each restart, on top of the environment. A variable whose
+            line has gone is gone as well, unless ``environment`` has it.
 
     Raises:
         ValueError, TypeError: a setting that could not work.
@@ -258,6 +263,7 @@ class Ecdysis:
         if self._state is not State.STARTING or self.pid != os.getpid():
             raise RuntimeError("an Ecdysis is entered once, in the process that made it: make a new one")
         self._finished = anyio.Event()
+        self._leaving = anyio.Event()
         self._drained = anyio.Event()
         self._inherited = anyio.Event()
         self._tracker.draining = anyio.Event()
@@ -291,6 +297,7 @@ class Ecdysis:
         except BaseException:
             self._vacate()
             raise
+        self._task_group.start_soon(self._drain_when_leaving)
         if self._signals is not None:
             self._task_group.start_soon(self._signals.run)
         if self._systemd.is_there:
@@ -311,33 +318,60 @@ class Ecdysis:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        cancelled: BaseException | None = None
         try:
             if self._body.__exit__(kind, error, trace):
                 kind = error = trace = None
-            # Whoever cancels the block from outside must not cut the goodbye short: the deadline bounds it.
-            with anyio.CancelScope(shield=True):
-                if self._task_group.cancel_scope.cancel_called:
-                    # One of the supervisor's tasks has failed, its exception says why; there is nobody left to drain.
-                    await self._gate.end()
-                    await self._tracker.drain(0)
-                else:
-                    await self._leave_block(error)
-            self._task_group.cancel_scope.cancel()
             try:
-                await self._task_group.__aexit__(kind, error, trace)
-            except BaseExceptionGroup as group:
-                # The body's own exception goes its own way, as itself; what else is there comes from the supervisor.
-                others = [each for each in group.exceptions if each is not error]
-                if error is not None and not others:
-                    return
-                raise others[0] if len(others) == 1 else group from error
+                if self._task_group.cancel_scope.cancel_called:
+                    # One of the supervisor's tasks has failed, and its exception says why.
+                    self._tracker.hurry()
+                    self._leave()
+                else:
+                    cancelled = await self._leave_whatever_comes(error)
+            finally:
+                self._task_group.cancel_scope.cancel()
+                try:
+                    await self._task_group.__aexit__(kind, error, trace)
+                except BaseExceptionGroup as group:
+                    # The body's own exception goes its own way, as itself; what else there is is the supervisor's.
+                    others = [each for each in group.exceptions if each is not error]
+                    if error is None or others:
+                        raise others[0] if len(others) == 1 else group from error
         finally:
             self._state = State.ENDED
             self._vacate()
-        if self._aborted and error is None:
+        if error is not None:
+            return
+        if cancelled is not None:
+            raise cancelled
+        if self._aborted:
             assert self._inheritance is not None
-            last_line = self._inheritance.reason.strip().splitlines()[-1]
-            raise HandoffAborted(f"ecdysis: this generation leaves without having served: {last_line}")
+            summary = self._inheritance.summary
+            raise HandoffAborted(f"ecdysis: this generation leaves without having served: {summary}")
+
+    async def _leave_whatever_comes(self, error: BaseException | None) -> BaseException | None:
+        """Leave in a task of its own, which no cancellation of this one cuts short; return the last such."""
+        left = anyio.Event()
+
+        async def leave() -> None:
+            try:
+                with anyio.CancelScope(shield=True):
+                    await self._leave_block(error)
+            finally:
+                left.set()
+
+        cancelled: BaseException | None = None
+        self._task_group.start_soon(leave)
+        while not left.is_set():
+            try:
+                with anyio.CancelScope(shield=True):
+                    await left.wait()
+            except anyio.get_cancelled_exc_class() as cancellation:
+                # asyncio's own, which knows no shield: whoever sends it has no time for the whole drain.
+                cancelled = cancellation
+                self._tracker.hurry()
+        return cancelled
 
     def _vacate(self) -> None:
         global _current
@@ -382,7 +416,7 @@ class Ecdysis:
             await self._outlive_others()
         if self._pid_file is not None:
             discard = self._pid_file.discard if self._aborted or self._has_heir else self._pid_file.remove
-            await anyio.to_thread.run_sync(discard)
+            await run_in_thread(discard)
         if self._aborted:
             # The predecessor serves on what it handed down; what was made here goes.
             for entry in self._registry.entries:
@@ -421,7 +455,7 @@ class Ecdysis:
         if self._state is not State.STARTING:
             return
         if self._pid_file is not None:
-            await anyio.to_thread.run_sync(self._pid_file.prepare)
+            await run_in_thread(self._pid_file.prepare)
         if self._inheritance is not None:
             self._state = State.WAITING
             self._inheritance.post(SuccessorEvent.READY)
@@ -440,7 +474,7 @@ class Ecdysis:
         if self._state is State.STARTING:
             self._state = State.SERVING
         if self._pid_file is not None:
-            await anyio.to_thread.run_sync(self._pid_file.publish)
+            await run_in_thread(self._pid_file.publish)
         self._log_serving()
         for entry in self._registry.unclaimed():
             self._generation.log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
@@ -487,6 +521,9 @@ class Ecdysis:
         Args:
             until: how far to wait: until the successor serves, until that is final, or until this generation's
                 connections have drained as well.
+
+        Returns:
+            The report, which goes on being filled in until the drain has ended.
 
         Raises:
             RestartInProgress: another restart has not ended.
@@ -579,7 +616,7 @@ class Ecdysis:
         *,
         name: str | None = None,
         until: Until | str = Until.DRAIN,
-        backlog: int = 1024,
+        backlog: int = BACKLOG,
         reuse_port: bool = False,
     ) -> socket.socket:
         """Return a TCP socket for connections: the predecessor's, or a new one that will listen at commit.
@@ -604,7 +641,7 @@ class Ecdysis:
         *,
         name: str | None = None,
         until: Until | str = Until.DRAIN,
-        backlog: int = 1024,
+        backlog: int = BACKLOG,
         mode: int | None = None,
     ) -> socket.socket:
         """Return a Unix stream socket for connections, as :meth:`listen_tcp`; ``@name`` is an abstract address."""
@@ -632,7 +669,7 @@ class Ecdysis:
         *,
         name: str | None = None,
         until: Until | str = Until.DRAIN,
-        backlog: int = 1024,
+        backlog: int = BACKLOG,
         mode: int | None = None,
     ) -> socket.socket:
         """Return a Unix socket for connections that keep the boundaries of messages, as :meth:`listen_unix`."""
@@ -759,6 +796,9 @@ class Ecdysis:
         )
 
     def _on_stop_signal(self) -> None:
+        assert self._signals is not None
+        # Also once this block has put the former handlers back: one more on the way out must not change the status.
+        self._signals.keep_ignoring(self._settings.stop_signals)
         self._stop_signals += 1
         if self._stop_signals > 1:
             self._generation.log.warning("told to stop again: the deadline of the drain is now")
@@ -875,7 +915,7 @@ class Ecdysis:
             self._last_report = inheritance.report
         if self._pid_file is not None:
             try:
-                await anyio.to_thread.run_sync(self._pid_file.publish)
+                await run_in_thread(self._pid_file.publish)
             except OSError as error:
                 self._generation.log.error("the pid file still names the former generation: %s", error)  # noqa: TRY400
         lineage.on_main = self._become_main
@@ -1021,13 +1061,18 @@ class Ecdysis:
                 self._systemd.ask_for_time(self._settings.drain_timeout + LEEWAY_SECONDS)
                 if not self._stops_partially:
                     self._systemd.tell("STOPPING=1")
-            self._task_group.start_soon(self._drain_to_the_end)
+            # An event, because this may be called from a callback of the loop, where no task can be started.
+            self._leaving.set()
 
-    async def _drain_to_the_end(self) -> None:
-        # Cancelled from outside, this block waits for the drain, which would never come: its task is cancelled as well.
+    async def _drain_when_leaving(self) -> None:
+        # Cancelled from outside, this block waits for the drain, which would never come if its task were cancelled too.
         with anyio.CancelScope(shield=True):
+            await self._leaving.wait()
             try:
                 await self._drain()
+            except Exception:
+                # Whatever it is: what has drained has, and the rest ends with this process.
+                self._generation.log.exception("the drain broke down")
             finally:
                 self._drained.set()
 
@@ -1040,7 +1085,9 @@ class Ecdysis:
             if self._has_heir:
                 assert self._handover is not None
                 for entry in self._handover.unclaimed:
-                    await self._finish_queue(entry)
+                    # Unless the application was faster, and has closed its server.
+                    if entry in self._registry.entries:
+                        await self._finish_queue(entry)
                 await self._gate.end()
             else:
                 await self._gate.end(spare=lambda entry: entry.until is Until.EXIT)

@@ -44,6 +44,7 @@ TOP_TO_BOTTOM = (
     "control_path",
     "pid_file",
     "signals",
+    "threads",
     "peer",
     "spawn",
     "registry",

@@ -56,7 +56,6 @@ def test_one_too_many_is_hurried(backend: str, run_service: Run) -> None:
             conversation.say("go on").answer()
 
 
-@pytest.mark.xfail(reason="a generation closes its channel when the successor that it was handed over to has ended")
 @pytest.mark.backends("asyncio", "trio")
 def test_a_drain_is_heard_of_when_the_successor_has_ended(backend: str, run_service: Run) -> None:
     """The newest generation goes on listening to an old one whose own successor drained faster."""
