@@ -11,6 +11,7 @@ import ast
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -94,21 +95,22 @@ NAMESPACE |= {"block": block, "wait": wait, "tell": tell}
 # Faults
 
 
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+
+
 def act(side: str, state: str, peer: int | None) -> None:
     """Do what the test has armed for this state: once, in whichever generation comes there first."""
-    for name in os.listdir(SETTINGS["faults"]):
-        where, _, action = name.rpartition(".")
-        if where != f"{side}.{state}":
-            continue
+    for what, whom in itertools.product(SIGNALS, ("self", "peer")):
+        action = f"{what}-{whom}"
         try:
-            os.unlink(os.path.join(SETTINGS["faults"], name))
+            # Not listed, which takes a descriptor: some tests leave none.
+            os.unlink(os.path.join(SETTINGS["faults"], f"{side}.{state}.{action}"))
         except FileNotFoundError:
             continue
-        what, whom = action.split("-")
         target = os.getpid() if whom == "self" else peer
         assert target is not None
         tell("fault", side=side, state=state, action=action, target=target)
-        os.kill(target, {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[what])
+        os.kill(target, SIGNALS[what])
 
 
 def watch_handoff() -> None:
