@@ -70,7 +70,7 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, in parallel; a Python that is missing is skipped, or with CI=true an error."""
     install(session, "test")
-    # Other people's servers, systemd and the benchmarks take half of the time, and do not differ between Pythons.
+    # Other people's servers, systemd and the benchmarks take half of the time: on the newest Python only.
     where = [] if session.python == PYTHONS[-1] else [f"--ignore=tests/{each}" for each in SLOW]
     # One more than there are processors: many tests wait for processes that they have started.
     processes = (os.cpu_count() or 1) + 1
