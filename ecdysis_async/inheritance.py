@@ -196,9 +196,8 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
                 self._restore_stderr()
                 registry = self.generation.plane.registry
                 # There are some left only where the predecessor died before this side was ready: nobody else has them.
-                for entry in registry.unclaimed():
-                    self.generation.log.warning("nobody claims %s: closing what nobody listens on any more", entry)
-                    registry.release(entry, unlink=True)
+                for entry in registry.close_unclaimed(unlink=True):
+                    self.generation.log.warning("nobody claims %s: it is closed, nobody listens there", entry.name)
                 async with self.generation.gate_lock:
                     # What was created here, also where the task that will accept has not had its turn yet.
                     registry.start_listening()

@@ -355,15 +355,18 @@ class Registry:
         """Return what was inherited and nobody has asked for."""
         return [entry for entry in self._entries if not entry.claimed]
 
-    def close_unclaimed(self) -> list[Entry]:
+    def close_unclaimed(self, *, unlink: bool = False) -> list[Entry]:
         """Close what was inherited and nobody has asked for, and return it. The predecessor still has its own.
 
         What the service manager passed stays: it passes it no second time, holds it open itself all the while, and a
         later release may ask for it again.
+
+        Args:
+            unlink: the predecessor is dead: remove the paths of Unix sockets too, as :meth:`close` does.
         """
         unclaimed = [entry for entry in self.unclaimed() if entry.number is None]
         for entry in unclaimed:
-            self.release(entry)
+            self.release(entry, unlink=unlink)
         return unclaimed
 
     def release(self, entry: Entry, *, unlink: bool = False) -> None:
