@@ -1,0 +1,60 @@
+"""What comes to a supervisor from where no task runs, and from outside: callbacks, asyncio's own cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from ecdysis_async import Ecdysis, State
+from ecdysis_async.asyncio_servers import GatedServer
+
+
+@pytest.mark.backends("asyncio", "uvloop")
+async def test_stop_from_a_callback_of_the_loop(backend: str) -> None:
+    async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
+        await ecdysis.ready()
+        asyncio.get_running_loop().call_soon(ecdysis.stop)
+        await ecdysis.finished()
+    assert ecdysis.state is State.ENDED
+
+
+@pytest.mark.backends("asyncio", "uvloop")
+async def test_a_cancellation_during_the_drain_hurries_it_and_goes_on(backend: str) -> None:
+    held, draining = asyncio.Event(), asyncio.Event()
+    ends: list[str] = []
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.set()
+        try:
+            await reader.readline()
+        except asyncio.CancelledError:
+            ends.append("cut")
+            raise
+        finally:
+            writer.close()
+
+    async def serve() -> None:
+        async with Ecdysis(restart_signals=(), stop_signals=(), drain_timeout=600) as ecdysis:
+            server = await ecdysis.start_server(hold, "127.0.0.1", 0)
+            assert isinstance(server, GatedServer)
+            await ecdysis.ready()
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            await held.wait()
+            ecdysis.stop()
+            draining.set()
+            writers.append(writer)
+
+    writers: list[asyncio.StreamWriter] = []
+    task = asyncio.create_task(serve())
+    await draining.wait()
+    # Once the block is being left, and waits.
+    for _ in range(20):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ends == ["cut"]
+    for writer in writers:
+        writer.close()
+        await writer.wait_closed()
