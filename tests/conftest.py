@@ -13,6 +13,7 @@ import functools
 import gc
 import inspect
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -38,7 +39,12 @@ ORPHAN_GRACE_SECONDS = 5.0
 
 
 def pytest_sessionstart() -> None:
-    """Let libuv open what it opens once and never closes: the pipe that serialises its signal handlers."""
+    """Let nothing depend on who started the tests, and let libuv open what it opens once and never closes."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell without job control starts what runs in the background with Ctrl-C ignored, and so would be each
+        # process of each test (POSIX, shell command language, 2.11).
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The pipe that serialises its signal handlers.
     uvloop.new_event_loop().close()
 
 
