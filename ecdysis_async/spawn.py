@@ -21,7 +21,16 @@ import anyio
 
 from .errors import RestartError, RestartUnsupported, SpawnFailed
 
-__all__ = ["Launch", "Process", "claim_channel", "describe_exit", "describe_launch", "spawn", "supported"]
+__all__ = [
+    "Launch",
+    "Process",
+    "claim_channel",
+    "describe_exit",
+    "describe_launch",
+    "read_env_file",
+    "spawn",
+    "supported",
+]
 
 # "<descriptor>:<st_dev>:<st_ino>" of the channel. The inode is there because the number alone would be believed by any
 # process that gets the variable and has something else open under it.
@@ -230,7 +239,7 @@ def describe_launch(
     # What was given explicitly is what was meant, whatever a file once said.
     for key in (*PRIVATE_KEYS, *(stale_keys if environment is None else ())):
         variables.pop(key, None)
-    from_file = {} if env_file is None else _read_env_file(env_file)
+    from_file = {} if env_file is None else read_env_file(env_file)
     variables |= from_file
     # Looked at afresh each time: it may have been deleted, and a restart works without it.
     directory = _START_DIRECTORY if _START_DIRECTORY and os.path.isdir(_START_DIRECTORY) else None
@@ -337,7 +346,12 @@ def _own_command() -> tuple[str, ...]:
     return program, *arguments
 
 
-def _read_env_file(env_file: str | os.PathLike[str]) -> dict[str, str]:
+def read_env_file(env_file: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the variables of an env file; a relative path is meant from where this process was started.
+
+    Raises:
+        RestartError: it cannot be read, or the package that reads such files is not installed.
+    """
     try:
         from dotenv import dotenv_values
     except ImportError as error:

@@ -18,6 +18,8 @@ PACKAGE = PROJECT / "ecdysis_async"
 TOP_TO_BOTTOM = (
     "__init__",
     "cli",
+    "worker",
+    "target",
     "servers",
     "anchor",
     "supervisor",
@@ -41,6 +43,8 @@ TOP_TO_BOTTOM = (
     "transfer",
     "stash",
     "systemd",
+    "options",
+    "addresses",
     "control_path",
     "pid_file",
     "signals",
