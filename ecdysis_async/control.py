@@ -12,6 +12,7 @@ One request a connection, each message one line of JSON::
     {"command": "verdict", "id": …}              {"event": "verdict", "report": {…}}, or {"event": "unknown"}
     {"command": "stop"}                          {"event": "accepted", "pid": …}, {"event": "phase", …} …,
                                                  {"event": "done"}
+    {"command": "reopen-logs"}                   {"event": "reopened", "handlers": …}
 
 What cannot be served is answered by ``{"event": "error", "message": …}``. The last line ends the connection; a client
 that leaves earlier changes nothing of what it has asked for.
@@ -19,13 +20,13 @@ that leaves earlier changes nothing of what it has asked for.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,9 @@ class Controlled:
         find_report: returns the report of a restart by its id, where it is known here.
         stop: stops the service.
         changes: announces each change of the status.
+        reopen_logs: lets log files that were moved be opened anew; returns how many.
+        workers: tells of each worker, where there are several, an object with "slot" and "waiting_for", what its
+            restart or its drain waits for at this moment.
     """
 
     status: Callable[[], dict[str, Any]]
@@ -112,6 +116,8 @@ class Controlled:
     find_report: Callable[[str], RestartReport | None]
     stop: Callable[[], None]
     changes: Changes
+    reopen_logs: Callable[[], Awaitable[int]]
+    workers: Callable[[], list[dict[str, Any]]] = list
 
 
 class ControlServer:
@@ -179,7 +185,7 @@ class ControlServer:
         self._lock.acquire(is_family=is_family)
         return registry.listen_unix(self.path, name=NAME, until=Until.EXIT, mode=0o600)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _place(self) -> Iterator[bool]:
         """Give a client a place; where all are taken, that of the one that has been silent for longest."""
         if self._clients >= MAX_CLIENTS and self._silent:
@@ -209,11 +215,12 @@ class ControlServer:
                         await self._answer(client)
                     else:
                         await client.send("error", message=f"{MAX_CLIENTS} others ask already: try again later")
-            except OSError as error:
-                # It has left, or it does not read: then it will hear nothing more.
-                logger.debug("a client of the control socket is let go: %r", error)
-            except Exception:
+            except ClientGone as error:
+                logger.debug("a client of the control socket is let go: %r", error.__cause__ or error)
+            except Exception as error:
                 logger.exception("a request on the control socket failed")
+                with contextlib.suppress(ClientGone):
+                    await client.send("error", message=f"the service could not do that: {error!r}; see its log")
 
     async def _answer(self, client: _Client) -> None:
         request = None
@@ -242,11 +249,13 @@ class ControlServer:
                 await self._restart(client, until)
             case {"command": "stop"}:
                 await self._stop(client)
+            case {"command": "reopen-logs"}:
+                await client.send("reopened", handlers=await self.controlled.reopen_logs())
             case _:
                 await client.send(
                     "error",
                     message='there is no such request: "command" is "status", "restart" (with "until": "serving", '
-                    '"settled" or "drained"), "verdict" (with "id") or "stop"',
+                    '"settled" or "drained"), "verdict" (with "id"), "stop" or "reopen-logs"',
                 )
 
     async def _restart(self, client: _Client, until: str) -> None:
@@ -286,10 +295,10 @@ class ControlServer:
         """Tell a client how it goes on, at each change and now and then, until what it waits for has happened.
 
         Raises:
-            OSError: the client has left, or does not read.
+            ClientGone: the client has left, or does not read.
         """
         is_over = False
-        failure: OSError | None = None
+        failure: ClientGone | None = None
         changes = self.controlled.changes
 
         async def wait_and_announce() -> None:
@@ -306,17 +315,18 @@ class ControlServer:
                     await client.send(
                         "phase",
                         waiting_for=self.controlled.waiting_for(),
+                        workers=self.controlled.workers(),
                         report=report.to_json() if report is not None else None,
                     )
                     with anyio.move_on_after(HEARTBEAT_SECONDS):
                         await change.wait()
-            except OSError as error:
+            except ClientGone as error:
                 failure = error
                 task_group.cancel_scope.cancel()
         if failure is not None:
             raise failure
 
-    @contextmanager
+    @contextlib.contextmanager
     def _until_told(self) -> Iterator[None]:
         """Let the end of this generation wait until somebody has heard what became of it."""
         self._waiting += 1
@@ -326,6 +336,10 @@ class ControlServer:
             self._waiting -= 1
             if not self._waiting:
                 self._nobody_waits.set()
+
+
+class ClientGone(Exception):
+    """A client has left, or does not read: it will hear nothing more, and that is no fault of the service."""
 
 
 class _Client:
@@ -344,7 +358,7 @@ class _Client:
         """Wait for its request: a line, or what it had said when it said that there will be no more.
 
         Raises:
-            ValueError: it is no JSON, or too long. ConnectionError: it has left without one.
+            ValueError: it is no JSON, or too long. ClientGone: it has left without one.
         """
         line = bytearray()
         while b"\n" not in line:
@@ -355,8 +369,10 @@ class _Client:
             except BlockingIOError:
                 await anyio.wait_readable(self._sock)
                 continue
+            except OSError as error:
+                raise ClientGone from error
             if not data and not line:
-                raise ConnectionAbortedError("it left without a request")
+                raise ClientGone("it left without a request")
             if not data:
                 break
             line += data
@@ -369,17 +385,20 @@ class _Client:
         """Send a message.
 
         Raises:
-            OSError: it has left, or it does not read (TimeoutError).
+            ClientGone: it has left, or it does not read.
 
         Cancelled, half of it may be sent: nothing can follow.
         """
         rest = memoryview(json.dumps({"event": event, **facts}).encode() + b"\n")
-        with anyio.fail_after(ANSWER_SECONDS):
-            while rest:
-                try:
-                    rest = rest[self._sock.send(rest) :]
-                except BlockingIOError:
-                    await anyio.wait_writable(self._sock)
+        try:
+            with anyio.fail_after(ANSWER_SECONDS):
+                while rest:
+                    try:
+                        rest = rest[self._sock.send(rest) :]
+                    except BlockingIOError:
+                        await anyio.wait_writable(self._sock)
+        except OSError as error:
+            raise ClientGone from error
 
 
 def _accept(listener: socket.socket) -> socket.socket:

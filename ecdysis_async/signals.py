@@ -16,12 +16,25 @@ from types import FrameType
 
 import anyio
 
-__all__ = ["SignalReceiver", "can_handle_signals", "handled_signals"]
+__all__ = ["SignalReceiver", "can_handle_signals", "handled_signals", "is_handled"]
 
 
 def can_handle_signals() -> bool:
     """Say whether this thread may install handlers: Python runs them in the main thread only, and on POSIX alike."""
     return hasattr(os, "pipe2") and threading.current_thread() is threading.main_thread()
+
+
+def is_handled(number: signal.Signals) -> bool:
+    """Say whether anybody handles, or ignores, a signal in this process: also one who did it in C (faulthandler).
+
+    Where that cannot be known, somebody does.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
+            masks = dict(line.split(":", 1) for line in lines)
+        return any(int(masks[name], 16) >> (number - 1) & 1 for name in ("SigCgt", "SigIgn"))
+    except (OSError, ValueError, KeyError):
+        return True
 
 
 @contextlib.contextmanager

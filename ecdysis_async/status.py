@@ -6,6 +6,8 @@ Nothing here changes anything, waits, or knows the supervisor.
 from __future__ import annotations
 
 import os
+import platform
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +18,14 @@ from .protocol import Predecessor, Successor
 from .registry import Entry, Kind
 from .report import Outcome, RestartReport
 
-__all__ = ["describe_ancestors", "describe_listeners", "describe_restart", "describe_wait", "report_of"]
+__all__ = [
+    "describe_ancestors",
+    "describe_listeners",
+    "describe_process",
+    "describe_restart",
+    "describe_wait",
+    "report_of",
+]
 
 _WAITS = {
     Predecessor.SPAWNING: "{successor} to start, for {seconds:.1f} s so far",
@@ -88,6 +97,20 @@ def describe_ancestors(ancestors: Sequence[Ancestor]) -> list[dict[str, Any]]:
         {"generation": each.generation, "pid": each.pid, "connections": each.connections}
         for each in sorted(ancestors, key=lambda each: each.generation)
     ]
+
+
+def describe_process() -> dict[str, Any]:
+    """Return what this process runs in: of the environment the names alone, because a value may be a secret."""
+    try:
+        directory = os.getcwd()
+    except FileNotFoundError:  # it was deleted
+        directory = None
+    return {
+        "interpreter": sys.executable,
+        "python": platform.python_version(),
+        "directory": directory,
+        "environment": sorted(os.environ),
+    }
 
 
 def report_of(inheritance: Inheritance) -> RestartReport:

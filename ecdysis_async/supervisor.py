@@ -12,6 +12,7 @@ import contextlib
 import enum
 import functools
 import os
+import signal
 import socket
 import sys
 import time
@@ -41,14 +42,22 @@ from .generation import Generation, Numbered
 from .handover import Handover
 from .inheritance import Inheritance
 from .lineage import Ancestor
+from .logs import reopen_logs
 from .pid_file import PidFile
 from .protocol import Farewell, Predecessor, PredecessorEvent, Successor, SuccessorEvent
 from .registry import BACKLOG, Entry, Registry, Until
 from .report import Outcome, Phase, RestartReport
 from .settings import Settings, StrPath, read_signals
-from .signals import SignalReceiver, can_handle_signals, handled_signals
+from .signals import SignalReceiver, can_handle_signals, handled_signals, is_handled
 from .spawn import claim_channel, supported
-from .status import describe_ancestors, describe_listeners, describe_restart, describe_wait, report_of
+from .status import (
+    describe_ancestors,
+    describe_listeners,
+    describe_process,
+    describe_restart,
+    describe_wait,
+    report_of,
+)
 from .systemd import check_unit, claim_activation, find_systemd
 from .threads import run_in_thread
 
@@ -788,12 +797,12 @@ class Ecdysis:
                 "off the main thread, and off POSIX, no signals can be handled: call restart() and stop() instead"
             )
             return
-        self._signals = self._resources.enter_context(
-            handled_signals(
-                dict.fromkeys(settings.restart_signals, self._on_restart_signal)
-                | dict.fromkeys(settings.stop_signals, self._on_stop_signal)
-            )
-        )
+        handlers = dict.fromkeys(settings.restart_signals, self._on_restart_signal)
+        handlers |= dict.fromkeys(settings.stop_signals, self._on_stop_signal)
+        # Unless the application has another use for it; without anybody's it would end the process.
+        if signal.SIGUSR1 not in handlers and not is_handled(signal.SIGUSR1):
+            handlers[signal.SIGUSR1] = self._on_reopen_signal
+        self._signals = self._resources.enter_context(handled_signals(handlers))
 
     def _on_stop_signal(self) -> None:
         assert self._signals is not None
@@ -824,6 +833,14 @@ class Ecdysis:
             self._systemd.tell("READY=1")
             # Without a traceback: the message says what happened, in the successor's own words.
             self._generation.log.error("the restart that a signal asked for failed: %s", error)  # noqa: TRY400
+
+    def _on_reopen_signal(self) -> None:
+        self._task_group.start_soon(self._reopen_logs)
+
+    async def _reopen_logs(self) -> int:
+        count = await run_in_thread(reopen_logs)
+        self._generation.log.info("reopened %s", "1 log file" if count == 1 else f"{count} log files")
+        return count
 
     def _begin_restart(self) -> Handover:
         if self._state in (State.DRAINING, State.ENDED):
@@ -1008,7 +1025,15 @@ class Ecdysis:
     # What the control socket is told
 
     def _controlled(self) -> Controlled:
-        return Controlled(self._status, self._waiting_for, self._restart, self._find_report, self.stop, self._changes)
+        return Controlled(
+            status=self._status,
+            waiting_for=self._waiting_for,
+            begin_restart=self._restart,
+            find_report=self._find_report,
+            stop=self.stop,
+            changes=self._changes,
+            reopen_logs=self._reopen_logs,
+        )
 
     def _restart(self) -> Restart:
         handover = self._begin_restart()
@@ -1040,6 +1065,7 @@ class Ecdysis:
             "restart": describe_restart(self._handover, phase_seconds=anyio.current_time() - self._phase_begun),
             "last_report": self._last_report.to_json() if self._last_report is not None else None,
             "draining": describe_ancestors(self._generation.lineage.ancestors),
+            "process": describe_process(),
         }
 
     def _find_report(self, id: str) -> RestartReport | None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from ecdysis_async.cli import client
+from ecdysis_async.cli.progress import Lines, Progress
 from tests.handoff.harness import PATIENCE_SECONDS, PROJECT, Service, running
 
 Run = Callable[..., Service]
@@ -303,6 +304,59 @@ def test_watch_over_a_restart(backend: str, run_service: Run) -> None:
 
 
 @pytest.mark.backends("asyncio")
+def test_watch_on_a_terminal(backend: str, run_service: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same table is drawn again and again, and says what is new."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    service = run_service(backend)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([*COMMAND, "status", "--watch"], stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
+    output = b""
+    for text in (f"generation 1 (pid {service.pids[0]}): serving, up", "generation 2 (pid "):
+        while text.encode() not in output:
+            output += os.read(ours, 65536)
+        if service.newest() == service.pids[0]:
+            service.restart("settled")
+    process.send_signal(signal.SIGINT)
+    # EIO: nobody writes to it any more.
+    with contextlib.suppress(OSError):
+        while data := os.read(ours, 65536):
+            output += data
+    os.close(ours)
+    assert process.wait(60) == INTERRUPTED
+    assert b"\x1b[2K" in output, "nothing is drawn over"
+    assert b"Traceback" not in output
+
+
+def test_a_worker_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(Lines())
+    told = [
+        {"slot": 1, "waiting_for": "generation 2 (pid 12) to get ready, for 0.1 s so far"},
+        {"slot": 2, "waiting_for": "3 connections, deadline in 30 s"},
+    ]
+    progress.show({"event": "phase", "waiting_for": "worker 1 of 2", "workers": told, "report": None})
+    told[0] = {"slot": 1, "waiting_for": "generation 2 (pid 12) to get ready, for 1.1 s so far"}
+    told[1] = {"slot": 2, "waiting_for": "2 connections, deadline in 29 s"}
+    progress.show({"event": "phase", "waiting_for": "worker 1 of 2", "workers": told, "report": None})
+    assert capsys.readouterr().out.splitlines() == [
+        "  waiting for worker 1 of 2",
+        "  worker 1: waiting for generation 2 (pid 12) to get ready, for 0.1 s so far",
+        "  worker 2: waiting for 3 connections, deadline in 30 s",
+        "  worker 2: waiting for 2 connections, deadline in 29 s",
+    ]
+
+
+@pytest.mark.backends("asyncio")
+def test_reopen_logs(backend: str, run_service: Run) -> None:
+    run_service(backend)
+    done = call("reopen-logs")
+    assert (done.returncode, done.stdout, done.stderr) == (SERVING, "reopened 0 log files\n", "")
+    done = call("reopen-logs", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (SERVING, {"event": "reopened", "handlers": 0})
+
+
+@pytest.mark.backends("asyncio")
 def test_watch_ends_with_the_service(backend: str, run_service: Run) -> None:
     service = run_service(backend)
     process = begin("status", "--watch")
@@ -336,7 +390,7 @@ def test_on_a_terminal(backend: str, run_service: Run, monkeypatch: pytest.Monke
     assert output.count(b"\x1b[2K") > 1, "nothing has moved"
 
 
-@pytest.mark.parametrize("command", ["restart", "stop", "status"])
+@pytest.mark.parametrize("command", ["restart", "stop", "status", "reopen-logs"])
 def test_no_service(command: str, environment: Path, tmp_path: Path) -> None:
     done = call(command)
     assert (done.returncode, done.stdout) == (NO_SERVICE, "")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import logging
 import os
 import socket
 import stat
@@ -93,6 +95,13 @@ async def test_status(tmp_path: Path) -> None:
             "restart": None,
             "last_report": None,
             "draining": [],
+            "process": {
+                "interpreter": sys.executable,
+                "python": sys.version.split()[0],
+                "directory": os.getcwd(),
+                # Their names, and nothing of what they hold.
+                "environment": sorted(os.environ),
+            },
         }
 
 
@@ -340,9 +349,51 @@ async def test_a_request_that_fails_ends_nothing_else(tmp_path: Path, caplog: py
         # What cannot be put into JSON.
         assert ecdysis.last_report is not None
         ecdysis.last_report.error = object()  # type: ignore[assignment]
-        async with await connect(path, b'{"command": "status"}\n') as stream:
-            with pytest.raises(anyio.EndOfStream):
-                await stream.receive()
+        [answer] = await ask(path, command="status")
+        assert answer["event"] == "error"
+        assert answer["message"].startswith("the service could not do that: TypeError(")
         assert "a request on the control socket failed" in caplog.text
         ecdysis.last_report.error = None
         await ask(path, command="status")
+
+
+async def test_a_request_that_fails_is_answered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(tmp_path) as (ecdysis, path):
+        assert ecdysis._control is not None
+
+        async def fail() -> int:
+            raise OSError("the disk is gone")
+
+        ecdysis._control.controlled = dataclasses.replace(ecdysis._control.controlled, reopen_logs=fail)
+        [answer] = await ask(path, command="reopen-logs")
+        assert answer["message"] == "the service could not do that: OSError('the disk is gone'); see its log"
+        assert [each["event"] for each in await ask(path, command="status")] == ["status"]
+    assert "a request on the control socket failed" in caplog.text
+
+
+async def test_reopen_logs(tmp_path: Path) -> None:
+    handler = logging.FileHandler(tmp_path / "app.log")
+    logger = logging.getLogger("an application")
+    logger.addHandler(handler)
+    try:
+        async with serving(tmp_path) as (_, path):
+            logger.warning("one")
+            assert await ask(path, command="reopen-logs") == [{"event": "reopened", "handlers": 0}]
+            (tmp_path / "app.log").rename(tmp_path / "app.log.1")
+            assert await ask(path, command="reopen-logs") == [{"event": "reopened", "handlers": 1}]
+            logger.warning("two")
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+    assert (tmp_path / "app.log.1").read_text() == "one\n"
+    assert (tmp_path / "app.log").read_text() == "two\n"
+
+
+async def test_workers_are_told_of(tmp_path: Path) -> None:
+    """Whoever speaks for several processes tells of each of them, on the way to the end of a restart."""
+    workers: list[Json] = [{"slot": 1, "waiting_for": "generation 2 to get ready"}, {"slot": 2, "waiting_for": None}]
+    async with serving(tmp_path, command=FAILING) as (ecdysis, path):
+        assert ecdysis._control is not None
+        ecdysis._control.controlled = dataclasses.replace(ecdysis._control.controlled, workers=lambda: workers)
+        answers = await ask(path, command="restart", until="serving")
+        assert {"phase"} == {each["event"] for each in answers if each.get("workers") == workers}

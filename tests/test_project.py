@@ -47,6 +47,7 @@ TOP_TO_BOTTOM = (
     "addresses",
     "control_path",
     "pid_file",
+    "logs",
     "signals",
     "threads",
     "peer",

@@ -18,7 +18,7 @@ from typing import Any
 
 from ecdysis_async.control_path import default_directories, find_live, is_live, locate
 
-__all__ = ["CommandFailed", "Exit", "find", "restart", "status", "stop"]
+__all__ = ["CommandFailed", "Exit", "find", "reopen_logs", "restart", "status", "stop"]
 
 Event = dict[str, Any]
 
@@ -106,12 +106,27 @@ def status(path: str) -> Event:
     Raises:
         CommandFailed: nobody is there, or nobody answers.
     """
+    found: Event = _ask_for(path, {"command": "status"}, "status")["status"]
+    return found
+
+
+def reopen_logs(path: str) -> Event:
+    """Let a service open its log files anew; return its word of it, an event "reopened".
+
+    Raises:
+        CommandFailed: nobody is there, or nobody answers.
+    """
+    return _ask_for(path, {"command": "reopen-logs"}, "reopened")
+
+
+def _ask_for(path: str, request: Event, wanted: str) -> Event:
     try:
-        answer = _ask_once(path, {"command": "status"}, SILENCE_SECONDS)
+        answer = _ask_once(path, request, SILENCE_SECONDS)
     except NoAnswer as error:
         raise CommandFailed(f"the service at {path} does not answer: {error}", Exit.UNKNOWN) from error
-    found: Event = answer["status"]
-    return found
+    if answer["event"] != wanted:
+        raise CommandFailed(f"the service at {path} answers with {answer['event']!r}", Exit.UNKNOWN, answer)
+    return answer
 
 
 def restart(path: str, until: str, on_event: Callable[[Event], None]) -> Event:

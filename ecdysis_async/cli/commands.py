@@ -16,7 +16,7 @@ from ecdysis_async.report import RestartReport
 
 from . import client
 from .client import CommandFailed, Exit
-from .progress import Progress, describe_outcome, describe_status, showing
+from .progress import Progress, describe_outcome, describe_status, showing, watching
 
 __all__ = ["command"]
 
@@ -125,17 +125,34 @@ def stop(as_json: bool, control: str | None) -> None:  # noqa: FBT001 - click pa
 def status(as_json: bool, watch: bool, control: str | None) -> None:  # noqa: FBT001 - click passes it by name
     """Show the generation that accepts: its connections, its sockets, its restart, and who still drains."""
     path = client.find(control)
+    if not watch:
+        found = client.status(path)
+        if as_json:
+            print_json(found)
+        else:
+            click.echo(describe_status(found))
+        return
     try:
-        while True:
-            found = client.status(path)
-            if as_json:
-                print_json(found)
-            else:
-                if watch and sys.stdout.isatty():
-                    click.clear()
-                click.echo(describe_status(found))
-            if not watch:
-                return
-            time.sleep(WATCH_SECONDS)
+        with watching() if not as_json else contextlib.nullcontext() as display:
+            while True:
+                found = client.status(path)
+                if display is None:
+                    print_json(found)
+                else:
+                    display.show(found)
+                time.sleep(WATCH_SECONDS)
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)
+
+
+@command.command("reopen-logs")
+@json_option
+@control_option
+@failures_exit
+def reopen_logs(as_json: bool, control: str | None) -> None:  # noqa: FBT001 - click passes it by name
+    """Let the service open its log files anew, for logrotate; those that were not moved stay as they are."""
+    event = client.reopen_logs(client.find(control))
+    if as_json:
+        print_json(event)
+    else:
+        click.echo("reopened 1 log file" if event["handlers"] == 1 else f"reopened {event['handlers']} log files")

@@ -6,13 +6,14 @@ Nothing here asks a service anything. Lines never change once they are written; 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from ecdysis_async.report import Phase, RestartReport
 
-__all__ = ["Progress", "describe_outcome", "describe_status", "showing"]
+__all__ = ["Lines", "Progress", "Watch", "describe_outcome", "describe_status", "showing", "watching"]
 
 MINUTE = 60
 HOUR = 60 * MINUTE
@@ -25,8 +26,15 @@ class Display(Protocol):
     def write(self, line: str) -> None:
         """Write a line that stays."""
 
-    def move(self, text: str) -> None:
-        """Show what is waited for at this moment."""
+    def move(self, waits: dict[str, str]) -> None:
+        """Show what is waited for at this moment: by the service (its name is empty), and by each of its workers."""
+
+
+class Watch(Protocol):
+    """Where a status is shown that is looked at again and again."""
+
+    def show(self, status: dict[str, Any]) -> None:
+        """Show it as it is now."""
 
 
 class Progress:
@@ -44,8 +52,10 @@ class Progress:
             self._display.write(f"pid {event['pid']} stops")
         if event.get("report") is not None:
             self._show_report(RestartReport.from_json(event["report"]))
-        if event.get("waiting_for"):
-            self._display.move(event["waiting_for"])
+        waits = {"": event.get("waiting_for")}
+        waits |= {f"worker {each['slot']}": each["waiting_for"] for each in event.get("workers", ())}
+        if any(waits.values()):
+            self._display.move({name: text for name, text in waits.items() if text})
 
     def _show_report(self, report: RestartReport) -> None:
         for phase in Phase:
@@ -58,44 +68,87 @@ class Lines:
     """Plain lines, for logs and pipes."""
 
     def __init__(self) -> None:
-        self._last = ""
+        self._last: dict[str, str] = {}
 
     def write(self, line: str) -> None:
         """Write a line, at once: it may be read by somebody who waits."""
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
-    def move(self, text: str) -> None:
+    def move(self, waits: dict[str, str]) -> None:
         """Write a line where it tells more than the time that has passed."""
-        what = text.partition(",")[0]
-        if what != self._last:
-            self._last = what
-            self.write(f"  waiting for {text}")
+        for name, text in waits.items():
+            what = text.partition(",")[0]
+            if what != self._last.get(name):
+                self._last[name] = what
+                self.write(f"  {_wait_line(name, text)}")
+
+    def show(self, status: dict[str, Any]) -> None:
+        """Write a status."""
+        self.write(describe_status(status))
+
+
+def _is_terminal() -> bool:
+    """Say whether something can move on stdout: it is a terminal, and rich is there."""
+    return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
 
 
 @contextlib.contextmanager
 def showing() -> Iterator[Display]:
-    """Show progress on stdout, moving where that is a terminal and rich is there."""
-    if sys.stdout.isatty():
-        try:
-            from rich.console import Console
-            from rich.text import Text
-        except ModuleNotFoundError:
-            pass
-        else:
-            console = Console(highlight=False)
-            with console.status("") as status:
+    """Show progress on stdout, moving where that is possible."""
+    if not _is_terminal():
+        yield Lines()
+        return
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.spinner import Spinner
+    from rich.text import Text
 
-                class Moving:
-                    def write(self, line: str) -> None:
-                        console.print(Text(line))
+    console = Console(highlight=False)
+    # What has moved is gone at the end: the lines above it tell what it has led to.
+    with Live(console=console, transient=True) as live:
+        spinners: dict[str, Spinner] = {}
 
-                    def move(self, text: str) -> None:
-                        status.update(Text(f"waiting for {text}"))
+        class Moving:
+            def write(self, line: str) -> None:
+                console.print(Text(line))
 
-                yield Moving()
-            return
-    yield Lines()
+            def move(self, waits: dict[str, str]) -> None:
+                for name in spinners.keys() - waits.keys():
+                    del spinners[name]
+                for name, text in waits.items():
+                    spinners.setdefault(name, Spinner("dots")).update(text=Text(_wait_line(name, text)))
+                live.update(Group(*(spinners[name] for name in waits)))
+
+        yield Moving()
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[Watch]:
+    """Show a status again and again: as a table that is drawn anew where that is possible, else in lines."""
+    if not _is_terminal():
+        yield Lines()
+        return
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    with Live() as live:
+
+        class Moving:
+            def show(self, status: dict[str, Any]) -> None:
+                table = Table(title=Text(_title(status)), title_justify="left", show_header=False)
+                table.add_column(no_wrap=True)
+                table.add_column()
+                for name, text in _rows(status):
+                    table.add_row(name, Text(text))
+                live.update(table, refresh=True)
+
+        yield Moving()
+
+
+def _wait_line(name: str, text: str) -> str:
+    return f"{name}: waiting for {text}" if name else f"waiting for {text}"
 
 
 def describe_outcome(report: RestartReport) -> str:
@@ -114,10 +167,27 @@ def describe_outcome(report: RestartReport) -> str:
 
 def describe_status(status: dict[str, Any]) -> str:
     """Tell a status in lines."""
+    lines = [_title(status)]
+    for name, text in _rows(status):
+        first, *others = text.splitlines()
+        lines.append(f"  {name:<12} {first}")
+        lines += [f"  {'':<12} {line}" for line in others]
+    return "\n".join(lines)
+
+
+def _title(status: dict[str, Any]) -> str:
+    return (
+        f"generation {status['generation']} (pid {status['pid']}): {status['state']}, up {_duration(status['uptime'])}"
+    )
+
+
+def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what there is to tell of a service, each with its name; also of one of an older release."""
     rows = [
         ("connections", str(status["connections"])),
         ("listening", "\n".join(f"{each['address']} ({each['kind']})" for each in status["listeners"]) or "nowhere"),
     ]
+    rows += [(f"worker {each['slot']}", _describe_worker(each)) for each in status.get("workers", ())]
     if (restart := status["restart"]) is not None:
         pid = f" (pid {restart['pid']})" if restart["pid"] is not None else ""
         what = f"{restart['id']} to generation {restart['generation']}{pid}"
@@ -132,16 +202,26 @@ def describe_status(status: dict[str, Any]) -> str:
         )
         for each in status["draining"]
     ]
+    if (process := status.get("process")) is not None:
+        where = f"\nin {process['directory']}" if process["directory"] is not None else ", in a deleted directory"
+        rows.append(("running", f"{process['interpreter']} ({process['python']}){where}"))
     if status["last_report"] is not None:
         rows.append(("last", str(RestartReport.from_json(status["last_report"])).replace("; ", "\n")))
-    lines = [
-        f"generation {status['generation']} (pid {status['pid']}): {status['state']}, up {_duration(status['uptime'])}"
-    ]
-    for name, text in rows:
-        first, *others = text.splitlines()
-        lines.append(f"  {name:<12} {first}")
-        lines += [f"  {'':<12} {line}" for line in others]
-    return "\n".join(lines)
+    return rows
+
+
+def _describe_worker(worker: dict[str, Any]) -> str:
+    """Tell of one worker what is known of it."""
+    text = str(worker["state"]) if worker.get("state") is not None else "unknown"
+    if worker.get("pid") is not None:
+        text = f"pid {worker['pid']}: {text}"
+    if worker.get("generation") is not None:
+        text = f"generation {worker['generation']}, {text}"
+    if worker.get("connections") is not None:
+        text += f", {worker['connections']} connections"
+    if worker.get("waiting_for"):
+        text += f"; waiting for {worker['waiting_for']}"
+    return text
 
 
 def _duration(seconds: float) -> str:

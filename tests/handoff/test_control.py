@@ -266,3 +266,22 @@ def test_hostile_clients_cost_nobody_anything(backend: str, run_service: Run, pa
         service.wait_for_death(service.pids[0])
         assert status(path)["pid"] == second
     assert (clients.refused, clients.lost) == ([], [])
+
+
+@pytest.mark.backends("asyncio", "trio")
+def test_reopen_logs(backend: str, run_service: Run, tmp_path: Path, path: str) -> None:
+    """By command and by signal, and only the latter where nobody else uses it."""
+    log = tmp_path / "app.log"
+    start = f"import logging\nlogging.getLogger().addHandler(logging.FileHandler({str(log)!r}))"
+    service = run_service(backend, ecdysis={"control_socket": path}, at_import=start)
+    log.rename(tmp_path / "app.log.1")
+    assert ask(path, command="reopen-logs") == {"event": "reopened", "handlers": 1}
+    log.unlink(missing_ok=True)
+    service.signal(service.pids[0], signal.SIGUSR1)
+    service.wait_for_log("reopened 1 log file")
+    service.wait_until(log.exists, "nothing is written to the new file")
+    faulthandler = "import faulthandler, signal\nfaulthandler.register(signal.SIGUSR1)"
+    service.configure(at_import=faulthandler)
+    service.restart("settled")
+    service.signal(service.newest(), signal.SIGUSR1)
+    service.wait_for_log("most recent call first")

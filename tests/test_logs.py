@@ -1,0 +1,74 @@
+"""Log files that are moved away while they are written to."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import queue
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ecdysis_async.logs import reopen_logs
+
+
+@pytest.fixture
+def logger(request: pytest.FixtureRequest) -> Iterator[logging.Logger]:
+    """Return a logger of this test's own, whose handlers are closed at its end."""
+    logger = logging.getLogger(f"logs.{request.node.name}")
+    logger.propagate = False
+    yield logger
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+
+
+@pytest.mark.parametrize("mode", ["a", "w"])
+def test_a_file_that_was_moved(mode: str, logger: logging.Logger, tmp_path: Path) -> None:
+    path = tmp_path / "app.log"
+    logger.addHandler(logging.FileHandler(path, mode))
+    logger.warning("one")
+    assert reopen_logs() == 0
+    path.rename(tmp_path / "old")
+    assert reopen_logs() == 1
+    # Another process has been faster, and what it has written stays.
+    path.write_text("theirs\n")
+    logger.warning("two")
+    assert ((tmp_path / "old").read_text(), path.read_text()) == ("one\n", "theirs\ntwo\n")
+    assert reopen_logs() == 0
+
+
+def test_a_file_that_was_removed(logger: logging.Logger, tmp_path: Path) -> None:
+    path = tmp_path / "app.log"
+    logger.addHandler(logging.FileHandler(path))
+    path.unlink()
+    assert reopen_logs() == 1
+    logger.warning("two")
+    assert path.read_text() == "two\n"
+
+
+def test_what_has_no_file_yet(logger: logging.Logger, tmp_path: Path) -> None:
+    logger.addHandler(logging.FileHandler(tmp_path / "app.log", delay=True))
+    logger.addHandler(logging.StreamHandler())
+    assert reopen_logs() == 0
+    assert not (tmp_path / "app.log").exists()
+
+
+def test_a_file_behind_others(logger: logging.Logger, tmp_path: Path) -> None:
+    direct = logging.FileHandler(tmp_path / "direct.log")
+    logger.addHandler(logging.handlers.MemoryHandler(1, target=direct))
+    logger.addHandler(direct)
+    behind = logging.FileHandler(tmp_path / "behind.log")
+    handler = logging.handlers.QueueHandler(queue.SimpleQueue())
+    logger.addHandler(handler)
+    try:
+        (tmp_path / "direct.log").unlink()
+        assert reopen_logs() == 1, "each is counted once"
+        if sys.version_info >= (3, 12):  # earlier a queue does not know its listener
+            handler.listener = logging.handlers.QueueListener(handler.queue, behind)
+            (tmp_path / "behind.log").unlink()
+            assert reopen_logs() == 1
+    finally:
+        behind.close()
