@@ -25,6 +25,7 @@ TOP_TO_BOTTOM = (
     "supervisor",
     "status",
     "control",
+    "health",
     "handover",
     "inheritance",
     "side",
