@@ -23,6 +23,7 @@ __all__ = [
     "RestartWhileDraining",
     "RolledBack",
     "SpawnFailed",
+    "StartupError",
     "SuccessorFailed",
     "TruncatedFrame",
     "UnknownMessage",
@@ -86,6 +87,10 @@ class RestartWhileDraining(RestartError):
 
 class RestartUnsupported(RestartError):
     """This process cannot be restarted in this way, here; the message says what can be done instead."""
+
+
+class StartupError(EcdysisError):
+    """A service cannot start. The text says why, and what to do; what there was of a traceback is on stderr."""
 
 
 class DrainInterrupt(EcdysisError):

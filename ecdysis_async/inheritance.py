@@ -16,7 +16,7 @@ from typing import Any, Final
 import anyio
 
 from .channel import Channel, Frame
-from .errors import ChannelError, GarbledFrame, HandoffAborted
+from .errors import ChannelError, GarbledFrame, HandoffAborted, StartupError
 from .generation import Generation, Numbered
 from .lineage import Ancestor
 from .peer import Death, Peer
@@ -169,8 +169,10 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
             log.warning("the predecessor (pid %d) died; this generation goes on without it", self.predecessor.pid)
         if self.state is Successor.ABORTED:
             if isinstance(cause, BaseException):
-                self.reason = "".join(traceback.format_exception(cause))[-ERROR_BYTES:]
-                self.summary = traceback.format_exception_only(cause)[-1].strip()
+                # Whose traceback, if there is one worth it, the predecessor has read on stderr.
+                is_told = isinstance(cause, StartupError)
+                self.reason = str(cause) if is_told else "".join(traceback.format_exception(cause))[-ERROR_BYTES:]
+                self.summary = str(cause) if is_told else traceback.format_exception_only(cause)[-1].strip()
             else:
                 self.reason = self.summary = _REASONS.get(event, event.value)
             log.warning("the restart is called off, this generation leaves: %s", self.summary)

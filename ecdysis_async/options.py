@@ -22,6 +22,7 @@ from typing import Any
 
 from .addresses import Address, Internet, Unix, parse_address
 from .control_path import default_directory, locate
+from .errors import StartupError
 from .registry import BACKLOG
 from .spawn import read_env_file
 
@@ -38,7 +39,7 @@ ON = ("on", "yes", "true", "1")
 MAX_CONTROL_PATH = 100
 
 
-class OptionError(ValueError):
+class OptionError(StartupError, ValueError):
     """An option that could not work; the text says which one, where it was read, and what would be right."""
 
 
@@ -363,10 +364,10 @@ class Options:
     env_file: str | None = _option(
         None, _file, "KEY=VALUE lines for the environment, read again at each restart.", metavar="PATH"
     )
-    log_level: str = _option(
-        "info",
+    log_level: str | None = _option(
+        None,
         _choice("critical", "error", "warning", "info", "debug", "trace"),
-        "How much is logged.",
+        "How much is logged; info, unless log-config says.",
         metavar="NAME",
     )
     log_config: str | None = _option(None, _file, "Logging set up by an ini, .json or .yaml file.", metavar="PATH")

@@ -44,6 +44,7 @@ TOP_TO_BOTTOM = (
     "transfer",
     "stash",
     "systemd",
+    "logging_setup",
     "options",
     "addresses",
     "control_path",

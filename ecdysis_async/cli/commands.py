@@ -17,6 +17,7 @@ from ecdysis_async.report import RestartReport
 from . import client
 from .client import CommandFailed, Exit
 from .progress import Progress, describe_outcome, describe_status, showing, watching
+from .run import run
 
 __all__ = ["command"]
 
@@ -71,7 +72,10 @@ def print_json(value: Any) -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=CODES)
 @click.version_option(package_name="ecdysis_async")
 def command() -> None:
-    """Restart a service without refusing or losing a connection; stop it, and see how it is."""
+    """Run a service and restart it without refusing or losing a connection; stop it, and see how it is."""
+
+
+command.add_command(run)
 
 
 @command.command(epilog=CODES)

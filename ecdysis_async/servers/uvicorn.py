@@ -10,21 +10,61 @@ import asyncio
 import contextlib
 import contextvars
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import anyio
 import uvicorn
 
+from ecdysis_async.options import Options
 from ecdysis_async.supervisor import Ecdysis
 
+from . import own_options
 from .asgi import Application
 from .departure import Departure
+from .listening import CERT_REQS, open_sockets
 
-__all__ = ["serve"]
+__all__ = ["run", "serve"]
+
+# What `ecdysis run` says itself, or what is the Ecdysis' business.
+OURS = frozenset(
+    {
+        "app",
+        "host",
+        "port",
+        "uds",
+        "fd",
+        "loop",
+        "env_file",
+        "log_config",
+        "log_level",
+        "access_log",
+        "reload",
+        "reload_dirs",
+        "reload_delay",
+        "reload_includes",
+        "reload_excludes",
+        "workers",
+        "proxy_headers",
+        "forwarded_allow_ips",
+        "root_path",
+        "limit_max_requests",
+        "limit_max_requests_jitter",
+        "backlog",
+        "timeout_graceful_shutdown",
+        "timeout_worker_healthcheck",
+        "ssl_keyfile",
+        "ssl_certfile",
+        "ssl_keyfile_password",
+        "ssl_cert_reqs",
+        "ssl_ca_certs",
+        "ssl_ciphers",
+        "factory",
+    }
+)
 
 
-async def serve(ecdysis: Ecdysis, config: uvicorn.Config) -> None:
+async def serve(ecdysis: Ecdysis, config: uvicorn.Config, socks: Sequence[socket.socket] = ()) -> None:
     """Serve an ASGI application until this generation shall leave and its requests are answered.
 
     It announces readiness itself, after the application's start-up. Applications find the event that this generation
@@ -34,6 +74,7 @@ async def serve(ecdysis: Ecdysis, config: uvicorn.Config) -> None:
     Args:
         ecdysis: entered, on a gated loop (``ecdysis_async.run``).
         config: uvicorn's own; what it says of loops, signals, workers and reloading is not used.
+        socks: in place of its host and port, path or descriptor: some of the ``Ecdysis``.
 
     Raises:
         RuntimeError: the loop is not gated, or the application said no more than that its start-up failed.
@@ -52,7 +93,32 @@ async def serve(ecdysis: Ecdysis, config: uvicorn.Config) -> None:
     application = Application(config.loaded_app, departure)
     config.loaded_app = application
     config.http_protocol_class = _keep_context(config.http_protocol_class)
-    await _Server(config, departure, application).serve()
+    await _Server(config, departure, application).serve(list(socks) or None)
+
+
+async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
+    """Serve an ASGI application as the options say."""
+    given = own_options.read("uvicorn", own_options.of_function(uvicorn.Config.__init__), options.server_options, OURS)
+    if options.forwarded_allow_ips is not None:
+        given["forwarded_allow_ips"] = options.forwarded_allow_ips
+    if options.ciphers is not None:
+        given["ssl_ciphers"] = options.ciphers
+    config = uvicorn.Config(
+        app,
+        workers=1,
+        log_config=None,
+        access_log=options.access_log,
+        proxy_headers=options.proxy_headers,
+        root_path=options.root_path,
+        backlog=options.backlog,
+        ssl_certfile=options.certfile,
+        ssl_keyfile=options.keyfile,
+        ssl_keyfile_password=options.keyfile_password,
+        ssl_cert_reqs=CERT_REQS[options.cert_reqs],
+        ssl_ca_certs=options.ca_certs,
+        **given,
+    )
+    await serve(ecdysis, config, await open_sockets(options))
 
 
 class _Server(uvicorn.Server):
@@ -86,7 +152,8 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         with self._departure.ending() as begin:
             begin()
-            await super().shutdown(sockets)
+            # Without the sockets, which it would close: they are the Ecdysis'.
+            await super().shutdown()
 
     async def _exit_when_left(self) -> None:
         await self._departure.see_off()

@@ -1,0 +1,139 @@
+"""websockets: its servers, whose sockets and end are those of the ``Ecdysis``.
+
+Seams, as seen in websockets 17: ``websockets.asyncio.server.serve`` with ``sock``, which asks the loop for a server,
+and with ``create_connection``; ``Server.close`` and its ``close_task``; ``ServerConnection.close``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+from websockets.asyncio.server import Server, ServerConnection
+from websockets.asyncio.server import serve as serve_websockets
+from websockets.exceptions import ConnectionClosed
+
+from ecdysis_async import asyncio_servers
+from ecdysis_async.drain import current_connection
+from ecdysis_async.options import Options
+from ecdysis_async.supervisor import Ecdysis
+
+from . import own_options
+from .departure import RESTARTING, Departure
+from .listening import make_ssl_context, open_sockets
+
+__all__ = ["run", "serve"]
+
+Handler = Callable[[ServerConnection], Awaitable[None]]
+
+# What `ecdysis run` says itself.
+OURS = frozenset({"handler", "host", "port", "sock", "ssl", "logger", "create_connection", "kwargs"})
+
+
+async def serve(
+    ecdysis: Ecdysis,
+    handler: Handler,
+    host: str | Sequence[str] | None = None,
+    port: int | None = None,
+    *,
+    socks: Sequence[socket.socket] = (),
+    **options: Any,
+) -> None:
+    """Serve WebSockets until this generation shall leave and its connections have ended.
+
+    It announces readiness itself. Once this generation leaves, connections are closed with 1012, one after the other
+    until the deadline; a handler may end its own before that, at ``ecdysis.draining``.
+
+    Args:
+        ecdysis: entered, on a gated loop (``ecdysis_async.run``).
+        handler: called with each connection.
+        host: an address, a name, several of them, or None for all.
+        port: a port, or 0 for one that the kernel chooses.
+        socks: in place of host and port: some of the ``Ecdysis``.
+        options: those of ``websockets.asyncio.server.serve``, such as ``ssl`` and ``ping_interval``.
+
+    Raises:
+        RuntimeError: the loop is not gated.
+        OSError: an address cannot be bound.
+
+    Cancelling it closes all connections at once.
+    """
+    departure = Departure(ecdysis)
+    handle = functools.partial(_handle, departure, handler)
+    options["create_connection"] = _accepted(options.get("create_connection") or ServerConnection)
+    places: list[dict[str, Any]] = [{"sock": sock} for sock in socks] or [{"host": host, "port": port}]
+    async with contextlib.AsyncExitStack() as stack:
+        for place in places:
+            await stack.enter_async_context(_serving(handle, departure, place | options))
+        await ecdysis.ready()
+        await departure.see_off()
+
+
+async def run(ecdysis: Ecdysis, handler: Handler, options: Options) -> None:
+    """Serve a handler as the options say."""
+    wanted = own_options.of_function(serve_websockets.__init__)
+    given = own_options.read("websockets", wanted, options.server_options, OURS)
+    sockets = await open_sockets(options)
+    await serve(ecdysis, handler, socks=sockets, ssl=make_ssl_context(options), **given)
+
+
+@contextlib.asynccontextmanager
+async def _serving(handle: Any, departure: Departure, options: dict[str, Any]) -> AsyncIterator[None]:
+    server = await serve_websockets(handle, **options)
+    try:
+        yield
+    finally:
+        with departure.ending() as begin:
+            begin()
+            server.close(code=RESTARTING)
+            await server.wait_closed()
+
+
+async def _handle(departure: Departure, handler: Handler, websocket: ServerConnection) -> None:
+    is_dismissed = False
+
+    async def dismiss() -> None:
+        nonlocal is_dismissed
+        is_dismissed = True
+        await websocket.close(RESTARTING, "the service restarts")
+
+    connection = current_connection.get()
+    if isinstance(connection, asyncio_servers.ServerConnection):
+        # Whom to cancel at the deadline.
+        connection.handler = asyncio.current_task()
+    departure.websockets.add(dismiss)
+    try:
+        await handler(websocket)
+    except ConnectionClosed:
+        # Closed over its head: not worth a traceback in the log for each.
+        if not is_dismissed:
+            raise
+    finally:
+        departure.websockets.discard(dismiss)
+
+
+def _accepted(kind: type[ServerConnection]) -> type[ServerConnection]:
+    """Let what was accepted before a pause open its WebSocket during it: else it is refused, with 503."""
+
+    class Accepted(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, protocol: Any, server: Server, **options: Any) -> None:
+            super().__init__(protocol, _Unpaused(server), **options)
+
+    return Accepted
+
+
+class _Unpaused:
+    """A server, but for the question whether it accepts at this moment: it serves until it is closed."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._server, name)
+
+    def is_serving(self) -> bool:
+        return self._server.close_task is None

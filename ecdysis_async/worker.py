@@ -1,0 +1,190 @@
+"""What a process of ``ecdysis run`` does: load the application, choose server and loop, enter ``Ecdysis`` and serve.
+
+Which servers there are is seen when one is needed; none is imported before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from .control_path import prepare_directory
+from .errors import StartupError
+from .logging_setup import configure_logging
+from .options import OptionError, Options, read_variables
+from .registry import Entry
+from .registry import Kind as SocketKind
+from .status import describe_listeners
+from .supervisor import Ecdysis, State
+from .target import Kind, describe_failure, find_kind, load
+from .threads import run_in_thread
+
+__all__ = ["run"]
+
+logger = logging.getLogger("ecdysis_async")
+
+STARTUP_FAILED = 3
+USAGE = 2
+
+ASGI_SERVERS = ("uvicorn", "hypercorn")
+
+
+def run(options: Options) -> int:
+    """Serve until the service stops or a successor serves; return the exit code.
+
+    Raises:
+        Exception: what broke the service while it served.
+    """
+    try:
+        if options.env_file is not None:
+            os.environ.update(read_variables(options.env_file))
+        configure_logging(options)
+        _run_on(options.loop, functools.partial(_serve, options))
+    except OptionError as error:
+        _say(error)
+        return USAGE
+    except StartupError as error:
+        _say(error)
+        return STARTUP_FAILED
+    return 0
+
+
+def _say(error: Exception) -> None:
+    print(f"ecdysis: {error}", file=sys.stderr, flush=True)  # noqa: T201 - this is the command
+
+
+def _run_on(loop: str, main: Callable[[], Any]) -> None:
+    """Run a coroutine function on the loop of that name.
+
+    Raises:
+        StartupError: it is not installed.
+    """
+    if loop in ("trio", "uvloop") and importlib.util.find_spec(loop) is None:
+        raise StartupError(f"{loop} is not installed: pip install 'ecdysis_async[{loop}]'")
+    if loop == "trio":
+        import trio
+
+        trio.run(main)
+    else:
+        from .loops import run as run_gated
+
+        run_gated(main, loop=loop)  # type: ignore[arg-type] # one of three: see Options
+
+
+class _Service(Ecdysis):
+    """An ``Ecdysis`` that tells in one line what it serves, where, and by what."""
+
+    scheme = ""
+    description = ""
+
+    def describe(self, options: Options, server: str) -> None:
+        """Learn what is about to be served."""
+        scheme = {"main": "", "websockets": "ws"}.get(server, "http")
+        self.scheme = f"{scheme}s" if scheme and options.is_tls else scheme
+        version = "" if server == "main" else f" {importlib.metadata.version(server)}"
+        self.description = f"{options.target} by {server}{version} on {_name_loop(options)}"
+
+    def _log_serving(self) -> None:
+        entries = [entry for entry in self._registry.entries if entry.address != self._control_path]
+        places = ", ".join(map(self._describe_place, entries))
+        control = f", control socket {self._control_path}" if self._control_path is not None else ""
+        self._generation.log.info("serving on %s: %s%s", places or "nothing", self.description, control)
+
+    def _describe_place(self, entry: Entry) -> str:
+        address = describe_listeners([entry])[0]["address"]
+        if entry.kind is SocketKind.UNIX:
+            return f"unix:{address}"
+        return f"{self.scheme}://{address}" if self.scheme and entry.kind is SocketKind.TCP else address
+
+
+def _name_loop(options: Options) -> str:
+    if options.loop == "trio":
+        return "trio"
+    # asyncio is there already, and is not loaded for the sake of services on trio.
+    loop = sys.modules["asyncio"].get_running_loop()
+    return "uvloop" if any(each.__module__.startswith("uvloop") for each in type(loop).__mro__) else "asyncio"
+
+
+async def _serve(options: Options) -> None:
+    async with _Service(
+        ready_timeout=options.ready_timeout,
+        drain_timeout=options.drain_timeout,
+        probation=options.probation,
+        pid_file=options.pid_file,
+        control_socket=await run_in_thread(functools.partial(_find_control_path, options)),
+        env_file=options.env_file,
+    ) as ecdysis:
+        try:
+            app = await load(options.target, app_dir=options.app_dir, factory=options.factory)
+            server = _choose_server(app, options)
+            ecdysis.describe(options, server)
+            if server == "main":
+                await app(ecdysis)
+            else:
+                adapter = importlib.import_module(f"{__package__}.servers.{server}")
+                await adapter.run(ecdysis, app, options)
+        except StartupError:
+            raise
+        except (Exception, SystemExit) as error:
+            if ecdysis.state not in (State.STARTING, State.WAITING):
+                raise
+            # Here and nowhere else: a predecessor reads it, and its restart answers with it.
+            print(describe_failure(error), file=sys.stderr, flush=True)  # noqa: T201 - as above
+            raise StartupError(f"{options.target} cannot start: {type(error).__name__}: {error}") from error
+
+
+def _find_control_path(options: Options) -> str | None:
+    path = options.control_path
+    if path is not None and options.control == "auto":
+        # Nobody has asked for it: a home that cannot be written to is no reason not to serve.
+        try:
+            prepare_directory(path)
+        except OSError as error:
+            logger.warning("there is no control socket, say where by --control PATH: %s", error.strerror or error)
+            return None
+    return path
+
+
+def _choose_server(app: Any, options: Options) -> str:
+    """Find what serves an application, and see that it is there and fits the loop.
+
+    Raises:
+        StartupError: nothing does; the text says what would.
+    """
+    server, target = options.server, options.target
+    if server == "websockets":
+        if not inspect.iscoroutinefunction(app):
+            raise StartupError(f"{target} is no handler of WebSockets, which is an `async def handler(websocket)`")
+    elif "interface" not in options.server_options:
+        server = _server_of(find_kind(app, target), options)
+    elif server == "auto":
+        server = "uvicorn"
+    if server == "main":
+        return server
+    if importlib.util.find_spec(server) is None:
+        raise StartupError(f"{target} needs {server}, which is not installed: pip install 'ecdysis_async[{server}]'")
+    if options.loop == "trio" and server != "hypercorn":
+        raise StartupError(f"{server} does not run on trio: choose another loop, or hypercorn, which does")
+    return server
+
+
+def _server_of(kind: Kind, options: Options) -> str:
+    fitting = {Kind.ASGI: ASGI_SERVERS, Kind.AIOHTTP: ("aiohttp",), Kind.MAIN: ("main",)}[kind]
+    if options.server not in ("auto", *fitting):
+        raise StartupError(
+            f"{options.target} is {kind.value}, which {options.server} does not serve: leave --server out, or take "
+            + " or ".join(fitting)
+        )
+    if options.server != "auto" or kind is not Kind.ASGI:
+        return options.server if options.server != "auto" else fitting[0]
+    if options.loop == "trio":
+        return "hypercorn"
+    return next((each for each in ASGI_SERVERS if importlib.util.find_spec(each) is not None), "uvicorn")
