@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -18,6 +19,7 @@ import anyio
 from .channel import Channel, Frame
 from .errors import (
     ChannelError,
+    DescriptorsLost,
     GarbledFrame,
     ReadyTimeout,
     RestartError,
@@ -114,6 +116,9 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         self._process: Process | None = None
         self._peer: Peer | None = None
         self._gone = anyio.Event()
+        # Not set while this side is to accept again and does not yet.
+        self._resumed = anyio.Event()
+        self._resumed.set()
         self._counters = -1
         self._env_file_keys: tuple[str, ...] = ()
         self._stderr: StderrTail | None = None
@@ -173,18 +178,25 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
 
     async def _break_off(self) -> None:
         """End a restart that cannot go on, so that this side accepts again wherever nobody else may."""
+        if self.state in (Predecessor.SETTLED, Predecessor.STOPPED):
+            # The service is the successor's, or nobody's; the end of this process tells it what is left to be told.
+            return
         if self._process is not None:
             await self._process.end(END_GRACE_SECONDS)
         if self._peer is not None and not self._peer.is_dead():
             self._peer.send_signal(signal.SIGKILL)
             await wait_for_death(self._peer.pidfd)
-        if not self.state.final:
-            await self._resume()
+        is_over = self.state.final
+        if not is_over:
+            # First, so that a stop is heard while this side cannot accept yet: a restart that is over delays none.
             kind, self.state = (
                 (RolledBack, Predecessor.ROLLED_BACK) if self.committed else (SuccessorFailed, Predecessor.FAILED)
             )
             self.report.outcome = Outcome.ROLLED_BACK if kind is RolledBack else Outcome.FAILED
             self._fail(kind("the restart broke down in this process; its log has the traceback"), None)
+        if self.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
+            await self._resume()
+        if not is_over:
             self._on_change(self)
 
     async def let_go(self) -> None:
@@ -323,7 +335,9 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             case PredecessorAction.PAUSE:
                 self._tasks.start_soon(self._pause)
             case PredecessorAction.RESUME:
-                await self._resume()
+                # In a task: where it has to be tried for long, the service can be stopped all the same.
+                self._resumed = anyio.Event()
+                self._tasks.start_soon(self._resume)
             case PredecessorAction.SEND_COMMIT:
                 await self._send(FromPredecessor.COMMIT)
             case PredecessorAction.SEND_SETTLED:
@@ -443,16 +457,27 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         else:
             self.post(PredecessorEvent.PAUSED)
 
+    async def conclude(self) -> None:
+        # A next restart must not begin earlier: this side would open its gate next to that one's successor.
+        await self._resumed.wait()
+
     async def _resume(self) -> None:
+        """Accept again; there is no successor, and nobody else to do it, so it has to work in the end.
+
+        Where the service is stopped meanwhile, the gate has ended, and there is nothing left to open.
+        """
+        is_said = False
         while True:
             try:
                 async with self.generation.gate_lock:
                     await self.generation.plane.gate.open()
             except OSError:
-                # There is no successor, and nobody else to accept: it has to work in the end.
-                self.generation.log.exception("this generation cannot accept again yet; trying on")
+                if not is_said:
+                    is_said = True
+                    self.generation.log.exception("this generation cannot accept again yet; trying on")
                 await anyio.sleep(RESUME_PAUSE_SECONDS)
             else:
+                self._resumed.set()
                 return
 
     async def _end_successor(self) -> None:
@@ -494,6 +519,19 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 what = f"the successor (pid {pid}) ended with {describe_exit(self._exit_status)} while {before.value}"
                 if before is Predecessor.SPAWNING:
                     what += ", before it entered `async with Ecdysis()`"
+            case _, DescriptorsLost() | OSError():
+                # Not the successor's doing, and no change to it would help.
+                what = (
+                    f"this generation (pid {os.getpid()}) could not go on with the restart while {before.value}: "
+                    f"{cause}; the successor (pid {pid}) was ended"
+                )
+                if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+                    what += "; raise the limit of open files (ulimit -n, LimitNOFILE=)"
+            case _, Exception() if not isinstance(cause, ChannelError):
+                what = (
+                    f"this generation (pid {os.getpid()}) could not go on with the restart while {before.value}: "
+                    f"{cause!r}; its log has the traceback"
+                )
             case _:
                 what = f"the successor (pid {pid}) broke the handoff while {before.value}: {cause}"
         committed = before in (Predecessor.COMMITTING, Predecessor.PROBATION)

@@ -33,6 +33,7 @@ from .protocol import (
 from .report import RestartReport
 from .side import COUNTERS, ERROR_BYTES, Side, as_channel_error
 from .stderr_tail import identity, pass_on
+from .tracebacks import describe_failure
 
 __all__ = ["Inheritance"]
 
@@ -171,7 +172,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
             if isinstance(cause, BaseException):
                 # Whose traceback, if there is one worth it, the predecessor has read on stderr.
                 is_told = isinstance(cause, StartupError)
-                self.reason = str(cause) if is_told else "".join(traceback.format_exception(cause))[-ERROR_BYTES:]
+                self.reason = str(cause) if is_told else describe_failure(cause)[-ERROR_BYTES:]
                 self.summary = str(cause) if is_told else traceback.format_exception_only(cause)[-1].strip()
             else:
                 self.reason = self.summary = _REASONS.get(event, event.value)

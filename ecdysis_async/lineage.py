@@ -53,16 +53,19 @@ class Lineage:
 
     async def follow(self, max_draining: int) -> None:
         """Listen to all of them until each one is dead, and tell those beyond ``max_draining`` to hurry."""
-        with anyio.CancelScope() as self._following:
-            if self._is_let_go:
-                return
-            for ancestor in sorted(self.ancestors, key=lambda each: each.generation)[:-max_draining]:
-                with contextlib.suppress(ChannelError):  # it is leaving at this moment
-                    await ancestor.peer.channel.send(Farewell.HURRY, timeout=2)
-            async with anyio.create_task_group() as task_group:
-                for ancestor in self.ancestors:
-                    task_group.start_soon(ancestor.peer.run, functools.partial(self._deliver, ancestor))
-        self._ended.set()
+        try:
+            with anyio.CancelScope() as self._following:
+                if self._is_let_go:
+                    return
+                for ancestor in sorted(self.ancestors, key=lambda each: each.generation)[:-max_draining]:
+                    with contextlib.suppress(ChannelError):  # it is leaving at this moment
+                        await ancestor.peer.channel.send(Farewell.HURRY, timeout=2)
+                async with anyio.create_task_group() as task_group:
+                    for ancestor in self.ancestors:
+                        task_group.start_soon(ancestor.peer.run, functools.partial(self._deliver, ancestor))
+        finally:
+            # However it ends: somebody may wait for that.
+            self._ended.set()
 
     async def let_go(self) -> list[dict[str, Any]]:
         """Listen to them no more; return what a successor has to know to go on where this one ended."""

@@ -84,6 +84,7 @@ class Side(abc.ABC, Generic[State, Event, Action]):
                         # No descriptors, no memory: whatever it is, it fails this restart and not the service.
                         self.generation.log.exception("%s failed", action.value)
                         self.post(self.failed, error)
+            await self.conclude()
         finally:
             # Only now, after the last action: whoever is woken by a failure finds this side accepting again.
             self.over.set()
@@ -91,6 +92,9 @@ class Side(abc.ABC, Generic[State, Event, Action]):
     async def foresee(self, event: Event, cause: object) -> bool:
         """Prepare for an event; return False where another one, which is on its way, must come first."""
         return True
+
+    async def conclude(self) -> None:
+        """Wait for what the final state has set going."""
 
     @abc.abstractmethod
     def changed(self, before: State, event: Event, cause: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 from collections.abc import Callable
@@ -98,7 +99,10 @@ def duplicate_stderr() -> int:
     """Return a duplicate of this process' stderr, or of nothing where it has none."""
     try:
         return os.dup(2)
-    except OSError:  # a daemon that has closed it
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+        # A daemon that has closed it.
         return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 

@@ -52,6 +52,7 @@ TOP_TO_BOTTOM = (
     "logs",
     "signals",
     "threads",
+    "tracebacks",
     "peer",
     "spawn",
     "registry",

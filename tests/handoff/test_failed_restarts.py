@@ -147,6 +147,10 @@ def test_no_descriptors_left(backend: str, run_service: Run) -> None:
             run(f"resource.setrlimit(resource.RLIMIT_NOFILE, {limits})")
             if "outcome" in answer:
                 break
+            if answer["cause"] == "OSError" and answer["error"] != "SpawnFailed":
+                # The successor, which is asked first for everything that goes wrong, has no part in this.
+                assert f"this generation (pid {first}) could not go on" in answer["text"]
+                assert "ulimit -n" in answer["text"]
             assert answer["error"] in ("SpawnFailed", "SuccessorFailed", "RestartError"), answer
             assert control.say("hello").answer()["pid"] == first
             assert service.ask()["pid"] == first

@@ -126,7 +126,12 @@ def test_a_stuck_stderr_stops_neither_a_failure_nor_a_rollback(backend: str, run
     first = service.pids[0]
     with service.begin("hello") as control:
         control.answer()
+
+        def count() -> int:
+            return int(control.say("run", code="len(os.listdir('/proc/self/fd'))").answer())
+
         control.say("run", code=STUCK).answer()
+        before = count()
         service.configure(at_import=QUIET, at_start="raise OSError('no database')")
         failure = control.say("restart", until="settled").answer()
         assert (failure["error"], failure["phase"]) == ("SuccessorFailed", "initialise")
@@ -137,6 +142,8 @@ def test_a_stuck_stderr_stops_neither_a_failure_nor_a_rollback(backend: str, run
         service.signal(second, signal.SIGKILL)
         assert control.answer()["error"] == "RolledBack"
         assert service.ask()["pid"] == first
+        # Neither restart still waits for somebody to read.
+        service.wait_until(lambda: count() == before, f"{count()} descriptors, and it was {before}")
         control.say("run", code=FREE).answer()
     service.configure(at_import="", at_start="")
     assert service.restart("serving")["outcome"] == "serving"

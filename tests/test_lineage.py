@@ -1,0 +1,44 @@
+"""Older generations that are followed, or no more."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import anyio
+
+from ecdysis_async.channel import Channel
+from ecdysis_async.lineage import Ancestor, Lineage
+from ecdysis_async.peer import Peer
+
+
+async def test_what_is_let_go_before_it_is_followed_keeps_nobody_waiting(backend: str) -> None:
+    ours, theirs = socket.socketpair()
+    lineage = Lineage()
+    lineage.ancestors.append(Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid()))))
+    try:
+        with anyio.fail_after(60):
+            told = await lineage.let_go()
+            await lineage.follow(3)
+            assert await lineage.let_go() == told == [{"pid": os.getpid(), "pending": ""}]
+            await lineage.outlive()
+    finally:
+        lineage.close()
+        theirs.close()
+
+
+async def test_a_following_that_is_cancelled_keeps_nobody_waiting(backend: str) -> None:
+    ours, theirs = socket.socketpair()
+    lineage = Lineage()
+    lineage.ancestors.append(Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid()))))
+    try:
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(lineage.follow, 3)
+                await anyio.wait_all_tasks_blocked()
+                task_group.cancel_scope.cancel()
+            await lineage.outlive()
+            await lineage.let_go()
+    finally:
+        lineage.close()
+        theirs.close()
