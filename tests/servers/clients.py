@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
 import struct
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
+from pathlib import Path
 from typing import Any
 
 HOST = "127.0.0.1"
 
-# Nothing takes longer than the drain of a generation.
+# Far more than any answer takes.
 PATIENCE_SECONDS = 20.0
 
 NEW_PAUSE_SECONDS = 0.02
@@ -20,10 +22,17 @@ KEEP_ALIVE_PAUSE_SECONDS = 0.2
 MUTE_SECONDS = 0.05
 SLOW_SECONDS = (0.1, 0.7)
 
+# More than one event is long.
+EVENT_SIZE = 100
+
 TEXT, CLOSE = 0x1, 0x8
 RESTARTING = 1012
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Connect = Callable[[], Awaitable[Streams]]
+
+# Of each kind, how many there are.
+CLIENTS = {"new": 2, "keep-alive": 5, "slow": 3, "silent": 2, "websocket": 4, "stream": 2}
 
 
 class Load:
@@ -34,29 +43,35 @@ class Load:
         generations: who gave them.
         failures: whatever else happened, by kind and error: there must be none.
         goodbyes: connections that the server ended in good order, by kind.
+
+    Args:
+        connect: opens a connection.
+        kinds: of ``CLIENTS``.
     """
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, connect: Connect, kinds: Collection[str] = tuple(CLIENTS)) -> None:
         self.answers: Counter[str] = Counter()
         self.generations: Counter[int] = Counter()
         self.failures: Counter[str] = Counter()
         self.goodbyes: Counter[str] = Counter()
+        self._connect = connect
+        self._kinds = kinds
         self._ended = asyncio.Event()
         self._random = random.Random()
 
     async def run(self) -> None:
+        behaviours = {
+            "new": self._visit,
+            "keep-alive": self._keep_alive,
+            "slow": self._ask_slowly,
+            "silent": self._keep_silent,
+            "websocket": self._talk,
+            "stream": self._listen,
+        }
         async with asyncio.TaskGroup() as clients:
-            for kind, number, client in (
-                ("new", 2, self._visit),
-                ("keep-alive", 5, self._keep_alive),
-                ("slow", 3, self._ask_slowly),
-                ("silent", 2, self._keep_silent),
-                ("websocket", 4, self._talk),
-                ("stream", 2, self._listen),
-            ):
-                for _ in range(number):
-                    clients.create_task(self._repeat(kind, client))
+            for kind in self._kinds:
+                for _ in range(CLIENTS[kind]):
+                    clients.create_task(self._repeat(kind, behaviours[kind]))
 
     def end(self) -> None:
         """Begin nothing new."""
@@ -65,12 +80,11 @@ class Load:
     async def _repeat(self, kind: str, client: Callable[[str, Streams], Awaitable[None]]) -> None:
         while not self._ended.is_set():
             try:
-                async with asyncio.timeout(PATIENCE_SECONDS):
-                    streams = await asyncio.open_connection(HOST, self.port)
-                    try:
-                        await client(kind, streams)
-                    finally:
-                        streams[1].close()
+                streams = await self._connect()
+                try:
+                    await client(kind, streams)
+                finally:
+                    streams[1].close()
             except (OSError, EOFError, AssertionError) as error:
                 self.failures[f"{kind}: {error!r}"] += 1
 
@@ -100,37 +114,47 @@ class Load:
         """Make a request; say whether the connection is good for another one."""
         text = f"{self._random.getrandbits(32):x}"
         streams[1].write(f"GET /{what}/{text} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        headers = await read_head(streams[0])
-        body = await streams[0].readexactly(int(headers["content-length"]))
-        self._note(kind, body.decode(), text)
-        if headers.get("connection") != "close":
-            return True
-        assert await streams[0].read() == b""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            headers = await read_head(streams[0])
+            body = await streams[0].readexactly(int(headers["content-length"]))
+            self._note(kind, body.decode(), text)
+            if headers.get("connection") != "close":
+                return True
+            assert await streams[0].read() == b""
         self.goodbyes[kind] += 1
         return False
 
     async def _listen(self, kind: str, streams: Streams) -> None:
         streams[1].write(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        await read_head(streams[0])
-        event = b""
-        while size := int(await self._unless_ended(streams[0].readuntil(b"\r\n")) or b"0", 16):
-            event = (await streams[0].readexactly(size + 2))[:-2]
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await read_head(streams[0])
+        end = b""
+        while not self._ended.is_set():
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                size = int(await streams[0].readuntil(b"\r\n"), 16)
+                chunk = (await streams[0].readexactly(size + 2))[:-2]
+            if not chunk:
+                break
+            # Of the last chunks, because a proxy cuts them anew.
+            end = (end + chunk)[-EVENT_SIZE:]
             self.answers[kind] += 1
         if not self._ended.is_set():
-            assert event.endswith(b"data: bye\n\n"), event
+            assert end.endswith(b"data: bye\n\n"), end
             self.goodbyes[kind] += 1
 
     async def _talk(self, kind: str, streams: Streams) -> None:
         reader, writer = streams
-        await upgrade(streams)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await upgrade(streams)
         while not self._ended.is_set():
             text = f"{self._random.getrandbits(32):x}"
             writer.write(frame(TEXT, text.encode()))
-            opcode, payload = await read_frame(reader)
-            if opcode == CLOSE:
-                await say_goodbye(streams, payload)
-                self.goodbyes[kind] += 1
-                return
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                opcode, payload = await read_frame(reader)
+                if opcode == CLOSE:
+                    await say_goodbye(streams, payload)
+                    self.goodbyes[kind] += 1
+                    return
             self._note(kind, payload.decode(), text)
             await self._rest(self._random.uniform(0, KEEP_ALIVE_PAUSE_SECONDS))
 
@@ -153,6 +177,16 @@ class Load:
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def by_tcp(port: int) -> Connect:
+    """Connect to a port."""
+    return functools.partial(asyncio.open_connection, HOST, port)
+
+
+def by_unix(path: Path) -> Connect:
+    """Connect to a Unix socket."""
+    return functools.partial(asyncio.open_unix_connection, path)
 
 
 async def fetch(port: int, path: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -120,12 +121,16 @@ class Asgi:
             await send({"type": "websocket.send", "text": f"{who()} {message['text']}"})
 
 
-async def serve_by_uvicorn(ecdysis: Ecdysis, directory: Path) -> None:
+async def serve_by_uvicorn(
+    ecdysis: Ecdysis, directory: Path, http: Any = "httptools", ws: Any = "websockets-sansio"
+) -> None:
     import uvicorn
 
     import ecdysis_async.servers.uvicorn as adapter
 
-    config = uvicorn.Config(Asgi(directory), port=0, timeout_keep_alive=60, access_log=False, log_level="warning")
+    config = uvicorn.Config(
+        Asgi(directory), port=0, http=http, ws=ws, timeout_keep_alive=60, access_log=False, log_level="warning"
+    )
     await adapter.serve(ecdysis, config)
 
 
@@ -186,6 +191,7 @@ async def serve_by_aiohttp(ecdysis: Ecdysis, directory: Path) -> None:
 
 SERVE: dict[str, Callable[[Ecdysis, Path], Awaitable[None]]] = {
     "uvicorn": serve_by_uvicorn,
+    "uvicorn-h11": functools.partial(serve_by_uvicorn, http="h11", ws="wsproto"),
     "hypercorn": serve_by_hypercorn,
     "aiohttp": serve_by_aiohttp,
 }
@@ -193,7 +199,8 @@ SERVE: dict[str, Callable[[Ecdysis, Path], Awaitable[None]]] = {
 
 async def main() -> None:
     server, _, directory, options = sys.argv[1:]
-    departure.GRACE_SECONDS = 0.2
+    if (Path(directory) / "endless").exists():
+        departure.GRACE_SECONDS = 0.2
     ecdysis = Ecdysis(**json.loads(options))
     async with ecdysis:
         serving = asyncio.create_task(tell_serving(ecdysis))

@@ -4,115 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ecdysis_async import Outcome, RestartReport
-from tests.servers.clients import CLOSE, HOST, Load, fetch, read_frame, read_head, say_goodbye, upgrade
+from ecdysis_async import Outcome
+from tests.servers.clients import CLOSE, HOST, Load, by_tcp, fetch, read_frame, read_head, say_goodbye, upgrade
+from tests.servers.harness import PATIENCE_SECONDS, find_blemishes, running
 
-PROJECT = Path(__file__).resolve().parents[2]
-SERVICE = Path(__file__).with_name("service.py")
+SERVERS = ["uvicorn", "uvicorn-h11", "hypercorn", "aiohttp"]
 
-SERVERS = ["uvicorn", "hypercorn", "aiohttp"]
-
-PATIENCE_SECONDS = 30.0
 RESTARTS = 10
 WEBSOCKETS = 10
 
 # A tenth of the time over which WebSockets are closed.
-SPREAD_SECONDS = 0.15
+SPREAD_SECONDS = 0.3
 
 # Longer than any request, and than any client's pause; and none is hurried because too many drain.
-SETTINGS = {"probation": 0.05, "drain_timeout": 2, "max_draining": RESTARTS + 1}
-
-# What a healthy service never writes.
-BLEMISHES = ("Exception ignored", "Warning", "never awaited", "never retrieved", "ERROR", "does not end")
-
-
-class Service:
-    """A service and what its generations tell.
-
-    Attributes:
-        port: where it serves.
-        pids: of the generations that have served.
-        reports: of those that have ended, of the restart that each was shed by.
-        shutdowns: the state that each was in when its application was shut down.
-    """
-
-    def __init__(self, facts: asyncio.StreamReader) -> None:
-        self.port = 0
-        self.pids: list[int] = []
-        self.reports: dict[int, RestartReport | None] = {}
-        self.shutdowns: dict[int, str] = {}
-        self._facts = facts
-        self._news = asyncio.Condition()
-
-    async def listen(self) -> None:
-        """Take note of everything, to the end of the last generation."""
-        while line := await self._facts.readline():
-            fact = json.loads(line)
-            match fact["event"]:
-                case "serving":
-                    self.port = fact["address"][1]
-                    self.pids.append(fact["pid"])
-                case "shutdown":
-                    self.shutdowns[fact["pid"]] = fact["state"]
-                case "ended":
-                    report = fact["report"]
-                    self.reports[fact["pid"]] = None if report is None else RestartReport.from_json(report)
-            async with self._news:
-                self._news.notify_all()
-
-    async def wait_for_generations(self, number: int) -> None:
-        async with asyncio.timeout(PATIENCE_SECONDS), self._news:
-            await self._news.wait_for(lambda: len(self.pids) >= number)
-
-    async def wait_for_ends(self, number: int) -> None:
-        async with self._news:
-            await self._news.wait_for(lambda: len(self.reports) >= number)
-
-    async def restart(self) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(await asyncio.wait_for(fetch(self.port, "/restart"), PATIENCE_SECONDS))
-        return answer
-
-
-@contextlib.asynccontextmanager
-async def running(server: str, loop: str, directory: Path) -> AsyncIterator[Service]:
-    """Run a service; stop it, and wait until the last of its processes has let go of stdout."""
-    command = [sys.executable, "-W", "error", str(SERVICE), server, loop, str(directory), json.dumps(SETTINGS)]
-    with (directory / "stderr").open("wb") as stderr:
-        first = subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": str(PROJECT)}, stdout=subprocess.PIPE, stderr=stderr
-        )
-    facts = asyncio.StreamReader()
-    assert first.stdout is not None
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(facts), first.stdout
-    )
-    service = Service(facts)
-    listening = asyncio.create_task(service.listen())
-    try:
-        await service.wait_for_generations(1)
-        yield service
-        os.kill(service.pids[-1], signal.SIGTERM)
-        await asyncio.wait_for(asyncio.shield(listening), PATIENCE_SECONDS)
-    finally:
-        if not listening.done():
-            for pid in service.pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        await listening
-        first.kill()
-        first.wait()
-        transport.close()
+SETTINGS = {"probation": 0.05, "drain_timeout": 4, "max_draining": RESTARTS + 1}
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -122,9 +31,9 @@ def test_restarts_under_load_lose_nothing(server: str, loop: str, tmp_path: Path
 
 
 async def restart_under_load(server: str, loop: str, directory: Path) -> None:
-    async with running(server, loop, directory) as service:
+    async with running(server, loop, directory, **SETTINGS) as service:
         assert await fetch(service.port, "/nodelay") == "True"
-        clients = Load(service.port)
+        clients = Load(by_tcp(service.port))
         async with asyncio.TaskGroup() as task_group:
             task_group.create_task(clients.run())
             for number in range(RESTARTS):
@@ -149,8 +58,7 @@ async def restart_under_load(server: str, loop: str, directory: Path) -> None:
     assert sum(report.drain.silent for report in reports if report) >= clients.goodbyes["silent"]
     # No shutdown begins before the restart has settled; and none is missing.
     assert service.shutdowns == dict.fromkeys(service.pids, "draining")
-    blemishes = [line for line in (directory / "stderr").read_text().splitlines() if any(b in line for b in BLEMISHES)]
-    assert [line for line in blemishes if "this release is broken" not in line and "startup failed" not in line] == []
+    assert find_blemishes(directory) == []
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -159,7 +67,7 @@ def test_each_connection_gets_its_own_goodbye(server: str, tmp_path: Path) -> No
 
 
 async def say_goodbye_to_each(server: str, directory: Path) -> None:
-    async with running(server, "asyncio", directory) as service, contextlib.AsyncExitStack() as stack:
+    async with running(server, "asyncio", directory, **SETTINGS) as service, contextlib.AsyncExitStack() as stack:
 
         async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
             streams = await asyncio.open_connection(HOST, service.port)
@@ -209,7 +117,7 @@ def test_a_shutdown_without_end_is_ended(server: str, tmp_path: Path) -> None:
 
 
 async def start_and_stop(server: str, directory: Path) -> None:
-    async with running(server, "asyncio", directory) as service:
+    async with running(server, "asyncio", directory, **SETTINGS) as service:
         pass
     assert service.shutdowns == dict.fromkeys(service.pids, "draining")
     assert set(service.reports) == set(service.pids)
