@@ -21,6 +21,7 @@ from .errors import (
     RolledBack,
     SpawnFailed,
     SuccessorFailed,
+    TakeoverFailed,
 )
 from .report import DrainCount, Outcome, Phase, RestartReport
 from .supervisor import Ecdysis, State, current, track, until_draining
@@ -47,6 +48,7 @@ __all__ = [
     "SpawnFailed",
     "State",
     "SuccessorFailed",
+    "TakeoverFailed",
     "current",
     "run",
     "track",

@@ -13,6 +13,8 @@ One request a connection, each message one line of JSON::
     {"command": "stop"}                          {"event": "accepted", "pid": …}, {"event": "phase", …} …,
                                                  {"event": "done"}
     {"command": "reopen-logs"}                   {"event": "reopened", "handlers": …}
+    {"command": "takeover"}                      {"event": "accepted", "id": …, "pid": …}, with the successor's end of a
+                                                 channel as its descriptor; or {"event": "failed", "error": …, …}
 
 What cannot be served is answered by ``{"event": "error", "message": …}``. The last line ends the connection; a client
 that leaves earlier changes nothing of what it has asked for.
@@ -35,10 +37,12 @@ import anyio.to_thread
 
 from .accept import BROKEN_CONNECTION, AcceptingEnded, GatedSocket
 from .control_path import ControlLock, prepare_directory
-from .errors import RestartError
+from .errors import RestartError, SpawnFailed
+from .generation import Spawner
 from .plane import Plane
 from .registry import Entry, Until
 from .report import RestartReport
+from .spawn import Child, Process
 
 __all__ = ["Changes", "ControlServer", "Controlled", "Restart"]
 
@@ -59,6 +63,9 @@ HEARTBEAT_SECONDS = 1.0
 
 # How long the end of the service waits for its last answers to be read, seconds.
 FAREWELL_SECONDS = 1.0
+
+# socket(7), since Linux 6.5; the module socket does not have it.
+SO_PEERPIDFD = 77
 
 # struct ucred of unix(7): pid, uid, gid.
 CREDENTIALS = struct.Struct("@iII")
@@ -106,6 +113,8 @@ class Controlled:
         stop: stops the service.
         changes: announces each change of the status.
         reopen_logs: lets log files that were moved be opened anew; returns how many.
+        begin_takeover: begins a restart whose successor is not started, but passed on to; or raises a
+            ``RestartError``.
         workers: tells of each worker, where there are several, an object with "slot" and "waiting_for", what its
             restart or its drain waits for at this moment.
     """
@@ -117,6 +126,7 @@ class Controlled:
     stop: Callable[[], None]
     changes: Changes
     reopen_logs: Callable[[], Awaitable[int]]
+    begin_takeover: Callable[[Spawner], Restart]
     workers: Callable[[], list[dict[str, Any]]] = list
 
 
@@ -249,13 +259,15 @@ class ControlServer:
                 await self._restart(client, until)
             case {"command": "stop"}:
                 await self._stop(client)
+            case {"command": "takeover"}:
+                await self._pass_on(client)
             case {"command": "reopen-logs"}:
                 await client.send("reopened", handlers=await self.controlled.reopen_logs())
             case _:
                 await client.send(
                     "error",
                     message='there is no such request: "command" is "status", "restart" (with "until": "serving", '
-                    '"settled" or "drained"), "verdict" (with "id"), "stop" or "reopen-logs"',
+                    '"settled" or "drained"), "verdict" (with "id"), "stop", "reopen-logs" or "takeover"',
                 )
 
     async def _restart(self, client: _Client, until: str) -> None:
@@ -280,6 +292,34 @@ class ControlServer:
                 await client.send("done", report=restart.report.to_json())
             else:
                 await client.send("failed", **_describe(failure), report=restart.report.to_json())
+
+    async def _pass_on(self, client: _Client) -> None:
+        """Let the process at the other end be the successor."""
+        is_passed = False
+        pid, pidfd = client.identify()
+        newcomer = Process(pid, pidfd)
+
+        async def pass_channel(channel: socket.socket, stderr: int) -> Child:
+            nonlocal is_passed
+            try:
+                client.send_with(channel, "accepted", id=restart.report.id, pid=os.getpid())
+            except ClientGone as error:
+                raise SpawnFailed(f"the process that asked for the sockets (pid {pid}) has left") from error
+            is_passed = True
+            return newcomer
+
+        try:
+            restart = self.controlled.begin_takeover(pass_channel)
+            with self._until_told():
+                await restart.wait("serving")
+        except RestartError as error:
+            # Later it is told by the channel, which it has.
+            if not is_passed:
+                await client.send("failed", **_describe(error), report=None)
+        finally:
+            # Else it belongs to the restart, and is needed until its end.
+            if not is_passed:
+                newcomer.close()
 
     async def _stop(self, client: _Client) -> None:
         with self._until_told():
@@ -353,6 +393,50 @@ class _Client:
         credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
         uid: int = CREDENTIALS.unpack(credentials)[1]
         return uid
+
+    def identify(self) -> tuple[int, int]:
+        """Return the process that connected, and a new pidfd of it.
+
+        Raises:
+            ClientGone: it has ended. ValueError: it cannot be watched from here.
+        """
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        pid: int = CREDENTIALS.unpack(credentials)[0]
+        if pid == 0:
+            raise ValueError("it is in another pid namespace (another container)")
+        with contextlib.suppress(OSError):  # Linux before 6.5, or a peer that was reaped
+            return pid, self._sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError as error:
+            raise ClientGone from error
+        # It was there after its number was looked up, so that nobody else has got the number.
+        if self.has_left():
+            os.close(pidfd)
+            raise ClientGone("it has ended")
+        return pid, pidfd
+
+    def has_left(self) -> bool:
+        """Say whether it has closed its end, or said something more than its request."""
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def send_with(self, passed: socket.socket, event: str, **facts: Any) -> None:
+        """Send the first message, for which there is room, and a duplicate of a socket with it.
+
+        Raises:
+            ClientGone: it has left.
+        """
+        line = json.dumps({"event": event, **facts}).encode() + b"\n"
+        try:
+            socket.send_fds(self._sock, [line], [passed.fileno()])
+        except OSError as error:
+            raise ClientGone from error
 
     async def receive(self) -> Any:
         """Wait for its request: a line, or what it had said when it said that there will be no more.

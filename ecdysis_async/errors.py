@@ -25,6 +25,7 @@ __all__ = [
     "SpawnFailed",
     "StartupError",
     "SuccessorFailed",
+    "TakeoverFailed",
     "TruncatedFrame",
     "UnknownMessage",
     "VersionMismatch",
@@ -91,6 +92,10 @@ class RestartUnsupported(RestartError):
 
 class StartupError(EcdysisError):
     """A service cannot start. The text says why, and what to do; what there was of a traceback is on stderr."""
+
+
+class TakeoverFailed(StartupError):
+    """There is no service whose sockets this process could take over, or it does not hand them over."""
 
 
 class DrainInterrupt(EcdysisError):

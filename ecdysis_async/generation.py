@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +14,12 @@ import anyio
 from .lineage import Lineage
 from .plane import Plane
 from .settings import Settings
+from .spawn import Child
 
-__all__ = ["Generation", "Numbered"]
+__all__ = ["Generation", "Numbered", "Spawner"]
+
+Spawner = Callable[[socket.socket, int], Awaitable[Child]]
+"""Starts a successor with its end of the channel and its stderr, which stay the caller's; raises a RestartError."""
 
 
 class Numbered(logging.LoggerAdapter[logging.Logger]):

@@ -27,7 +27,7 @@ from .errors import (
     SpawnFailed,
     SuccessorFailed,
 )
-from .generation import Generation
+from .generation import Generation, Spawner
 from .peer import Death, Peer, wait_for_death
 from .protocol import (
     VERSIONS,
@@ -44,7 +44,7 @@ from .protocol import (
 from .registry import Entry
 from .report import Outcome, Phase, RestartReport
 from .side import COUNTERS, ERROR_BYTES, Side, as_channel_error
-from .spawn import Process, describe_exit, describe_launch, spawn
+from .spawn import Child, describe_exit, describe_launch, spawn
 from .stderr_tail import StderrTail, duplicate_stderr
 from .threads import run_in_thread
 
@@ -80,6 +80,11 @@ _OUTCOMES: Final = {
 class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
     """One restart, as the generation that was asked for it carries it out.
 
+    Args:
+        generation: the predecessor.
+        on_change: called after each change of the state.
+        spawner: who brings the successor, where it is not started in the way of this generation.
+
     Attributes:
         report: what stands so far.
         error: why there is no successor, once it failed.
@@ -90,7 +95,9 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
     timed_out = PredecessorEvent.TIMED_OUT
     failed = PredecessorEvent.BROKEN
 
-    def __init__(self, generation: Generation, on_change: Callable[[Handover], None]) -> None:
+    def __init__(
+        self, generation: Generation, on_change: Callable[[Handover], None], *, spawner: Spawner | None = None
+    ) -> None:
         super().__init__(Predecessor.SPAWNING, step_predecessor, generation)
         settings = generation.settings
         self.limits = {
@@ -113,7 +120,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         self._entries: list[Entry] = []
         self._entered = time.monotonic()
         self._paused_at = math.nan
-        self._process: Process | None = None
+        self._spawner = spawner or self._spawn
+        self._process: Child | None = None
         self._peer: Peer | None = None
         self._gone = anyio.Event()
         # Not set while this side is to accept again and does not yet.
@@ -359,7 +367,6 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         Raises:
             RestartError: it could not be run.
         """
-        settings = self.generation.settings
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as error:
@@ -375,15 +382,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 f"no pipe for a successor: {error}; is the limit of open files reached?", phase=Phase.START
             ) from error
         try:
-            # In a thread: looking for files may block, and so does vfork until the exec is done (vfork(2)).
-            def start() -> Process:
-                launch, self._env_file_keys = describe_launch(
-                    settings.command, settings.environment, settings.env_file, self.generation.env_file_keys
-                )
-                assert self._stderr is not None
-                return spawn(launch, theirs, self._stderr.write_end, is_kept=self.generation.is_supervised)
-
-            self._process = await run_in_thread(start)
+            self._process = await self._spawner(theirs, self._stderr.write_end)
             self._peer = Peer(Channel(ours), os.dup(self._process.pidfd))
         except BaseException as error:
             ours.close()
@@ -396,6 +395,18 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             theirs.close()
             self._stderr.close_write_end()
         self.report.successor_pid = self._process.pid
+
+    async def _spawn(self, channel: socket.socket, stderr: int) -> Child:
+        settings = self.generation.settings
+
+        # In a thread: looking for files may block, and so does vfork until the exec is done (vfork(2)).
+        def start() -> Child:
+            launch, self._env_file_keys = describe_launch(
+                settings.command, settings.environment, settings.env_file, self.generation.env_file_keys
+            )
+            return spawn(launch, channel, stderr, is_kept=self.generation.is_supervised)
+
+        return await run_in_thread(start)
 
     async def _send(
         self, message: FromPredecessor, body: Mapping[str, Any] | None = None, descriptors: Sequence[int] = ()

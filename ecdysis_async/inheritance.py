@@ -46,6 +46,12 @@ COMMIT_SECONDS = 120.0
 class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
     """The start of a generation that has a predecessor.
 
+    Args:
+        sock: the channel.
+        generation: this one.
+        on_change: called after each change of the state.
+        is_child: whether the predecessor has started this process, and given it a pipe for its stderr.
+
     Attributes:
         opened: set when this generation accepts, or never will.
         predecessor: what is known of the predecessor, once its sockets are here.
@@ -59,7 +65,14 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
     failed = SuccessorEvent.FAILED
     limits: Mapping[Timer, float] = {Timer.LISTENERS: LISTENERS_SECONDS, Timer.COMMIT: COMMIT_SECONDS}
 
-    def __init__(self, sock: socket.socket, generation: Generation, on_change: Callable[[Inheritance], None]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        generation: Generation,
+        on_change: Callable[[Inheritance], None],
+        *,
+        is_child: bool = True,
+    ) -> None:
         super().__init__(Successor.GREETING, step_successor, generation)
         self.opened = anyio.Event()
         self.predecessor: Ancestor | None = None
@@ -71,7 +84,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         self._inherited = 0
         # The service's real stderr, and the pipe that stands in its place until this generation is ready.
         self._stderr = -1
-        self._stderr_pipe = identity(2)
+        self._stderr_pipe = identity(2) if is_child else None
         self._stderr_read_end = -1
 
     async def greet(self) -> None:

@@ -16,12 +16,14 @@ import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import anyio
 
 from .errors import RestartError, RestartUnsupported, SpawnFailed
 
 __all__ = [
+    "Child",
     "Launch",
     "Process",
     "claim_channel",
@@ -98,6 +100,30 @@ class Launch:
     arguments: tuple[str, ...]
     directory: str | None
     environment: dict[str, str]
+
+
+class Child(Protocol):
+    """A successor's process, whoever its parent is: this process, or the anchor that this one works for."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    @property
+    def pidfd(self) -> int:
+        """Readable once it is dead."""
+
+    async def wait(self) -> int:
+        """Wait until it is dead and reaped; return its exit status, or the negative number of the signal."""
+
+    async def end(self, grace: float) -> int:
+        """Send SIGTERM, and SIGKILL if it lives on for ``grace`` seconds; return what :meth:`wait` does."""
+
+    async def let_go(self) -> None:
+        """Let it be a child of systemd, where it shall become the main process of a unit."""
+
+    def close(self) -> None:
+        """Let go of the pidfd, where it belongs to this object; harmless if done already."""
 
 
 class Process:

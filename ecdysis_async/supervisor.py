@@ -38,7 +38,7 @@ from .errors import (
     RestartWhileDraining,
 )
 from .gate import Gate
-from .generation import Generation, Numbered
+from .generation import Generation, Numbered, Spawner
 from .handover import Handover
 from .inheritance import Inheritance
 from .lineage import Ancestor
@@ -59,6 +59,7 @@ from .status import (
     report_of,
 )
 from .systemd import check_unit, claim_activation, find_systemd
+from .takeover import ask_for_channel
 from .threads import run_in_thread
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ class Ecdysis:
             service's own, or a bare name in the default directory, where they find it by themselves.
         systemd: whether to speak to systemd, and to take the sockets it has passed; None: if it started this process
             with NOTIFY_SOCKET (Type=notify), or with sockets; True: NOTIFY_SOCKET must be there; False: never.
-        takeover: not in this release; anything but None is refused.
+        takeover: the control socket of a running service, of which this process takes the sockets over as if that
+            one had started it. A successor of this process, whose sockets come from its predecessor, ignores it.
         command: the successor's command line; the one of this process where it is None.
         environment: the successor's complete environment; that of this process where it is None.
         env_file: a file of KEY=VALUE lines, read afresh at each restart, on top of the environment. A variable whose
@@ -180,8 +182,6 @@ class Ecdysis:
         env_file: StrPath | None = None,
         takeover: StrPath | None = None,
     ) -> None:
-        if takeover:
-            raise ValueError("takeover is not in this release: leave it out")
         self._settings = Settings(
             ready_timeout=ready_timeout,
             drain_timeout=drain_timeout,
@@ -199,6 +199,7 @@ class Ecdysis:
         self._systemd = find_systemd(systemd)
         self._takes_activation = systemd is not False
         self._control_path = locate(control_socket) if control_socket is not None else None
+        self._takeover_path = locate(takeover) if takeover is not None else None
         self._control: ControlServer | None = None
         self._state = State.STARTING
         self._registry = Registry()
@@ -287,8 +288,11 @@ class Ecdysis:
             self._resources.callback(self._registry.close, unlink=False)
             self._resources.callback(self._generation.lineage.close)
             sock, _channel = _channel, None
+            is_child = sock is not None
+            if sock is None and self._takeover_path is not None:
+                sock = await run_in_thread(functools.partial(ask_for_channel, self._takeover_path))
             if sock is not None:
-                self._inheritance = Inheritance(sock, self._generation, self._on_inheritance)
+                self._inheritance = Inheritance(sock, self._generation, self._on_inheritance, is_child=is_child)
                 self._resources.callback(self._inheritance.close)
                 await self._inheritance.greet()
             else:
@@ -314,7 +318,8 @@ class Ecdysis:
             self._task_group.start_soon(self._tell_status)
         if self._inheritance is not None:
             self._task_group.start_soon(self._inherit, self._inheritance)
-        else:
+        if not is_child:
+            # Also a newcomer: where there is a systemd, this is the main process of a unit of its own.
             self._systemd.begin()
             self._systemd.ask_for_time(self._settings.ready_timeout)
         if self._control is not None:
@@ -473,6 +478,7 @@ class Ecdysis:
                 # The body is being cancelled; but a task that was woken before gets one more turn on asyncio.
                 await anyio.sleep_forever()
             self._log_serving()
+            self._tell_serving()
             return
         async with self._generation.gate_lock:
             # Also where the task that will accept has not had its turn yet, which on trio is a matter of chance: who
@@ -842,7 +848,7 @@ class Ecdysis:
         self._generation.log.info("reopened %s", "1 log file" if count == 1 else f"{count} log files")
         return count
 
-    def _begin_restart(self) -> Handover:
+    def _begin_restart(self, spawner: Spawner | None = None) -> Handover:
         if self._state in (State.DRAINING, State.ENDED):
             raise RestartWhileDraining("this generation is leaving; ask the newest one")
         if self._handover is not None and not self._handover.over.is_set():
@@ -861,7 +867,7 @@ class Ecdysis:
                 "this process is PID 1 and must not leave: a restart would end the container. "
                 "Run the service by `ecdysis run`, which keeps one process in front of all generations"
             )
-        handover = Handover(self._generation, self._on_handover)
+        handover = Handover(self._generation, self._on_handover, spawner=spawner)
         self._handover, self._last_report = handover, handover.report
         self._handed_over, self._main_named = anyio.Event(), anyio.Event()
         self._note_change()
@@ -1033,10 +1039,20 @@ class Ecdysis:
             stop=self.stop,
             changes=self._changes,
             reopen_logs=self._reopen_logs,
+            begin_takeover=self._hand_over_to,
         )
 
     def _restart(self) -> Restart:
         handover = self._begin_restart()
+        return Restart(handover.report, functools.partial(self._see_through, handover))
+
+    def _hand_over_to(self, spawner: Spawner) -> Restart:
+        if self._systemd.is_there:
+            raise RestartUnsupported(
+                "this service belongs to a unit of systemd, which ends it, and starts it again, when its main process "
+                "is another unit's: restart it by systemctl reload or ecdysis restart, or stop it"
+            )
+        handover = self._begin_restart(spawner)
         return Restart(handover.report, functools.partial(self._see_through, handover))
 
     def _note_change(self) -> None:

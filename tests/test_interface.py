@@ -32,6 +32,7 @@ PUBLIC = {
     "SpawnFailed",
     "State",
     "SuccessorFailed",
+    "TakeoverFailed",
     "current",
     "run",
     "track",
@@ -162,7 +163,7 @@ def test_an_error_shows_the_last_lines_of_stderr() -> None:
         ({"control_socket": ""}, "a control socket is a path"),
         ({"control_socket": "@abstract"}, "a control socket is a path"),
         ({"systemd": True}, "NOTIFY_SOCKET is not set"),
-        ({"takeover": "/run/x"}, "takeover is not in this release"),
+        ({"takeover": "@abstract"}, "a control socket is a path"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_where_it_is_given(options: dict[str, object], message: str) -> None:

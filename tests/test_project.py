@@ -24,6 +24,7 @@ TOP_TO_BOTTOM = (
     "anchor",
     "supervisor",
     "status",
+    "takeover",
     "control",
     "health",
     "handover",

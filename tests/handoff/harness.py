@@ -190,6 +190,7 @@ class Service:
         self.statuses: dict[int, int | None] = {}
         self.expected_blemishes: tuple[str, ...] = ()
         self._pidfds: dict[int, int] = {}
+        self._children: list[subprocess.Popen[bytes]] = []
         self._events: list[Json] = []
         self._unread = b""
 
@@ -224,6 +225,10 @@ class Service:
         fcntl.fcntl(self._fifo, fcntl.F_SETPIPE_SZ, FIFO_SIZE)
         self._former_children = set(psutil.Process().children())
         set_subreaper(enabled=True)
+        self.start_another()
+
+    def start_another(self) -> int:
+        """Run one more process by the same command line, which no generation has asked for; return its pid."""
         with self.log_path.open("ab") as log, self.output_path.open("ab") as output:
             child = subprocess.Popen(
                 self.command,
@@ -234,8 +239,9 @@ class Service:
                 cwd=self.directory,
                 start_new_session=True,
             )
-        self._child = child
+        self._children.append(child)
         self._know(child.pid)
+        return child.pid
 
     def wait_until_serving(self) -> None:
         """Wait for the first generation, and learn where it is."""
@@ -388,7 +394,8 @@ class Service:
                 os.close(pidfd)
             reap(orphan.pid)
         set_subreaper(enabled=False)
-        self._child.returncode = 0  # reaped here, and not by Popen
+        for child in self._children:
+            child.returncode = 0  # reaped here, and not by Popen
 
     def _know(self, pid: int) -> None:
         if pid not in self.pids:
