@@ -37,7 +37,7 @@ import anyio.to_thread
 
 from .accept import BROKEN_CONNECTION, AcceptingEnded, GatedSocket
 from .control_path import ControlLock, prepare_directory
-from .errors import RestartError, SpawnFailed
+from .errors import RestartError, RestartUnsupported, SpawnFailed
 from .generation import Spawner
 from .plane import Plane
 from .registry import Entry, Until
@@ -101,6 +101,13 @@ class Restart:
     wait: Callable[[str], Awaitable[RestartReport]]
 
 
+def _refuse_takeover(spawner: Spawner) -> Restart:
+    raise RestartUnsupported(
+        "`ecdysis run` does not hand its sockets over to another process: deploy by `ecdysis restart`, and a new "
+        "version of the library by `ecdysis restart --anchor`"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Controlled:
     """What can be asked of a generation.
@@ -126,7 +133,7 @@ class Controlled:
     stop: Callable[[], None]
     changes: Changes
     reopen_logs: Callable[[], Awaitable[int]]
-    begin_takeover: Callable[[Spawner], Restart]
+    begin_takeover: Callable[[Spawner], Restart] = _refuse_takeover
     workers: Callable[[], list[dict[str, Any]]] = list
 
 
