@@ -33,6 +33,7 @@ class Service:
         pids: of the generations that have served.
         reports: of those that have ended, of the restart that each was shed by.
         shutdowns: the state that each was in when its application was shut down.
+        notes: what a page in a browser has told.
     """
 
     def __init__(self, facts: asyncio.StreamReader) -> None:
@@ -40,6 +41,7 @@ class Service:
         self.pids: list[int] = []
         self.reports: dict[int, RestartReport | None] = {}
         self.shutdowns: dict[int, str] = {}
+        self.notes: list[str] = []
         self._facts = facts
         self._news = asyncio.Condition()
 
@@ -53,6 +55,8 @@ class Service:
                     self.pids.append(fact["pid"])
                 case "shutdown":
                     self.shutdowns[fact["pid"]] = fact["state"]
+                case "note":
+                    self.notes.append(fact["text"])
                 case "ended":
                     report = fact["report"]
                     self.reports[fact["pid"]] = None if report is None else RestartReport.from_json(report)
@@ -66,6 +70,10 @@ class Service:
     async def wait_for_ends(self, number: int) -> None:
         async with self._news:
             await self._news.wait_for(lambda: len(self.reports) >= number)
+
+    async def wait_for_notes(self, number: int) -> None:
+        async with asyncio.timeout(PATIENCE_SECONDS), self._news:
+            await self._news.wait_for(lambda: len(self.notes) >= number)
 
     async def restart(self) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(await asyncio.wait_for(fetch(self.port, "/restart"), PATIENCE_SECONDS))

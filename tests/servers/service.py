@@ -1,7 +1,8 @@
 """The service of these tests: one application, written for ASGI and for aiohttp, on the server and loop asked for.
 
 Each generation writes a line of JSON to stdout when it serves, and one with its report when it has ended. Paths:
-``/echo/TEXT``, ``/slow/SECONDS/TEXT``, ``/events`` (ends when the generation leaves), ``/ws`` (echoes), ``/restart``.
+``/echo/TEXT``, ``/slow/SECONDS/TEXT``, ``/events`` (ends when the generation leaves), ``/ws`` (echoes), ``/restart``;
+for a browser ``/page``, which tells what becomes of its WebSocket by ``/note/TEXT``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,27 @@ from ecdysis_async.drain import current_connection
 from ecdysis_async.servers import departure
 
 TICK_SECONDS = 0.02
+
+# Its notes come one after the other, each with the errors of those before it.
+PAGE = """<!doctype html>
+<title>A page with a WebSocket</title>
+<script>
+let notes = Promise.resolve(), errors = "";
+function note(text) {
+    notes = notes.then(() => fetch("/note/" + text + errors)).catch(error => { errors += " " + error; });
+}
+function open() {
+    const socket = new WebSocket(`ws://${location.host}/ws`);
+    socket.onopen = () => socket.send("hello");
+    socket.onmessage = event => note(event.data);
+    socket.onclose = event => {
+        note(`${event.code} ${event.wasClean}`);
+        if (event.code === 1012) open();
+    };
+}
+open();
+</script>
+"""
 
 
 def tell(**fact: Any) -> None:
@@ -54,6 +76,11 @@ async def respond(path: str) -> str:
             return f"{who()} {text}"
         case ["restart"]:
             return await restart()
+        case ["page"]:
+            return PAGE
+        case ["note", text]:
+            tell(event="note", text=text)
+            return ""
         case ["nodelay"]:
             connection = current_connection.get()
             assert isinstance(connection, ServerConnection)
@@ -152,7 +179,8 @@ async def serve_by_aiohttp(ecdysis: Ecdysis, directory: Path) -> None:
     import ecdysis_async.servers.aiohttp as adapter
 
     async def answer(request: web.Request) -> web.Response:
-        return web.Response(text=await respond(request.path))
+        text = await respond(request.path)
+        return web.Response(text=text, content_type="text/html" if text is PAGE else "text/plain")
 
     async def stream(request: web.Request) -> web.StreamResponse:
         draining = request.app[adapter.DRAINING]
