@@ -84,6 +84,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         generation: the predecessor.
         on_change: called after each change of the state.
         spawner: who brings the successor, where it is not started in the way of this generation.
+        number: the successor's, where it is not the next one: a worker may be replaced within one generation.
 
     Attributes:
         report: what stands so far.
@@ -96,7 +97,12 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
     failed = PredecessorEvent.BROKEN
 
     def __init__(
-        self, generation: Generation, on_change: Callable[[Handover], None], *, spawner: Spawner | None = None
+        self,
+        generation: Generation,
+        on_change: Callable[[Handover], None],
+        *,
+        spawner: Spawner | None = None,
+        number: int | None = None,
     ) -> None:
         super().__init__(Predecessor.SPAWNING, step_predecessor, generation)
         settings = generation.settings
@@ -108,7 +114,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         }
         self.report = RestartReport(
             id=uuid.uuid4().hex[:12],
-            generation=generation.number + 1,
+            generation=generation.number + 1 if number is None else number,
             predecessor_pid=os.getpid(),
             started_at=time.time(),
         )
@@ -294,6 +300,9 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             assert self._peer is not None
             if self._peer.is_dead() or self._peer.has_news():
                 await anyio.sleep(FORESEE_SECONDS)
+                if event is PredecessorEvent.SETTLE:
+                    # Asked for once, where the timer would come again; behind the news, which may make it void.
+                    self.post(event, cause)
                 return False
         return True
 
@@ -512,6 +521,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         assert self._stderr is not None
         pid = self.report.successor_pid
         match event, cause:
+            case _, RestartError():
+                return cause
             case PredecessorEvent.CANCELLED, _:
                 what = "the restart was called off"
             case PredecessorEvent.FAILED, Frame(body=body):

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import enum
 import hashlib
+import logging
 import math
 import os
 import re
@@ -21,12 +22,14 @@ from types import MappingProxyType
 from typing import Any
 
 from .addresses import Address, Internet, Unix, parse_address
-from .control_path import default_directory, locate
+from .control_path import default_directory, locate, prepare_directory
 from .errors import StartupError
 from .registry import BACKLOG
 from .spawn import read_env_file
 
-__all__ = ["Option", "OptionError", "Options", "Shape", "command_line_options", "gather"]
+__all__ = ["Option", "OptionError", "Options", "Shape", "command_line_options", "find_control_path", "gather"]
+
+logger = logging.getLogger("ecdysis_async")
 
 PREFIX = "ECDYSIS_"
 
@@ -456,6 +459,19 @@ class Options:
     def is_tls(self) -> bool:
         """Whether TLS is served."""
         return self.certfile is not None
+
+
+def find_control_path(options: Options) -> str | None:
+    """Return where the control socket can be, or None where there shall be none, or cannot be one. It may block."""
+    path = options.control_path
+    if path is not None and options.control == "auto":
+        # Nobody has asked for it: a home that cannot be written to is no reason not to serve.
+        try:
+            prepare_directory(path)
+        except OSError as error:
+            logger.warning("there is no control socket, say where by --control PATH: %s", error.strerror or error)
+            return None
+    return path
 
 
 OPTIONS: tuple[Option, ...] = tuple(

@@ -137,6 +137,8 @@ class Registry:
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
+        # Whether paths of Unix sockets are removed from here; the ones that a worker has are its anchor's.
+        self.owns_paths = True
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -379,7 +381,7 @@ class Registry:
             return
         self._entries.remove(entry)
         # Before the close: as long as the socket is open, no other file can get its inode number.
-        if unlink and entry.is_at_its_path():
+        if unlink and self.owns_paths and entry.is_at_its_path():
             os.unlink(entry.address)
         entry.sock.close()
 

@@ -68,6 +68,7 @@ class RestartReport:
         lost: connections that a successor had accepted and took with it when it was rolled back.
         drain: what became of the predecessor's connections.
         error: why it failed.
+        workers: where an anchor rolled it out over several workers, the restart of each; what stands above is for all.
     """
 
     id: str
@@ -84,6 +85,7 @@ class RestartReport:
     lost: int = 0
     drain: DrainCount = field(default_factory=DrainCount)
     error: str | None = None
+    workers: list[RestartReport] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as an object of JSON."""
@@ -108,6 +110,7 @@ class RestartReport:
         known["drain"] = DrainCount(
             **{name.name: int(counts[name.name]) for name in fields(DrainCount) if name.name in counts}
         )
+        known["workers"] = [cls.from_json(each) for each in known.get("workers", ())]
         return cls(**known)
 
     def __str__(self) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "Launch",
     "Process",
     "claim_channel",
+    "claim_socket",
     "describe_exit",
     "describe_launch",
     "read_env_file",
@@ -37,10 +38,12 @@ __all__ = [
 # "<descriptor>:<st_dev>:<st_ino>" of the channel. The inode is there because the number alone would be believed by any
 # process that gets the variable and has something else open under it.
 MARKER = "ECDYSIS_CHANNEL"
+# The same for the line between a worker and the anchor that it works for.
+LINE_MARKER = "ECDYSIS_LINE"
 
 # Addressed to this process and to no other: sockets it was activated with (sd_listen_fds(3)), and who must pet the
 # watchdog (sd_watchdog_enabled(3)). WATCHDOG_USEC and NOTIFY_SOCKET hold for the successor as well.
-PRIVATE_KEYS = (MARKER, "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
+PRIVATE_KEYS = (MARKER, LINE_MARKER, "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
 
 # Stands between this process and the successor, and dies when it is let go: then the successor is a child of systemd
 # (reparenting, exit(2)). systemd 254 does not wait for a main process that is not its child when MAINPID= names it:
@@ -155,7 +158,7 @@ class Process:
             async with self._waiting:
                 if self.returncode is None:
                     await anyio.wait_readable(self.pidfd)
-                    self._reap()
+                    self.reap()
         return self.returncode
 
     async def end(self, grace: float) -> int:
@@ -206,7 +209,8 @@ class Process:
             os.close(self.pidfd)
             self.pidfd = -1
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
+        """Take note of its end, if it is dead."""
         try:
             result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         # Reaped by somebody else: SIGCHLD is ignored, or the application waits for every child.
@@ -277,22 +281,26 @@ def describe_launch(
     return Launch(arguments, directory, variables), tuple(from_file)
 
 
-def spawn(launch: Launch, channel: socket.socket, stderr: int, *, is_kept: bool = False) -> Process:
+def spawn(
+    launch: Launch, channel: socket.socket, stderr: int, *, is_kept: bool = False, line: socket.socket | None = None
+) -> Process:
     """Start the successor. It blocks for the time of an exec: call it in a thread.
 
     Args:
         launch: what to run.
-        channel: the successor's end of the channel, the only descriptor it gets besides 0, 1 and 2; stays ours.
+        channel: the successor's end of the channel; with the line the only descriptor it gets besides 0, 1 and 2;
+            stays ours.
         stderr: the descriptor that becomes its 2; stays ours.
         is_kept: it shall become a child of systemd later, by :meth:`Process.let_go`.
+        line: the worker's end of its line to the anchor, where the anchor starts it; stays ours.
 
     Signals that the calling thread blocks are blocked in the successor too.
 
     Raises:
         SpawnFailed: there is no process; the text says why and what can be done.
     """
-    found = os.fstat(channel.fileno())
-    environment = {**launch.environment, MARKER: f"{channel.fileno()}:{found.st_dev}:{found.st_ino}"}
+    passed = {MARKER: channel} | ({LINE_MARKER: line} if line is not None else {})
+    environment = launch.environment | {key: _mark(sock) for key, sock in passed.items()}
     try:
         # With neither preexec_fn nor a change of user, subprocess takes vfork: fork would stop this process for as
         # long as the kernel copies its page tables, 58 ms at 4 GB (DESIGN.md, trap 12).
@@ -301,7 +309,7 @@ def spawn(launch: Launch, channel: socket.socket, stderr: int, *, is_kept: bool 
             cwd=launch.directory,
             env=environment,
             stderr=stderr,
-            pass_fds=[channel.fileno()],
+            pass_fds=[sock.fileno() for sock in passed.values()],
             process_group=0 if is_kept else None,
         )
     # Whatever it is: this process serves, and goes on serving.
@@ -328,12 +336,17 @@ def describe_exit(returncode: int) -> str:
 
 
 def claim_channel() -> socket.socket | None:
-    """Return the channel to the predecessor, or None where this process is no successor.
+    """Return the channel to the predecessor, or None where this process is no successor."""
+    return claim_socket(MARKER)
+
+
+def claim_socket(key: str) -> socket.socket | None:
+    """Return the socket that a variable names, which whoever started this process has passed; None if there is none.
 
     Call it once, as early as possible: it takes the marker out of the environment, so that no process started from
     here takes itself for a successor. A marker that does not fit what is open under its number is ignored.
     """
-    marker = os.environ.pop(MARKER, None)
+    marker = os.environ.pop(key, None)
     if marker is None:
         return None
     try:
@@ -350,6 +363,11 @@ def claim_channel() -> socket.socket | None:
         return None
     channel.set_inheritable(False)
     return channel
+
+
+def _mark(sock: socket.socket) -> str:
+    found = os.fstat(sock.fileno())
+    return f"{sock.fileno()}:{found.st_dev}:{found.st_ino}"
 
 
 def _own_command() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import enum
 import functools
 import os
@@ -24,10 +25,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import anyio
 
+from . import line
 from . import plane as planes
 from .control import Changes, Controlled, ControlServer, Restart
 from .control_path import locate
 from .drain import Tracker, current_connection
+from .duty import Duty, Orders
 from .errors import (
     ChannelError,
     HandoffAborted,
@@ -41,6 +44,7 @@ from .gate import Gate
 from .generation import Generation, Numbered, Spawner
 from .handover import Handover
 from .inheritance import Inheritance
+from .line import FromWorker
 from .lineage import Ancestor
 from .logs import reopen_logs
 from .pid_file import PidFile
@@ -127,6 +131,13 @@ def current() -> Ecdysis:
     return _current
 
 
+def take_activation() -> Mapping[int, str]:
+    """Return the sockets that systemd has passed to this process, once: the name of each, by its descriptor."""
+    global _activation
+    activation, _activation = _activation, {}
+    return activation
+
+
 def until_draining(awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:
     """Await something at a safe point of this process' :class:`Ecdysis`; see :meth:`Ecdysis.until_draining`."""
     return current().until_draining(awaitable)
@@ -196,7 +207,8 @@ class Ecdysis:
         )
         self.pid = os.getpid()
         self._begun = time.monotonic()
-        self._systemd = find_systemd(systemd)
+        # Of a worker only the anchor is known to systemd.
+        self._systemd = find_systemd(False if line.is_worker() else systemd)
         self._takes_activation = systemd is not False
         self._control_path = locate(control_socket) if control_socket is not None else None
         self._takeover_path = locate(takeover) if takeover is not None else None
@@ -207,6 +219,7 @@ class Ecdysis:
         self._tracker = Tracker()
         self._inheritance: Inheritance | None = None
         self._handover: Handover | None = None
+        self._duty: Duty | None = None
         self._last_report: RestartReport | None = None
         self._pid_file = PidFile(self._settings.pid_file) if self._settings.pid_file is not None else None
         self._signals: SignalReceiver | None = None
@@ -269,7 +282,7 @@ class Ecdysis:
     # The block
 
     async def __aenter__(self) -> Self:
-        global _activation, _channel, _current
+        global _channel, _current
         if self._state is not State.STARTING or self.pid != os.getpid():
             raise RuntimeError("an Ecdysis is entered once, in the process that made it: make a new one")
         self._finished = anyio.Event()
@@ -287,6 +300,8 @@ class Ecdysis:
         try:
             self._resources.callback(self._registry.close, unlink=False)
             self._resources.callback(self._generation.lineage.close)
+            if (line_to_anchor := line.take()) is not None:
+                self._report_for_duty(line_to_anchor)
             sock, _channel = _channel, None
             is_child = sock is not None
             if sock is None and self._takeover_path is not None:
@@ -297,8 +312,7 @@ class Ecdysis:
                 await self._inheritance.greet()
             else:
                 if self._takes_activation:
-                    activation, _activation = _activation, {}
-                    self._registry.activate(activation)
+                    self._registry.activate(take_activation())
                 if self._takes_activation and (complaint := check_unit()) is not None:
                     self._generation.log.warning("%s", complaint)
             if self._control_path is not None:
@@ -313,6 +327,8 @@ class Ecdysis:
         self._task_group.start_soon(self._drain_when_leaving)
         if self._signals is not None:
             self._task_group.start_soon(self._signals.run)
+        if self._duty is not None:
+            self._task_group.start_soon(self._duty.run)
         if self._systemd.is_there:
             self._task_group.start_soon(self._systemd.run)
             self._task_group.start_soon(self._tell_status)
@@ -441,6 +457,8 @@ class Ecdysis:
             await self._control.finish()
         if self._systemd.is_main:
             await self._systemd.synchronize()
+        if self._duty is not None:
+            await self._duty.flush()
         log.info("this generation ends")
 
     async def _let_handover_end(self) -> None:
@@ -472,6 +490,8 @@ class Ecdysis:
             await run_in_thread(self._pid_file.prepare)
         if self._inheritance is not None:
             self._state = State.WAITING
+            if self._duty is not None:
+                self._duty.share_created()
             self._inheritance.post(SuccessorEvent.READY)
             await self._inheritance.opened.wait()
             if self._aborted:
@@ -488,6 +508,7 @@ class Ecdysis:
         # Before the pid file, which takes a thread: who waited in the queue may ask for a restart by now.
         if self._state is State.STARTING:
             self._state = State.SERVING
+            self._announce()
         if self._pid_file is not None:
             await run_in_thread(self._pid_file.publish)
         self._log_serving()
@@ -496,7 +517,16 @@ class Ecdysis:
         self._tell_serving()
 
     def _log_serving(self) -> None:
-        self._generation.log.info("serving on %s", ", ".join(map(str, self._registry.entries)) or "nothing")
+        text = self._describe_serving()
+        if self._duty is not None:
+            # The same for all workers: the anchor says it once.
+            self._duty.tell(FromWorker.DESCRIPTION, {"text": text})
+            self._generation.log.debug("%s", text)
+        else:
+            self._generation.log.info("%s", text)
+
+    def _describe_serving(self) -> str:
+        return f"serving on {', '.join(map(str, self._registry.entries)) or 'nothing'}"
 
     async def finished(self) -> None:
         """Return when this generation shall leave: its successor has settled, or the service is to stop.
@@ -559,6 +589,9 @@ class Ecdysis:
                 'until="drained" from a connection of this generation would wait for itself: '
                 'use until="settled", or ask from outside'
             )
+        if self._duty is not None:
+            self._last_report = await self._duty.restart(until)
+            return self._last_report
         handover = self._begin_restart()
         try:
             return await self._see_through(handover, until)
@@ -587,6 +620,12 @@ class Ecdysis:
         Args:
             partial: leave it to the application to tell the service manager that the service stops.
         """
+        if self._duty is not None:
+            self._duty.stop_service()
+        else:
+            self._stop_here(partial=partial)
+
+    def _stop_here(self, *, partial: bool = False) -> None:
         self._generation.log.info("stopping%s", " (partially)" if partial else "")
         if self._state in (State.DRAINING, State.ENDED):
             return
@@ -794,6 +833,22 @@ class Ecdysis:
 
     # What happens
 
+    def _report_for_duty(self, sock: socket.socket) -> None:
+        """Work for an anchor: what there is one of in a service is its business from now on."""
+        orders = Orders(
+            begin_restart=lambda number: self._begin_restart(number=number),
+            stop=self._stop_here,
+            reopen_logs=self._reopen_logs,
+            state=lambda: self._state.value,
+        )
+        self._duty = Duty(sock, self._generation.plane, orders)
+        self._resources.callback(self._duty.close)
+        self._registry.owns_paths = False
+        self._pid_file = self._control_path = None
+        # The others are caught since the import (line.py).
+        self._settings = dataclasses.replace(self._settings, restart_signals=(), stop_signals=(signal.SIGTERM,))
+        self._generation.settings = self._settings
+
     def _install_signals(self) -> None:
         settings = self._settings
         if not settings.stop_signals and not settings.restart_signals:
@@ -819,7 +874,7 @@ class Ecdysis:
             self._generation.log.warning("told to stop again: the deadline of the drain is now")
             self._tracker.hurry()
         self._hurry_if_forsaken()
-        self.stop()
+        self._stop_here()
 
     def _on_restart_signal(self) -> None:
         self._task_group.start_soon(self._restart_by_signal)
@@ -848,7 +903,7 @@ class Ecdysis:
         self._generation.log.info("reopened %s", "1 log file" if count == 1 else f"{count} log files")
         return count
 
-    def _begin_restart(self, spawner: Spawner | None = None) -> Handover:
+    def _begin_restart(self, spawner: Spawner | None = None, *, number: int | None = None) -> Handover:
         if self._state in (State.DRAINING, State.ENDED):
             raise RestartWhileDraining("this generation is leaving; ask the newest one")
         if self._handover is not None and not self._handover.over.is_set():
@@ -867,7 +922,9 @@ class Ecdysis:
                 "this process is PID 1 and must not leave: a restart would end the container. "
                 "Run the service by `ecdysis run`, which keeps one process in front of all generations"
             )
-        handover = Handover(self._generation, self._on_handover, spawner=spawner)
+        if self._duty is not None:
+            spawner = self._duty.spawn
+        handover = Handover(self._generation, self._on_handover, spawner=spawner, number=number)
         self._handover, self._last_report = handover, handover.report
         self._handed_over, self._main_named = anyio.Event(), anyio.Event()
         self._note_change()
@@ -917,6 +974,8 @@ class Ecdysis:
                 self._state = State.PAUSED
             case _:
                 self._state = State.SERVING
+        if self._duty is not None:
+            self._duty.tell_handover()
         self._note_change()
         if handover.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
             self._tell_serving()
@@ -931,7 +990,11 @@ class Ecdysis:
             self._leave()
         assert inheritance.predecessor is not None
         lineage = self._generation.lineage
-        lineage.ancestors.append(inheritance.predecessor)
+        if self._duty is None or inheritance.predecessor.pid != self._duty.anchor_pid:
+            lineage.ancestors.append(inheritance.predecessor)
+        else:
+            # An anchor that began this slot neither serves nor drains.
+            inheritance.close()
         lineage.on_drained = self._note_drained
         self._inherited.set()
         if self._last_report is None:
@@ -955,7 +1018,7 @@ class Ecdysis:
                 self._body.cancel()
             case Successor.STOPPED:
                 self._leave()
-        self._changes.announce()
+        self._announce()
 
     def _note_drained(self, ancestor: Ancestor, body: Mapping[str, Any]) -> None:
         report = RestartReport.from_json(body["report"])
@@ -1057,7 +1120,12 @@ class Ecdysis:
 
     def _note_change(self) -> None:
         self._phase_begun = anyio.current_time()
+        self._announce()
+
+    def _announce(self) -> None:
         self._changes.announce()
+        if self._duty is not None:
+            self._duty.note()
 
     def _waiting_for(self) -> str | None:
         now = anyio.current_time()
@@ -1122,7 +1190,7 @@ class Ecdysis:
         begun = anyio.current_time()
         log, timeout = self._generation.log, self._settings.drain_timeout
         self._drain_deadline = begun + timeout
-        self._changes.announce()
+        self._announce()
         async with self._generation.gate_lock:
             if self._has_heir:
                 assert self._handover is not None
@@ -1147,6 +1215,8 @@ class Ecdysis:
             report = self._handover.report
             report.drain = count
             report.phases[Phase.DRAIN] = anyio.current_time() - begun
+            if self._duty is not None:
+                self._duty.tell_handover()
             await self._handover.tell(Farewell.DRAINED, {"report": report.to_json()})
 
     async def _tell_progress(self) -> None:

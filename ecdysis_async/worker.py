@@ -16,10 +16,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .control_path import prepare_directory
 from .errors import StartupError
 from .logging_setup import configure_logging
-from .options import OptionError, Options, read_variables
+from .options import OptionError, Options, find_control_path, read_variables
 from .registry import Entry
 from .registry import Kind as SocketKind
 from .status import describe_listeners
@@ -92,11 +91,11 @@ class _Service(Ecdysis):
         version = "" if server == "main" else f" {importlib.metadata.version(server)}"
         self.description = f"{options.target} by {server}{version} on {_name_loop(options)}"
 
-    def _log_serving(self) -> None:
+    def _describe_serving(self) -> str:
         entries = [entry for entry in self._registry.entries if entry.address != self._control_path]
         places = ", ".join(map(self._describe_place, entries))
         control = f", control socket {self._control_path}" if self._control_path is not None else ""
-        self._generation.log.info("serving on %s: %s%s", places or "nothing", self.description, control)
+        return f"serving on {places or 'nothing'}: {self.description}{control}"
 
     def _describe_place(self, entry: Entry) -> str:
         address = describe_listeners([entry])[0]["address"]
@@ -119,7 +118,7 @@ async def _serve(options: Options) -> None:
         drain_timeout=options.drain_timeout,
         probation=options.probation,
         pid_file=options.pid_file,
-        control_socket=await run_in_thread(functools.partial(_find_control_path, options)),
+        control_socket=await run_in_thread(functools.partial(find_control_path, options)),
         env_file=options.env_file,
     ) as ecdysis:
         try:
@@ -139,18 +138,6 @@ async def _serve(options: Options) -> None:
             # Here and nowhere else: a predecessor reads it, and its restart answers with it.
             print(describe_failure(error), file=sys.stderr, flush=True)  # noqa: T201 - as above
             raise StartupError(f"{options.target} cannot start: {type(error).__name__}: {error}") from error
-
-
-def _find_control_path(options: Options) -> str | None:
-    path = options.control_path
-    if path is not None and options.control == "auto":
-        # Nobody has asked for it: a home that cannot be written to is no reason not to serve.
-        try:
-            prepare_directory(path)
-        except OSError as error:
-            logger.warning("there is no control socket, say where by --control PATH: %s", error.strerror or error)
-            return None
-    return path
 
 
 def _choose_server(app: Any, options: Options) -> str:

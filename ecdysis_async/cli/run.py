@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ecdysis_async import line
 from ecdysis_async.options import Option, OptionError, Options, Shape, command_line_options, gather
 
 from .client import Exit
@@ -27,9 +28,14 @@ def serve(options: Options) -> int:
 
     This is the one place where it is decided which part of the service this process is.
     """
-    from ecdysis_async import worker
+    # Imported here: neither needs the other, and the anchor shall stay small.
+    if line.is_worker():
+        from ecdysis_async import worker
 
-    return worker.run(options)
+        return worker.run(options)
+    from ecdysis_async import anchor
+
+    return anchor.run(options)
 
 
 def _run(**given: Any) -> None:

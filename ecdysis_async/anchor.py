@@ -1,0 +1,967 @@
+"""The anchor: the process with a stable pid that holds the sockets and runs the workers of a service.
+
+It accepts nothing and imports no server. It starts workers and reaps them, replaces those that crash, hang or grow,
+rolls a new release out over them one after the other (``rollout.py``), and is the one that signals, the control
+socket, the pid file and systemd speak of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from . import supervisor
+from .addresses import listen
+from .channel import Frame
+from .control import Changes, Controlled, ControlServer, Restart
+from .crew import Crew, Handoff, Occupation, Recycling, Slot, Worker, WorkerState
+from .drain import Tracker
+from .errors import (
+    ChannelError,
+    NotReady,
+    RestartError,
+    RestartInProgress,
+    RestartWhileDraining,
+    SpawnFailed,
+)
+from .gate import Gate
+from .generation import Generation, Numbered
+from .handover import Handover
+from .line import FromAnchor, FromWorker, Line, error_from_json, error_to_json
+from .logging_setup import configure_logging
+from .logs import reopen_logs
+from .options import OptionError, Options, find_control_path
+from .pid_file import PidFile
+from .plane import Plane
+from .protocol import Predecessor, PredecessorEvent
+from .registry import Registry
+from .report import Outcome, RestartReport
+from .rollout import RollOut, TurnState, replace, wait_until
+from .settings import Settings
+from .signals import SignalReceiver, handled_signals
+from .spawn import Child, Process, describe_exit, describe_launch, spawn
+from .status import describe_listeners
+from .systemd import check_unit, find_systemd
+from .threads import run_in_thread
+
+__all__ = ["Anchor", "Plan", "run", "serve"]
+
+USAGE = 2
+STARTUP_FAILED = 3
+
+# How often a worker tells of itself, seconds; more often where a hang is to be found sooner.
+BEAT_SECONDS = 1.0
+# A worker is looked after at least so often in the time that it may be silent.
+BEATS_PER_HANG = 4
+
+# What a worker that hangs gets to leave its traceback (faulthandler), before it is killed, seconds.
+ABORT_SECONDS = 1.0
+# How long a worker may take to open its log files anew, seconds.
+REOPEN_SECONDS = 5.0
+# What workers get at a stop besides the drain: for the application's own clean-up, seconds.
+EXIT_SECONDS = 15.0
+# The same once it was told to hurry.
+HURRY_SECONDS = 5.0
+# What a restart may take besides its own limits, as systemd is told, seconds.
+LEEWAY_SECONDS = 60.0
+# How often systemd is told how things are, seconds.
+STATUS_SECONDS = 5.0
+
+# The anchor's business, and not the workers'.
+ANCHORS_KEYS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+
+
+class AnchorLog(Numbered):
+    """Puts the anchor's pid before each line."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self._prefix = f"[anchor, pid {os.getpid()}] "
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an anchor is to run. Times are in seconds.
+
+    Attributes:
+        open_sockets: asks the registry for the service's sockets; it may block.
+        workers: how many.
+        settings: of the workers' handoffs; pid file and command are the anchor's.
+        control_path: absolute.
+        systemd: as in ``Ecdysis``.
+        hang_timeout: a worker whose loop does not turn for so long is replaced.
+        max_requests: after so many requests a worker is replaced, ...
+        max_requests_jitter: ... and a random number up to this more.
+        max_rss: a worker with more bytes resident is replaced.
+    """
+
+    open_sockets: Callable[[Registry], None]
+    workers: int = 1
+    settings: Settings = field(default_factory=Settings)
+    control_path: str | None = None
+    systemd: bool | None = None
+    hang_timeout: float | None = None
+    max_requests: int | None = None
+    max_requests_jitter: int = 0
+    max_rss: int | None = None
+
+
+class _CrewsChild:
+    """A worker as its handoff sees it: waited for and ended, but owned by the crew."""
+
+    def __init__(self, process: Process) -> None:
+        self.pid = process.pid
+        self.pidfd = process.pidfd
+        self.wait = process.wait
+        self.end = process.end
+        self.let_go = process.let_go
+
+    def close(self) -> None:
+        """Nothing: the crew does."""
+
+
+def run(options: Options) -> int:
+    """Run the service of `ecdysis run` until it is stopped; return the exit status."""
+    try:
+        configure_logging(options)
+    except OptionError as error:
+        _say(str(error))
+        return USAGE
+
+    def open_sockets(registry: Registry) -> None:
+        for address in options.bind:
+            listen(registry, address, backlog=options.backlog, mode=options.unix_mode)
+
+    return serve(
+        Plan(
+            open_sockets,
+            workers=options.workers,
+            settings=Settings(
+                ready_timeout=options.ready_timeout,
+                drain_timeout=options.drain_timeout,
+                probation=options.probation,
+                pid_file=Path(options.pid_file) if options.pid_file is not None else None,
+            ),
+            control_path=find_control_path(options),
+            hang_timeout=options.hang_timeout,
+            max_requests=options.max_requests,
+            max_requests_jitter=options.max_requests_jitter,
+            max_rss=options.max_rss,
+        )
+    )
+
+
+def serve(plan: Plan) -> int:
+    """Run a service until it is stopped; return the exit status of this process."""
+    return anyio.run(Anchor(plan).run)
+
+
+class Anchor:
+    """The anchor of one service."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.crew = Crew(plan.workers)
+        self.changes = Changes()
+        self.log: Numbered = AnchorLog()
+        self.ready_timeout = plan.settings.ready_timeout
+        self.generation = 1
+        self._plan = plan
+        self._begun = time.monotonic()
+        self._registry = Registry()
+        self._systemd = find_systemd(plan.systemd)
+        self._pid_file = PidFile(plan.settings.pid_file) if plan.settings.pid_file is not None else None
+        self._control: ControlServer | None = None
+        self._roll_out: RollOut | None = None
+        self._last_report: RestartReport | None = None
+        # The handoffs of workers that follow nobody.
+        self._fillings: dict[Slot, Handover] = {}
+        # Worker and number of each who waits for a restart of the service.
+        self._askers: dict[tuple[Worker, int], RollOut] = {}
+        self._numbers = itertools.count(1)
+        self._description = ""
+        self._is_serving = False
+        self._is_stopping = False
+        self._stop_signals = 0
+        self._spawning = 0
+        self._stop_deadline: anyio.CancelScope | None = None
+        self._signals: SignalReceiver | None = None
+
+    # From its start to its end
+
+    async def run(self) -> int:
+        """Serve until the service is stopped, and return the exit status."""
+        self._stopped = anyio.Event()
+        with ExitStack() as resources:
+            resources.callback(self._registry.close, unlink=True)
+            self._signals = resources.enter_context(handled_signals(self._handlers()))
+            # Nothing here accepts: the gate of the workers' sockets has nobody behind it.
+            async with anyio.create_task_group() as self._tasks:
+                self._tasks.start_soon(self._signals.run)
+                try:
+                    await self._open(resources)
+                except (OSError, LookupError, ValueError) as error:
+                    _say(str(error))
+                    self._tasks.cancel_scope.cancel()
+                    return STARTUP_FAILED
+                status = await self._run()
+                self._tasks.cancel_scope.cancel()
+        return status
+
+    async def _open(self, resources: ExitStack) -> None:
+        """Open what the service needs, before the first worker."""
+        if self._plan.systemd is not False:
+            self._registry.activate(supervisor.take_activation())
+            if (complaint := check_unit()) is not None:
+                self.log.warning("%s", complaint)
+        self._plane = Plane(self._registry, Gate(), Tracker(), self._tasks)
+        if self._plan.control_path is not None:
+            # Of its own, because workers do not inherit it.
+            registry = Registry()
+            resources.callback(registry.close, unlink=True)
+            plane = Plane(registry, Gate(), Tracker(), self._tasks)
+            self._control = ControlServer(self._plan.control_path, plane, self._controlled())
+            resources.callback(self._control.close)
+            await self._control.open()
+            registry.start_listening()
+            await plane.gate.open()
+            self._tasks.start_soon(self._control.run)
+        if self._pid_file is not None:
+            await run_in_thread(self._pid_file.prepare)
+            resources.callback(self._pid_file.remove)
+        await run_in_thread(functools.partial(self._plan.open_sockets, self._registry))
+
+    async def _run(self) -> int:
+        if self._systemd.is_there:
+            self._tasks.start_soon(self._systemd.run)
+        self._systemd.begin()
+        self._systemd.ask_for_time(self.ready_timeout + LEEWAY_SECONDS)
+        self._tasks.start_soon(self._watch)
+        error = await self._start_first()
+        if error is None and not self._is_stopping:
+            await self._announce_serving()
+            self._tasks.start_soon(self._manage)
+            await self._stopped.wait()
+        elif error is not None:
+            self._systemd.tell_status(f"the start has failed: {error}")
+            self._is_stopping = True
+        await self._end_all()
+        if self._control is not None:
+            await self._control.finish()
+        if self._systemd.is_main:
+            await self._systemd.synchronize()
+        if error is not None and not self._stopped.is_set():
+            # Its traceback, or whatever it has written, stands above.
+            _say(f"the service does not start: {str(error.args[0]).splitlines()[0]}")
+            return STARTUP_FAILED
+        self.log.info("the service has ended")
+        return 0
+
+    async def _start_first(self) -> RestartError | None:
+        """Start all workers: one alone, which may show that none can, then the others."""
+        first = self.crew.enlarge()
+        handover = await self.fill(first, self.generation)
+        if handover.error is not None or self._is_stopping:
+            return handover.error
+        others = [self.crew.enlarge() for _ in range(self.crew.target - len(self.crew.slots))]
+        errors = []
+
+        async def fill(slot: Slot) -> None:
+            errors.append((await self.fill(slot, self.generation)).error)
+
+        async with anyio.create_task_group() as task_group:
+            for slot in others:
+                task_group.start_soon(fill, slot)
+        return next((error for error in errors if error is not None), None)
+
+    async def _announce_serving(self) -> None:
+        self._is_serving = True
+        if self._pid_file is not None:
+            await run_in_thread(self._pid_file.publish)
+        control = f", control socket {self._plan.control_path}" if self._plan.control_path is not None else ""
+        self.log.info("%s %s%s", _count(len(self.crew.slots), "worker"), self._description, control)
+        for entry in self._registry.unclaimed():
+            if entry.number is not None:
+                self.log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
+        self._systemd.tell_status(self._describe())
+        self._systemd.tell("READY=1")
+        self.changes.announce()
+
+    async def _end_all(self) -> None:
+        """Let every worker leave, and end those that do not."""
+        self._systemd.ask_for_time(self._plan.settings.drain_timeout + LEEWAY_SECONDS)
+        self._systemd.tell("STOPPING=1")
+        self._tell_all_to_leave()
+        with anyio.move_on_after(self._plan.settings.drain_timeout + EXIT_SECONDS) as self._stop_deadline:
+            if self._stop_signals > 1:
+                self._hurry()
+            await wait_until(self.changes, lambda: not any(self.crew) and not self._fillings)
+        for worker in tuple(self.crew):
+            self.log.error("worker pid %d has not ended in time: it is killed", worker.pid)
+            worker.process.send_signal(signal.SIGKILL)
+        await wait_until(self.changes, lambda: not any(self.crew) and not self._fillings)
+
+    def _tell_all_to_leave(self) -> None:
+        for handover in self._fillings.values():
+            handover.post(PredecessorEvent.STOP)
+        for worker in self.crew:
+            worker.is_told_to_leave = True
+            worker.line.tell(FromAnchor.STOP, {})
+
+    # Workers come and go
+
+    async def fill(self, slot: Slot, generation: int) -> Handover:
+        """Start a worker where there is none; return once it serves, or has failed."""
+        slot.occupation = Occupation.FILLING
+        before = set(slot.workers)
+        try:
+            # The anchor could not serve in its place: there is nothing to keep a probation for.
+            settings = dataclasses.replace(self._plan.settings, probation=0, pid_file=None)
+            starter = functools.partial(self._spawn, slot, generation, None)
+            predecessor = Generation(generation - 1, settings, self._plane, self.log)
+            handover = Handover(
+                predecessor, lambda handover: self.changes.announce(), spawner=starter, number=generation
+            )
+            self._fillings[slot] = handover
+            if self._is_stopping:
+                handover.post(PredecessorEvent.STOP)
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(handover.run)
+                await handover.over.wait()
+                if handover.error is None:
+                    # It would go on to the worker's death, which is learnt elsewhere.
+                    task_group.cancel_scope.cancel()
+            # What it has said on its line before it began to serve has been heard then, too.
+            await wait_until(
+                self.changes,
+                lambda: all(worker.state is not WorkerState.STARTING for worker in set(slot.workers) - before),
+            )
+        finally:
+            del self._fillings[slot]
+            slot.occupation = Occupation.NONE
+            self.changes.announce()
+        return handover
+
+    async def _spawn(
+        self, slot: Slot, generation: int, starter: Worker | None, channel: socket.socket, stderr: int
+    ) -> Child:
+        """Start a process for a slot.
+
+        Raises:
+            RestartError: it could not be started.
+        """
+        settings = self._plan.settings
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise SpawnFailed(f"no line to a worker: {error}; is the limit of open files reached?") from error
+
+        def start() -> Process:
+            launch, _ = describe_launch(settings.command, settings.environment, settings.env_file)
+            for key in ANCHORS_KEYS:
+                launch.environment.pop(key, None)
+            return spawn(launch, channel, stderr, line=theirs)
+
+        self._spawning += 1
+        try:
+            process = await run_in_thread(start)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            self._spawning -= 1
+        self._engage(slot, Worker(generation, process, Line(ours), anyio.current_time(), starter, pid=process.pid))
+        return _CrewsChild(process)
+
+    def _engage(self, slot: Slot, worker: Worker) -> None:
+        """Take a worker into the crew."""
+        plan = self._plan
+        if plan.max_requests is not None:
+            worker.request_limit = plan.max_requests + random.randint(0, plan.max_requests_jitter)  # noqa: S311 - no secret
+        slot.workers.append(worker)
+        worker.line.tell(FromAnchor.WELCOME, {"beat_seconds": self._beat_seconds})
+        if self._is_stopping:
+            worker.is_told_to_leave = True
+            worker.line.tell(FromAnchor.STOP, {})
+        self._tasks.start_soon(self._attend, slot, worker)
+        self.changes.announce()
+
+    @property
+    def _beat_seconds(self) -> float:
+        hang = self._plan.hang_timeout
+        return BEAT_SECONDS if hang is None else min(BEAT_SECONDS, hang / BEATS_PER_HANG)
+
+    async def _attend(self, slot: Slot, worker: Worker) -> None:
+        """Hear a worker until it has died, and reap it."""
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(worker.line.run)
+            task_group.start_soon(self._listen, slot, worker)
+            status = await worker.process.wait()
+            task_group.cancel_scope.cancel()
+        # What it has said before it died.
+        with contextlib.suppress(ChannelError):
+            while (frame := worker.line.receive_nowait()) is not None:
+                self._hear(slot, worker, frame)
+        worker.exit_status = status
+        worker.line.close()
+        worker.process.close()
+        slot.note_end(worker, anyio.current_time())
+        if slot.is_vacant and slot.retry_at and not worker.is_told_to_leave:
+            self.log.log(
+                logging.WARNING if status or worker.state is not WorkerState.DRAINING else logging.INFO,
+                "worker %d (pid %d) has ended with %s",
+                slot.index,
+                worker.pid,
+                describe_exit(status),
+            )
+        for other in self.crew:
+            if other is worker.starter:
+                other.line.tell(FromAnchor.EXITED, {"pid": worker.process.pid, "status": status})
+        for asker in [asker for asker in self._askers if asker[0] is worker]:
+            del self._askers[asker]
+        self.changes.announce()
+
+    async def _listen(self, slot: Slot, worker: Worker) -> None:
+        try:
+            while True:
+                self._hear(slot, worker, await worker.line.receive())
+        except ChannelError as error:
+            # It leaves, or has died; or it is broken, and then it leaves too, as its end of the line has ended.
+            self.log.debug("the line to pid %d has ended: %s", worker.pid, error)
+
+    def _hear(self, slot: Slot, worker: Worker, frame: Frame) -> None:
+        worker.silence = 0.0
+        try:
+            self._obey(slot, worker, frame)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            # Of another release, or broken.
+            self.log.warning("worker pid %d says %r, which cannot be read: %r", worker.pid, frame.type, error)
+            frame.close()
+
+    def _obey(self, slot: Slot, worker: Worker, frame: Frame) -> None:
+        body = frame.body
+        match frame.type:
+            case FromWorker.SPAWN:
+                self._tasks.start_soon(self._spawn_for, slot, worker, int(body["number"]), frame)
+                return
+            case FromWorker.CREATED:
+                self._take_created(body["sockets"], frame.descriptors)
+                return
+            case FromWorker.BEAT:
+                self._note_beat(worker, body)
+            case FromWorker.HANDOVER:
+                worker.handoff = Handoff(
+                    Predecessor(body["state"]) if body["state"] is not None else None,
+                    bool(body["is_over"]),
+                    RestartReport.from_json(body["report"]) if body["report"] is not None else None,
+                    error_from_json(body["error"]) if body["error"] is not None else None,
+                )
+                self.changes.announce()
+            case FromWorker.END:
+                for other in slot.workers:
+                    if other.process.pid == body["pid"]:
+                        self._tasks.start_soon(other.process.end, float(body["grace"]))
+            case FromWorker.RESTART:
+                self._restart_for(worker, int(body["number"]), str(body["until"]))
+            case FromWorker.DESCRIPTION:
+                self._description = str(body["text"])
+            case FromWorker.REOPENED:
+                worker.reopened = int(body["number"]), int(body["handlers"])
+                self.changes.announce()
+            case FromWorker.CANCEL:
+                roll_out = self._askers.pop((worker, int(body["number"])), None)
+                if roll_out is not None:
+                    roll_out.call_off()
+            case FromWorker.STOP:
+                self.stop()
+            case other:
+                self.log.debug("worker pid %d says %r", worker.pid, other)
+        frame.close()
+
+    def _note_beat(self, worker: Worker, body: dict[str, Any]) -> None:
+        before = worker.state
+        worker.pid = int(body["pid"])
+        worker.state = WorkerState(body["state"])
+        worker.connections = int(body["connections"])
+        worker.requests = int(body["requests"])
+        worker.rss = int(body["rss"]) if body["rss"] is not None else None
+        if worker.serves and math.isnan(worker.served_since):
+            worker.served_since = anyio.current_time()
+        if worker.state is not before or self._why_recycle(worker) is not None:
+            self.changes.announce()
+
+    async def _spawn_for(self, slot: Slot, worker: Worker, number: int, frame: Frame) -> None:
+        """Start the successor of a worker, which has asked for it."""
+        end, stderr = frame.descriptors
+        try:
+            with socket.socket(fileno=end) as channel:
+                child = await self._spawn(slot, worker.successor_generation, worker, channel, stderr)
+        except RestartError as error:
+            worker.line.tell(FromAnchor.SPAWN_FAILED, {"number": number, "error": error_to_json(error)})
+        else:
+            worker.line.tell(FromAnchor.SPAWNED, {"number": number, "pid": child.pid}, [os.dup(child.pidfd)])
+        finally:
+            os.close(stderr)
+
+    def _take_created(self, descriptions: list[dict[str, Any]], descriptors: Sequence[int]) -> None:
+        """Hold what a worker has created, for the other ones and for ever."""
+        known = {(entry.name, entry.address) for entry in self._registry.entries}
+        fresh = []
+        for description, descriptor in zip(descriptions, descriptors, strict=True):
+            if (description["name"], description["address"]) in known:
+                os.close(descriptor)
+            else:
+                fresh.append((description, descriptor))
+        self._registry.inherit([description for description, _ in fresh], [descriptor for _, descriptor in fresh])
+
+    # Keeping them
+
+    async def _manage(self) -> None:
+        """See that there are as many workers as there shall be, and none that should be replaced."""
+        while not self._is_stopping:
+            change = self.changes.next()
+            pause = self._reconcile()
+            with anyio.move_on_after(pause):
+                await change.wait()
+
+    def _reconcile(self) -> float:
+        """Begin what has to be done; return after how many seconds there is more to do."""
+        if self._is_stopping or (self._roll_out is not None and not self._roll_out.over.is_set()):
+            return math.inf
+        crew, now = self.crew, anyio.current_time()
+        while len(crew.slots) < crew.target:
+            crew.enlarge()
+        staying = [slot for slot in crew.slots if slot.occupation is not Occupation.RETIRING]
+        for slot in staying[crew.target :]:
+            if slot.occupation is Occupation.NONE:
+                slot.occupation = Occupation.RETIRING
+                self._tasks.start_soon(self._retire, slot)
+        pause = math.inf
+        for slot in staying[: crew.target]:
+            if slot.occupation is Occupation.NONE and slot.is_vacant:
+                if slot.retry_at <= now:
+                    slot.occupation = Occupation.FILLING
+                    self._tasks.start_soon(self._refill, slot)
+                else:
+                    pause = min(pause, slot.retry_at - now)
+        if not any(slot.occupation is Occupation.REPLACING for slot in staying):
+            for slot in staying[: crew.target]:
+                worker = slot.incumbent
+                if slot.occupation is Occupation.NONE and worker is not None and self._why_recycle(worker) is not None:
+                    if slot.retry_at <= now:
+                        slot.occupation = Occupation.REPLACING
+                        self._tasks.start_soon(self._recycle, slot, worker)
+                        break
+                    pause = min(pause, slot.retry_at - now)
+        return pause
+
+    async def _refill(self, slot: Slot) -> None:
+        handover = await self.fill(slot, self.generation)
+        if handover.error is not None and not self._is_stopping:
+            slot.note_crash(anyio.current_time())
+            self.log.error(
+                "worker %d does not start (again in %.1f s): %s",
+                slot.index,
+                max(0.0, slot.retry_at - anyio.current_time()),
+                str(handover.error.args[0]).splitlines()[0],
+            )
+            self.changes.announce()
+
+    async def _retire(self, slot: Slot) -> None:
+        """Let a slot go with its worker."""
+        self.log.info("worker %d retires", slot.index)
+        for worker in slot.workers:
+            worker.is_told_to_leave = True
+            worker.line.tell(FromAnchor.STOP, {})
+        await wait_until(self.changes, lambda: not slot.workers)
+        self.crew.slots.remove(slot)
+        self.changes.announce()
+
+    async def _recycle(self, slot: Slot, worker: Worker) -> None:
+        """Replace one worker by another one of the same generation, as in a roll-out."""
+        why = self._why_recycle(worker)
+        assert why is not None
+        self.log.info(
+            "worker %d (pid %d) is replaced: %s",
+            slot.index,
+            worker.pid,
+            why.value.format(requests=worker.requests, megabytes=(worker.rss or 0) / 1e6),
+        )
+        try:
+            error = await replace(self, slot, worker, self.generation)
+            if error is None and worker.is_alive:
+                with anyio.move_on_after(self._plan.settings.probation):
+                    await wait_until(self.changes, lambda: worker.handoff is not None and worker.handoff.is_over)
+                self.settle(worker)
+                await wait_until(
+                    self.changes,
+                    lambda: not worker.is_alive or (worker.handoff is not None and worker.handoff.is_over),
+                )
+                error = worker.handoff.error if worker.handoff is not None else None
+        finally:
+            slot.occupation = Occupation.NONE
+        if error is not None and not self._is_stopping:
+            slot.note_crash(anyio.current_time())
+            self.log.error("worker %d could not be replaced, and goes on: %s", slot.index, error)
+        self.changes.announce()
+
+    def _why_recycle(self, worker: Worker) -> Recycling | None:
+        if not worker.serves:
+            return None
+        if worker.requests >= worker.request_limit:
+            return Recycling.REQUESTS
+        if self._plan.max_rss is not None and worker.rss is not None and worker.rss > self._plan.max_rss:
+            return Recycling.MEMORY
+        return None
+
+    async def _watch(self) -> None:
+        """Find the workers whose loop does not turn; tell systemd how things are."""
+        hang = self._plan.hang_timeout
+        tick = min(BEAT_SECONDS, hang / BEATS_PER_HANG) if hang is not None else STATUS_SECONDS
+        looked = anyio.current_time()
+        while True:
+            await anyio.sleep(tick)
+            # Not more than twice a tick at a time: where this process itself had no turn, nobody was silent.
+            elapsed, looked = min(anyio.current_time() - looked, 2 * tick), anyio.current_time()
+            for worker in tuple(self.crew):
+                # One that is starting may block for as long as ready_timeout allows.
+                if worker.state in (WorkerState.SERVING, WorkerState.PAUSED, WorkerState.DRAINING):
+                    worker.silence += elapsed
+                    if hang is not None and worker.silence > hang:
+                        worker.silence = -math.inf
+                        self._tasks.start_soon(self._end_hanging, worker)
+            self._systemd.tell_status(self._describe())
+
+    async def _end_hanging(self, worker: Worker) -> None:
+        self.log.error(
+            "worker pid %d hangs: its loop has not turned for %g seconds (--hang-timeout); it is ended",
+            worker.pid,
+            self._plan.hang_timeout,
+        )
+        worker.process.send_signal(signal.SIGABRT)
+        with anyio.move_on_after(ABORT_SECONDS):
+            await worker.process.wait()
+        worker.process.send_signal(signal.SIGKILL)
+
+    # Roll-outs
+
+    def begin_replacing(self, slot: Slot, worker: Worker, generation: int) -> None:
+        """Let a worker make its successor."""
+        worker.handoff = None
+        worker.successor_generation = generation
+        # Those that this anchor opened itself, and all that existed when it started, the worker has.
+        shared = [entry for entry in self._registry.entries if entry.inherited and entry.number is None]
+        descriptions, descriptors = self._registry.describe(shared)
+        worker.line.tell(
+            FromAnchor.RESTART,
+            {"generation": generation, "sockets": descriptions},
+            [os.dup(descriptor) for descriptor in descriptors],
+        )
+
+    def settle(self, worker: Worker) -> None:
+        """Tell a worker that its successor is there to stay."""
+        worker.line.tell(FromAnchor.SETTLE, {})
+
+    def revert(self, worker: Worker, error: RestartError) -> None:
+        """Tell a worker to take the place of its successor again."""
+        worker.line.tell(FromAnchor.REVERT, {"error": error_to_json(error)})
+
+    def begin_restart(self) -> RollOut:
+        """Begin a roll-out.
+
+        Raises:
+            RestartError: not now.
+        """
+        if self._is_stopping:
+            raise RestartWhileDraining("the service is being stopped")
+        if self._roll_out is not None and not self._roll_out.over.is_set():
+            raise RestartInProgress(f"restart {self._roll_out.report.id} is in progress; await that one")
+        if not self._is_serving:
+            raise NotReady("the service is starting: a restart is possible once all workers serve")
+        roll_out = self._roll_out = RollOut(self, self.generation + 1, self._plan.settings.probation)
+        self._last_report = roll_out.report
+        self._systemd.tell_reloading(
+            len(self.crew.slots) * self.ready_timeout + self._plan.settings.probation + LEEWAY_SECONDS
+        )
+        self._tasks.start_soon(self._carry_out, roll_out)
+        self.changes.announce()
+        return roll_out
+
+    async def _carry_out(self, roll_out: RollOut) -> None:
+        entries = set(self._registry.entries)
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(roll_out.run)
+            await roll_out.over.wait()
+            if roll_out.report.outcome is Outcome.SETTLED:
+                self.generation = roll_out.generation
+                self._drop_unclaimed(roll_out)
+            elif not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
+                for entry in set(self._registry.entries) - entries:
+                    self._registry.release(entry, unlink=True)
+            self._systemd.tell_status(self._describe())
+            self._systemd.tell("READY=1")
+            self.changes.announce()
+
+    def _drop_unclaimed(self, roll_out: RollOut) -> None:
+        """Close what no worker of the new release wants; the service manager's own stay, as it passes them but once."""
+        reports = [turn.report for turn in roll_out.turns]
+        for entry in self._registry.entries:
+            is_unclaimed = all(report is not None and entry.name in report.unclaimed for report in reports)
+            if reports and is_unclaimed and entry.number is None:
+                self.log.warning("no worker wants %s any more: it is closed", entry)
+                self._registry.release(entry, unlink=True)
+
+    async def see_through(self, roll_out: RollOut, until: str) -> RestartReport:
+        """Wait until a roll-out is "serving", "settled" or "drained".
+
+        Raises:
+            RestartError: why it failed.
+        """
+        event = {"serving": roll_out.serving, "settled": roll_out.over, "drained": roll_out.drained}[until]
+        await wait_until(self.changes, lambda: event.is_set() or roll_out.error is not None)
+        if roll_out.error is not None:
+            await roll_out.over.wait()
+            raise roll_out.error
+        return roll_out.report
+
+    def _restart_for(self, worker: Worker, number: int, until: str) -> None:
+        """Restart the service because a worker's application asks for it."""
+        try:
+            roll_out = self.begin_restart()
+        except RestartError as error:
+            worker.line.tell(FromAnchor.VERDICT, {"number": number, "error": error_to_json(error)})
+            return
+        self._askers[worker, number] = roll_out
+        self._tasks.start_soon(self._tell_verdict, worker, number, roll_out, until)
+
+    async def _tell_verdict(self, worker: Worker, number: int, roll_out: RollOut, until: str) -> None:
+        try:
+            report = await self.see_through(roll_out, until)
+        except RestartError as error:
+            verdict = {"number": number, "error": error_to_json(error)}
+        else:
+            verdict = {"number": number, "report": report.to_json()}
+        if self._askers.pop((worker, number), None) is not None:
+            worker.line.tell(FromAnchor.VERDICT, verdict)
+
+    # What it is told
+
+    def _handlers(self) -> dict[signal.Signals, Callable[[], None]]:
+        handlers: dict[signal.Signals, Callable[[], None]] = {
+            signal.SIGTERM: self._on_stop_signal,
+            signal.SIGINT: self._on_stop_signal,
+            signal.SIGHUP: self._on_restart_signal,
+            signal.SIGUSR2: self._on_restart_signal,
+            signal.SIGUSR1: self._on_reopen_signal,
+            signal.SIGTTIN: functools.partial(self.resize, 1),
+            signal.SIGTTOU: functools.partial(self.resize, -1),
+        }
+        if os.getpid() == 1:
+            handlers[signal.SIGCHLD] = self._reap_orphans
+        return handlers
+
+    def _on_stop_signal(self) -> None:
+        assert self._signals is not None
+        # Also once the former handlers are back: one more on the way out must not change the status.
+        self._signals.keep_ignoring((signal.SIGTERM, signal.SIGINT))
+        self._stop_signals += 1
+        if self._stop_signals > 1:
+            self.log.warning("told to stop again: the deadline of the drain is now")
+            self._hurry()
+        self.stop()
+
+    def _hurry(self) -> None:
+        for worker in self.crew:
+            worker.line.tell(FromAnchor.HURRY, {})
+        if self._stop_deadline is not None:
+            self._stop_deadline.deadline = min(self._stop_deadline.deadline, anyio.current_time() + HURRY_SECONDS)
+
+    def stop(self) -> None:
+        """Stop the service: workers accept no more, drain, and end; then this process does."""
+        if self._is_stopping:
+            return
+        self.log.info("stopping")
+        self._is_stopping = True
+        self._stopped.set()
+        if self._roll_out is not None:
+            self._roll_out.stop()
+        for handover in self._fillings.values():
+            handover.post(PredecessorEvent.STOP)
+        self.changes.announce()
+
+    def _on_reopen_signal(self) -> None:
+        self._tasks.start_soon(self.reopen_logs)
+
+    def _on_restart_signal(self) -> None:
+        self._tasks.start_soon(self._restart_by_signal)
+
+    async def _restart_by_signal(self) -> None:
+        try:
+            self.log.info("%s", await self.see_through(self.begin_restart(), "settled"))
+        except RestartWhileDraining as error:
+            self.log.info("%s", error)
+        except RestartError as error:
+            self.log.error("the restart that a signal asked for failed: %s", error)  # noqa: TRY400 - it says it all
+
+    def resize(self, step: int) -> None:
+        """Change the number of workers."""
+        self.crew.target = max(1, self.crew.target + step)
+        self.log.info("%d workers from now on", self.crew.target)
+        self.changes.announce()
+
+    async def reopen_logs(self) -> int:
+        """Let every process open its log files anew, where they were moved; return how many there were."""
+        count = await run_in_thread(reopen_logs)
+        number = next(self._numbers)
+        asked = [worker for worker in self.crew if worker.state is not WorkerState.STARTING]
+        for worker in asked:
+            worker.line.tell(FromAnchor.REOPEN_LOGS, {"number": number})
+        with anyio.move_on_after(REOPEN_SECONDS):
+            await wait_until(
+                self.changes, lambda: all(not worker.is_alive or worker.reopened[0] >= number for worker in asked)
+            )
+        count += sum(worker.reopened[1] for worker in asked if worker.reopened[0] >= number)
+        self.log.info("reopened %s", _count(count, "log file"))
+        return count
+
+    def _reap_orphans(self) -> None:
+        """As PID 1, reap those whose parent has died; one's own have others who wait for them."""
+        ours = {worker.process.pid: worker for worker in self.crew}
+        while not self._spawning:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None:
+                return
+            if (worker := ours.get(found.si_pid)) is not None:
+                worker.process.reap()
+            else:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitid(os.P_PID, found.si_pid, os.WEXITED | os.WNOHANG)
+
+    # What it tells
+
+    def _controlled(self) -> Controlled:
+        return Controlled(
+            status=self._status,
+            waiting_for=self._waiting_for,
+            begin_restart=self._restart,
+            find_report=self._find_report,
+            stop=self.stop,
+            reopen_logs=self.reopen_logs,
+            changes=self.changes,
+        )
+
+    def _restart(self) -> Restart:
+        roll_out = self.begin_restart()
+        return Restart(roll_out.report, functools.partial(self.see_through, roll_out))
+
+    def _find_report(self, id: str) -> RestartReport | None:
+        return self._last_report if self._last_report is not None and self._last_report.id == id else None
+
+    def _waiting_for(self) -> str | None:
+        if self._is_stopping:
+            return _count(sum(worker.connections for worker in self.crew), "connection")
+        roll_out = self._roll_out
+        if roll_out is not None and not roll_out.over.is_set():
+            if (turn := roll_out.current) is not None:
+                place = f"worker {roll_out.turns.index(turn) + 1} of {len(roll_out.turns)}"
+                filling = self._fillings.get(turn.slot)
+                handoff = turn.old.handoff if turn.old is not None else None
+                state = filling.state if filling is not None else handoff.state if handoff is not None else None
+                return f"{place}: {state.value if state is not None else 'its turn'}"
+            if roll_out.probation_ends is not None:
+                seconds = max(0.0, roll_out.probation_ends - anyio.current_time())
+                return f"generation {roll_out.generation}, on probation for {seconds:.1f} s more"
+            return "the former workers to take their places again"
+        if roll_out is not None and not roll_out.drained.is_set():
+            left = sum(turn.old.connections for turn in roll_out.turns if turn.old is not None and turn.old.is_alive)
+            return _count(left, "connection")
+        if self.crew.serving < len(self.crew.slots):
+            return f"{len(self.crew.slots) - self.crew.serving} of {_count(len(self.crew.slots), 'worker')} to serve"
+        return None
+
+    def _status(self) -> dict[str, Any]:
+        roll_out = self._roll_out
+        draining = [worker for worker in self.crew if worker.state in (WorkerState.PAUSED, WorkerState.DRAINING)]
+        now = anyio.current_time()
+        return {
+            "generation": self.generation,
+            "pid": os.getpid(),
+            "state": self._state(),
+            "uptime": time.monotonic() - self._begun,
+            "connections": sum(worker.connections for worker in self.crew),
+            "listeners": describe_listeners(self._registry.entries),
+            "waiting_for": self._waiting_for(),
+            "restart": None
+            if roll_out is None or roll_out.over.is_set()
+            else {
+                "id": roll_out.report.id,
+                "generation": roll_out.generation,
+                "pid": None,
+                "phase": self._waiting_for(),
+                "seconds": time.time() - roll_out.report.started_at,
+            },
+            "last_report": self._last_report.to_json() if self._last_report is not None else None,
+            "draining": [
+                {"generation": worker.generation, "pid": worker.pid, "connections": worker.connections}
+                for worker in draining
+            ],
+            "workers": [
+                {
+                    "slot": slot.index,
+                    "pid": worker.pid,
+                    "generation": worker.generation,
+                    "state": worker.state.value,
+                    "connections": worker.connections,
+                    "requests": worker.requests,
+                    "rss": worker.rss,
+                    "uptime": now - worker.born,
+                }
+                for slot in self.crew.slots
+                for worker in slot.workers
+            ],
+        }
+
+    def _state(self) -> WorkerState:
+        if self._is_stopping:
+            return WorkerState.DRAINING
+        return WorkerState.SERVING if self._is_serving else WorkerState.STARTING
+
+    def _describe(self) -> str:
+        """Say in one line what `systemctl status` shows."""
+        crew = self.crew
+        connections = sum(worker.connections for worker in crew)
+        serving = f"{crew.serving} of {_count(len(crew.slots), 'worker')} serving"
+        parts = [f"generation {self.generation}: {serving}, {_count(connections, 'connection')}"]
+        if (roll_out := self._roll_out) is not None and not roll_out.over.is_set():
+            parts.append(f"rolling out generation {roll_out.generation}")
+        elif roll_out is not None and roll_out.error is not None:
+            parts.append(f"the last restart failed: {str(roll_out.error.args[0]).splitlines()[0]}")
+        return "; ".join(parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _say(text: str) -> None:
+    print(f"ecdysis: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the anchor is a command
