@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .registry import BACKLOG, MAX_PORT, Entry, Registry
 
-__all__ = ["Address", "Descriptor", "Internet", "Unix", "listen", "parse_address", "resolve"]
+__all__ = ["Address", "Descriptor", "Internet", "Unix", "listen", "name_sockets", "parse_address", "resolve"]
 
 # From 3 on: 0 to 2 are the standard streams, and sd_listen_fds(3) begins there as well.
 FIRST_DESCRIPTOR = 3
@@ -116,6 +116,22 @@ def listen(registry: Registry, address: Address, *, backlog: int = BACKLOG, mode
         OSError: it cannot be bound. LookupError: no such socket was passed. ValueError: a path is too long.
     """
     return [_listen(registry, each, backlog, mode) for each in resolve(address)]
+
+
+def name_sockets(address: Address) -> list[str]:
+    """Return what the sockets of one address are called in a registry, where nothing else was said.
+
+    Raises:
+        OSError: nobody knows that name.
+    """
+    return [
+        f"tcp:{each}"
+        if isinstance(each, Internet)
+        else str(each)
+        if isinstance(each, Descriptor)
+        else f"unix:{each.path}"
+        for each in resolve(address)
+    ]
 
 
 def _listen(registry: Registry, address: Address, backlog: int, mode: int | None) -> Entry:

@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,9 @@ from typing import Any
 import anyio
 
 from . import supervisor
-from .addresses import listen
+from .addresses import Address, listen
 from .channel import Frame
+from .check import check_release, compare, describe_place
 from .control import Changes, Controlled, ControlServer, Restart
 from .crew import Crew, Handoff, Occupation, Recycling, Slot, Worker, WorkerState
 from .drain import Tracker
@@ -44,6 +45,7 @@ from .errors import (
 from .gate import Gate
 from .generation import Generation, Numbered
 from .handover import Handover
+from .health import HealthServer
 from .line import FromAnchor, FromWorker, Line, error_from_json, error_to_json
 from .logging_setup import configure_logging
 from .logs import reopen_logs
@@ -53,7 +55,7 @@ from .plane import Plane
 from .protocol import Predecessor, PredecessorEvent
 from .registry import Registry
 from .report import Outcome, RestartReport
-from .rollout import RollOut, TurnState, replace, wait_until
+from .rollout import RollOut, Turn, TurnState, replace, wait_until
 from .settings import Settings
 from .signals import SignalReceiver, handled_signals
 from .spawn import Child, Process, describe_exit, describe_launch, spawn
@@ -88,6 +90,10 @@ STATUS_SECONDS = 5.0
 ANCHORS_KEYS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
+# A worker that accepts, or is about to, or can again: one of a slot is.
+_ACCEPTING = (WorkerState.WAITING, WorkerState.SERVING, WorkerState.PAUSED)
+
+
 class AnchorLog(Numbered):
     """Puts the anchor's pid before each line."""
 
@@ -110,6 +116,8 @@ class Plan:
         max_requests: after so many requests a worker is replaced, ...
         max_requests_jitter: ... and a random number up to this more.
         max_rss: a worker with more bytes resident is replaced.
+        health: where /live and /ready answer.
+        lame_duck: how long a service that was told to stop by SIGTERM goes on, while /ready says that it is not.
     """
 
     open_sockets: Callable[[Registry], None]
@@ -121,6 +129,8 @@ class Plan:
     max_requests: int | None = None
     max_requests_jitter: int = 0
     max_rss: int | None = None
+    health: Address | None = None
+    lame_duck: float = 0.0
 
 
 class _CrewsChild:
@@ -158,12 +168,15 @@ def run(options: Options) -> int:
                 drain_timeout=options.drain_timeout,
                 probation=options.probation,
                 pid_file=Path(options.pid_file) if options.pid_file is not None else None,
+                env_file=Path(options.env_file).absolute() if options.env_file is not None else None,
             ),
             control_path=find_control_path(options),
             hang_timeout=options.hang_timeout,
             max_requests=options.max_requests,
             max_requests_jitter=options.max_requests_jitter,
             max_rss=options.max_rss,
+            health=options.health_bind,
+            lame_duck=options.lame_duck,
         )
     )
 
@@ -202,6 +215,8 @@ class Anchor:
         self._spawning = 0
         self._stop_deadline: anyio.CancelScope | None = None
         self._signals: SignalReceiver | None = None
+        # Since it was told to stop, and is to go on for a while.
+        self._lame_duck: anyio.CancelScope | None = None
 
     # From its start to its end
 
@@ -242,6 +257,12 @@ class Anchor:
             registry.start_listening()
             await plane.gate.open()
             self._tasks.start_soon(self._control.run)
+        if self._plan.health is not None:
+            registry = Registry()
+            resources.callback(registry.close, unlink=True)
+            for entry in await run_in_thread(functools.partial(listen, registry, self._plan.health)):
+                entry.start_listening()
+                self._tasks.start_soon(HealthServer(entry.sock, self._why_not_ready).run)
         if self._pid_file is not None:
             await run_in_thread(self._pid_file.prepare)
             resources.callback(self._pid_file.remove)
@@ -373,11 +394,14 @@ class Anchor:
             raise SpawnFailed(f"no line to a worker: {error}; is the limit of open files reached?") from error
 
         def start() -> Process:
+            nonlocal environment
             launch, _ = describe_launch(settings.command, settings.environment, settings.env_file)
             for key in ANCHORS_KEYS:
                 launch.environment.pop(key, None)
+            environment = launch.environment
             return spawn(launch, channel, stderr, line=theirs)
 
+        environment: Mapping[str, str] = {}
         self._spawning += 1
         try:
             process = await run_in_thread(start)
@@ -387,7 +411,9 @@ class Anchor:
         finally:
             theirs.close()
             self._spawning -= 1
-        self._engage(slot, Worker(generation, process, Line(ours), anyio.current_time(), starter, pid=process.pid))
+        worker = Worker(generation, process, Line(ours), anyio.current_time(), starter, pid=process.pid)
+        worker.environment = environment
+        self._engage(slot, worker)
         return _CrewsChild(process)
 
     def _engage(self, slot: Slot, worker: Worker) -> None:
@@ -689,7 +715,7 @@ class Anchor:
         Raises:
             RestartError: not now.
         """
-        if self._is_stopping:
+        if self._is_stopping or self._is_lame_duck:
             raise RestartWhileDraining("the service is being stopped")
         if self._roll_out is not None and not self._roll_out.over.is_set():
             raise RestartInProgress(f"restart {self._roll_out.report.id} is in progress; await that one")
@@ -765,7 +791,7 @@ class Anchor:
 
     def _handlers(self) -> dict[signal.Signals, Callable[[], None]]:
         handlers: dict[signal.Signals, Callable[[], None]] = {
-            signal.SIGTERM: self._on_stop_signal,
+            signal.SIGTERM: self._on_term_signal,
             signal.SIGINT: self._on_stop_signal,
             signal.SIGHUP: self._on_restart_signal,
             signal.SIGUSR2: self._on_restart_signal,
@@ -776,6 +802,42 @@ class Anchor:
         if os.getpid() == 1:
             handlers[signal.SIGCHLD] = self._reap_orphans
         return handlers
+
+    def _on_term_signal(self) -> None:
+        if self._lame_duck is None and self._plan.lame_duck and self._is_serving and not self._is_stopping:
+            self._lame_duck = anyio.CancelScope()
+            self._tasks.start_soon(self._be_lame_duck, self._lame_duck)
+        elif self._is_lame_duck and self._lame_duck is not None:
+            self._lame_duck.cancel()
+        else:
+            self._on_stop_signal()
+
+    async def _be_lame_duck(self, scope: anyio.CancelScope) -> None:
+        """Go on while load balancers learn to look elsewhere; then stop."""
+        seconds = self._plan.lame_duck
+        self.log.info("stopping in %g seconds: until then it serves, and is not ready any more (--lame-duck)", seconds)
+        self._systemd.ask_for_time(seconds + self._plan.settings.drain_timeout + LEEWAY_SECONDS)
+        scope.deadline = anyio.current_time() + seconds
+        self.changes.announce()
+        with scope:
+            await anyio.sleep_forever()
+        if not self._is_stopping:
+            self._on_stop_signal()
+
+    @property
+    def _is_lame_duck(self) -> bool:
+        return self._lame_duck is not None and not self._is_stopping
+
+    def _why_not_ready(self) -> str | None:
+        """Say why a load balancer shall send nobody here; None where it shall."""
+        if self._is_stopping or self._is_lame_duck:
+            return "the service is about to stop"
+        if not self._is_serving:
+            return f"the service is starting: {self.crew.serving} of {_count(self.crew.target, 'worker')} serving"
+        # Between a pause and a commit nobody accepts, and clients wait a moment in the kernel's queue: that is no news.
+        if not any(worker.is_alive and worker.state in _ACCEPTING for worker in self.crew):
+            return "no worker serves: clients wait for one"
+        return None
 
     def _on_stop_signal(self) -> None:
         assert self._signals is not None
@@ -867,6 +929,9 @@ class Anchor:
             find_report=self._find_report,
             stop=self.stop,
             reopen_logs=self.reopen_logs,
+            check=self._check,
+            compare=self._compare,
+            workers=self._waits,
             changes=self.changes,
         )
 
@@ -874,12 +939,49 @@ class Anchor:
         roll_out = self.begin_restart()
         return Restart(roll_out.report, functools.partial(self.see_through, roll_out))
 
+    @property
+    def _environment(self) -> Mapping[str, str]:
+        """What the workers were started with, of which one stands for all."""
+        worker = next((worker for worker in self.crew if worker.serves), None)
+        return worker.environment if worker is not None else os.environ
+
+    async def _check(self) -> dict[str, Any]:
+        return await check_release(self._plan.settings, (), self._registry.entries, self._environment)
+
+    def _compare(self, release: dict[str, Any]) -> dict[str, Any]:
+        return compare(release, self._registry.entries, self._environment)
+
+    def _waits(self) -> list[dict[str, Any]]:
+        """Say of each worker what its restart, or its drain, waits for."""
+        roll_out = self._roll_out
+        if self._is_stopping or roll_out is None or len(roll_out.turns) < 2:  # noqa: PLR2004 - one is no list
+            return []
+        return [{"slot": turn.slot.index, "waiting_for": self._wait_of(turn)} for turn in roll_out.turns]
+
+    def _wait_of(self, turn: Turn) -> str | None:
+        old = turn.old
+        match turn.state:
+            case TurnState.PENDING:
+                return "its turn"
+            case TurnState.UNDER_WAY if old is not None and old.handoff is not None and old.handoff.state is not None:
+                return f"its successor: {old.handoff.state.value}"
+            case TurnState.UNDER_WAY:
+                return "its successor to start"
+            case TurnState.SERVED:
+                return "the end of its probation"
+            case TurnState.SETTLED if old is not None and old.is_alive:
+                return f"{_count(old.connections, 'connection')} of pid {old.pid}"
+        return None
+
     def _find_report(self, id: str) -> RestartReport | None:
         return self._last_report if self._last_report is not None and self._last_report.id == id else None
 
     def _waiting_for(self) -> str | None:
         if self._is_stopping:
             return _count(sum(worker.connections for worker in self.crew), "connection")
+        if self._is_lame_duck and self._lame_duck is not None:
+            seconds = max(0.0, self._lame_duck.deadline - anyio.current_time())
+            return f"load balancers to look elsewhere, for {seconds:.1f} s more"
         roll_out = self._roll_out
         if roll_out is not None and not roll_out.over.is_set():
             if (turn := roll_out.current) is not None:
@@ -921,6 +1023,7 @@ class Anchor:
                 "seconds": time.time() - roll_out.report.started_at,
             },
             "last_report": self._last_report.to_json() if self._last_report is not None else None,
+            "process": {**describe_place(), "environment": sorted(self._environment)},
             "draining": [
                 {"generation": worker.generation, "pid": worker.pid, "connections": worker.connections}
                 for worker in draining

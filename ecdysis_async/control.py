@@ -13,6 +13,9 @@ One request a connection, each message one line of JSON::
     {"command": "stop"}                          {"event": "accepted", "pid": …}, {"event": "phase", …} …,
                                                  {"event": "done"}
     {"command": "reopen-logs"}                   {"event": "reopened", "handlers": …}
+    {"command": "check"}                         {"event": "phase", …} …, {"event": "checked", "comparison": {…}}, or
+                                                 {"event": "failed", "error": …, …}
+    {"command": "compare", "release": {…}}       {"event": "checked", "comparison": {…}}
     {"command": "takeover"}                      {"event": "accepted", "id": …, "pid": …}, with the successor's end of a
                                                  channel as its descriptor; or {"event": "failed", "error": …, …}
 
@@ -122,6 +125,8 @@ class Controlled:
         reopen_logs: lets log files that were moved be opened anew; returns how many.
         begin_takeover: begins a restart whose successor is not started, but passed on to; or raises a
             ``RestartError``.
+        check: starts what a restart would start, to tell what that would change; or raises a ``RestartError``.
+        compare: tells what a restart into a release would change, which has told of itself elsewhere.
         workers: tells of each worker, where there are several, an object with "slot" and "waiting_for", what its
             restart or its drain waits for at this moment.
     """
@@ -133,6 +138,8 @@ class Controlled:
     stop: Callable[[], None]
     changes: Changes
     reopen_logs: Callable[[], Awaitable[int]]
+    check: Callable[[], Awaitable[dict[str, Any]]]
+    compare: Callable[[dict[str, Any]], dict[str, Any]]
     begin_takeover: Callable[[Spawner], Restart] = _refuse_takeover
     workers: Callable[[], list[dict[str, Any]]] = list
 
@@ -158,6 +165,8 @@ class ControlServer:
         # How many have asked for something and have not heard yet what became of it.
         self._waiting = 0
         self._nobody_waits = anyio.Event()
+        # It takes a process each, so there is one at a time.
+        self._is_checking = False
 
     async def open(self) -> None:
         """Take the lock, and register the socket: the predecessor's, or a new one in the place of a stale one.
@@ -266,6 +275,15 @@ class ControlServer:
                 await self._restart(client, until)
             case {"command": "stop"}:
                 await self._stop(client)
+            case {"command": "check"}:
+                await self._check(client)
+            case {"command": "compare", "release": dict(release)}:
+                try:
+                    comparison = self.controlled.compare(release)
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    await client.send("error", message=f"this does not describe a release: {error!r}")
+                else:
+                    await client.send("checked", comparison=comparison)
             case {"command": "takeover"}:
                 await self._pass_on(client)
             case {"command": "reopen-logs"}:
@@ -274,7 +292,8 @@ class ControlServer:
                 await client.send(
                     "error",
                     message='there is no such request: "command" is "status", "restart" (with "until": "serving", '
-                    '"settled" or "drained"), "verdict" (with "id"), "stop", "reopen-logs" or "takeover"',
+                    '"settled" or "drained"), "verdict" (with "id"), "stop", "reopen-logs", "check", '
+                    '"compare" (with "release") or "takeover"',
                 )
 
     async def _restart(self, client: _Client, until: str) -> None:
@@ -299,6 +318,30 @@ class ControlServer:
                 await client.send("done", report=restart.report.to_json())
             else:
                 await client.send("failed", **_describe(failure), report=restart.report.to_json())
+
+    async def _check(self, client: _Client) -> None:
+        comparison: dict[str, Any] = {}
+        failure: RestartError | None = None
+        if self._is_checking:
+            await client.send("error", message="another check is in progress: try again later")
+            return
+
+        async def check() -> None:
+            nonlocal comparison, failure
+            try:
+                comparison = await self.controlled.check()
+            except RestartError as error:
+                failure = error
+
+        self._is_checking = True
+        try:
+            await self._accompany(client, check, None)
+        finally:
+            self._is_checking = False
+        if failure is None:
+            await client.send("checked", comparison=comparison)
+        else:
+            await client.send("failed", **_describe(failure), report=None)
 
     async def _pass_on(self, client: _Client) -> None:
         """Let the process at the other end be the successor."""

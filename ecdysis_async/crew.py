@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .errors import RestartError
@@ -74,6 +74,7 @@ class Worker:
         successor_generation: which one its successor is to be.
         reopened: the number of the last request to open its log files anew that it has answered, and how many it did.
         is_told_to_leave: whether it was told to stop, so that its end is no crash.
+        environment: what it was started with.
         exit_status: how it ended; None while it lives.
     """
 
@@ -94,6 +95,7 @@ class Worker:
     served_since: float = math.nan
     is_told_to_leave: bool = False
     reopened: tuple[int, int] = (0, 0)
+    environment: Mapping[str, str] = field(default_factory=dict)
     exit_status: int | None = None
 
     @property

@@ -40,10 +40,21 @@ __all__ = [
 MARKER = "ECDYSIS_CHANNEL"
 # The same for the line between a worker and the anchor that it works for.
 LINE_MARKER = "ECDYSIS_LINE"
+# Set for a process that shall tell what it is over the channel, and end: no generation (check.py).
+CHECK_KEY = "ECDYSIS_CHECK"
 
 # Addressed to this process and to no other: sockets it was activated with (sd_listen_fds(3)), and who must pet the
 # watchdog (sd_watchdog_enabled(3)). WATCHDOG_USEC and NOTIFY_SOCKET hold for the successor as well.
-PRIVATE_KEYS = (MARKER, LINE_MARKER, "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
+PRIVATE_KEYS = (
+    MARKER,
+    LINE_MARKER,
+    CHECK_KEY,
+    "LISTEN_PID",
+    "LISTEN_PIDFDID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "WATCHDOG_PID",
+)
 
 # Stands between this process and the successor, and dies when it is let go: then the successor is a child of systemd
 # (reparenting, exit(2)). systemd 254 does not wait for a main process that is not its child when MAINPID= names it:

@@ -6,11 +6,10 @@ Nothing here changes anything, waits, or knows the supervisor.
 from __future__ import annotations
 
 import os
-import platform
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .check import describe_place
 from .handover import Handover
 from .inheritance import Inheritance
 from .lineage import Ancestor
@@ -101,16 +100,7 @@ def describe_ancestors(ancestors: Sequence[Ancestor]) -> list[dict[str, Any]]:
 
 def describe_process() -> dict[str, Any]:
     """Return what this process runs in: of the environment the names alone, because a value may be a secret."""
-    try:
-        directory = os.getcwd()
-    except FileNotFoundError:  # it was deleted
-        directory = None
-    return {
-        "interpreter": sys.executable,
-        "python": platform.python_version(),
-        "directory": directory,
-        "environment": sorted(os.environ),
-    }
+    return {**describe_place(), "environment": sorted(os.environ)}
 
 
 def report_of(inheritance: Inheritance) -> RestartReport:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import anyio
 
-from . import line
+from . import check, line
 from . import plane as planes
 from .control import Changes, Controlled, ControlServer, Restart
 from .control_path import locate
@@ -118,6 +118,13 @@ if _channel is not None:
 
 # The same holds for the sockets that systemd has passed to this process.
 _activation: Mapping[int, str] = claim_activation()
+
+
+def take_channel() -> socket.socket | None:
+    """Return the channel to whoever has started this process, once; None if there is none, or it was taken."""
+    global _channel
+    sock, _channel = _channel, None
+    return sock
 
 
 def current() -> Ecdysis:
@@ -282,9 +289,13 @@ class Ecdysis:
     # The block
 
     async def __aenter__(self) -> Self:
-        global _channel, _current
+        global _current
         if self._state is not State.STARTING or self.pid != os.getpid():
             raise RuntimeError("an Ecdysis is entered once, in the process that made it: make a new one")
+        if check.is_check():
+            # What it would serve, only its run would tell.
+            await check.tell(take_channel(), check.describe_release(None, os.environ))
+            raise SystemExit(0)
         self._finished = anyio.Event()
         self._leaving = anyio.Event()
         self._drained = anyio.Event()
@@ -302,7 +313,7 @@ class Ecdysis:
             self._resources.callback(self._generation.lineage.close)
             if (line_to_anchor := line.take()) is not None:
                 self._report_for_duty(line_to_anchor)
-            sock, _channel = _channel, None
+            sock = take_channel()
             is_child = sock is not None
             if sock is None and self._takeover_path is not None:
                 sock = await run_in_thread(functools.partial(ask_for_channel, self._takeover_path))
@@ -1103,11 +1114,24 @@ class Ecdysis:
             changes=self._changes,
             reopen_logs=self._reopen_logs,
             begin_takeover=self._hand_over_to,
+            check=self._check,
+            compare=self._compare,
         )
 
     def _restart(self) -> Restart:
         handover = self._begin_restart()
         return Restart(handover.report, functools.partial(self._see_through, handover))
+
+    async def _check(self) -> dict[str, Any]:
+        return await check.check_release(
+            self._settings, self._generation.env_file_keys, self._public_entries(), os.environ
+        )
+
+    def _compare(self, release: dict[str, Any]) -> dict[str, Any]:
+        return check.compare(release, self._public_entries(), os.environ)
+
+    def _public_entries(self) -> list[Entry]:
+        return [entry for entry in self._registry.entries if entry.address != self._control_path]
 
     def _hand_over_to(self, spawner: Spawner) -> Restart:
         if self._systemd.is_there:

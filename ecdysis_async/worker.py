@@ -16,17 +16,19 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from .addresses import name_sockets
+from .check import describe_release, tell
 from .errors import StartupError
 from .logging_setup import configure_logging
 from .options import OptionError, Options, find_control_path, read_variables
 from .registry import Entry
 from .registry import Kind as SocketKind
 from .status import describe_listeners
-from .supervisor import Ecdysis, State
+from .supervisor import Ecdysis, State, take_channel
 from .target import Kind, describe_failure, find_kind, load
 from .threads import run_in_thread
 
-__all__ = ["run"]
+__all__ = ["check", "run"]
 
 logger = logging.getLogger("ecdysis_async")
 
@@ -54,6 +56,59 @@ def run(options: Options) -> int:
         _say(error)
         return STARTUP_FAILED
     return 0
+
+
+def check(options: Options) -> int:
+    """Load what would be served, tell whoever has started this process what it is, and return the exit code."""
+    try:
+        if options.env_file is not None:
+            os.environ.update(read_variables(options.env_file))
+        configure_logging(options)
+        # Before the application is there, which may set some of its own.
+        environment = dict(os.environ)
+        _run_on(options.loop, functools.partial(_check, options, environment))
+    except OptionError as error:
+        _say(error)
+        return USAGE
+    except StartupError as error:
+        _say(error)
+        return STARTUP_FAILED
+    return 0
+
+
+async def _check(options: Options, environment: dict[str, str]) -> None:
+    try:
+        app = await load(options.target, app_dir=options.app_dir, factory=options.factory)
+        server = _choose_server(app, options)
+        if options.is_tls:
+            from .servers.listening import make_ssl_context
+
+            make_ssl_context(options)
+    except StartupError:
+        raise
+    except (Exception, SystemExit) as error:
+        print(describe_failure(error), file=sys.stderr, flush=True)  # noqa: T201 - this is the command
+        raise StartupError(f"{options.target} cannot start: {type(error).__name__}: {error}") from error
+    module = sys.modules[options.target.partition(":")[0]]
+    file = getattr(module, "__file__", None)
+    sockets: list[str] = []
+    for address in options.bind if server != "main" else ():
+        try:
+            sockets += await run_in_thread(functools.partial(name_sockets, address))
+        except OSError as error:
+            raise StartupError(error.strerror or str(error)) from error
+    await tell(
+        take_channel(),
+        describe_release(
+            sockets if server != "main" else None,
+            environment,
+            target=options.target,
+            server=server,
+            file=file,
+            real_file=os.path.realpath(file) if file is not None else None,  # noqa: ASYNC240 - nothing else runs here
+            control=options.control_path,
+        ),
+    )
 
 
 def _say(error: Exception) -> None:

@@ -26,6 +26,7 @@ TOP_TO_BOTTOM = (
     "supervisor",
     "duty",
     "status",
+    "check",
     "takeover",
     "control",
     "health",

@@ -18,7 +18,7 @@ from typing import Any
 
 from ecdysis_async.control_path import default_directories, find_live, is_live, locate
 
-__all__ = ["CommandFailed", "Exit", "find", "reopen_logs", "restart", "status", "stop"]
+__all__ = ["CommandFailed", "Exit", "check", "compare", "find", "reopen_logs", "restart", "status", "stop"]
 
 Event = dict[str, Any]
 
@@ -117,6 +117,35 @@ def reopen_logs(path: str) -> Event:
         CommandFailed: nobody is there, or nobody answers.
     """
     return _ask_for(path, {"command": "reopen-logs"}, "reopened")
+
+
+def check(path: str) -> Event:
+    """Let a service check what its restart would start; return what that would change.
+
+    Raises:
+        CommandFailed: it does not pass the check, or nobody answers.
+    """
+    try:
+        for event in _ask(path, {"command": "check"}, SILENCE_SECONDS):
+            match event["event"]:
+                case "checked":
+                    comparison: Event = event["comparison"]
+                    return comparison
+                case "failed":
+                    raise CommandFailed(event["message"], Exit.FAILED, event)
+    except NoAnswer as error:
+        raise CommandFailed(f"the service at {path} does not answer: {error}", Exit.UNKNOWN) from error
+    raise AssertionError("a conversation ends by its last word, or by NoAnswer")
+
+
+def compare(path: str, release: Event) -> Event:
+    """Ask a service what its restart into a release would change, which has told of itself here.
+
+    Raises:
+        CommandFailed: nobody is there, or nobody answers.
+    """
+    comparison: Event = _ask_for(path, {"command": "compare", "release": release}, "checked")["comparison"]
+    return comparison
 
 
 def _ask_for(path: str, request: Event, wanted: str) -> Event:

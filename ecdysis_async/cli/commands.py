@@ -14,9 +14,9 @@ import click
 
 from ecdysis_async.report import RestartReport
 
-from . import client
+from . import client, preflight
 from .client import CommandFailed, Exit
-from .progress import Progress, describe_outcome, describe_status, showing, watching
+from .progress import Progress, describe_check, describe_outcome, describe_status, showing, watching
 from .run import run
 
 __all__ = ["command"]
@@ -87,12 +87,19 @@ command.add_command(run)
     help="How far to wait: until the new generation serves, until that is final, or until the old one's connections "
     "have ended.",
 )
+@click.option("--check", is_flag=True, help="First see whether the new release loads; if not, do not restart.")
 @json_option
 @control_option
 @failures_exit
-def restart(until: str, as_json: bool, control: str | None) -> None:  # noqa: FBT001 - click passes it by name
+def restart(until: str, check: bool, as_json: bool, control: str | None) -> None:  # noqa: FBT001 - click passes it by name
     """Restart the service, and wait for the outcome. Leaving earlier (Ctrl-C) does not call it off."""
     path = client.find(control)
+    if check:
+        checked = client.check(path)
+        if as_json:
+            print_json({"event": "checked", "comparison": checked})
+        else:
+            click.echo(describe_check(checked))
     if as_json:
         with interruptible("the restart"):
             print_json(client.restart(path, until, lambda event: None))
@@ -102,6 +109,28 @@ def restart(until: str, as_json: bool, control: str | None) -> None:  # noqa: FB
         event = client.restart(path, until, progress.show)
         progress.show(event)
     click.echo(describe_outcome(RestartReport.from_json(event["report"])))
+
+
+@command.command(
+    "check",
+    context_settings={"ignore_unknown_options": True},
+    epilog="Exit codes: 0 the release passes; 1 it does not; 2 usage.",
+)
+@click.option("--timeout", type=float, default=60, show_default=True, help="Seconds that it may take.")
+@json_option
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="TARGET [OPTIONS OF ecdysis run]")
+@failures_exit
+def check_command(arguments: tuple[str, ...], timeout: float, as_json: bool) -> None:  # noqa: FBT001 - as above
+    """Load a release as `ecdysis run TARGET` would, without serving it, and tell what a restart would change.
+
+    It is compared with the service that has its control socket, where that runs. The environment is the one of this
+    command: `ecdysis restart --check` checks what the service itself would start, with the service's environment.
+    """
+    checked = preflight.check(arguments, timeout)
+    if as_json:
+        print_json({"event": "checked", "comparison": checked})
+    else:
+        click.echo(describe_check(checked))
 
 
 @command.command()

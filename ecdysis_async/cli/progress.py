@@ -13,7 +13,16 @@ from typing import Any, Protocol
 
 from ecdysis_async.report import Phase, RestartReport
 
-__all__ = ["Lines", "Progress", "Watch", "describe_outcome", "describe_status", "showing", "watching"]
+__all__ = [
+    "Lines",
+    "Progress",
+    "Watch",
+    "describe_check",
+    "describe_outcome",
+    "describe_status",
+    "showing",
+    "watching",
+]
 
 MINUTE = 60
 HOUR = 60 * MINUTE
@@ -165,14 +174,58 @@ def describe_outcome(report: RestartReport) -> str:
     return text
 
 
+def describe_check(checked: dict[str, Any]) -> str:
+    """Tell what a release is, and in what a restart into it would differ from what runs, where something runs."""
+    process, former = checked["process"], checked.get("former_process")
+    rows = [("service", f"pid {checked['pid']}" if former is not None else "none runs there: this is a first start")]
+    if checked.get("target") is not None:
+        rows.append(("target", f"{checked['target']} by {checked['server']}"))
+        if checked["file"] is not None:
+            rows.append(("file", _through_links(checked["file"], checked["real_file"])))
+    for name, describe in (("interpreter", _describe_interpreter), ("directory", _describe_directory)):
+        text = describe(process)
+        if former is not None:
+            text += "\nas now" if describe(former) == text else f"\nnow {describe(former)}"
+        rows.append((name, text))
+    if former is not None:
+        rows.append(("environment", _describe_changes(checked["environment"], "as now")))
+    if checked["sockets"] is None:
+        rows.append(("sockets", "only its run tells"))
+    elif former is None:
+        rows.append(("sockets", "\n".join(checked["sockets"]) or "none"))
+    else:
+        rows.append(("sockets", _describe_changes(checked["sockets"], "none")))
+    return "\n".join(_lay_out(rows))
+
+
+def _describe_interpreter(process: dict[str, Any]) -> str:
+    return f"{_through_links(process['interpreter'], process['real_interpreter'])} ({process['python']})"
+
+
+def _describe_directory(process: dict[str, Any]) -> str:
+    if process["directory"] is None:
+        return "one that was deleted"
+    return _through_links(process["logical_directory"], process["directory"])
+
+
+def _describe_changes(changes: dict[str, list[str]], otherwise: str) -> str:
+    return "\n".join(f"{kind}: {', '.join(names)}" for kind, names in changes.items() if names) or otherwise
+
+
+def _through_links(path: str, real: str | None) -> str:
+    return path if real is None or path == real else f"{path} -> {real}"
+
+
 def describe_status(status: dict[str, Any]) -> str:
     """Tell a status in lines."""
-    lines = [_title(status)]
-    for name, text in _rows(status):
+    return "\n".join([_title(status), *_lay_out(_rows(status))])
+
+
+def _lay_out(rows: list[tuple[str, str]]) -> Iterator[str]:
+    for name, text in rows:
         first, *others = text.splitlines()
-        lines.append(f"  {name:<12} {first}")
-        lines += [f"  {'':<12} {line}" for line in others]
-    return "\n".join(lines)
+        yield f"  {name:<12} {first}"
+        yield from (f"  {'':<12} {line}" for line in others)
 
 
 def _title(status: dict[str, Any]) -> str:

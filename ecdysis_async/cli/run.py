@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ecdysis_async import line
+from ecdysis_async import check, line
 from ecdysis_async.options import Option, OptionError, Options, Shape, command_line_options, gather
 
 from .client import Exit
@@ -28,7 +28,11 @@ def serve(options: Options) -> int:
 
     This is the one place where it is decided which part of the service this process is.
     """
-    # Imported here: neither needs the other, and the anchor shall stay small.
+    # Imported here: none needs the others, and the anchor shall stay small.
+    if check.is_check():
+        from ecdysis_async import worker
+
+        return worker.check(options)
     if line.is_worker():
         from ecdysis_async import worker
 
