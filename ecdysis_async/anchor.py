@@ -393,6 +393,8 @@ class Anchor:
         except OSError as error:
             raise SpawnFailed(f"no line to a worker: {error}; is the limit of open files reached?") from error
 
+        environment: Mapping[str, str] = {}
+
         def start() -> Process:
             nonlocal environment
             launch, _ = describe_launch(settings.command, settings.environment, settings.env_file)
@@ -401,7 +403,6 @@ class Anchor:
             environment = launch.environment
             return spawn(launch, channel, stderr, line=theirs)
 
-        environment: Mapping[str, str] = {}
         self._spawning += 1
         try:
             process = await run_in_thread(start)
@@ -993,6 +994,8 @@ class Anchor:
             if roll_out.probation_ends is not None:
                 seconds = max(0.0, roll_out.probation_ends - anyio.current_time())
                 return f"generation {roll_out.generation}, on probation for {seconds:.1f} s more"
+            if all(turn.state is TurnState.PENDING for turn in roll_out.turns):
+                return "the first worker's turn"
             return "the former workers to take their places again"
         if roll_out is not None and not roll_out.drained.is_set():
             left = sum(turn.old.connections for turn in roll_out.turns if turn.old is not None and turn.old.is_alive)
