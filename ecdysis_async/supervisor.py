@@ -272,6 +272,11 @@ class Ecdysis:
         return self._tracker.draining
 
     @property
+    def drain_timeout(self) -> float:
+        """How long connections may take to finish once this generation leaves, in seconds."""
+        return self._settings.drain_timeout
+
+    @property
     def connections(self) -> int:
         """How many connections, and pieces of tracked work, this generation has at this moment."""
         return len(self._tracker.connections())

@@ -82,6 +82,7 @@ FUNCTIONS = {
 }
 PROPERTIES = {
     "connections",
+    "drain_timeout",
     "draining",
     "draining_generations",
     "generation",

@@ -75,14 +75,19 @@ class Application:
             elif message["type"] == "lifespan.startup.failed":
                 # Frameworks say so while they handle the exception.
                 self.failure = sys.exception() or RuntimeError(message.get("message") or "the start-up failed")
+                # Told by whoever has called the server: a server would log it a second time.
+                message = {**message, "message": ""}
             await send(message)
 
         try:
             await self._app(scope, receive_through, send_through)
         except Exception as error:
-            if is_asked and not is_started and self.failure is None:
+            if self.failure is not None and not is_started:
+                return
+            if is_asked and not is_started:
                 self.failure = error
-                await send({"type": "lifespan.startup.failed", "message": repr(error)})
+                await send({"type": "lifespan.startup.failed", "message": ""})
+                return
             raise
 
     async def _respond(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -98,7 +103,9 @@ class Application:
     @contextlib.contextmanager
     def _in_progress(self) -> Iterator[None]:
         """Let the drain know that this connection is busy, and whom to cancel at the deadline."""
-        connection, task = current_connection.get(), asyncio.current_task()
+        connection = current_connection.get()
+        # On trio the connection's own scope is what a deadline cancels, and its requests with it.
+        task = asyncio.current_task() if isinstance(connection, ServerConnection) else None
         if not isinstance(connection, ServerConnection) or task is None:
             yield
             return

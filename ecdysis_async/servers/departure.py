@@ -7,10 +7,10 @@ left may the server shut down. Nothing here knows a server.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import math
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -23,7 +23,7 @@ from ecdysis_async.gate import GateState
 from ecdysis_async.plane import active
 from ecdysis_async.supervisor import Ecdysis
 
-__all__ = ["DRAINING", "RESTARTING", "Departure"]
+__all__ = ["DRAINING", "RESTARTING", "Departure", "is_on_trio"]
 
 DRAINING = "ecdysis.draining"
 """Where an application finds the event that this generation leaves: an object with ``is_set()`` and ``wait()``."""
@@ -41,6 +41,12 @@ STEP_SECONDS = 0.05
 GRACE_SECONDS = 10.0
 
 log = logging.getLogger("ecdysis_async")
+
+
+def is_on_trio() -> bool:
+    """Say whether trio runs, which has no loop that servers could ask for a server."""
+    trio = sys.modules.get("trio")
+    return trio is not None and trio.lowlevel.in_trio_run()
 
 
 class Departure:
@@ -61,13 +67,13 @@ class Departure:
     """
 
     def __init__(self, ecdysis: Ecdysis, say_farewell: Callable[[], None] | None = None) -> None:
-        if not hasattr(asyncio.get_running_loop(), "ungated_create_server"):
+        if not is_on_trio() and not hasattr(sys.modules["asyncio"].get_running_loop(), "ungated_create_server"):
             raise RuntimeError("this loop's servers cannot be handed over: run the program by ecdysis_async.run(main)")
         self.ecdysis = ecdysis
         self.websockets: set[Callable[[], Coroutine[Any, Any, object]]] = set()
         self._gate = active().gate
         self._say_farewell = say_farewell
-        self._timeout = ecdysis._settings.drain_timeout  # noqa: SLF001 - there is no other way to learn it
+        self._timeout = ecdysis.drain_timeout
         self._deadline = -math.inf
 
     async def see_off(self) -> None:

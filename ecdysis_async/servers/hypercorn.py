@@ -1,35 +1,82 @@
-"""hypercorn on asyncio and uvloop, whose sockets, signals and end are those of the ``Ecdysis``.
+"""hypercorn on asyncio, uvloop and trio, whose sockets, signals and end are those of the ``Ecdysis``.
 
 Seams, as seen in hypercorn 0.18: ``hypercorn.asyncio.serve`` with its ``shutdown_trigger``, which is called once the
-server listens, and ``Config.create_sockets``. On trio it cannot be handed over: it accepts by trio's own
-``serve_listeners``, which cannot be paused and taken up again.
+server listens, and ``Config.create_sockets``. On trio see ``hypercorn_trio``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, cast
 
-import hypercorn.asyncio
+import anyio
 from hypercorn.config import Config, Sockets
 
-from ecdysis_async.asyncio_servers import numeric
+from ecdysis_async.addresses import listen, parse_address
+from ecdysis_async.options import Options
+from ecdysis_async.plane import active
 from ecdysis_async.supervisor import Ecdysis
 
+from . import own_options
 from .asgi import Application
-from .departure import Departure
+from .departure import Departure, is_on_trio
+from .forwarded import Forwarded
+from .listening import CERT_REQS, open_sockets
 
-__all__ = ["serve"]
+__all__ = ["run", "serve"]
 
 # Where a bind names no port: hypercorn's own.
 PORT = 8000
 
+# What `ecdysis run` says itself, or what is the Ecdysis' business.
+OURS = frozenset(
+    {
+        "accesslog",
+        "application_path",
+        "backlog",
+        "bind",
+        "ca_certs",
+        "cert_reqs",
+        "certfile",
+        "ciphers",
+        "daemon",
+        "debug",
+        "errorlog",
+        "graceful_timeout",
+        "group",
+        "insecure_bind",
+        "keyfile",
+        "keyfile_password",
+        "log",
+        "logconfig",
+        "logconfig_dict",
+        "loglevel",
+        "max_requests",
+        "max_requests_jitter",
+        "pid_path",
+        "quic_bind",
+        "root_path",
+        "ssl_enabled",
+        "umask",
+        "use_reloader",
+        "user",
+        "verify_mode",
+        "worker_class",
+        "workers",
+    }
+)
 
-async def serve(ecdysis: Ecdysis, app: Callable[[Any, Any, Any], Awaitable[Any]], config: Config) -> None:
+
+async def serve(
+    ecdysis: Ecdysis,
+    app: Callable[[Any, Any, Any], Awaitable[Any]],
+    config: Config,
+    socks: Sequence[socket.socket] = (),
+) -> None:
     """Serve an ASGI application until this generation shall leave and its requests are answered.
 
     It announces readiness itself, after the application's start-up. Applications find the event that this generation
@@ -37,9 +84,10 @@ async def serve(ecdysis: Ecdysis, app: Callable[[Any, Any, Any], Awaitable[Any]]
     after the other until the deadline.
 
     Args:
-        ecdysis: entered, on a gated loop (``ecdysis_async.run``).
+        ecdysis: entered, on a gated loop (``ecdysis_async.run``) or on trio.
         app: of ASGI 3.
         config: hypercorn's own; what it says of loops, signals, workers and max_requests is not used.
+        socks: in place of its binds: some of the ``Ecdysis``.
 
     Raises:
         RuntimeError: the loop is not gated, or the application said no more than that its start-up failed.
@@ -49,15 +97,61 @@ async def serve(ecdysis: Ecdysis, app: Callable[[Any, Any, Any], Awaitable[Any]]
 
     Cancelling it ends the server at once.
     """
-    departure = Departure(ecdysis)
     if config.quic_bind:
         raise ValueError("QUIC connections cannot be handed over: leave quic_bind out")
+    config = _copy(config)
+    if socks:
+        secure, insecure = (list(socks), []) if config.ssl_enabled else ([], list(socks))
+    else:
+        binds, insecure_binds = (config.bind, config.insecure_bind) if config.ssl_enabled else ([], config.bind)
+        secure = [await _register(ecdysis, config, bind) for bind in binds]
+        insecure = [await _register(ecdysis, config, bind) for bind in insecure_binds]
+    if is_on_trio():
+        from .hypercorn_trio import serve as serve_on_trio
+
+        await serve_on_trio(ecdysis, app, config, secure, insecure)
+    else:
+        await _serve_on_asyncio(ecdysis, app, config, secure, insecure)
+
+
+async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
+    """Serve an ASGI application as the options say."""
+    config = Config()
+    # What hypercorn writes goes where everything else goes.
+    config.errorlog = logging.getLogger("hypercorn.error")
+    config.accesslog = logging.getLogger("hypercorn.access") if options.access_log else None
+    config.backlog = options.backlog
+    config.root_path = options.root_path
+    config.certfile = options.certfile
+    config.keyfile = options.keyfile or options.certfile
+    config.keyfile_password = options.keyfile_password
+    config.ca_certs = options.ca_certs
+    config.verify_mode = CERT_REQS[options.cert_reqs]
+    if options.ciphers is not None:
+        config.ciphers = options.ciphers
+    wanted = own_options.of_attributes(Config)
+    for name, value in own_options.read("hypercorn", wanted, options.server_options, OURS).items():
+        setattr(config, name, value)
+    if options.proxy_headers:
+        app = Forwarded(app, options.forwarded_allow_ips)
+    await serve(ecdysis, app, config, await open_sockets(options))
+
+
+async def _serve_on_asyncio(
+    ecdysis: Ecdysis,
+    app: Callable[[Any, Any, Any], Awaitable[Any]],
+    config: _Config,
+    secure: Iterable[socket.socket],
+    insecure: Iterable[socket.socket],
+) -> None:
+    import hypercorn.asyncio
+
+    departure = Departure(ecdysis)
     application = Application(app, departure)
-    secure, insecure = (config.bind, config.insecure_bind) if config.ssl_enabled else ([], config.bind)
     with contextlib.ExitStack() as duplicates, departure.ending() as begin_shutdown:
-        sockets = Sockets(
-            [duplicates.enter_context(await _listen(ecdysis, config, bind)) for bind in secure],
-            [duplicates.enter_context(await _listen(ecdysis, config, bind)) for bind in insecure],
+        config.sockets = Sockets(
+            [duplicates.enter_context(_duplicate(sock)) for sock in secure],
+            [duplicates.enter_context(_duplicate(sock)) for sock in insecure],
             quic_sockets=[],
         )
 
@@ -67,7 +161,7 @@ async def serve(ecdysis: Ecdysis, app: Callable[[Any, Any, Any], Awaitable[Any]]
             begin_shutdown()
 
         try:
-            await hypercorn.asyncio.serve(cast("Any", application), _Config(config, sockets), shutdown_trigger=leave)
+            await hypercorn.asyncio.serve(cast("Any", application), config, shutdown_trigger=leave)
         except Exception:
             if application.failure is not None:
                 raise application.failure from None
@@ -77,32 +171,35 @@ async def serve(ecdysis: Ecdysis, app: Callable[[Any, Any, Any], Awaitable[Any]]
 class _Config(Config):
     """The given one, but for the sockets: hypercorn would bind some of its own."""
 
-    def __init__(self, given: Config, sockets: Sockets) -> None:
-        super().__init__()
-        vars(self).update(vars(given))
-        # It would shut the server down, and the Ecdysis would not know.
-        self.max_requests = None
-        self._sockets = sockets
+    sockets: Sockets
 
     def create_sockets(self) -> Sockets:
-        return self._sockets
+        return self.sockets
 
 
-async def _listen(ecdysis: Ecdysis, config: Config, bind: str) -> socket.socket:
-    """Return a duplicate, for hypercorn to own, of a registered socket."""
-    return socket.socket(fileno=os.dup(await _register(ecdysis, config, bind)))
+def _copy(given: Config) -> _Config:
+    config = _Config()
+    vars(config).update(vars(given))
+    # It would shut the server down, and the Ecdysis would not know.
+    config.max_requests = None
+    return config
 
 
-async def _register(ecdysis: Ecdysis, config: Config, bind: str) -> int:
+def _duplicate(sock: socket.socket) -> socket.socket:
+    """Return a duplicate, for hypercorn to own."""
+    return socket.socket(fileno=os.dup(sock.fileno()))
+
+
+async def _register(ecdysis: Ecdysis, config: Config, bind: str) -> socket.socket:
     if bind.startswith("fd://"):
-        return int(bind.removeprefix("fd://"))
+        return listen(active().registry, parse_address(bind))[0].sock
     if bind.startswith("unix:"):
         path = bind.removeprefix("unix:")
         mode = None if config.umask is None else 0o777 & ~config.umask
         sock = ecdysis.listen_unix(path, backlog=config.backlog, mode=mode)
         if config.user is not None and config.group is not None:
             os.chown(path, config.user, config.group)
-        return sock.fileno()
+        return sock
     # As hypercorn reads it.
     bind = bind.replace("[", "").replace("]", "")
     try:
@@ -111,7 +208,7 @@ async def _register(ecdysis: Ecdysis, config: Config, bind: str) -> int:
     except ValueError:
         host, port = bind, PORT
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    (*_, address), *_ = await asyncio.get_running_loop().getaddrinfo(
+    (*_, address), *_ = await anyio.getaddrinfo(
         host or None, port, family=family, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
-    return ecdysis.listen_tcp(*numeric(address), backlog=config.backlog).fileno()
+    return ecdysis.listen_tcp(str(address[0]), address[1], backlog=config.backlog)

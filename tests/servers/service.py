@@ -7,7 +7,6 @@ for a browser ``/page``, which tells what becomes of its WebSocket by ``/note/TE
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import json
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import trio
+import trio
 
 import ecdysis_async
 from ecdysis_async import Ecdysis, RestartError
@@ -230,19 +231,19 @@ async def main() -> None:
     if (Path(directory) / "endless").exists():
         departure.GRACE_SECONDS = 0.2
     ecdysis = Ecdysis(**json.loads(options))
-    async with ecdysis:
-        serving = asyncio.create_task(tell_serving(ecdysis))
+    async with ecdysis, anyio.create_task_group() as task_group:
+        task_group.start_soon(tell_serving, ecdysis)
         try:
             await SERVE[server](ecdysis, Path(directory))
         finally:
-            serving.cancel()
+            task_group.cancel_scope.cancel()
     report = ecdysis.last_report
     tell(event="ended", generation=ecdysis.generation, report=None if report is None else report.to_json())
 
 
 async def tell_serving(ecdysis: Ecdysis) -> None:
     while ecdysis.state is not ecdysis_async.State.SERVING:  # noqa: ASYNC110 - a state has no event
-        await asyncio.sleep(0.001)
+        await anyio.sleep(0.001)
     # The address, of the one socket there is.
     entry = ecdysis._registry.entries[0]
     tell(event="serving", generation=ecdysis.generation, address=entry.sock.getsockname())
@@ -250,4 +251,10 @@ async def tell_serving(ecdysis: Ecdysis) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    ecdysis_async.run(main, loop=sys.argv[2])  # type: ignore[arg-type]
+    if sys.argv[2] == "trio":
+        trio.run(main)
+    else:
+        if sys.argv[2] == "trio":
+        trio.run(main)
+    else:
+        ecdysis_async.run(main, loop=sys.argv[2])  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,10 @@ SPREAD_SECONDS = 0.3
 SETTINGS = {"probation": 0.05, "drain_timeout": 4, "max_draining": RESTARTS + 1}
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-@pytest.mark.parametrize("server", SERVERS)
+ON_TRIO = ("hypercorn", "trio")
+
+
+@pytest.mark.parametrize(("server", "loop"), [*itertools.product(SERVERS, ["asyncio", "uvloop"]), ON_TRIO])
 def test_restarts_under_load_lose_nothing(server: str, loop: str, tmp_path: Path) -> None:
     asyncio.run(restart_under_load(server, loop, tmp_path))
 
@@ -61,13 +64,13 @@ async def restart_under_load(server: str, loop: str, directory: Path) -> None:
     assert find_blemishes(directory) == []
 
 
-@pytest.mark.parametrize("server", SERVERS)
-def test_each_connection_gets_its_own_goodbye(server: str, tmp_path: Path) -> None:
-    asyncio.run(say_goodbye_to_each(server, tmp_path))
+@pytest.mark.parametrize(("server", "loop"), [*((server, "asyncio") for server in SERVERS), ON_TRIO])
+def test_each_connection_gets_its_own_goodbye(server: str, loop: str, tmp_path: Path) -> None:
+    asyncio.run(say_goodbye_to_each(server, loop, tmp_path))
 
 
-async def say_goodbye_to_each(server: str, directory: Path) -> None:
-    async with running(server, "asyncio", directory, **SETTINGS) as service, contextlib.AsyncExitStack() as stack:
+async def say_goodbye_to_each(server: str, loop: str, directory: Path) -> None:
+    async with running(server, loop, directory, **SETTINGS) as service, contextlib.AsyncExitStack() as stack:
 
         async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
             streams = await asyncio.open_connection(HOST, service.port)
@@ -109,15 +112,15 @@ async def say_goodbye_to_each(server: str, directory: Path) -> None:
     assert (report.drain.silent, report.drain.cut) == (2, 1)
 
 
-@pytest.mark.parametrize("server", SERVERS)
-def test_a_shutdown_without_end_is_ended(server: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("server", "loop"), [*((server, "asyncio") for server in SERVERS), ON_TRIO])
+def test_a_shutdown_without_end_is_ended(server: str, loop: str, tmp_path: Path) -> None:
     (tmp_path / "endless").touch()
-    asyncio.run(start_and_stop(server, tmp_path))
+    asyncio.run(start_and_stop(server, loop, tmp_path))
     assert "does not end" in (tmp_path / "stderr").read_text()
 
 
-async def start_and_stop(server: str, directory: Path) -> None:
-    async with running(server, "asyncio", directory, **SETTINGS) as service:
+async def start_and_stop(server: str, loop: str, directory: Path) -> None:
+    async with running(server, loop, directory, **SETTINGS) as service:
         pass
     assert service.shutdowns == dict.fromkeys(service.pids, "draining")
     assert set(service.reports) == set(service.pids)

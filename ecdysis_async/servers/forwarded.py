@@ -1,0 +1,77 @@
+"""What proxies say of the client, for servers that do not listen to that themselves: believed if they are trusted."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+__all__ = ["Forwarded", "Trusted"]
+
+LOOPBACK = "127.0.0.1,::1"
+
+# How the scheme of a WebSocket is called.
+WEBSOCKET_SCHEMES = {"http": "ws", "https": "wss"}
+
+
+class Trusted:
+    """The proxies that are believed.
+
+    Args:
+        hosts: addresses and networks, separated by commas; "*" is everybody; None: this machine.
+    """
+
+    def __init__(self, hosts: str | None) -> None:
+        names = [each.strip() for each in (LOOPBACK if hosts is None else hosts).split(",")]
+        self._is_everybody = "*" in names
+        self._networks = []
+        # Others are what a Unix socket's peer may be called.
+        self._names = set()
+        for name in names:
+            try:
+                self._networks.append(ipaddress.ip_network(name))
+            except ValueError:
+                self._names.add(name)
+
+    def __contains__(self, host: object) -> bool:
+        if self._is_everybody or host in self._names:
+            return True
+        try:
+            address = ipaddress.ip_address(str(host))
+        except ValueError:
+            return False
+        return any(address in network for network in self._networks)
+
+    def find_client(self, forwarded_for: str) -> str | None:
+        """Return the last one of a list who is no proxy of ours; the first, if all are; None if nobody is named."""
+        hosts = [each.strip() for each in forwarded_for.split(",") if each.strip()]
+        return next((each for each in reversed(hosts) if each not in self), hosts[0] if hosts else None)
+
+
+class Forwarded:
+    """An ASGI application behind proxies: ``X-Forwarded-Proto`` and ``-For`` of trusted ones make scheme and client.
+
+    Args:
+        app: of ASGI 3.
+        hosts: see :class:`Trusted`.
+    """
+
+    def __init__(self, app: Callable[[Any, Any, Any], Awaitable[Any]], hosts: str | None) -> None:
+        self._app = app
+        self._trusted = Trusted(hosts)
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket") and self._is_believed(scope.get("client")):
+            headers = dict(scope["headers"])
+            scheme = headers.get(b"x-forwarded-proto", b"").decode("latin1").strip()
+            if scheme in WEBSOCKET_SCHEMES:
+                scope["scheme"] = WEBSOCKET_SCHEMES[scheme] if scope["type"] == "websocket" else scheme
+            host = self._trusted.find_client(headers.get(b"x-forwarded-for", b"").decode("latin1"))
+            if host is not None:
+                # Its port is not known.
+                scope["client"] = (host, 0)
+        await self._app(scope, receive, send)
+
+    def _is_believed(self, client: Any) -> bool:
+        # Over a Unix socket comes who may write to it.
+        return client is None or not client[0] or client[0] in self._trusted

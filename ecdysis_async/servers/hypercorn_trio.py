@@ -1,0 +1,82 @@
+"""hypercorn on trio: its own protocols, over listeners that can pause.
+
+``hypercorn.trio.serve`` accepts by trio's ``serve_listeners``, which cannot be paused and taken up again. So this is
+what it does, as seen in hypercorn 0.18, on listeners of the ``Ecdysis``: ``Lifespan``, ``WorkerContext``, ``TCPServer``
+and ``wrap_app``.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, cast
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.lifespan import Lifespan
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import wrap_app
+
+from ecdysis_async.supervisor import Ecdysis
+from ecdysis_async.trio_listeners import TrioListener
+
+from .asgi import Application
+from .departure import Departure
+
+__all__ = ["serve"]
+
+
+async def serve(
+    ecdysis: Ecdysis,
+    app: Callable[[Any, Any, Any], Awaitable[Any]],
+    config: Config,
+    secure: Iterable[socket.socket],
+    insecure: Iterable[socket.socket],
+) -> None:
+    """Serve an ASGI application on trio; see ``hypercorn.serve``.
+
+    Args:
+        ecdysis: entered.
+        app: of ASGI 3.
+        config: hypercorn's own.
+        secure: sockets of the ``Ecdysis``, to serve TLS on.
+        insecure: the same, to serve without.
+    """
+    context = WorkerContext(None)
+
+    def close_idle() -> None:
+        # Ends connections that are idle, and the others after their response.
+        nursery.start_soon(context.terminated.set)
+
+    departure = Departure(ecdysis, close_idle)
+    application = Application(app, departure)
+    wrapped = wrap_app(cast("Any", application), config.wsgi_max_body_size, "asgi")
+    state: dict[str, Any] = {}
+    lifespan = Lifespan(wrapped, config, state)
+    ssl_context = config.create_ssl_context()
+    listeners: list[Any] = [TrioListener(sock) for sock in insecure]
+    if ssl_context is not None:
+        listeners += [trio.SSLListener(TrioListener(sock), ssl_context, https_compatible=True) for sock in secure]
+
+    async def handle(stream: Any) -> None:
+        await TCPServer(wrapped, config, context, ConnectionState(state.copy()), stream)
+
+    try:
+        async with trio.open_nursery() as nursery:
+            with departure.ending() as begin_shutdown:
+                await nursery.start(lifespan.handle_lifespan)
+                await lifespan.wait_for_startup()
+                nursery.start_soon(ecdysis.serve, handle, *listeners)
+                await ecdysis.ready()
+                await departure.see_off()
+                begin_shutdown()
+                await context.terminated.set()
+                await lifespan.wait_for_shutdown()
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        if application.failure is not None:
+            raise application.failure from None
+        # What was raised, rather than that it was raised here.
+        raise group.exceptions[0] if len(group.exceptions) == 1 else group from None
