@@ -13,21 +13,29 @@ import functools
 import socket
 import ssl
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import anyio
 from aiohttp import WSMsgType, web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 
 from ecdysis_async.asyncio_servers import ServerConnection
 from ecdysis_async.drain import current_connection
+from ecdysis_async.errors import StartupError
+from ecdysis_async.options import Options
 from ecdysis_async.settings import StrPath
 from ecdysis_async.supervisor import Ecdysis
 
+from . import own_options
 from .departure import RESTARTING, STEP_SECONDS, Departure
+from .forwarded import Trusted
+from .listening import make_ssl_context, open_sockets
 
-__all__ = ["DRAINING", "serve"]
+__all__ = ["DRAINING", "run", "serve"]
+
+# What `ecdysis run` says itself, or what is no option.
+OURS = frozenset({"manager", "loop", "access_log", "access_log_class"})
 
 DRAINING = web.AppKey("ecdysis.draining", anyio.Event)
 """Where an application finds the event that this generation leaves; sub-applications look in ``config_dict``."""
@@ -47,6 +55,7 @@ async def serve(
     port: int | None = None,
     path: StrPath | None = None,
     sock: socket.socket | None = None,
+    socks: Sequence[socket.socket] = (),
     ssl_context: ssl.SSLContext | None = None,
     backlog: int = 1024,
     **options: Any,
@@ -64,6 +73,7 @@ async def serve(
         port: 8080, or 8443 with TLS, if neither path nor sock are given.
         path: of a Unix socket.
         sock: one of the ``Ecdysis``, or one to be registered.
+        socks: more of these.
         ssl_context: serve TLS.
         backlog: how many connections may wait to be accepted.
         options: those of ``aiohttp.web.AppRunner``, such as ``access_log`` and ``keepalive_timeout``.
@@ -78,12 +88,13 @@ async def serve(
     # The drain waits for requests, and has cancelled what is left by the time of the clean-up: nothing is to wait for.
     runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=0, **options)
     clients = _Clients(ecdysis, runner)
+    all_socks = [*socks] if sock is None else [sock, *socks]
     app[DRAINING] = ecdysis.draining
     app.middlewares.insert(0, clients.note_request)
     app.on_response_prepare.append(clients.note_response)
     try:
         await runner.setup()
-        for site in _make_sites(runner, host, port, path, sock, ssl_context=ssl_context, backlog=backlog):
+        for site in _make_sites(runner, host, port, path, all_socks, ssl_context=ssl_context, backlog=backlog):
             await site.start()
         await ecdysis.ready()
         await clients.departure.see_off()
@@ -91,6 +102,42 @@ async def serve(
         with clients.departure.ending() as begin:
             begin()
             await runner.cleanup()
+
+
+async def run(ecdysis: Ecdysis, app: web.Application, options: Options) -> None:
+    """Serve an application as the options say.
+
+    Raises:
+        StartupError: it cannot be served so.
+    """
+    if options.root_path:
+        raise StartupError("root_path is for ASGI: nest an aiohttp application instead (web.Application.add_subapp)")
+    wanted = own_options.of_function(web.RequestHandler.__init__)
+    given = own_options.read("aiohttp", wanted, options.server_options, OURS)
+    if not options.access_log:
+        given["access_log"] = None
+    if options.proxy_headers:
+        app.middlewares.insert(0, _believe(Trusted(options.forwarded_allow_ips)))
+    socks = await open_sockets(options)
+    await serve(ecdysis, app, socks=socks, ssl_context=make_ssl_context(options), backlog=options.backlog, **given)
+
+
+def _believe(trusted: Trusted) -> Middleware:
+    @web.middleware
+    async def believe(request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Take scheme and client from what a trusted proxy says, as ``forwarded.Forwarded`` does."""
+        if request.remote is None or not request.remote or request.remote in trusted:
+            said: dict[str, Any] = {}
+            scheme = request.headers.get("X-Forwarded-Proto", "").strip()
+            if scheme in ("http", "https"):
+                said["scheme"] = scheme
+            if (host := trusted.find_client(request.headers.get("X-Forwarded-For", ""))) is not None:
+                said["remote"] = host
+            if said:
+                request = request.clone(**said)
+        return await handler(request)
+
+    return believe
 
 
 class _Clients:
@@ -166,12 +213,12 @@ def _make_sites(
     host: str | None,
     port: int | None,
     path: StrPath | None,
-    sock: socket.socket | None,
+    socks: Sequence[socket.socket],
     **options: Any,
 ) -> Iterator[web.BaseSite]:
-    if sock is not None:
+    for sock in socks:
         yield web.SockSite(runner, sock, **options)
     if path is not None:
         yield web.UnixSite(runner, path, **options)
-    if host is not None or port is not None or (sock is None and path is None):
+    if host is not None or port is not None or (not socks and path is None):
         yield web.TCPSite(runner, host, port, **options)

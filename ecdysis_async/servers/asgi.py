@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
+from ecdysis_async.accept import AcceptedConnection
 from ecdysis_async.asyncio_servers import ServerConnection
 from ecdysis_async.drain import current_connection
 
@@ -29,6 +31,7 @@ class Application:
 
     Attributes:
         failure: why the application's start-up failed, if it did.
+        busy: how many requests each connection has at this moment, on trio.
 
     Args:
         app: the application, of ASGI 3.
@@ -37,6 +40,7 @@ class Application:
 
     def __init__(self, app: Callable[[Any, Any, Any], Awaitable[Any]], departure: Departure) -> None:
         self.failure: BaseException | None = None
+        self.busy: Counter[AcceptedConnection] = Counter()
         self._app = app
         self._departure = departure
         self._draining = departure.ecdysis.draining
@@ -104,7 +108,14 @@ class Application:
     def _in_progress(self) -> Iterator[None]:
         """Let the drain know that this connection is busy, and whom to cancel at the deadline."""
         connection = current_connection.get()
-        # On trio the connection's own scope is what a deadline cancels, and its requests with it.
+        if isinstance(connection, AcceptedConnection):
+            # On trio, where the connection's own scope is what a deadline cancels, and its requests with it.
+            self.busy[connection] += 1
+            try:
+                yield
+            finally:
+                self.busy -= Counter([connection])
+            return
         task = asyncio.current_task() if isinstance(connection, ServerConnection) else None
         if not isinstance(connection, ServerConnection) or task is None:
             yield

@@ -19,6 +19,8 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import wrap_app
 
+from ecdysis_async.accept import AcceptedConnection
+from ecdysis_async.plane import active
 from ecdysis_async.supervisor import Ecdysis
 from ecdysis_async.trio_listeners import TrioListener
 
@@ -45,8 +47,11 @@ async def serve(
         insecure: the same, to serve without.
     """
     context = WorkerContext(None)
+    tracker = active().tracker
 
     def close_idle() -> None:
+        for connection in tracker.connections():
+            connection.silent = isinstance(connection, AcceptedConnection) and connection not in application.busy
         # Ends connections that are idle, and the others after their response.
         nursery.start_soon(context.terminated.set)
 

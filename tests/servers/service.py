@@ -20,10 +20,10 @@ from typing import Any
 
 import anyio
 import trio
-import trio
 
 import ecdysis_async
 from ecdysis_async import Ecdysis, RestartError
+from ecdysis_async.accept import AcceptedConnection
 from ecdysis_async.asyncio_servers import ServerConnection
 from ecdysis_async.drain import current_connection
 from ecdysis_async.servers import departure
@@ -84,9 +84,12 @@ async def respond(path: str) -> str:
             return ""
         case ["nodelay"]:
             connection = current_connection.get()
-            assert isinstance(connection, ServerConnection)
-            assert connection.transport is not None
-            sock = connection.transport.get_extra_info("socket")
+            if isinstance(connection, AcceptedConnection):
+                sock = connection._sock()
+            else:
+                assert isinstance(connection, ServerConnection) and connection.transport is not None
+                sock = connection.transport.get_extra_info("socket")
+            assert sock is not None
             return str(bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
     return "what?"
 
@@ -252,9 +255,6 @@ async def tell_serving(ecdysis: Ecdysis) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("error")
     if sys.argv[2] == "trio":
-        trio.run(main)
-    else:
-        if sys.argv[2] == "trio":
         trio.run(main)
     else:
         ecdysis_async.run(main, loop=sys.argv[2])  # type: ignore[arg-type]
