@@ -288,8 +288,8 @@ class Anchor:
         if self._systemd.is_main:
             await self._systemd.synchronize()
         if error is not None and not self._stopped.is_set():
-            # Its traceback, or whatever it has written, stands above.
-            _say(f"the service does not start: {str(error.args[0]).splitlines()[0]}")
+            # What else it has written stands above.
+            _say(f"the service does not start: {error.args[0]}")
             return STARTUP_FAILED
         self.log.info("the service has ended")
         return 0
@@ -607,7 +607,7 @@ class Anchor:
                 "worker %d does not start (again in %.1f s): %s",
                 slot.index,
                 max(0.0, slot.retry_at - anyio.current_time()),
-                str(handover.error.args[0]).splitlines()[0],
+                handover.error.args[0],
             )
             self.changes.announce()
 

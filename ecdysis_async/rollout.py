@@ -231,10 +231,13 @@ class RollOut:
         return self._find_failure()
 
     async def _replace(self, turn: Turn) -> RestartError | None:
-        if turn.old is not None:
-            return await self._unless_stopped(
-                lambda: replace(self._foreman, turn.slot, _sure(turn.old), self.generation)
-            )
+        old = turn.old
+        if old is not None:
+            error = await self._unless_stopped(lambda: replace(self._foreman, turn.slot, old, self.generation))
+            if old.is_alive or not turn.slot.is_vacant or self._stopped or self._called_off is not None:
+                return error
+            # It was killed too early for its successor to go on alone. That says nothing of the new code.
+            turn.old = None
         handover = await self._foreman.fill(turn.slot, self.generation)
         turn.report = handover.report
         return handover.error
@@ -389,8 +392,3 @@ def _is_committed(turn: Turn) -> bool:
 
 def _has_ended_probation(old: Worker) -> bool:
     return not old.is_alive or (old.handoff is not None and old.handoff.is_over)
-
-
-def _sure(worker: Worker | None) -> Worker:
-    assert worker is not None
-    return worker

@@ -1,0 +1,23 @@
+"""The service with an anchor, as a fixture."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.anchor.harness import AnchoredService, anchored
+
+
+@pytest.fixture
+def run_anchor(tmp_path: Path) -> Iterator[Callable[..., AnchoredService]]:
+    """Run a service with an anchor; it is stopped at the test's end, and nothing of it may be left then."""
+    with contextlib.ExitStack() as stack:
+
+        def run(**settings: Any) -> AnchoredService:
+            return stack.enter_context(anchored(tmp_path, **settings))
+
+        yield run

@@ -1,0 +1,153 @@
+"""A service with an anchor, seen from outside: the process tests' service, several of it in one."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ecdysis_async.cli import client
+from tests.handoff.harness import PATIENCE_SECONDS, Conversation, Json, Refused, Service
+
+MAIN = Path(__file__).with_name("main.py")
+
+
+class AnchoredService(Service):
+    """An anchor and its workers.
+
+    Args:
+        directory: for its files.
+        workers: how many.
+        opens: whether the anchor opens the sockets; else the workers do.
+        plan: more arguments of ``Plan``.
+        handoffs: arguments of ``Settings``.
+        before: what stands before the anchor's command line.
+        settings: as for ``Service``.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        workers: int = 3,
+        opens: bool = True,
+        plan: Json | None = None,
+        handoffs: Json | None = None,
+        before: tuple[str, ...] = (),
+        **settings: Any,
+    ) -> None:
+        run = directory / "run"
+        run.mkdir(mode=0o700)
+        self.control = str(run / "control")
+        self.pid_file = directory / "pid"
+        self.size = workers
+        command = [*before, sys.executable, "-W", "error", str(MAIN), str(directory / "settings.json")]
+        super().__init__(
+            directory,
+            "asyncio",
+            command=command,
+            opens=opens,
+            plan={"workers": workers, **(plan or {})},
+            handoffs={"probation": 0.2, "drain_timeout": 10, "ready_timeout": PATIENCE_SECONDS, **(handoffs or {})},
+            control=self.control,
+            pid_file=str(self.pid_file),
+            **settings,
+        )
+
+    @property
+    def anchor(self) -> int:
+        """The pid of the anchor."""
+        return self.pids[0]
+
+    def wait_until_serving(self) -> None:
+        """Wait for all workers, and learn where they are."""
+        super().wait_until_serving()
+        self.wait_until(self.pid_file.exists, "it does not serve")
+
+    def status(self) -> Json:
+        """Return the anchor's status."""
+        return client.status(self.control)
+
+    def workers(self, state: str = "serving") -> dict[int, int]:
+        """Return the pids of the workers in a state, by their slots."""
+        found = {each["slot"]: each["pid"] for each in self.status()["workers"] if each["state"] == state}
+        # Each has told of itself before it served.
+        self._read_events()
+        return found
+
+    def wait_for_workers(self, is_so: Callable[[dict[int, int]], bool]) -> dict[int, int]:
+        """Wait until the serving workers are as they should be."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not is_so(found := self.workers()):
+            assert time.monotonic() < deadline, f"there are {found}"
+            time.sleep(0.02)
+        return found
+
+    def roll_out(self, until: str = "settled") -> Json:
+        """Restart it all; return the report."""
+        report: Json = client.restart(self.control, until, lambda event: None)["report"]
+        return report
+
+    def fail_to_roll_out(self) -> client.CommandFailed:
+        """Restart it all in vain; return the failure."""
+        try:
+            report = self.roll_out()
+        except client.CommandFailed as error:
+            return error
+        raise AssertionError(f"it has not failed: {report}")
+
+    def ask_worker(self, pid: int, do: str = "hello", **more: Any) -> Any:
+        """Ask one of the workers: connect until it is the one that answers."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            with Conversation(self.address) as conversation:
+                if conversation.say("hello").answer()["pid"] == pid:
+                    return conversation.say(do, **more).answer()
+        raise AssertionError(f"{pid} does not answer")
+
+    def stop(self) -> None:
+        """Stop it in good order, and see that nothing is left."""
+        self.signal(self.anchor, signal.SIGTERM)
+        self.wait_for_end()
+        assert self.statuses[self.anchor] == 0
+
+    def wait_for_end(self) -> None:
+        """Wait until every process has ended, and see that nothing is left."""
+        super().wait_for_end()
+        assert not self.pid_file.exists()
+        with contextlib.suppress(Refused), Conversation(self.control):
+            raise AssertionError("somebody still listens on the control socket")
+
+    def descriptors(self) -> int:
+        """Return how many descriptors the anchor has open."""
+        count: int = psutil.Process(self.anchor).num_fds()
+        return count
+
+    def proportional_bytes(self) -> int:
+        """Return the anchor's share of the memory that it uses (PSS)."""
+        rollup = Path(f"/proc/{self.anchor}/smaps_rollup").read_text()
+        (line,) = [line for line in rollup.splitlines() if line.startswith("Pss:")]
+        return int(line.split()[1]) * 1024
+
+
+@contextlib.contextmanager
+def anchored(directory: Path, *, serves: bool = True, **settings: Any) -> Iterator[AnchoredService]:
+    """Run a service with an anchor for a test, as ``tests.handoff.harness.running``."""
+    service = AnchoredService(directory, **settings)
+    try:
+        service.start()
+        if serves:
+            service.wait_until_serving()
+        yield service
+        if any(map(service.is_alive, service.pids)):
+            service.stop()
+        service.check_log()
+    finally:
+        print(service.log)  # noqa: T201 - pytest shows it with a failure
+        service.end()

@@ -1,0 +1,253 @@
+"""An anchor and its workers: one pid for ever, workers that are replaced, and a service that does not notice."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from ecdysis_async.cli.client import Exit
+from tests.anchor.harness import AnchoredService
+from tests.handoff.harness import Clients, Conversation
+
+Run = Callable[..., AnchoredService]
+
+# What a release does that fails in one slot only: the one that comes second.
+FAILS_IN_THE_SECOND = """
+if ecdysis.generation == 2:
+    try:
+        os.mkdir("first")
+    except FileExistsError:
+        raise RuntimeError("a broken release")
+"""
+
+
+def test_roll_outs_under_load_lose_nothing(run_anchor: Run) -> None:
+    service = run_anchor()
+    anchor = service.anchor
+    assert service.pid_file.read_text() == f"{anchor}\n"
+    with Clients(service.address) as clients:
+        before = service.workers()
+        assert len(before) == 3
+        for generation in (2, 3):
+            report = service.roll_out("drained")
+            after = service.workers()
+            assert (report["outcome"], report["generation"]) == ("settled", generation)
+            assert [each["outcome"] for each in report["workers"]] == ["settled"] * 3
+            assert {each["successor_pid"] for each in report["workers"]} == set(after.values())
+            assert not set(after.values()) & set(before.values())
+            assert report["drain"]["cut"] == 0
+            for pid in after.values():
+                clients.wait_for(pid)
+            before = after
+    assert (clients.refused, clients.lost) == ([], [])
+    assert service.anchor == anchor
+    assert service.status()["generation"] == 3
+
+
+def test_a_release_that_fails_in_one_slot_is_taken_back_in_all(run_anchor: Run) -> None:
+    service = run_anchor(at_start=FAILS_IN_THE_SECOND)
+    service.expected_blemishes = ("Traceback (most",)
+    before = service.workers()
+    failure = service.fail_to_roll_out()
+    assert failure.code is Exit.ROLLED_BACK
+    assert "a broken release" in str(failure)
+    assert service.workers() == before
+    assert service.status()["generation"] == 1
+    # And another time, with a release that is sound.
+    service.configure(at_start="")
+    assert service.roll_out()["generation"] == 2
+
+
+def test_a_release_that_does_not_start_changes_nothing(run_anchor: Run) -> None:
+    service = run_anchor()
+    service.expected_blemishes = ("Traceback (most",)
+    before = service.workers()
+    service.configure(at_start='raise RuntimeError("a broken release")')
+    with Clients(service.address) as clients:
+        failure = service.fail_to_roll_out()
+        clients.wait_for(before[0])
+    assert failure.code is Exit.FAILED
+    assert failure.event is not None
+    assert failure.event["error"] == "SuccessorFailed"
+    assert service.workers() == before
+    assert (clients.refused, clients.lost) == ([], [])
+
+
+def test_a_request_handler_restarts_the_service_and_is_answered(run_anchor: Run) -> None:
+    service = run_anchor(workers=2)
+    report = service.ask("restart", until="serving")
+    assert (report["outcome"], len(report["workers"])) == ("serving", 2)
+    service.wait_until(lambda: service.status()["restart"] is None, "it does not settle")
+    service.expected_blemishes = ("Traceback (most",)
+    service.configure(at_start='raise RuntimeError("a broken release")')
+    failure = service.ask("restart", until="settled")
+    assert (failure["error"], failure["phase"]) == ("SuccessorFailed", "initialise")
+    assert "a broken release" in failure["text"]
+
+
+def test_a_first_start_that_fails(run_anchor: Run) -> None:
+    service = run_anchor(serves=False, at_start='raise RuntimeError("a broken release")')
+    service.expected_blemishes = ("Traceback (most",)
+    service.wait_for_death(service.anchor)
+    assert service.statuses[service.anchor] == 3
+    assert "RuntimeError: a broken release" in service.log.partition("the service does not start")[2]
+
+
+def test_a_worker_that_is_killed_is_replaced(run_anchor: Run) -> None:
+    service = run_anchor(workers=2)
+    before = service.workers()
+    with Clients(service.address) as clients:
+        service.signal(before[1], signal.SIGKILL)
+        after = service.wait_for_workers(lambda found: len(found) == 2 and found[1] != before[1])
+        clients.wait_for(after[1])
+    assert after[0] == before[0]
+    assert clients.refused == []
+    # At most the one connection that the dead worker had accepted.
+    assert len(clients.lost) <= 1
+
+
+def test_a_worker_that_crashes_at_every_start_is_retried_ever_more_slowly(run_anchor: Run) -> None:
+    service = run_anchor(workers=2)
+    service.expected_blemishes = ("Traceback (most",)
+    before = service.workers()
+    service.configure(at_start='tell("crashed"); raise RuntimeError("it crashes")')
+    with Clients(service.address) as clients:
+        begun = time.monotonic()
+        service.signal(before[0], signal.SIGKILL)
+        for _ in range(3):
+            service.wait_for("crashed")
+        # 0.25 s after the kill, for it had not served for long; then 0.5 s, then 1 s.
+        assert time.monotonic() - begun > 1.75
+        clients.wait_for(before[1])
+        service.configure(at_start="")
+        service.wait_for_workers(lambda found: len(found) == 2)
+    assert clients.refused == []
+    assert len(clients.lost) <= 1
+
+
+@pytest.mark.parametrize("state", ["initialising", "pausing", "probation"])
+def test_the_old_worker_is_killed_in_the_middle_of_a_roll_out(state: str, run_anchor: Run) -> None:
+    service = run_anchor(workers=2)
+    service.arm("predecessor", state, "kill-self")
+    before = service.workers()
+    with Clients(service.address) as clients:
+        report = service.roll_out()
+        for pid in service.workers().values():
+            clients.wait_for(pid)
+    assert report["outcome"] == "settled"
+    assert not set(service.workers().values()) & set(before.values())
+    assert clients.refused == []
+    assert len(clients.lost) <= 1
+
+
+def test_a_hung_worker_is_replaced_and_a_stopped_one_too(run_anchor: Run) -> None:
+    service = run_anchor(workers=2, plan={"hang_timeout": 2})
+    before = service.workers()
+    service.signal(before[0], signal.SIGSTOP)
+    after = service.wait_for_workers(lambda found: len(found) == 2 and found[0] != before[0])
+    assert after[1] == before[1]
+    with Conversation(service.address) as conversation:
+        hung = conversation.say("hello").answer()["pid"]
+        conversation.say("run", code="block()")
+        service.wait_for_workers(lambda found: len(found) == 2 and hung not in found.values())
+    service.expected_blemishes = ()
+
+
+def test_a_slow_request_is_no_hang(run_anchor: Run) -> None:
+    service = run_anchor(workers=1, plan={"hang_timeout": 1})
+    before = service.workers()
+    # Longer than the limit, in a thread and in the loop.
+    service.run("import time; await anyio.to_thread.run_sync(time.sleep, 2)")
+    service.run("await anyio.sleep(1)")
+    assert service.workers() == before
+
+
+def test_a_worker_is_recycled_after_so_many_requests(run_anchor: Run) -> None:
+    service = run_anchor(workers=2, plan={"max_requests": 200, "max_requests_jitter": 20})
+    before = service.workers()
+    with Clients(service.address) as clients:
+        service.wait_for_workers(lambda found: len(found) == 2 and not set(found.values()) & set(before.values()))
+    assert (clients.refused, clients.lost) == ([], [])
+    assert service.status()["generation"] == 1
+
+
+def test_a_worker_that_grows_is_recycled(run_anchor: Run) -> None:
+    service = run_anchor(workers=1, plan={"max_rss": 150_000_000})
+    (before,) = service.workers().values()
+    service.run("global ballast; ballast = bytearray(os.urandom(1)) * 160_000_000; None")
+    service.wait_for_workers(lambda found: len(found) == 1 and before not in found.values())
+
+
+def test_more_and_fewer_workers(run_anchor: Run) -> None:
+    service = run_anchor(workers=1)
+    with Clients(service.address) as clients:
+        service.signal(service.anchor, signal.SIGTTIN)
+        service.wait_for_workers(lambda found: len(found) == 2)
+        for _ in range(3):
+            service.signal(service.anchor, signal.SIGTTOU)
+        service.wait_for_workers(lambda found: len(found) == 1)
+        service.wait_until(lambda: len(service.status()["workers"]) == 1, "it does not leave")
+    assert (clients.refused, clients.lost) == ([], [])
+
+
+def test_workers_open_a_socket_between_them(run_anchor: Run) -> None:
+    service = run_anchor(workers=2, opens=False)
+    listeners = service.status()["listeners"]
+    assert [each["kind"] for each in listeners] == ["tcp"]
+    # One that a new release adds, and one that it drops.
+    service.configure(listeners=[["listen_tcp", ["127.0.0.1", 0], {"name": "another"}]])
+    with Clients(service.address):
+        report = service.roll_out()
+    assert report["created"] == ["another"]
+    assert [each["name"] for each in service.status()["listeners"]] == ["another"]
+    service.addresses = service.wait_for("ready", generation=2)["addresses"]
+    assert service.ask()["generation"] == 2
+
+
+def test_signals_to_the_whole_group_stop_it_once_and_force_it_at_the_second_time(run_anchor: Run) -> None:
+    service = run_anchor(workers=2, handoffs={"drain_timeout": 600}, ecdysis={"drain_timeout": 600})
+    with service.begin("hold") as busy:
+        service.wait_for("holding")
+        for _ in range(2):
+            for pid in (service.anchor, *service.workers().values()):
+                service.signal(pid, signal.SIGINT)
+            service.wait_for_log("stopping")
+        with pytest.raises(Exception, match="the answer ends"):
+            busy.answer()
+    service.wait_for_end()
+    assert service.statuses[service.anchor] == 0
+
+
+def test_the_workers_leave_when_the_anchor_is_killed(run_anchor: Run) -> None:
+    service = run_anchor(workers=2)
+    workers = service.workers()
+    with service.begin("hold") as busy:
+        service.wait_for("holding")
+        service.signal(service.anchor, signal.SIGKILL)
+        service.wait_for_log("the anchor of this worker is gone")
+        # Not without having answered.
+        assert busy.say("go on").answer()["pid"] in workers.values()
+    for pid in workers.values():
+        service.wait_for_death(pid)
+    service.pid_file.unlink()
+
+
+def test_the_anchor_is_small_and_leaks_nothing(run_anchor: Run) -> None:
+    service = run_anchor(workers=2)
+    service.roll_out("drained")
+    service.wait_until(lambda: len(service.status()["workers"]) == 2, "the old ones do not leave")
+    before = service.descriptors()
+    for _ in range(3):
+        service.roll_out("drained")
+    service.configure(at_start="os._exit(1)")
+    service.fail_to_roll_out()
+    service.wait_until(lambda: len(service.status()["workers"]) == 2, "the old ones do not leave")
+    # The connection of the last command may not be closed on the anchor's side yet.
+    service.wait_until(lambda: service.descriptors() == before, "descriptors are left")
+    children = psutil.Process(service.anchor).children()
+    assert {child.pid for child in children} == set(service.workers().values())
+    assert service.proportional_bytes() < 25_000_000
