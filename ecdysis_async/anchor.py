@@ -41,6 +41,7 @@ from .errors import (
     RestartInProgress,
     RestartWhileDraining,
     SpawnFailed,
+    StartupError,
 )
 from .gate import Gate
 from .generation import Generation, Numbered
@@ -54,6 +55,7 @@ from .pid_file import PidFile
 from .plane import Plane
 from .protocol import Predecessor, PredecessorEvent
 from .registry import Registry
+from .reloading import require_watchfiles, watch_files
 from .report import Outcome, RestartReport
 from .rollout import RollOut, Turn, TurnState, replace, wait_until
 from .settings import Settings
@@ -81,6 +83,8 @@ REOPEN_SECONDS = 5.0
 EXIT_SECONDS = 15.0
 # The same once it was told to hurry.
 HURRY_SECONDS = 5.0
+# With --reload, the longest probation, seconds.
+RELOAD_PROBATION_SECONDS = 0.2
 # What a restart may take besides its own limits, as systemd is told, seconds.
 LEEWAY_SECONDS = 60.0
 # How often systemd is told how things are, seconds.
@@ -117,6 +121,7 @@ class Plan:
         max_requests_jitter: ... and a random number up to this more.
         max_rss: a worker with more bytes resident is replaced.
         health: where /live and /ready answer.
+        reload_paths: files and directories to watch, whose changes restart the service.
         lame_duck: how long a service that was told to stop by SIGTERM goes on, while /ready says that it is not.
     """
 
@@ -131,6 +136,7 @@ class Plan:
     max_rss: int | None = None
     health: Address | None = None
     lame_duck: float = 0.0
+    reload_paths: tuple[str, ...] = ()
 
 
 class _CrewsChild:
@@ -154,6 +160,16 @@ def run(options: Options) -> int:
     except OptionError as error:
         _say(str(error))
         return USAGE
+    control_path = find_control_path(options)
+    if options.reload:
+        try:
+            require_watchfiles()
+        except StartupError as error:
+            _say(str(error))
+            return STARTUP_FAILED
+        if control_path is None:
+            _say("--reload restarts the service by its control socket: give it one (--control PATH)")
+            return STARTUP_FAILED
 
     def open_sockets(registry: Registry) -> None:
         for address in options.bind:
@@ -166,19 +182,28 @@ def run(options: Options) -> int:
             settings=Settings(
                 ready_timeout=options.ready_timeout,
                 drain_timeout=options.drain_timeout,
-                probation=options.probation,
+                # Who saves a file again does not want to wait.
+                probation=min(options.probation, RELOAD_PROBATION_SECONDS) if options.reload else options.probation,
                 pid_file=Path(options.pid_file) if options.pid_file is not None else None,
                 env_file=Path(options.env_file).absolute() if options.env_file is not None else None,
             ),
-            control_path=find_control_path(options),
+            control_path=control_path,
             hang_timeout=options.hang_timeout,
             max_requests=options.max_requests,
             max_requests_jitter=options.max_requests_jitter,
             max_rss=options.max_rss,
             health=options.health_bind,
             lame_duck=options.lame_duck,
+            reload_paths=_find_reload_paths(options),
         )
     )
+
+
+def _find_reload_paths(options: Options) -> tuple[str, ...]:
+    if not options.reload:
+        return ()
+    files = [os.path.abspath(path) for path in (options.env_file,) if path is not None]
+    return (*map(os.path.abspath, options.reload_dirs or (options.app_dir,)), *files)
 
 
 def serve(plan: Plan) -> int:
@@ -278,6 +303,8 @@ class Anchor:
         if error is None and not self._is_stopping:
             await self._announce_serving()
             self._tasks.start_soon(self._manage)
+            if self._plan.reload_paths and self._plan.control_path is not None:
+                self._tasks.start_soon(watch_files, self._plan.control_path, self._plan.reload_paths)
             await self._stopped.wait()
         elif error is not None:
             self._systemd.tell_status(f"the start has failed: {error}")

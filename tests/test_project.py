@@ -22,6 +22,7 @@ TOP_TO_BOTTOM = (
     "target",
     "servers",
     "anchor",
+    "reloading",
     "rollout",
     "supervisor",
     "duty",
