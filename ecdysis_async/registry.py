@@ -136,6 +136,8 @@ class Registry:
     """
 
     def __init__(self) -> None:
+        # Called when a socket was let go of.
+        self.on_release: Callable[[], None] = lambda: None
         self._entries: list[Entry] = []
         # Whether paths of Unix sockets are removed from here; the ones that a worker has are its anchor's.
         self.owns_paths = True
@@ -195,6 +197,13 @@ class Registry:
             sock.setblocking(False)
             address = _address_of(sock)
             self._entries.append(Entry(name, _kind(sock), address, sock, inherited=True, claimed=False, number=number))
+
+    def restore(self, name: str, address: str, inode: tuple[int, int] | None, descriptor: int) -> None:
+        """Register a socket that an earlier process of this service had, as :meth:`inherit` does with a live one's."""
+        sock = socket.socket(fileno=descriptor)
+        sock.set_inheritable(False)
+        sock.setblocking(False)
+        self._entries.append(Entry(name, _kind(sock), address, sock, inherited=True, claimed=False, inode=inode))
 
     def claim(self, name: str | int, *, until: Until | str = Until.DRAIN) -> Entry:
         """Claim a socket that the service manager passed, by its name, or by the number it was passed by (from 3).
@@ -384,6 +393,7 @@ class Registry:
         if unlink and self.owns_paths and entry.is_at_its_path():
             os.unlink(entry.address)
         entry.sock.close()
+        self.on_release()
 
     def close(self, *, unlink: bool) -> None:
         """Close everything.

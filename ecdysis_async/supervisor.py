@@ -29,6 +29,7 @@ from . import check, line
 from . import plane as planes
 from .control import Changes, Controlled, ControlServer, Restart
 from .control_path import locate
+from .descriptor_store import DescriptorStore
 from .drain import Tracker, current_connection
 from .duty import Duty, Orders
 from .errors import (
@@ -217,6 +218,7 @@ class Ecdysis:
         # Of a worker only the anchor is known to systemd.
         self._systemd = find_systemd(False if line.is_worker() else systemd)
         self._takes_activation = systemd is not False
+        self._store = DescriptorStore(self._systemd, os.environ.get("FDSTORE", ""))
         self._control_path = locate(control_socket) if control_socket is not None else None
         self._takeover_path = locate(takeover) if takeover is not None else None
         self._control: ControlServer | None = None
@@ -314,6 +316,8 @@ class Ecdysis:
         planes.activate(plane)
         _current = self
         try:
+            self._resources.callback(self._systemd.close)
+            self._resources.callback(self._store.close)
             self._resources.callback(self._registry.close, unlink=False)
             self._resources.callback(self._generation.lineage.close)
             if (line_to_anchor := line.take()) is not None:
@@ -326,9 +330,10 @@ class Ecdysis:
                 self._inheritance = Inheritance(sock, self._generation, self._on_inheritance, is_child=is_child)
                 self._resources.callback(self._inheritance.close)
                 await self._inheritance.greet()
+                self._store.inherit(self._registry.entries)
             else:
                 if self._takes_activation:
-                    self._registry.activate(take_activation())
+                    self._registry.activate(self._store.recover(take_activation(), self._registry))
                 if self._takes_activation and (complaint := check_unit()) is not None:
                     self._generation.log.warning("%s", complaint)
             if self._control_path is not None:
@@ -340,6 +345,7 @@ class Ecdysis:
         except BaseException:
             self._vacate()
             raise
+        self._registry.on_release = self._park
         self._task_group.start_soon(self._drain_when_leaving)
         if self._signals is not None:
             self._task_group.start_soon(self._signals.run)
@@ -443,7 +449,8 @@ class Ecdysis:
             self._systemd.tell_status(self._failure)
             if isinstance(error, OSError) and error.errno:
                 self._systemd.tell(f"ERRNO={error.errno}")
-        if self._state in (State.STARTING, State.WAITING) and orderly:
+        has_served = self._state not in (State.STARTING, State.WAITING)
+        if not has_served and orderly:
             log.warning("the block is left without ready(): nothing was ever accepted")
         if self._inheritance is not None and not self._inheritance.state.final:
             self._inheritance.post(SuccessorEvent.STOP_HERE if orderly else SuccessorEvent.FAILED, error)
@@ -463,11 +470,15 @@ class Ecdysis:
         if self._pid_file is not None:
             discard = self._pid_file.discard if self._aborted or self._has_heir else self._pid_file.remove
             await run_in_thread(discard)
-        if self._aborted:
-            # The predecessor serves on what it handed down; what was made here goes.
+        if self._aborted or not has_served:
+            # The predecessor serves on what it handed down, or the next start on what a crash has left; what was made
+            # here goes.
             for entry in self._registry.entries:
                 self._registry.release(entry, unlink=not entry.inherited)
         else:
+            if not self._has_heir:
+                # Nobody can come to these any more, whatever systemd does next.
+                self._store.park(entry for entry in self._registry.entries if entry.inode is None)
             self._registry.close(unlink=not self._has_heir)
         if self._control is not None:
             await self._control.finish()
@@ -529,7 +540,12 @@ class Ecdysis:
             await run_in_thread(self._pid_file.publish)
         self._log_serving()
         for entry in self._registry.unclaimed():
-            self._generation.log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
+            if entry.number is None:
+                self._generation.log.warning("nobody asks for %s, which systemd has kept: closing it", entry)
+            else:
+                self._generation.log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
+        self._registry.close_unclaimed(unlink=True)
+        self._park()
         self._tell_serving()
 
     def _log_serving(self) -> None:
@@ -919,7 +935,18 @@ class Ecdysis:
         self._generation.log.info("reopened %s", "1 log file" if count == 1 else f"{count} log files")
         return count
 
-    def _begin_restart(self, spawner: Spawner | None = None, *, number: int | None = None) -> Handover:
+    def _begin_restart(
+        self, spawner: Spawner | None = None, *, number: int | None = None, is_told: bool = False
+    ) -> Handover:
+        """Begin a restart, unless that is not possible now.
+
+        Args:
+            spawner: starts the successor; None: a child of this process.
+            number: of the successor; None: the next one.
+            is_told: systemd may know of it already, because ExecReload= has asked for it. Where it heard RELOADING=1 as
+                well, systemd 254 would go on to wait for READY=1 once ExecReload= has ended, even if the main process
+                has died meanwhile (seen).
+        """
         if self._state in (State.DRAINING, State.ENDED):
             raise RestartWhileDraining("this generation is leaving; ask the newest one")
         if self._handover is not None and not self._handover.over.is_set():
@@ -944,12 +971,12 @@ class Ecdysis:
         self._handover, self._last_report = handover, handover.report
         self._handed_over, self._main_named = anyio.Event(), anyio.Event()
         self._note_change()
-        self._task_group.start_soon(self._hand_over, handover)
+        self._task_group.start_soon(self._hand_over, handover, is_told)
         return handover
 
-    async def _hand_over(self, handover: Handover) -> None:
+    async def _hand_over(self, handover: Handover, is_told: bool) -> None:  # noqa: FBT001 - start_soon has no keywords
         try:
-            await self._carry_out(handover)
+            await self._carry_out(handover, is_told=is_told)
         finally:
             self._handed_over.set()
         self._hurry_if_forsaken()
@@ -958,7 +985,7 @@ class Ecdysis:
         if self._stopping:
             self._leave()
 
-    async def _carry_out(self, handover: Handover) -> None:
+    async def _carry_out(self, handover: Handover, *, is_told: bool) -> None:
         if self._inheritance is not None and not self._inherited.is_set():
             # A second restart during probation: so that no more than two generations can ever accept in turn, the
             # predecessor gives up its right to come back first.
@@ -979,7 +1006,8 @@ class Ecdysis:
                 await self._systemd.begun.wait()
         # Not earlier: systemd may have sent its signal here before this process has learnt that it may speak.
         settings = self._settings
-        self._systemd.tell_reloading(settings.ready_timeout + settings.probation + LEEWAY_SECONDS)
+        tell = self._systemd.ask_for_time if is_told else self._systemd.tell_reloading
+        tell(settings.ready_timeout + settings.probation + LEEWAY_SECONDS)
         await handover.run()
 
     def _on_handover(self, handover: Handover) -> None:
@@ -1055,6 +1083,7 @@ class Ecdysis:
         # The predecessor's own predecessor may still drain, and die, while that one has yet to hand its role on.
         if ancestor.pid == self.predecessor_pid:
             self._systemd.begin()
+            self._park()
             self._systemd.tell_status(self._describe())
 
     async def _name_main(self, handover: Handover) -> None:
@@ -1085,7 +1114,15 @@ class Ecdysis:
     async def _tell_status(self) -> None:
         while True:
             self._systemd.tell_status(self._describe())
+            # What has begun to listen since then.
+            self._park()
             await anyio.sleep(STATUS_SECONDS)
+
+    def _park(self) -> None:
+        # Not before it serves, when what a crash has left is not claimed yet; nor once it leaves: what it closes then
+        # the successor goes on with, or the next start, for which clients wait (`systemctl restart`).
+        if self._state in (State.SERVING, State.PAUSED):
+            self._store.park(self._registry.entries)
 
     def _describe(self) -> str:
         """Say in one line what `systemctl status` shows."""
@@ -1124,7 +1161,7 @@ class Ecdysis:
         )
 
     def _restart(self) -> Restart:
-        handover = self._begin_restart()
+        handover = self._begin_restart(is_told=True)
         return Restart(handover.report, functools.partial(self._see_through, handover))
 
     async def _check(self) -> dict[str, Any]:

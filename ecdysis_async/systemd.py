@@ -15,6 +15,7 @@ import stat
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 
 import anyio
 
@@ -28,6 +29,10 @@ FIRST_DESCRIPTOR = 3
 # What sd_listen_fds_with_names(3) calls a socket that was given no name.
 ANONYMOUS = "unknown"
 
+# Before the name of each socket that this service has parked in the descriptor store, and of each piece of its state.
+SOCKET_PREFIX = "ecdysis;"
+STATE_PREFIX = "ecdysis-stash;"
+
 # How long systemd may take to read a message, and to answer a barrier, seconds. It takes milliseconds, unless it is
 # stopped, or being executed anew.
 SEND_SECONDS = 5.0
@@ -37,7 +42,8 @@ def claim_activation() -> dict[int, str]:
     """Return the sockets that this process was activated with: the name of each, by its descriptor.
 
     Call it once, as early as possible: it takes ``LISTEN_*`` out of the environment, so that no process started from
-    here takes the sockets for its own. A descriptor that is no socket (ListenFIFO=, a file) is left as it is.
+    here takes the sockets for its own. A descriptor that is no socket (ListenFIFO=, a file) is left as it is, unless an
+    earlier process of the service has parked it.
     """
     pid, count, names, _ = (
         os.environ.pop(key, "") for key in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
@@ -53,8 +59,9 @@ def claim_activation() -> dict[int, str]:
         with contextlib.suppress(OSError):
             # systemd passes them without CLOEXEC, because it executes this program with them.
             os.set_inheritable(descriptor, False)
-            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                sockets[descriptor] = (given[index] if index < len(given) else "") or ANONYMOUS
+            name = (given[index] if index < len(given) else "") or ANONYMOUS
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode) or name.startswith(STATE_PREFIX):
+                sockets[descriptor] = name
     return sockets
 
 
@@ -128,7 +135,8 @@ class Systemd:
         self._is_main = False
         self._is_deaf = False
         self._status = ""
-        self._messages: deque[str] = deque()
+        # With the descriptors that go along, owned by this object.
+        self._messages: deque[tuple[str, tuple[int, ...]]] = deque()
         self._wakeup = anyio.Event()
         # Two tasks may send, and READY must not overtake RELOADING.
         self._sending = anyio.Lock()
@@ -152,10 +160,15 @@ class Systemd:
             if self._watchdog is not None:
                 self.tell("WATCHDOG=1")
 
-    def tell(self, *assignments: str) -> None:
-        """Let ``run`` send a message, after those before it. A process that is not the main one says nothing."""
+    def tell(self, *assignments: str, descriptors: Iterable[int] = ()) -> None:
+        """Let ``run`` send a message, after those before it. A process that is not the main one says nothing.
+
+        Args:
+            assignments: its lines.
+            descriptors: what goes along; they stay the caller's, and may be closed at once.
+        """
         if self._is_main:
-            self._messages.append("\n".join(assignments))
+            self._messages.append(("\n".join(assignments), tuple(map(os.dup, descriptors))))
             self._wakeup.set()
 
     def tell_status(self, text: str) -> None:
@@ -199,8 +212,9 @@ class Systemd:
         """Send what was told so far."""
         async with self._sending:
             while self._messages:
-                await self._send(self._messages[0].encode())
-                self._messages.popleft()
+                text, descriptors = self._messages[0]
+                await self._send(text.encode(), *descriptors)
+                self._forget_first()
 
     async def synchronize(self) -> None:
         """Return when systemd has read all that was told: who exits earlier may not be heard (sd_notify_barrier(3))."""
@@ -217,6 +231,15 @@ class Systemd:
                 await anyio.wait_readable(read_end)
         finally:
             os.close(read_end)
+
+    def close(self) -> None:
+        """Forget what was not sent."""
+        while self._messages:
+            self._forget_first()
+
+    def _forget_first(self) -> None:
+        for descriptor in self._messages.popleft()[1]:
+            os.close(descriptor)
 
     async def _pet(self, pause: float) -> None:
         while True:

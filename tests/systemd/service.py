@@ -39,6 +39,14 @@ async def answer(ecdysis: Ecdysis, line: str) -> Any:
     return None
 
 
+async def linger(ecdysis: Ecdysis, line: bytes) -> bytes:
+    """Answer so many seconds after the drain has begun, which no test can tell beforehand."""
+    _, seconds, text = line.split()
+    await ecdysis.draining.wait()
+    await asyncio.sleep(float(seconds))
+    return b"echo " + text + b"\n"
+
+
 async def main(settings: dict[str, Any]) -> None:
     """Run one generation."""
     exec(settings["at_start"], {})
@@ -48,6 +56,8 @@ async def main(settings: dict[str, Any]) -> None:
             async def read_line() -> bytes:
                 while True:
                     line = await reader.readline()
+                    if line.startswith(b"linger "):
+                        return await linger(ecdysis, line)
                     reply = await answer(ecdysis, line.decode().strip())
                     if reply is None:
                         return line

@@ -13,10 +13,10 @@ from tests.systemd.harness import NAME, Client, Unit
 def test_a_stop_waits_for_every_generation_that_drains(unit: Unit, kill_mode: str) -> None:
     unit.start(f"KillMode={kill_mode}")
     with Client(unit.addresses[0]) as oldest:
-        oldest.say("slow 2 oldest")
+        oldest.say("linger 2 oldest")
         unit.reload()
         with Client(unit.addresses[0]) as newest:
-            newest.say("slow 0.2 newest")
+            newest.say("linger 0.2 newest")
             # So that it is there before the stop is.
             assert unit.ask("who")["generation"] == 2
             unit.systemctl("stop")
@@ -30,11 +30,11 @@ def test_a_stop_in_probation_drains_both(unit: Unit, kill_mode: str) -> None:
     unit.configure(ecdysis={"probation": 30})
     unit.start(f"KillMode={kill_mode}")
     with Client(unit.addresses[0]) as old:
-        old.say("slow 2 old")
+        old.say("linger 0.5 old")
         with Client(unit.addresses[0]) as asker:
             assert asker.ask("restart serving")["outcome"] == "serving"
         with Client(unit.addresses[0]) as new:
-            new.say("slow 1.7 new")
+            new.say("linger 0.2 new")
             assert unit.ask("who")["generation"] == 2
             unit.systemctl("stop")
             assert new.hear() == "2 new bye"
@@ -57,7 +57,7 @@ def test_a_stop_while_the_successor_starts_calls_it_off(unit: Unit) -> None:
 def test_a_drain_may_take_longer_than_the_unit_says(unit: Unit) -> None:
     unit.start("TimeoutStopSec=500ms")
     with Client(unit.addresses[0]) as client:
-        client.say("slow 1.5 patience")
+        client.say("linger 1.5 patience")
         assert unit.ask("who")["generation"] == 1
         unit.systemctl("stop")
         assert client.hear() == "1 patience bye"
@@ -95,9 +95,9 @@ def test_a_kill_of_the_old_generation_after_a_restart_is_settled_costs_nothing(u
     unit.start("Restart=always")
     first = unit.main_pid
     with Client(unit.addresses[0]) as lost, Client(unit.addresses[0]) as kept:
-        lost.say("slow 5 lost")
+        lost.say("linger 5 lost")
         unit.reload()
-        kept.say("slow 0.3 kept")
+        kept.say("linger 0.3 kept")
         unit.machine.kill(first, signal.SIGKILL)
         assert unit.ask("who")["pid"] == unit.main_pid != first
         unit.reload()
@@ -120,7 +120,7 @@ def test_the_watchdog_bites_a_stalled_loop_and_spares_a_sound_one(unit: Unit) ->
     unit.start("WatchdogSec=500ms", "Restart=always", "RestartSec=0")
     with Client(unit.addresses[0]) as client:
         # Longer than the watchdog's time in each phase: the start, the probation, the drain, and after all of them.
-        client.say("slow 4 sound")
+        client.say("linger 1 sound")
         unit.configure(before_ready=0.7)
         unit.reload()
         assert client.hear() == "1 sound bye"
@@ -137,7 +137,7 @@ def test_the_watchdog_bites_a_stalled_loop_and_spares_a_sound_one(unit: Unit) ->
 def test_a_partial_stop_leaves_the_word_to_the_application(unit: Unit) -> None:
     unit.start()
     with Client(unit.addresses[0]) as client, Client(unit.addresses[0]) as busy:
-        busy.say("slow 1 busy")
+        busy.say("linger 1 busy")
         client.ask("stop partially")
         assert unit.show("SubState") == "running"
         assert busy.hear() == "1 busy bye"

@@ -1,0 +1,57 @@
+"""Clients that ask a service all the time while a test goes on, and say exactly what became of their requests."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Self
+
+from benchmarks import load
+from benchmarks.load import Counts, Mix
+from tests.systemd.machine import PATIENCE_SECONDS
+
+# Of all kinds, and not so many that they take the place of what they measure on a small machine.
+MIX = Mix(new_per_second=40, hasty=1, keep_alive=4, pause=0.06, slow=3, slow_seconds=(0.1, 0.5), silent=2)
+
+
+class Load:
+    """A load that runs beside the test: in the block, and from its first answer on.
+
+    Refused, reset and unanswered requests are counted apart: only those that a killed process had accepted may be of
+    the latter two kinds.
+    """
+
+    def __init__(self, port: int, mix: Mix = MIX) -> None:
+        self._port = port
+        self._mix = mix
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._load: load.Load | None = None
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the requests so far."""
+        return self._load.counts if self._load is not None else Counts()
+
+    def wait_for(self, generation: int, number: int = 1) -> None:
+        """Wait until a generation has answered so many more requests."""
+        wanted = self.counts.generations[generation] + number
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.counts.generations[generation] < wanted:
+            assert time.monotonic() < deadline, f"generation {generation} does not answer: {self.counts}"
+            time.sleep(0.01)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self.wait_for(1)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._load is not None
+        self._loop.call_soon_threadsafe(self._load.end)
+        self._thread.join()
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._load = load.Load(self._port, self._mix)
+        await self._load.run()

@@ -1,0 +1,170 @@
+"""Listening sockets that a real systemd keeps: whatever kills a service, its clients wait for the next start."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks.load import Failure
+from tests.systemd.harness import NAME, Client, Unit
+from tests.systemd.load import Load
+
+STORE = ("FileDescriptorStoreMax=16", "Restart=always", "RestartSec=0")
+
+TCP = ["listen_tcp", ["127.0.0.1", 0], {}]
+
+
+def stored(unit: Unit) -> int:
+    return int(unit.show("NFileDescriptorStore"))
+
+
+def wait_for_start(unit: Unit, number: int) -> None:
+    unit.wait_until(lambda: unit.show("NRestarts") == str(number) and unit.show("ActiveState") == "active")
+
+
+def test_clients_in_the_queue_of_a_killed_service_wait_for_the_next_start(unit: Unit) -> None:
+    path = str(unit.machine.directory / "app.sock")
+    health = ["listen_tcp", ["127.0.0.1", 0], {"name": "health", "until": "exit"}]
+    unit.configure(sockets=[TCP, ["listen_unix", [path], {}], health])
+    unit.start(*STORE)
+    before = unit.addresses
+    # They wait in the queue of a process that will never accept them.
+    unit.machine.kill(unit.main_pid, signal.SIGSTOP)
+    waiting = [Client(address).say("echo patience") for address in before for _ in range(3)]
+    unit.machine.kill(unit.main_pid, signal.SIGKILL)
+    for each in waiting:
+        with each:
+            assert each.hear() == "1 patience"
+    assert unit.addresses == before
+    wait_for_start(unit, 1)
+    assert unit.ask("who", path)["pid"] == unit.main_pid
+    unit.reload()
+    assert unit.ask("who", path)["generation"] == unit.ask("who")["generation"] == 2
+
+
+def test_generations_renew_what_is_kept(unit: Unit) -> None:
+    named = ["listen_tcp", ["127.0.0.1", 0], {"name": "second"}]
+    unit.configure(sockets=[TCP, named])
+    unit.start(*STORE)
+    # Those two, and the control socket.
+    unit.wait_until(lambda: stored(unit) == 3)
+    for _ in range(3):
+        unit.reload()
+    assert stored(unit) == 3
+    first, second = unit.addresses
+    # A release that wants something else, and the one after it.
+    unit.configure(sockets=[TCP, ["listen_tcp", ["127.0.0.1", 0], {"name": "third"}]])
+    unit.reload()
+    third = unit.addresses[1]
+    unit.wait_until(lambda: stored(unit) == 3)
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(second):
+        pass
+    unit.machine.kill(unit.main_pid, signal.SIGKILL)
+    wait_for_start(unit, 1)
+    assert unit.addresses == [first, third]
+    # One that finds more than it wants.
+    unit.configure(sockets=[TCP])
+    unit.machine.kill(unit.main_pid, signal.SIGKILL)
+    wait_for_start(unit, 2)
+    unit.wait_until(lambda: stored(unit) == 2)
+    assert "nobody asks for third" in unit.log
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(third):
+        pass
+
+
+def test_a_start_that_fails_leaves_them_to_the_next_one(unit: Unit) -> None:
+    path = str(unit.machine.directory / "app.sock")
+    unit.configure(sockets=[TCP, ["listen_unix", [path], {}]])
+    unit.start(*STORE, "StartLimitIntervalSec=0")
+    tcp = unit.addresses[0]
+    unit.configure(sockets=[["listen_tcp", ["192.0.2.1", 1], {}]])
+    unit.machine.kill(unit.main_pid, signal.SIGKILL)
+    with Client(tcp).say("who") as client, Client(path).say("who") as other:
+        unit.wait_until(lambda: int(unit.show("NRestarts")) >= 2)
+        unit.configure(sockets=[TCP, ["listen_unix", [path], {}]])
+        assert '"generation": 1' in client.hear()
+        assert '"generation": 1' in other.hear()
+
+
+def test_what_a_socket_unit_holds_is_not_kept_twice(unit: Unit) -> None:
+    path = unit.machine.directory / "app.sock"
+    unit.machine.install("app.socket", f"[Unit]\nDefaultDependencies=no\n[Socket]\nListenStream={path}\n")
+    unit.configure(sockets=[["listen_unix", [str(path)], {}]], ecdysis={"control_socket": None})
+    unit.start(*STORE, "Sockets=app.socket")
+    assert unit.ask("who", str(path))["generation"] == 1
+    assert stored(unit) == 0
+
+
+def test_a_store_that_is_too_small_is_told(unit: Unit) -> None:
+    unit.configure(sockets=[TCP, ["listen_tcp", ["127.0.0.1", 0], {"name": "second"}]])
+    unit.start("FileDescriptorStoreMax=1")
+    unit.reload()
+    assert stored(unit) == 1
+    # Once by each process.
+    assert len(re.findall("raise FileDescriptorStoreMax=", unit.log)) == 2
+
+
+def test_a_restart_of_the_unit_under_load_loses_nothing(unit: Unit) -> None:
+    # For as long as the silent ones are silent.
+    unit.configure(ecdysis={"drain_timeout": 2})
+    unit.start(*STORE)
+    with Load(unit.port) as load:
+        unit.systemctl("restart")
+        load.wait_for(1, 30)
+        unit.reload()
+        load.wait_for(2)
+        unit.systemctl("restart")
+        load.wait_for(1, 30)
+    assert load.counts.failures == Counter()
+
+
+@pytest.mark.parametrize("phase", ["serving", "initialising", "probation", "draining"])
+def test_a_kill_in_any_phase_refuses_nobody(unit: Unit, phase: str) -> None:
+    unit.configure(ecdysis={"drain_timeout": 5, "probation": 0.1 if phase == "draining" else 60})
+    unit.start(*STORE, "KillMode=mixed")
+    with Load(unit.port) as load:
+        with Client(unit.addresses[0]) as slow:
+            slow.say("slow 60 for-longer-than-this-test")
+            match phase:
+                case "initialising":
+                    # It hangs, so that nothing but systemd can end it.
+                    unit.configure(at_start="import signal; print('waiting', flush=True); signal.pause()")
+                    reload = unit.machine.begin("systemctl", "reload", NAME)
+                    unit.wait_until(lambda: "waiting\n" in unit.log)
+                    unit.configure(at_start="")
+                case "probation":
+                    reload = unit.machine.begin("systemctl", "reload", NAME)
+                    load.wait_for(2)
+                case "draining":
+                    unit.reload()
+                    load.wait_for(2)
+            before = load.counts.answers.total()
+            unit.machine.kill(unit.main_pid, signal.SIGKILL)
+            wait_for_start(unit, 1)
+            assert slow.hear() == ""
+        if phase in ("initialising", "probation"):
+            assert reload.wait() != 0
+        load.wait_for(1, 50)
+        assert load.counts.answers.total() > before
+    failures = load.counts.failures
+    # What the killed processes had accepted, and nothing else.
+    assert set(failures) <= {Failure.RESET, Failure.UNANSWERED}
+    assert failures.total() <= 40
+    assert unit.ask("who")["pid"] == unit.main_pid
+
+
+def test_the_store_is_empty_once_the_service_is_stopped(unit: Unit) -> None:
+    path = str(unit.machine.directory / "app.sock")
+    unit.configure(sockets=[TCP, ["listen_unix", [path], {}]])
+    unit.start(*STORE)
+    unit.wait_until(lambda: stored(unit) == 3)
+    unit.systemctl("stop")
+    assert stored(unit) == 0
+    assert not Path(path).exists()
+    with pytest.raises(ConnectionRefusedError):
+        unit.ask("who")
