@@ -33,6 +33,7 @@ from .channel import Frame
 from .check import check_release, compare, describe_place
 from .control import Changes, Controlled, ControlServer, Restart
 from .crew import Crew, Handoff, Occupation, Recycling, Slot, Worker, WorkerState
+from .descriptor_store import DescriptorStore
 from .drain import Tracker
 from .errors import (
     ChannelError,
@@ -224,6 +225,7 @@ class Anchor:
         self._begun = time.monotonic()
         self._registry = Registry()
         self._systemd = find_systemd(plan.systemd)
+        self._store = DescriptorStore(self._systemd, os.environ.get("FDSTORE", ""))
         self._pid_file = PidFile(plan.settings.pid_file) if plan.settings.pid_file is not None else None
         self._control: ControlServer | None = None
         self._roll_out: RollOut | None = None
@@ -249,7 +251,9 @@ class Anchor:
         """Serve until the service is stopped, and return the exit status."""
         self._stopped = anyio.Event()
         with ExitStack() as resources:
-            resources.callback(self._registry.close, unlink=True)
+            resources.callback(self._systemd.close)
+            resources.callback(self._store.close)
+            resources.callback(self._close_sockets)
             self._signals = resources.enter_context(handled_signals(self._handlers()))
             # Nothing here accepts: the gate of the workers' sockets has nobody behind it.
             async with anyio.create_task_group() as self._tasks:
@@ -267,7 +271,7 @@ class Anchor:
     async def _open(self, resources: ExitStack) -> None:
         """Open what the service needs, before the first worker."""
         if self._plan.systemd is not False:
-            self._registry.activate(supervisor.take_activation())
+            self._registry.activate(self._store.recover(supervisor.take_activation(), self._registry))
             if (complaint := check_unit()) is not None:
                 self.log.warning("%s", complaint)
         self._plane = Plane(self._registry, Gate(), Tracker(), self._tasks)
@@ -313,6 +317,9 @@ class Anchor:
         if self._control is not None:
             await self._control.finish()
         if self._systemd.is_main:
+            if self._is_serving:
+                # Nobody can come to those with a path any more, whatever systemd does next.
+                self._store.park(entry for entry in self._registry.entries if entry.inode is None)
             await self._systemd.synchronize()
         if error is not None and not self._stopped.is_set():
             # What else it has written stands above.
@@ -347,6 +354,10 @@ class Anchor:
         for entry in self._registry.unclaimed():
             if entry.number is not None:
                 self.log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
+            else:
+                self.log.warning("nobody asks for %s, which systemd has kept: closing it", entry)
+        self._registry.close_unclaimed(unlink=True)
+        self._store.park(self._registry.entries)
         self._systemd.tell_status(self._describe())
         self._systemd.tell("READY=1")
         self.changes.announce()
@@ -737,8 +748,11 @@ class Anchor:
         """Tell a worker to take the place of its successor again."""
         worker.line.tell(FromAnchor.REVERT, {"error": error_to_json(error)})
 
-    def begin_restart(self) -> RollOut:
+    def begin_restart(self, *, is_told: bool = False) -> RollOut:
         """Begin a roll-out.
+
+        Args:
+            is_told: systemd may know of it already.
 
         Raises:
             RestartError: not now.
@@ -751,9 +765,9 @@ class Anchor:
             raise NotReady("the service is starting: a restart is possible once all workers serve")
         roll_out = self._roll_out = RollOut(self, self.generation + 1, self._plan.settings.probation)
         self._last_report = roll_out.report
-        self._systemd.tell_reloading(
-            len(self.crew.slots) * self.ready_timeout + self._plan.settings.probation + LEEWAY_SECONDS
-        )
+        # Not as well where ExecReload= has asked; see Ecdysis._begin_restart.
+        tell = self._systemd.ask_for_time if is_told else self._systemd.tell_reloading
+        tell(len(self.crew.slots) * self.ready_timeout + self._plan.settings.probation + LEEWAY_SECONDS)
         self._tasks.start_soon(self._carry_out, roll_out)
         self.changes.announce()
         return roll_out
@@ -769,9 +783,15 @@ class Anchor:
             elif not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
                 for entry in set(self._registry.entries) - entries:
                     self._registry.release(entry, unlink=True)
+            self._store.park(self._registry.entries)
             self._systemd.tell_status(self._describe())
             self._systemd.tell("READY=1")
             self.changes.announce()
+
+    def _close_sockets(self) -> None:
+        for entry in self._registry.entries:
+            # What a crash has left is the next start's, where this one has failed.
+            self._registry.release(entry, unlink=self._is_serving or not entry.inherited)
 
     def _drop_unclaimed(self, roll_out: RollOut) -> None:
         """Close what no worker of the new release wants; the service manager's own stay, as it passes them but once."""
@@ -964,7 +984,7 @@ class Anchor:
         )
 
     def _restart(self) -> Restart:
-        roll_out = self.begin_restart()
+        roll_out = self.begin_restart(is_told=True)
         return Restart(roll_out.report, functools.partial(self.see_through, roll_out))
 
     @property

@@ -50,6 +50,7 @@ TOP_TO_BOTTOM = (
     "drain",
     "transfer",
     "stash",
+    "descriptor_store",
     "systemd",
     "logging_setup",
     "options",
