@@ -20,10 +20,12 @@ from .errors import (
     RestartWhileDraining,
     RolledBack,
     SpawnFailed,
+    StashFailed,
     SuccessorFailed,
     TakeoverFailed,
 )
 from .report import DrainCount, Outcome, Phase, RestartReport
+from .stash import InheritedStash
 from .supervisor import Ecdysis, State, current, track, until_draining
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ __all__ = [
     "Ecdysis",
     "EcdysisError",
     "HandoffAborted",
+    "InheritedStash",
     "NotReady",
     "Outcome",
     "Phase",
@@ -46,6 +49,7 @@ __all__ = [
     "RestartWhileDraining",
     "RolledBack",
     "SpawnFailed",
+    "StashFailed",
     "State",
     "SuccessorFailed",
     "TakeoverFailed",

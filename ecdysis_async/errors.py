@@ -24,6 +24,7 @@ __all__ = [
     "RolledBack",
     "SpawnFailed",
     "StartupError",
+    "StashFailed",
     "SuccessorFailed",
     "TakeoverFailed",
     "TruncatedFrame",
@@ -68,6 +69,10 @@ class NotReady(RestartError):
 
 class SpawnFailed(RestartError):
     """The successor's process could not be started at all (no such program, no permission, no memory)."""
+
+
+class StashFailed(RestartError):
+    """What the successor should have inherited could not be made: its producer raised, or took too long."""
 
 
 class SuccessorFailed(RestartError):

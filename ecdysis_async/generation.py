@@ -15,6 +15,7 @@ from .lineage import Lineage
 from .plane import Plane
 from .settings import Settings
 from .spawn import Child
+from .stash import InheritedStash, Stashes
 
 __all__ = ["Generation", "Numbered", "Spawner"]
 
@@ -45,6 +46,9 @@ class Generation:
     env_file_keys: tuple[str, ...] = ()
     # Whether systemd watches over the service: then a successor has to become its child.
     is_supervised: bool = False
+    # What this generation leaves to its successors, and what was left to it.
+    stashes: Stashes = field(default_factory=Stashes)
+    inherited_stash: InheritedStash = field(default_factory=InheritedStash)
     lineage: Lineage = field(default_factory=Lineage)
     # Pausing and resuming may be asked for at the same time; they must not interleave within the gate.
     gate_lock: anyio.Lock = field(default_factory=anyio.Lock)

@@ -25,6 +25,7 @@ from .errors import (
     RestartError,
     RolledBack,
     SpawnFailed,
+    StashFailed,
     SuccessorFailed,
 )
 from .generation import Generation, Spawner
@@ -45,6 +46,7 @@ from .registry import Entry
 from .report import Outcome, Phase, RestartReport
 from .side import COUNTERS, ERROR_BYTES, Side, as_channel_error
 from .spawn import Child, describe_exit, describe_launch, spawn
+from .stash import At, Batch
 from .stderr_tail import StderrTail, duplicate_stderr
 from .threads import run_in_thread
 
@@ -133,6 +135,11 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         # Not set while this side is to accept again and does not yet.
         self._resumed = anyio.Event()
         self._resumed.set()
+        self._greeted = anyio.Event()
+        self._prepared = anyio.Event()
+        self._stash = Batch()
+        # Cancelled as soon as the restart does not need any more what is being made.
+        self._making = anyio.CancelScope()
         self._counters = -1
         self._env_file_keys: tuple[str, ...] = ()
         self._stderr: StderrTail | None = None
@@ -180,6 +187,10 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             self._tasks = task_group
             task_group.start_soon(self._listen, self._peer)
             task_group.start_soon(self._stderr.run)
+            if self.generation.stashes.names(At.START):
+                task_group.start_soon(self._prepare)
+            else:
+                self._prepared.set()
             await self.advance()
             if self.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
                 await self._stderr.pass_rest_on()
@@ -258,7 +269,11 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 self.generation.plane.tracker.hurry()
             case Frame():
                 try:
-                    self.post(self._read(item), item)
+                    event = self._read(item)
+                    if event is PredecessorEvent.HELLO:
+                        self._greeted.set()
+                    if event is not PredecessorEvent.HELLO or self._prepared.is_set():
+                        self.post(event, item)
                 except (ChannelError, KeyError, TypeError, ValueError) as error:
                     item.close()
                     self.post(PredecessorEvent.BROKEN, as_channel_error(error, item))
@@ -315,6 +330,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         if phase is not None:
             self.report.phases[phase] = now - self._entered
         self._entered = now
+        self._making.cancel()
         failed = (Predecessor.ABORTING, Predecessor.REVERTING, Predecessor.FAILED, Predecessor.ROLLED_BACK)
         if self.state in failed and self.error is None:
             self._fail(self._explain(before, event, cause), phase)
@@ -356,7 +372,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 self._resumed = anyio.Event()
                 self._tasks.start_soon(self._resume)
             case PredecessorAction.SEND_COMMIT:
-                await self._send(FromPredecessor.COMMIT)
+                await self._send(FromPredecessor.COMMIT, {"stash": self._stash.describe()}, self._stash.descriptors)
+                self._stash.close()
             case PredecessorAction.SEND_SETTLED:
                 # Whoever is told to settle hears the ancestors from now on; two readers would tear frames apart.
                 ancestors = await self.generation.lineage.let_go()
@@ -450,6 +467,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                     "generation": self.report.generation,
                     "predecessor": {"generation": generation.number, "pid": os.getpid()},
                     "sockets": descriptions,
+                    "stash": self._stash.describe(),
+                    "stash_later": generation.stashes.names(At.COMMIT),
                     "ancestors": [ancestor.to_json() for ancestor in ancestors],
                     "env_file_keys": list(self._env_file_keys),
                 },
@@ -458,9 +477,36 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                     owned(duplicate_stderr()),
                     self._stderr.read_end,
                     *sockets,
+                    *self._stash.descriptors,
                     *ends,
                 ],
             )
+        # The successor has it, and with its end it is gone.
+        self._stash.close()
+
+    async def _prepare(self) -> None:
+        """Make what the successor finds from its first line on, while it starts; its HELLO counts only then."""
+        if await self._make(At.START):
+            self._prepared.set()
+            if self._greeted.is_set():
+                self.post(PredecessorEvent.HELLO)
+
+    async def _make(self, at: At) -> bool:
+        """Make what is to be handed over at a moment; False where that moment does not come any more."""
+        if self.state not in (Predecessor.SPAWNING, Predecessor.PAUSING):
+            return False
+        self._stash = self.generation.stashes.batch(at)
+        self._making = anyio.CancelScope()
+        with self._making:
+            try:
+                await self._stash.make()
+            except StashFailed as error:
+                self.generation.log.warning("%s", error)
+                self.post(PredecessorEvent.BROKEN, error)
+            else:
+                return True
+        self._stash.close()
+        return False
 
     async def _pause(self) -> None:
         unclaimed = set(self.unclaimed)
@@ -475,7 +521,9 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             self.generation.log.exception("this generation could not stop accepting; the restart is called off")
             self.post(PredecessorEvent.BROKEN, error)
         else:
-            self.post(PredecessorEvent.PAUSED)
+            # Only now: nobody is accepted any more whose changes would not be in it.
+            if await self._make(At.COMMIT):
+                self.post(PredecessorEvent.PAUSED)
 
     async def conclude(self) -> None:
         # A next restart must not begin earlier: this side would open its gate next to that one's successor.
@@ -525,6 +573,17 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 return cause
             case PredecessorEvent.CANCELLED, _:
                 what = "the restart was called off"
+            case _, StashFailed():
+                cause.phase, cause.stderr = _PHASES[before], self._stderr.text
+                return cause
+            case PredecessorEvent.TIMED_OUT, _ if self._stash.making is not None and (
+                before is Predecessor.PAUSING or self._greeted.is_set()
+            ):
+                assert before.timer is not None
+                name, seconds = self._stash.making, self.limits[before.timer]
+                what = f"the stash {name!r} was not made within {seconds:g} seconds: make it smaller"
+                what += ', or at="start"' if before is Predecessor.PAUSING else ", or raise ready_timeout"
+                return StashFailed(what, phase=_PHASES[before], stderr=self._stderr.text)
             case PredecessorEvent.FAILED, Frame(body=body):
                 what = f"the successor (pid {pid}) failed: {str(body.get('error'))[-ERROR_BYTES:]}"
             case PredecessorEvent.TIMED_OUT, _ if before in (Predecessor.SPAWNING, Predecessor.INITIALISING):
@@ -571,6 +630,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             self.report.outcome = Outcome.FAILED
 
     def _close(self) -> None:
+        self._stash.close()
         if self._peer is not None:
             self._peer.close()
         if self._stderr is not None:

@@ -95,13 +95,15 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         """
         frame: Frame | None = None
         try:
-            with anyio.move_on_after(LISTENERS_SECONDS):
+            # The predecessor may have a stash to make first, for which it takes its own ready_timeout at the most.
+            seconds = max(LISTENERS_SECONDS, self.generation.settings.ready_timeout)
+            with anyio.move_on_after(seconds):
                 await self._say_hello()
                 frame = await self._channel.receive()
             # A process that was stopped for longer wakes to both: what is here already was in time.
             frame = frame or self._channel.receive_nowait()
             if frame is None:
-                raise TimeoutError(f"it did not answer within {LISTENERS_SECONDS:g} seconds")
+                raise TimeoutError(f"it did not answer within {seconds:g} seconds")
             self.state, _ = self._step(self.state, successor_event(frame.type))
             if self.state is not Successor.INITIALISING:
                 frame.close()
@@ -145,15 +147,18 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
             case ChannelError():
                 self.post(SuccessorEvent.BROKEN, item)
             case Frame():
-                item.close()
                 try:
                     event = successor_event(item.type)
                     if event is SuccessorEvent.SETTLED:
                         self._read_settled(item.body)
-                except (ChannelError, KeyError, TypeError, ValueError) as error:
+                    elif event is SuccessorEvent.COMMIT:
+                        self.generation.inherited_stash.receive(item.body["stash"], item.descriptors)
+                except (ChannelError, OSError, KeyError, TypeError, ValueError) as error:
                     self.post(SuccessorEvent.BROKEN, as_channel_error(error, item))
                 else:
                     self.post(event, item)
+                finally:
+                    item.close()
 
     def _read_settled(self, body: Mapping[str, Any]) -> None:
         # First what matters: another release's idea of a report must not keep the restart from settling.
@@ -179,6 +184,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         log = self.generation.log
         assert self.predecessor is not None
         if event is SuccessorEvent.DIED:
+            self.generation.inherited_stash.forsake()
             self._restore_stderr()
             log.warning("the predecessor (pid %d) died; this generation goes on without it", self.predecessor.pid)
         if self.state is Successor.ABORTED:
@@ -250,8 +256,8 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
 
     def _take_over(self, frame: Frame) -> None:
         generation, body = self.generation, frame.body
-        sockets, ancestors = body["sockets"], body["ancestors"]
-        if len(frame.descriptors) != 3 + len(sockets) + 2 * len(ancestors):
+        sockets, stashes, ancestors = body["sockets"], body["stash"], body["ancestors"]
+        if len(frame.descriptors) != 3 + len(sockets) + len(stashes) + 2 * len(ancestors):
             frame.close()
             raise GarbledFrame(f"{len(frame.descriptors)} descriptors do not match the {len(sockets)} sockets named")
         descriptors = iter(frame.descriptors)
@@ -259,6 +265,13 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         self._stderr, self._stderr_read_end = next(descriptors), next(descriptors)
         generation.plane.registry.inherit(sockets, [next(descriptors) for _ in sockets])
         self._inherited = len(sockets)
+        memories = [next(descriptors) for _ in stashes]
+        try:
+            generation.inherited_stash.receive(stashes, memories)
+        finally:
+            for memory in memories:
+                os.close(memory)
+        generation.inherited_stash.expect(body["stash_later"])
         for ancestor in ancestors:
             channel = Channel(socket.socket(fileno=next(descriptors)))
             generation.lineage.ancestors.append(

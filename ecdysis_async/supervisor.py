@@ -55,6 +55,7 @@ from .report import Outcome, Phase, RestartReport
 from .settings import Settings, StrPath, read_signals
 from .signals import SignalReceiver, can_handle_signals, handled_signals, is_handled
 from .spawn import claim_channel, supported
+from .stash import At, InheritedStash, Producer, Stashes, Version
 from .status import (
     describe_ancestors,
     describe_listeners,
@@ -226,6 +227,8 @@ class Ecdysis:
         self._registry = Registry()
         self._gate = Gate()
         self._tracker = Tracker()
+        self._stashes = Stashes()
+        self._inherited_stash = InheritedStash()
         self._inheritance: Inheritance | None = None
         self._handover: Handover | None = None
         self._duty: Duty | None = None
@@ -312,7 +315,15 @@ class Ecdysis:
         self._resources = ExitStack()
         self._task_group = anyio.create_task_group()
         plane = planes.Plane(self._registry, self._gate, self._tracker, self._task_group)
-        self._generation = Generation(1, self._settings, plane, Numbered(1), is_supervised=self._systemd.is_there)
+        self._generation = Generation(
+            1,
+            self._settings,
+            plane,
+            Numbered(1),
+            is_supervised=self._systemd.is_there,
+            stashes=self._stashes,
+            inherited_stash=self._inherited_stash,
+        )
         planes.activate(plane)
         _current = self
         try:
@@ -429,6 +440,7 @@ class Ecdysis:
         global _current
         _current = None
         planes.deactivate()
+        self._inherited_stash.clear()
         self._resources.close()
 
     @property
@@ -692,6 +704,38 @@ class Ecdysis:
             DrainInterrupt: at its end, where the deadline has cancelled the work.
         """
         return self._tracker.track()
+
+    # What is left to the next generation
+
+    def stash(self, name: str, producer: Producer, at: At | Literal["start", "commit"], version: Version = 0) -> None:
+        """Leave state to the next generation: at each restart it is made anew, and read in ``inherited_stash`` there.
+
+        A restart that fails discards it. What the bytes mean is the application's business, and a release may be
+        followed by an older one: the version says which format they are in.
+
+        Args:
+            name: what the successor finds it by, and ignores where it does not know it.
+            producer: returns bytes, or anything else with a buffer, or yields them in pieces; it may be async. It is
+                called on the loop, so that what it reads cannot change meanwhile; each piece is written in a thread
+                while the loop goes on, and must not be changed until the next one is asked for. One that computes for
+                long should yield pieces, or do so in a thread of its own.
+            at: ``"start"``: it is made while the successor starts, within ``ready_timeout``, and can be read there
+                from its first line on. ``"commit"``: it is made once this generation accepts no more, and can be read
+                there after ``ready()``. New connections wait meanwhile, for 10 seconds at the most; what those of this
+                generation change later is not in it.
+            version: travels with it.
+
+        Raises:
+            ValueError, TypeError: an argument is not what it should be, or there is a stash of this name.
+
+        A producer that raises, or takes too long, fails the restart with ``StashFailed``; this generation goes on.
+        """
+        self._stashes.add(name, producer, at, version)
+
+    @property
+    def inherited_stash(self) -> InheritedStash:
+        """What the predecessor has left to this generation, by name; empty in the first one."""
+        return self._inherited_stash
 
     # Sockets
 

@@ -19,6 +19,7 @@ PUBLIC = {
     "Ecdysis",
     "EcdysisError",
     "HandoffAborted",
+    "InheritedStash",
     "NotReady",
     "Outcome",
     "Phase",
@@ -30,6 +31,7 @@ PUBLIC = {
     "RestartWhileDraining",
     "RolledBack",
     "SpawnFailed",
+    "StashFailed",
     "State",
     "SuccessorFailed",
     "TakeoverFailed",
@@ -77,6 +79,7 @@ FUNCTIONS = {
     "listen_seqpacket",
     "listen_tcp",
     "listen_unix",
+    "stash",
     "stop",
     "track",
 }
@@ -86,6 +89,7 @@ PROPERTIES = {
     "draining",
     "draining_generations",
     "generation",
+    "inherited_stash",
     "is_successor",
     "last_report",
     "predecessor_pid",
@@ -118,7 +122,7 @@ def test_members() -> None:
 
 
 def test_listeners_take_a_name_and_until() -> None:
-    for name in FUNCTIONS - {"stop", "track"}:
+    for name in FUNCTIONS - {"stash", "stop", "track"}:
         parameters = inspect.signature(getattr(Ecdysis, name)).parameters
         assert {"name", "until"} <= set(parameters), name
         assert parameters["until"].default == "drain", name
@@ -134,6 +138,7 @@ def test_every_restart_error_is_one() -> None:
         "RestartInProgress",
         "NotReady",
         "SpawnFailed",
+        "StashFailed",
         "SuccessorFailed",
         "ReadyTimeout",
         "RolledBack",
