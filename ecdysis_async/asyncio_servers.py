@@ -7,6 +7,7 @@ and nothing stands between a transport and its protocol while data flows.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import contextvars
@@ -21,14 +22,16 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
-from .drain import LEAVING, Connection, current_connection
+from .drain import Connection, Verdict, current_connection
 from .errors import DrainInterrupt
 from .gate import Acceptor, GateState
+from .parcel import Adopter, Parcel, Refused, Release, Transferable
 from .plane import Plane
 from .registry import BACKLOG, Entry, Until
 
 __all__ = [
     "GatedServer",
+    "Moves",
     "ServerConnection",
     "create_server",
     "create_unix_server",
@@ -40,6 +43,8 @@ T = TypeVar("T")
 
 ProtocolFactory = Callable[[], asyncio.BaseProtocol]
 ClientConnected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
+Resume = Callable[[Any], asyncio.BaseProtocol]
+ResumeStream = Callable[[asyncio.StreamReader, asyncio.StreamWriter, Any], Awaitable[None] | None]
 
 # What `asyncio.start_server` lets a StreamReader hold, in bytes.
 STREAM_LIMIT = 2**16
@@ -73,6 +78,7 @@ async def create_server(
     ssl_handshake_timeout: float | None = None,
     ssl_shutdown_timeout: float | None = None,
     start_serving: bool = True,
+    resume: Resume | Moves | None = None,
 ) -> GatedServer:
     """Serve a protocol on TCP, as ``loop.create_server`` does, on sockets that are inherited or created.
 
@@ -97,6 +103,8 @@ async def create_server(
         ssl_handshake_timeout: seconds.
         ssl_shutdown_timeout: seconds.
         start_serving: False leaves the beginning to ``start_serving`` of the server, and to the gate.
+        resume: called with the state that a :class:`Transferable` protocol of the predecessor's has released, returns
+            the protocol that goes on with its connection.
 
     Raises:
         OSError: an address cannot be bound; none of them is then.
@@ -118,7 +126,8 @@ async def create_server(
     if keep_alive:
         for entry in entries:
             entry.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    return await _serve(GatedServer(plane, protocol_factory, entries, sock, tls_options), start_serving=start_serving)
+    server = GatedServer(plane, protocol_factory, entries, sock, tls_options, _moves_of(resume))
+    return await _serve(server, start_serving=start_serving)
 
 
 async def create_unix_server(
@@ -135,6 +144,7 @@ async def create_unix_server(
     ssl_shutdown_timeout: float | None = None,
     start_serving: bool = True,
     cleanup_socket: bool = True,
+    resume: Resume | Moves | None = None,
 ) -> GatedServer:
     """Serve a protocol on a Unix socket, as ``loop.create_unix_server`` does; see :func:`create_server`.
 
@@ -151,7 +161,8 @@ async def create_unix_server(
         raise ValueError("path was not specified, and no sock specified")
     else:
         entry = plane.registry.listen_unix(os.fsdecode(path), name=name, until=until, backlog=backlog)
-    return await _serve(GatedServer(plane, protocol_factory, [entry], sock, tls_options), start_serving=start_serving)
+    server = GatedServer(plane, protocol_factory, [entry], sock, tls_options, _moves_of(resume))
+    return await _serve(server, start_serving=start_serving)
 
 
 async def start_server(
@@ -161,6 +172,7 @@ async def start_server(
     port: int | str | None = None,
     *,
     limit: int = STREAM_LIMIT,
+    resume: ResumeStream | None = None,
     **options: Any,
 ) -> GatedServer:
     """Call back with a reader and a writer for each connection, as ``asyncio.start_server`` does.
@@ -174,9 +186,11 @@ async def start_server(
         host: see :func:`create_server`.
         port: see there.
         limit: how much the reader may hold, in bytes.
+        resume: called with a reader, a writer and the state that the predecessor's handler gave to ``transfer``.
         options: those of :func:`create_server`.
     """
-    return await create_server(plane, _stream_factory(client_connected_cb, limit), host, port, **options)
+    moves = _StreamMoves(resume, limit) if resume is not None else None
+    return await create_server(plane, _stream_factory(client_connected_cb, limit), host, port, resume=moves, **options)
 
 
 async def start_unix_server(
@@ -185,10 +199,36 @@ async def start_unix_server(
     path: str | bytes | os.PathLike[str] | None = None,
     *,
     limit: int = STREAM_LIMIT,
+    resume: ResumeStream | None = None,
     **options: Any,
 ) -> GatedServer:
     """Call back with a reader and a writer for each connection on a Unix socket; see :func:`start_server`."""
-    return await create_unix_server(plane, _stream_factory(client_connected_cb, limit), path, **options)
+    moves = _StreamMoves(resume, limit) if resume is not None else None
+    return await create_unix_server(plane, _stream_factory(client_connected_cb, limit), path, resume=moves, **options)
+
+
+class Moves(abc.ABC):
+    """How the connections of one server move: what a protocol gives away, and what goes on with it."""
+
+    @abc.abstractmethod
+    def pack(self, connection: ServerConnection, protocol: Any) -> Release | None:
+        """Return what travels of a connection that is not being read now, or None if it is at no safe point.
+
+        Args:
+            connection: nothing is in its write buffer, and it is no TLS.
+            protocol: the one that its transport has at this moment.
+        """
+
+    def keep(self, connection: ServerConnection, protocol: Any) -> None:  # noqa: B027 - most have nothing to do
+        """Go on with a connection that was packed: it stays here."""
+
+    @abc.abstractmethod
+    def resume(self, release: Release) -> asyncio.BaseProtocol:
+        """Make the protocol that goes on with a connection.
+
+        Raises:
+            Refused: it cannot be served here.
+        """
 
 
 class GatedServer(asyncio.AbstractServer):
@@ -205,7 +245,13 @@ class GatedServer(asyncio.AbstractServer):
         entries: Iterable[Entry],
         given: socket.socket | None,
         tls_options: dict[str, Any],
+        moves: Moves | None = None,
     ) -> None:
+        # For adapters of other people's servers to set; without effect where TLS is served: what a session is made of
+        # is in user space, and stays in this process.
+        self.moves = moves
+        self.protocol_factory = protocol_factory
+        self.is_secure = bool(tls_options)
         self._plane = plane
         self._loop = asyncio.get_running_loop()
         self._acceptors = [_ServerAcceptor(self, entry, protocol_factory, tls_options) for entry in entries]
@@ -315,20 +361,34 @@ class ServerConnection(Connection):
 
     Args:
         server: see above.
-        until: how long its listener serves.
+        entry: what it was accepted from.
         sock: what was accepted, where the loop tells; until there is a transport, only this can be asked.
     """
 
-    __slots__ = ("_idle_task", "_is_lost", "_is_woken", "_sock", "_tracker", "handler", "server", "transport")
+    __slots__ = (
+        "_idle_task",
+        "_is_lost",
+        "_is_paused",
+        "_is_woken",
+        "_name",
+        "_sock",
+        "_tracker",
+        "handler",
+        "server",
+        "transport",
+    )
 
-    def __init__(self, server: GatedServer, until: Until, sock: socket.socket | None) -> None:
-        super().__init__(until)
+    def __init__(self, server: GatedServer, entry: Entry, sock: socket.socket | None) -> None:
+        super().__init__(entry.until)
         self.server = server
+        self._name = entry.name
         self._sock = sock
         self._tracker = server.plane.tracker
         self.transport: asyncio.WriteTransport | None = None
         self.handler: asyncio.Task[None] | None = None
         self._is_lost = False
+        # Whether it is packed, and was read before.
+        self._is_paused = False
         # Who waits at a safe point without a scope, and whether it was cancelled for that.
         self._idle_task: asyncio.Task[Any] | None = None
         self._is_woken = False
@@ -336,7 +396,7 @@ class ServerConnection(Connection):
     async def at_safe_point(self, awaitable: Awaitable[T]) -> T:
         # Without a cancel scope, which costs as much as half of a small request: each one comes through here.
         task = asyncio.current_task()
-        if self.interrupted or self._idle_task is not None or task is None:
+        if self.interrupted or self.invited or self._idle_task is not None or task is None:
             return await super().at_safe_point(awaitable)
         self._idle_task = task
         requests = task.cancelling()
@@ -351,8 +411,59 @@ class ServerConnection(Connection):
             if self._is_woken:
                 self._is_woken = False
                 task.uncancel()
-        self.silent = True
-        raise DrainInterrupt(LEAVING)
+        raise self._leave_safe_point()
+
+    @property
+    def movable(self) -> bool:
+        return self.server.moves is not None and not self.server.is_secure and not self._is_lost
+
+    def fileno(self) -> int:
+        assert self.transport is not None
+        number: int = self.transport.get_extra_info("socket").fileno()
+        return number
+
+    def pack(self) -> Parcel | None:
+        transport: Any = self.transport
+        moves = self.server.moves
+        if moves is None or self.server.is_secure or transport is None or transport.is_closing():
+            return None
+        if transport.get_write_buffer_size():
+            return None
+        # Also effective for a read that the loop has queued in this very turn.
+        is_reading = transport.is_reading()
+        transport.pause_reading()
+        release = None
+        try:
+            release = moves.pack(self, protocol_of(transport))
+        finally:
+            if release is None and is_reading:
+                transport.resume_reading()
+        if release is None:
+            return None
+        self._is_paused = is_reading
+        if self.offer is not None:
+            self.offer.verdict = Verdict.SENT
+        return Parcel(self._name, self.since, release)
+
+    def keep(self) -> None:
+        assert self.transport is not None
+        moves, transport = self.server.moves, self.transport
+        if moves is not None and not transport.is_closing():
+            moves.keep(self, protocol_of(transport))
+            if self._is_paused:
+                transport.resume_reading()  # type: ignore[attr-defined]
+        if self.offer is not None:
+            self.offer.decide(Verdict.STAYS)
+
+    def let_go(self) -> None:
+        assert self.transport is not None
+        self.transport.abort()
+        if self.offer is not None:
+            self.offer.decide(Verdict.MOVED)
+
+    def invite(self) -> None:
+        super().invite()
+        self._wake()
 
     def interrupt(self) -> None:
         """Wake the handler at its safe point. What has neither is closed, and still sends what it has written."""
@@ -457,10 +568,12 @@ class _Doorway(asyncio.BaseProtocol):
     methods. ``transport.set_protocol`` takes this out of the way.
     """
 
-    __slots__ = ("_connection", "_protocol")
+    __slots__ = ("_connection", "_unread", "protocol")
 
+    protocol: Any
     _connection: ServerConnection
-    _protocol: Any
+    # What the predecessor had received and not dealt with.
+    _unread: bytes
 
     def connection_made(self, transport: Any) -> None:
         self._connection.transport = transport
@@ -469,18 +582,18 @@ class _Doorway(asyncio.BaseProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         try:
-            self._protocol.connection_lost(exc)
+            self.protocol.connection_lost(exc)
         finally:
             self._connection.lose()
 
     def pause_writing(self) -> None:
-        self._protocol.pause_writing()
+        self.protocol.pause_writing()
 
     def resume_writing(self) -> None:
-        self._protocol.resume_writing()
+        self.protocol.resume_writing()
 
     def eof_received(self) -> bool | None:
-        is_kept: bool | None = self._protocol.eof_received()
+        is_kept: bool | None = self.protocol.eof_received()
         return is_kept
 
     def __del__(self) -> None:
@@ -492,35 +605,58 @@ class _Doorway(asyncio.BaseProtocol):
 
     def _connect(self, transport: Any) -> None:
         current_connection.set(self._connection)
-        self._protocol.connection_made(transport)
+        self.protocol.connection_made(transport)
+        if self._unread:
+            # Before anything that the loop reads: it has not begun yet.
+            self._feed(self._unread)
+            self._unread = b""
+
+    @abc.abstractmethod
+    def _feed(self, data: bytes) -> None: ...
 
 
 class _StreamDoorway(_Doorway, asyncio.Protocol):
     __slots__ = ("data_received",)
 
-    def __init__(self, connection: ServerConnection, protocol: asyncio.Protocol) -> None:
+    def __init__(self, connection: ServerConnection, protocol: asyncio.Protocol, unread: bytes = b"") -> None:
         self._connection = connection
-        self._protocol = protocol
+        self._unread = unread
+        self.protocol = protocol
         self.data_received = protocol.data_received  # type: ignore[method-assign]
+
+    def _feed(self, data: bytes) -> None:
+        self.data_received(data)
 
 
 class _BufferedDoorway(_Doorway, asyncio.BufferedProtocol):
     __slots__ = ("buffer_updated", "get_buffer")
 
-    def __init__(self, connection: ServerConnection, protocol: asyncio.BufferedProtocol) -> None:
+    def __init__(self, connection: ServerConnection, protocol: asyncio.BufferedProtocol, unread: bytes = b"") -> None:
         self._connection = connection
-        self._protocol = protocol
+        self._unread = unread
+        self.protocol = protocol
         self.get_buffer = protocol.get_buffer  # type: ignore[method-assign]
         self.buffer_updated = protocol.buffer_updated  # type: ignore[method-assign]
 
+    def _feed(self, data: bytes) -> None:
+        while data:
+            buffer = memoryview(self.get_buffer(len(data))).cast("B")
+            count = min(len(buffer), len(data))
+            if not count:
+                raise RuntimeError("get_buffer() returned an empty buffer")
+            buffer[:count] = data[:count]
+            self.buffer_updated(count)
+            data = data[count:]
 
-class _ServerAcceptor(Acceptor):
+
+class _ServerAcceptor(Acceptor, Adopter):
     """One socket of a server: behind it, while the gate stands open, a server of the loop's own on a duplicate."""
 
     def __init__(
         self, server: GatedServer, entry: Entry, protocol_factory: ProtocolFactory, tls_options: dict[str, Any]
     ) -> None:
         self.entry = entry
+        self.adopter = self
         self._server = server
         self._loop = server.get_loop()
         self._is_asyncio = isinstance(self._loop, asyncio.SelectorEventLoop)
@@ -631,14 +767,31 @@ class _ServerAcceptor(Acceptor):
 
     def _admit(self, accepted: deque[socket.socket]) -> asyncio.BaseProtocol:
         """Track a connection, and make its protocol."""
-        connection = ServerConnection(self._server, self.entry.until, accepted.popleft() if accepted else None)
+        connection = ServerConnection(self._server, self.entry, accepted.popleft() if accepted else None)
         self._server.plane.tracker.open(connection)
         try:
-            protocol = self._protocol_factory()
-            if isinstance(protocol, asyncio.BufferedProtocol):
-                return _BufferedDoorway(connection, protocol)
-            return _StreamDoorway(connection, protocol)  # type: ignore[arg-type]
+            return _doorway(connection, self._protocol_factory())
         except BaseException:
+            connection.lose()
+            raise
+
+    def prepare(self, parcel: Parcel) -> Callable[[socket.socket], Awaitable[None]]:
+        if self._server.moves is None or self._server.is_secure:
+            raise Refused("this server cannot resume connections")
+        protocol = self._context.copy().run(self._server.moves.resume, parcel.release)
+        return functools.partial(self._resume, protocol, parcel)
+
+    async def _resume(self, protocol: asyncio.BaseProtocol, parcel: Parcel, sock: socket.socket) -> None:
+        """Attach a connection of the predecessor's to the protocol that goes on with it."""
+        connection = ServerConnection(self._server, self.entry, sock)
+        connection.since = parcel.since
+        self._server.plane.tracker.open(connection)
+        doorway = _doorway(connection, protocol, parcel.release.unread)
+        attach = self._loop.connect_accepted_socket(lambda: doorway, sock)
+        try:
+            await self._loop.create_task(attach, context=self._context)
+        except BaseException:
+            sock.close()
             connection.lose()
             raise
 
@@ -675,6 +828,17 @@ class _Duplicate(socket.socket):
 
     def listen(self, backlog: int = 0, /) -> None:
         """Do nothing: it listens, with the backlog that was asked for, and asyncio would set one of its own."""
+
+
+def _doorway(connection: ServerConnection, protocol: Any, unread: bytes = b"") -> asyncio.BaseProtocol:
+    kind = _BufferedDoorway if isinstance(protocol, asyncio.BufferedProtocol) else _StreamDoorway
+    return kind(connection, protocol, unread)
+
+
+def protocol_of(transport: Any) -> Any:
+    """Return the protocol that a transport has at this moment, as the application knows it."""
+    protocol = transport.get_protocol()
+    return protocol.protocol if isinstance(protocol, _Doorway) else protocol
 
 
 def original(loop: asyncio.AbstractEventLoop, method: str) -> Callable[..., Any]:
@@ -797,6 +961,51 @@ def _stream_factory(client_connected_cb: ClientConnected, limit: int) -> Protoco
         return asyncio.StreamReaderProtocol(asyncio.StreamReader(limit=limit, loop=loop), connected, loop=loop)
 
     return make
+
+
+def _moves_of(resume: Resume | Moves | None) -> Moves | None:
+    return resume if resume is None or isinstance(resume, Moves) else _ProtocolMoves(resume)
+
+
+class _ProtocolMoves(Moves):
+    """Protocols of the application's own: :class:`Transferable`."""
+
+    def __init__(self, resume: Resume) -> None:
+        self._resume = resume
+
+    def pack(self, connection: ServerConnection, protocol: Any) -> Release | None:
+        return protocol.release_connection() if isinstance(protocol, Transferable) else None
+
+    def keep(self, connection: ServerConnection, protocol: Any) -> None:
+        protocol.keep_connection()
+
+    def resume(self, release: Release) -> asyncio.BaseProtocol:
+        return self._resume(release.state)
+
+
+class _StreamMoves(Moves):
+    """Streams, whose handlers offer them: ``Ecdysis.transfer``."""
+
+    def __init__(self, resume: ResumeStream, limit: int) -> None:
+        self._resume = resume
+        self._limit = limit
+
+    def pack(self, connection: ServerConnection, protocol: Any) -> Release | None:
+        if connection.offer is None or connection.offer.verdict is not Verdict.OPEN:
+            if connection.handler is not None:
+                connection.invite()
+            return None
+        # Not after start_tls, or set_protocol.
+        reader: Any = getattr(protocol, "_stream_reader", None)
+        if reader is None or reader.exception() is not None:
+            return None
+        return Release(connection.offer.state, bytes(reader._buffer))  # noqa: SLF001
+
+    def resume(self, release: Release) -> asyncio.BaseProtocol:
+        def resume(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Awaitable[None] | None:
+            return self._resume(reader, writer, release.state)
+
+        return _stream_factory(resume, self._limit)()
 
 
 def _tls_options(

@@ -8,11 +8,14 @@ how it is interrupted, cancelled and aborted.
 from __future__ import annotations
 
 import contextlib
+import enum
+import json
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Collection, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import anyio
@@ -20,10 +23,11 @@ import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from .errors import DrainInterrupt
+from .parcel import Parcel
 from .registry import Until
 from .report import DrainCount
 
-__all__ = ["Connection", "Tracker", "current_connection"]
+__all__ = ["Connection", "Offer", "Tracker", "Verdict", "current_connection"]
 
 T = TypeVar("T")
 
@@ -47,8 +51,40 @@ BATCH = 200
 PRUNE_SECONDS = 0.05
 PRUNE_SHARE = 0.02
 
+# How long at most the drain leaves all connections to the transfer, before it begins to wait for each one as well, and
+# which share of the drain. To move 10,000 takes half a second.
+SWEEP_SECONDS = 3.0
+SWEEP_SHARE = 0.25
+
 # What a handler is told at its safe point.
 LEAVING = "this generation is leaving: close the connection now"
+MOVABLE = "this generation is leaving, and this connection can move to the next one: await transfer(state)"
+MOVED = "this connection has moved to the next generation"
+
+Move = Callable[[Callable[[], None]], Awaitable[None]]
+
+
+class Verdict(enum.Enum):
+    """What becomes of a connection that its handler has offered for transfer."""
+
+    OPEN = "open"
+    SENT = "sent"  # it is on its way, and nothing is known
+    STAYS = "stays"
+    MOVED = "moved"
+
+
+@dataclass(slots=True)
+class Offer:
+    """What a handler that has reached a safe point gives away of its connection, and what it is told then."""
+
+    state: Any
+    verdict: Verdict = Verdict.OPEN
+    decided: anyio.Event = field(default_factory=anyio.Event)
+
+    def decide(self, verdict: Verdict) -> None:
+        """Let the handler go on, or end."""
+        self.verdict = verdict
+        self.decided.set()
 
 
 class Connection:
@@ -58,18 +94,24 @@ class Connection:
     than once, and none of them may raise or block.
     """
 
-    __slots__ = ("_idle_scopes", "interrupted", "over", "silent", "until")
+    __slots__ = ("_idle_scopes", "interrupted", "invited", "moved", "offer", "over", "silent", "since", "until")
 
     # Whether a client is at the other end: only those can be lost.
     is_accepted: ClassVar[bool] = True
 
     def __init__(self, until: Until = Until.DRAIN) -> None:
         self.until = until
+        # When it was accepted, also where that was in another process.
+        self.since = time.monotonic()
         # Created by a drain that waits for this connection; most connections end without one.
         self.over: anyio.Event | None = None
         # Whether the drain has asked it to close, and whether it was at a safe point then.
         self.interrupted = False
         self.silent = False
+        # Whether its handler shall offer it for transfer, as soon as it can; its offer; and whether it has moved.
+        self.invited = False
+        self.offer: Offer | None = None
+        self.moved = False
         self._idle_scopes: list[anyio.CancelScope] = []
 
     def interrupt(self) -> None:
@@ -88,6 +130,63 @@ class Connection:
         """Say whether it ended without telling: asked now and then of connections that cannot always know."""
         return False
 
+    # How it moves to a successor
+
+    @property
+    def movable(self) -> bool:
+        """Whether it can ever move, at one of the moments to come."""
+        return False
+
+    def fileno(self) -> int:
+        """Return the descriptor of its socket."""
+        raise NotImplementedError
+
+    def pack(self) -> Parcel | None:
+        """Stop reading, and return what travels; None, and nothing has changed, where it is at no safe point.
+
+        Until ``keep`` or ``let_go`` is called, nothing may read from it or write to it.
+        """
+        return None
+
+    def keep(self) -> None:
+        """Go on with it: it was packed, and has not moved."""
+
+    def let_go(self) -> None:
+        """Close this process' copy without a word to the peer: it has moved."""
+
+    def invite(self) -> None:
+        """Wake its handler at its next safe point, so that it offers the connection for transfer."""
+        self.invited = True
+        for scope in self._idle_scopes:
+            scope.cancel()
+
+    def decline(self) -> None:
+        """Let its handler go on, because nothing moves any more; not while it is on its way."""
+        self.invited = False
+        if self.offer is not None and self.offer.verdict is Verdict.OPEN:
+            self.offer.decide(Verdict.STAYS)
+
+    async def transfer(self, state: Any, tracker: Tracker) -> None:
+        """Offer it for transfer, and wait for what becomes of that; see ``Ecdysis.transfer``."""
+        # Here, where the handler's traceback shows who is to blame.
+        json.dumps(state, allow_nan=False)
+        await anyio.lowlevel.checkpoint()
+        if self.interrupted:
+            raise DrainInterrupt(LEAVING)
+        if not tracker.moves or not self.movable:
+            return
+        offer = self.offer = Offer(state)
+        tracker.ripen(self)
+        try:
+            await offer.decided.wait()
+        finally:
+            if offer.verdict is Verdict.SENT:
+                with anyio.CancelScope(shield=True):
+                    await offer.decided.wait()
+            self.offer = None
+        if offer.verdict is Verdict.MOVED:
+            raise DrainInterrupt(MOVED, moved=True)
+
     async def at_safe_point(self, awaitable: Awaitable[T]) -> T:
         """Await something that ``interrupt`` may cancel; see ``Ecdysis.until_draining``."""
         scope = anyio.CancelScope()
@@ -95,13 +194,21 @@ class Connection:
         try:
             with scope:
                 # Not before the scope: what is finished already is returned even now, and a coroutine gets its await.
-                if self.interrupted:
+                if self.interrupted or self.invited:
                     scope.cancel()
                 return await awaitable
         finally:
             self._idle_scopes.remove(scope)
-        self.silent = True
-        raise DrainInterrupt(LEAVING)
+        raise self._leave_safe_point()
+
+    def _leave_safe_point(self) -> DrainInterrupt:
+        """Return what the handler is told."""
+        if self.interrupted:
+            self.silent = True
+            return DrainInterrupt(LEAVING)
+        # One that does not take part is invited again, and not at once: it may loop.
+        self.invited = False
+        return DrainInterrupt(MOVABLE)
 
 
 class _Work(Connection):
@@ -125,6 +232,10 @@ class Tracker:
     def __init__(self) -> None:
         self.draining = anyio.Event()
         self.count = DrainCount()
+        # Whether connections move to a successor at this time: then nobody is told to come back on a new one. And who
+        # shall know when one reaches a safe point.
+        self.moves = False
+        self.on_ripe: Callable[[Connection], None] | None = None
         self._connections: set[Connection] = set()
         # Everyone outside a connection who waits at a safe point: a background task, a handler of the user's own.
         self._bystander = Connection()
@@ -141,6 +252,8 @@ class Tracker:
         self._until_farewell: set[anyio.CancelScope] = set()
         self._until_deadline: set[anyio.CancelScope] = set()
         self._hurried = False
+        # Until when the drain leaves the connections to the transfer.
+        self._sweep_end = -math.inf
         # Two counters, opened and closed. In a successor they lie in memory shared with the predecessor, which reads
         # off them what was lost if this process dies before it has settled.
         self._cells = memoryview(bytearray(16)).cast("Q")
@@ -163,6 +276,10 @@ class Tracker:
         self.prune()
         return tuple(self._connections)
 
+    def snapshot(self) -> tuple[Connection, ...]:
+        """The same without looking at each one: some may have ended."""
+        return tuple(self._connections)
+
     def open(self, connection: Connection) -> None:
         """Count a connection from now on. Call it before anything can fail after the accept."""
         self._connections.add(connection)
@@ -183,6 +300,16 @@ class Tracker:
                 self._cells[1] += 1
             if connection.over is not None:
                 connection.over.set()
+
+    def note_moved(self, connection: Connection) -> None:
+        """Count one that a successor has taken over; it is closed when its last trace here has gone."""
+        connection.moved = True
+        self.count.transferred += 1
+
+    def ripen(self, connection: Connection) -> None:
+        """Say that a connection has reached a safe point: it may be passed on at once, if there is a successor."""
+        if self.on_ripe is not None:
+            self.on_ripe(connection)
 
     def prune(self) -> None:
         """Close those that ended without telling."""
@@ -210,7 +337,11 @@ class Tracker:
         if scope.cancelled_caught:
             raise DrainInterrupt("the drain's deadline came before this work was done")
 
-    async def drain(self, timeout: float, *, kinds: Collection[Until] = tuple(Until)) -> None:
+    def transfer(self, state: Any) -> Coroutine[Any, Any, None]:
+        """Offer the running handler's connection for transfer. See ``Ecdysis.transfer``."""
+        return (current_connection.get() or self._bystander).transfer(state, self)
+
+    async def drain(self, timeout: float, *, kinds: Collection[Until] = tuple(Until), move: Move | None = None) -> None:
         """Wait for every connection, each in a task of its own; interrupt, cancel and abort what is left at the end.
 
         Connections that are accepted meanwhile are waited for as well. Cancellation leaves all of them as they are.
@@ -218,6 +349,8 @@ class Tracker:
         Args:
             timeout: seconds until the deadline.
             kinds: which connections: those of listeners that end with the drain, those that serve to the exit, or all.
+            move: passes connections on to a successor until it is cancelled, and calls back once each was asked. What
+                it has moved by then costs the drain no task.
         """
         self.draining.set()
         hurries = self._hurried
@@ -230,6 +363,9 @@ class Tracker:
             async with anyio.create_task_group() as housekeepers:
                 housekeepers.start_soon(self._prune_regularly)
                 housekeepers.start_soon(self._interrupt_bystanders)
+                if move is not None:
+                    self._sweep_end = anyio.current_time() + min(SWEEP_SECONDS, timeout * SWEEP_SHARE)
+                    housekeepers.start_soon(self._move, move)
                 async with anyio.create_task_group() as finishers:
                     self._awaited = deque(each for each in self._connections if each.until in kinds)
                     # Not left to the end of the task group: it refuses new tasks a moment before we would know, and
@@ -239,6 +375,10 @@ class Tracker:
                         if self._hurried and not hurries:
                             hurries = True
                             self._bring_forward()
+                        if self._awaited and not hurries and anyio.current_time() < self._sweep_end:
+                            with anyio.CancelScope(deadline=self._sweep_end):
+                                await self._call.wait()
+                            continue
                         self._finish_some(finishers, self._awaited)
                         if self._awaited:
                             await anyio.lowlevel.checkpoint()
@@ -267,12 +407,33 @@ class Tracker:
         for scope in self._until_deadline:
             scope.deadline = self._deadline
 
+    async def _move(self, move: Move) -> None:
+        """Pass connections on, until it is time for the goodbyes."""
+
+        def end_sweep() -> None:
+            self._sweep_end = -math.inf
+            self._call.set()
+
+        with anyio.CancelScope(deadline=self._farewell) as scope:
+            self._until_farewell.add(scope)
+            try:
+                await move(end_sweep)
+            finally:
+                self._until_farewell.discard(scope)
+                end_sweep()
+
+    def _note_end(self, connection: Connection) -> None:
+        if connection.silent:
+            self.count.silent += 1
+        elif not connection.moved:
+            self.count.drained += 1
+
     def _finish_some(self, finishers: TaskGroup, awaited: deque[Connection]) -> None:
         """Start the finishing of a batch."""
         for _ in range(min(BATCH, len(awaited))):
             connection = awaited.popleft()
             if connection not in self._connections:
-                self.count.drained += 1
+                self._note_end(connection)
             elif connection.is_over():
                 self.close(connection)
             else:
@@ -293,16 +454,13 @@ class Tracker:
     async def _see_off(self, connection: Connection, over: anyio.Event) -> None:
         """See one connection to its end: first its own way, then politely, then by force."""
         if await _wait_until(over, self._farewell, self._until_farewell):
-            self.count.drained += 1
+            self._note_end(connection)
             return
         connection.interrupt()
         # It may have ended without telling, since the last time that such ones were looked for.
         if await _wait_until(over, self._deadline, self._until_deadline) or connection.is_over():
             self.close(connection)
-            if connection.silent:
-                self.count.silent += 1
-            else:
-                self.count.drained += 1
+            self._note_end(connection)
             return
         self.count.cut += 1
         for force in (connection.cancel, connection.abort):

@@ -104,7 +104,15 @@ class TakeoverFailed(StartupError):
 
 
 class DrainInterrupt(EcdysisError):
-    """Raised by ``until_draining`` at a safe point: close this connection now, politely."""
+    """Raised by ``until_draining`` at a safe point: close this connection now, politely.
+
+    Attributes:
+        moved: the connection lives on in the successor: there is nobody to say goodbye to. Raised by ``transfer``.
+    """
+
+    def __init__(self, message: str = "", *, moved: bool = False) -> None:
+        super().__init__(message)
+        self.moved = moved
 
 
 class HandoffAborted(SystemExit):

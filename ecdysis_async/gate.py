@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import anyio
 
+from .parcel import Adopter
 from .registry import Entry
 
 __all__ = ["Acceptor", "Gate", "GateState"]
@@ -34,6 +35,8 @@ class Acceptor(abc.ABC):
     """
 
     entry: Entry
+    # What goes on with connections of the predecessor's that were accepted from this socket, where that can be.
+    adopter: Adopter | None = None
 
     @abc.abstractmethod
     async def open(self) -> None:

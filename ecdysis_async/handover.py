@@ -235,12 +235,20 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         self._fail(error, None)
         self.over.set()
 
-    async def tell(self, message: Farewell, body: Mapping[str, Any], *, timeout: float = 2) -> None:
+    @property
+    def successor_died(self) -> anyio.Event:
+        """Set when the successor is dead; there must have been one."""
+        assert self._peer is not None
+        return self._peer.died
+
+    async def tell(
+        self, message: Farewell, body: Mapping[str, Any], descriptors: Sequence[int] = (), *, timeout: float = 2
+    ) -> None:
         """Tell the successor how the drain goes; it may be gone, or busy, and then it is not told."""
         if self._peer is None:
             return
         try:
-            await self._peer.channel.send(message, body, timeout=timeout)
+            await self._peer.channel.send(message, body, descriptors, timeout=timeout)
         except ChannelError as error:
             self.generation.log.debug("the successor was not told of the drain: %s", error)
 
@@ -471,6 +479,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                     "stash_later": generation.stashes.names(At.COMMIT),
                     "ancestors": [ancestor.to_json() for ancestor in ancestors],
                     "env_file_keys": list(self._env_file_keys),
+                    # How many may come to the successor once this has settled.
+                    "connections": len(generation.plane.tracker),
                 },
                 [
                     owned(os.pidfd_open(os.getpid())),

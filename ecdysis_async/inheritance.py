@@ -22,6 +22,7 @@ from .lineage import Ancestor
 from .peer import Death, Peer
 from .protocol import (
     VERSIONS,
+    Farewell,
     FromSuccessor,
     Successor,
     SuccessorAction,
@@ -34,6 +35,7 @@ from .report import RestartReport
 from .side import COUNTERS, ERROR_BYTES, Side, as_channel_error
 from .stderr_tail import identity, pass_on
 from .tracebacks import describe_failure
+from .transfer import make_room
 
 __all__ = ["Inheritance"]
 
@@ -57,6 +59,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         predecessor: what is known of the predecessor, once its sockets are here.
         report: the predecessor's report, once the restart has settled.
         restart_id: what the restart is asked for by, also where the predecessor dies before it has reported.
+        farewells: frames about the predecessor's drain that have come already; for the lineage.
         reason: why it was aborted.
         summary: the same in one line.
     """
@@ -79,6 +82,8 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         self.report: RestartReport | None = None
         self.restart_id = ""
         self.reason = self.summary = ""
+        # What the predecessor has said of its drain before this side knew that it had settled.
+        self.farewells: list[Frame] = []
         self._on_change = on_change
         self._channel = Channel(sock)
         self._inherited = 0
@@ -127,6 +132,8 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
     def close(self) -> None:
         """Let go of the descriptors; harmless if done already."""
         self._channel.close()
+        while self.farewells:
+            self.farewells.pop().close()
         if self.predecessor is not None:
             self.predecessor.peer.close()
         for descriptor in (self._stderr, self._stderr_read_end):
@@ -146,6 +153,8 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
                 self.post(SuccessorEvent.DIED)
             case ChannelError():
                 self.post(SuccessorEvent.BROKEN, item)
+            case Frame() if item.type in set(Farewell):
+                self.farewells.append(item)
             case Frame():
                 try:
                     event = successor_event(item.type)
@@ -281,6 +290,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         generation.log = Numbered(generation.number)
         generation.env_file_keys = tuple(body["env_file_keys"])
         self.restart_id = str(body["restart"])
+        make_room(int(body.get("connections", 0)))
         self.predecessor = Ancestor(int(body["predecessor"]["generation"]), int(body["predecessor"]["pid"]), peer)
 
     def _restore_stderr(self) -> None:

@@ -6,6 +6,8 @@ import base64
 import contextlib
 import functools
 import logging
+import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +49,8 @@ class Lineage:
         self.on_drained: Callable[[Ancestor, Mapping[str, Any]], None] = lambda ancestor, body: None
         # Called when an ancestor has made its successor the main process in the eyes of the service manager.
         self.on_main: Callable[[Ancestor], None] = lambda ancestor: None
+        # Called with the socket over which an ancestor passes its connections on; it is then the callee's.
+        self.on_transfer: Callable[[socket.socket], None] | None = None
         self._following: anyio.CancelScope | None = None
         self._ended = anyio.Event()
         self._is_let_go = False
@@ -62,7 +66,7 @@ class Lineage:
                         await ancestor.peer.channel.send(Farewell.HURRY, timeout=2)
                 async with anyio.create_task_group() as task_group:
                     for ancestor in self.ancestors:
-                        task_group.start_soon(ancestor.peer.run, functools.partial(self._deliver, ancestor))
+                        task_group.start_soon(ancestor.peer.run, functools.partial(self.deliver, ancestor))
         finally:
             # However it ends: somebody may wait for that.
             self._ended.set()
@@ -88,7 +92,8 @@ class Lineage:
         while self.ancestors:
             self.ancestors.pop().peer.close()
 
-    def _deliver(self, ancestor: Ancestor, item: Frame | ChannelError | Death) -> None:
+    def deliver(self, ancestor: Ancestor, item: Frame | ChannelError | Death) -> None:
+        """Take note of what an ancestor says."""
         match item:
             case Frame(type=Farewell.PROGRESS):
                 ancestor.connections = item.body.get("connections")
@@ -99,6 +104,8 @@ class Lineage:
                 except (KeyError, TypeError, ValueError):
                     # Another release's idea of a report; whatever it says, it must not end the newest generation.
                     logger.warning("the report of generation %d cannot be read", ancestor.generation, exc_info=True)
+            case Frame(type=Farewell.TRANSFER, descriptors=[descriptor, *_]) if self.on_transfer is not None:
+                self.on_transfer(socket.socket(fileno=os.dup(descriptor)))
             case Frame(type=Farewell.MAIN):
                 self.on_main(ancestor)
             case Death():

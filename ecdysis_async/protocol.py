@@ -76,6 +76,7 @@ class Farewell(enum.StrEnum):
     DRAINED = "drained"  # down: none; the report of the restart is complete
     PUBLISHED = "published"  # up: it has settled, pid file and all; a service manager may be told
     MAIN = "main"  # down: the service manager has been told, and takes the successor for the main process
+    TRANSFER = "transfer"  # down: a socket over which the connections come that can go on in the successor
     HURRY = "hurry"  # up: too many generations drain, and this is the oldest; its deadline is now
 
 

@@ -27,6 +27,7 @@ import anyio
 
 from . import check, line
 from . import plane as planes
+from . import transfer
 from .control import Changes, Controlled, ControlServer, Restart
 from .control_path import locate
 from .descriptor_store import DescriptorStore
@@ -67,6 +68,7 @@ from .status import (
 from .systemd import check_unit, claim_activation, find_systemd
 from .takeover import ask_for_channel
 from .threads import run_in_thread
+from .transfer import Receiver, Sender
 
 if TYPE_CHECKING:
     import asyncio
@@ -697,6 +699,24 @@ class Ecdysis:
         """
         return self._tracker.until_draining(awaitable)
 
+    def transfer(self, state: Any = None) -> Coroutine[Any, Any, None]:
+        """Offer the connection of the running handler to the successor, when ``until_draining`` was interrupted.
+
+        It returns where the connection stays here, to be served as before. That is so where its server has no
+        ``resume=``, with TLS, and where there is no successor or it cannot go on with it. Nothing may be half written,
+        and no read may be under way. What asyncio's and anyio's streams have buffered moves along; what the handler
+        itself has read belongs into the state.
+
+        Args:
+            state: what ``resume`` is called with in the successor, beside the stream: anything that JSON can hold.
+
+        Raises:
+            DrainInterrupt: the handler shall end. Either the connection has moved (``moved``: whatever is written has
+                nobody to go to), or it is time to say goodbye.
+            TypeError, ValueError: the state is no JSON.
+        """
+        return self._tracker.transfer(state)
+
     def track(self) -> AbstractAsyncContextManager[None]:
         """Let the drain wait for work of the application's own: ``async with ecdysis.track():``.
 
@@ -847,8 +867,9 @@ class Ecdysis:
             client_connected_cb: called with a reader and a writer for each connection.
             host: an address, a name, several of them, or None for all.
             port: a port, or 0 for one that the kernel chooses.
-            options: those of :func:`asyncio.start_server`, ``ssl`` among them, and ``name`` and ``until`` as for
-                :meth:`listen_tcp`.
+            options: those of :func:`asyncio.start_server`, ``ssl`` among them; ``name`` and ``until`` as for
+                :meth:`listen_tcp`; and ``resume``, called in a successor as ``client_connected_cb`` is, with the state
+                that a handler gave to :meth:`transfer` as a third argument.
 
         Raises:
             OSError: an address cannot be bound. RuntimeError: the loop is not asyncio's; use :meth:`serve` there.
@@ -877,7 +898,11 @@ class Ecdysis:
         port: int | None = None,
         **options: Any,
     ) -> asyncio.AbstractServer:
-        """Start a server of protocols, as asyncio's ``loop.create_server``. See :meth:`start_server`."""
+        """Start a server of protocols, as asyncio's ``loop.create_server``. See :meth:`start_server`.
+
+        Connections move to a successor where the protocols are ``ecdysis_async.transfer.Transferable``, and ``resume``
+        makes one of the state that another has released.
+        """
         _require_asyncio()
         from .asyncio_servers import create_server
 
@@ -1084,6 +1109,10 @@ class Ecdysis:
             # An anchor that began this slot neither serves nor drains.
             inheritance.close()
         lineage.on_drained = self._note_drained
+        lineage.on_transfer = self._receive_transfers
+        for frame in inheritance.farewells:
+            lineage.deliver(inheritance.predecessor, frame)
+        inheritance.farewells.clear()
         self._inherited.set()
         if self._last_report is None:
             self._last_report = inheritance.report
@@ -1107,6 +1136,21 @@ class Ecdysis:
             case Successor.STOPPED:
                 self._leave()
         self._announce()
+
+    def _receive_transfers(self, sock: socket.socket) -> None:
+        receiver = Receiver(sock, self._generation.plane, self._generation.log)
+        self._task_group.start_soon(self._run_receiver, receiver)
+
+    async def _run_receiver(self, receiver: Receiver) -> None:
+        """Take the predecessor's connections over, until this generation leaves itself."""
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(_cancel_at, self._leaving, task_group.cancel_scope)
+            try:
+                await receiver.run()
+            except Exception:
+                # What was not taken the predecessor keeps.
+                self._generation.log.exception("the transfer broke down")
+            task_group.cancel_scope.cancel()
 
     def _note_drained(self, ancestor: Ancestor, body: Mapping[str, Any]) -> None:
         report = RestartReport.from_json(body["report"])
@@ -1275,6 +1319,8 @@ class Ecdysis:
         """Accept no more, and begin to drain; there is no way back."""
         if self._state not in (State.DRAINING, State.ENDED):
             self._state = State.DRAINING
+            # Known to everybody who learns that this generation leaves: then nobody is to be sent away.
+            self._tracker.moves = self._has_heir
             self._tracker.draining.set()
             self._finished.set()
             if not self._has_heir:
@@ -1314,7 +1360,10 @@ class Ecdysis:
         log.info("draining %d connections, for %g seconds at the most", len(self._tracker), timeout)
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(self._tell_progress)
-            await self._tracker.drain(timeout, kinds=tuple(Until) if self._has_heir else (Until.DRAIN,))
+            if self._has_heir:
+                await self._tracker.drain(timeout, move=self._move_connections)
+            else:
+                await self._tracker.drain(timeout, kinds=(Until.DRAIN,))
             task_group.cancel_scope.cancel()
         async with self._generation.gate_lock:
             await self._gate.end()
@@ -1328,6 +1377,22 @@ class Ecdysis:
             if self._duty is not None:
                 self._duty.tell_handover()
             await self._handover.tell(Farewell.DRAINED, {"report": report.to_json()})
+
+    async def _move_connections(self, on_swept: Callable[[], None]) -> None:
+        """Pass on to the successor what can go on there."""
+        handover = self._handover
+        assert handover is not None
+        # Not before it is told that this has settled.
+        await handover.over.wait()
+        try:
+            ours, theirs = transfer.socketpair()
+        except OSError as error:
+            self._tracker.moves = False
+            self._generation.log.warning("no connection can be passed on: %s", error)
+            return
+        with theirs:
+            await handover.tell(Farewell.TRANSFER, {}, [theirs.fileno()])
+        await Sender(ours, self._tracker, self._generation.log).run(handover.successor_died, on_swept)
 
     async def _tell_progress(self) -> None:
         while self._has_heir and self._handover is not None:
@@ -1363,6 +1428,11 @@ def _require_asyncio() -> None:
         raise RuntimeError(
             "this is for asyncio and uvloop: on trio pass a socket of listen_tcp() and the like to serve()"
         ) from None
+
+
+async def _cancel_at(event: anyio.Event, scope: anyio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
 
 
 async def _first(*events: anyio.Event) -> None:

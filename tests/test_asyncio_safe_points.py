@@ -13,7 +13,6 @@ import pytest
 from ecdysis_async.asyncio_servers import ServerConnection, start_server
 from ecdysis_async.drain import Tracker, current_connection
 from ecdysis_async.errors import DrainInterrupt
-from ecdysis_async.registry import Until
 
 from .planes import a_plane, turn
 
@@ -49,7 +48,7 @@ class Handler:
 async def a_connection() -> AsyncIterator[tuple[Tracker, ServerConnection]]:
     async with a_plane() as plane:
         server = await start_server(plane, lambda reader, writer: None, "127.0.0.1", 0)
-        yield plane.tracker, ServerConnection(server, Until.DRAIN, None)
+        yield plane.tracker, ServerConnection(server, server._acceptors[0].entry, None)
 
 
 async def test_who_waits_is_woken_and_can_go_on() -> None:

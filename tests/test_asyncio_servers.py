@@ -34,7 +34,6 @@ from ecdysis_async.drain import current_connection
 from ecdysis_async.errors import DrainInterrupt
 from ecdysis_async.gate import GateState
 from ecdysis_async.plane import Plane
-from ecdysis_async.registry import Until
 from tests.planes import a_plane, read, turn
 
 pytestmark = pytest.mark.backends("asyncio", "uvloop")
@@ -934,7 +933,7 @@ class RecordsItsThread(ServerConnection):
     __slots__ = ("threads",)
 
     def __init__(self, server: GatedServer) -> None:
-        super().__init__(server, Until.DRAIN, None)
+        super().__init__(server, server._acceptors[0].entry, None)
         self.threads: list[int] = []
 
     def lose(self) -> None:
@@ -957,7 +956,7 @@ def test_what_is_collected_after_the_loop_was_closed_is_let_go() -> None:
     async def make() -> list[object]:
         async with a_plane() as plane:
             server = await create_server(plane, Echo, LOCALHOST, 0)
-            return [_StreamDoorway(ServerConnection(server, Until.DRAIN, None), Echo())]
+            return [_StreamDoorway(ServerConnection(server, server._acceptors[0].entry, None), Echo())]
 
     # An exception of its `__del__` would be a warning, and that an error.
     asyncio.run(make()).clear()

@@ -69,8 +69,8 @@ COROUTINES = {
     "start_server",
     "start_unix_server",
 }
-# Returns the coroutine of the connection: one of its own around it would cost each request.
-AWAITABLES = {"until_draining"}
+# Return the coroutine of the connection: one of its own around it would cost each request.
+AWAITABLES = {"transfer", "until_draining"}
 FUNCTIONS = {
     "adopt",
     "bind_udp",
