@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import anyio
 
-from . import check, line
+from . import check, line, transfer
 from . import plane as planes
-from . import transfer
 from .control import Changes, Controlled, ControlServer, Restart
 from .control_path import locate
 from .descriptor_store import DescriptorStore
