@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import logging
 import os
 import signal
 import socket
@@ -532,6 +533,8 @@ class Ecdysis:
             self._state = State.WAITING
             if self._duty is not None:
                 self._duty.share_created()
+                # Before the rest, so that the anchor, which says it once for all workers, has it when it serves.
+                self._duty.tell(FromWorker.DESCRIPTION, {"text": self._describe_serving()})
             self._inheritance.post(SuccessorEvent.READY)
             await self._inheritance.opened.wait()
             if self._aborted:
@@ -562,13 +565,8 @@ class Ecdysis:
         self._tell_serving()
 
     def _log_serving(self) -> None:
-        text = self._describe_serving()
-        if self._duty is not None:
-            # The same for all workers: the anchor says it once.
-            self._duty.tell(FromWorker.DESCRIPTION, {"text": text})
-            self._generation.log.debug("%s", text)
-        else:
-            self._generation.log.info("%s", text)
+        level = logging.INFO if self._duty is None else logging.DEBUG
+        self._generation.log.log(level, "%s", self._describe_serving())
 
     def _describe_serving(self) -> str:
         return f"serving on {', '.join(map(str, self._registry.entries)) or 'nothing'}"

@@ -11,18 +11,12 @@ import importlib
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from .errors import StartupError
 
-__all__ = ["Kind", "describe_failure", "find_kind", "load"]
-
-# Where a traceback has come to nobody's surprise: up to the first line of the application.
-_OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_IMPORTING = ("<frozen importlib", os.path.dirname(importlib.__file__) + os.sep)
+__all__ = ["Kind", "find_kind", "load"]
 
 
 class Kind(enum.Enum):
@@ -43,7 +37,7 @@ async def load(target: str, *, app_dir: str = ".", factory: bool = False) -> Any
 
     Raises:
         StartupError: there is no such module, or no such attribute; the text says where it was looked for.
-        Exception: whatever the application's own code raised; :func:`describe_failure` tells it.
+        Exception: whatever the application's own code raised.
     """
     # Nothing else has to run yet, and what is imported has to be imported here.
     directory = os.path.abspath(app_dir)  # noqa: ASYNC240
@@ -90,11 +84,6 @@ def find_kind(app: Any, target: str) -> Kind:
             "--server-option interface=wsgi"
         )
     return Kind.ASGI
-
-
-def describe_failure(error: BaseException) -> str:
-    """Tell why an application could not start: its own traceback, from its first line on."""
-    return "".join(traceback.format_exception(error.with_traceback(_from_the_application(error.__traceback__)))).strip()
 
 
 def _import(module: str, directory: str) -> Any:
@@ -148,25 +137,6 @@ def _required_parameters(app: Callable[..., Any]) -> list[str] | None:
         return None
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [each.name for each in parameters if each.kind in positional and each.default is each.empty]
-
-
-def _from_the_application(trace: TracebackType | None) -> TracebackType | None:
-    """Leave out how the application was come to."""
-    first = trace
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if not name.startswith((_OURS, *_IMPORTING)):
-            return trace
-        trace = trace.tb_next
-    # Nothing of it was run: a syntax error tells its place itself; else it is a fault of ours, to be seen whole.
-    return None if first is not None and _is_import(first) else first
-
-
-def _is_import(trace: TracebackType) -> bool:
-    last = trace
-    while last.tb_next is not None:
-        last = last.tb_next
-    return last.tb_frame.f_code.co_filename.startswith(_IMPORTING)
 
 
 def _name_type(value: Any) -> str:

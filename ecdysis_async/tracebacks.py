@@ -11,6 +11,7 @@ __all__ = ["describe_failure"]
 
 # Whose code stands above the application's first line: this library, what runs tasks, what imports and runs modules.
 _RUNNERS = ("ecdysis_async", "anyio", "asyncio", "concurrent.futures", "trio", "outcome", "importlib")
+_SERVERS = ("uvicorn", "hypercorn", "aiohttp", "aiosignal", "websockets")
 _FROZEN = ("<frozen importlib", "<frozen runpy")
 
 
@@ -21,7 +22,7 @@ def describe_failure(error: BaseException) -> str:
     """
     runners = _FROZEN + tuple(
         os.path.join(os.path.dirname(file), "")
-        for name in _RUNNERS
+        for name in _RUNNERS + _SERVERS
         if (file := getattr(sys.modules.get(name), "__file__", None)) is not None
     )
     described = traceback.TracebackException.from_exception(error)
@@ -29,7 +30,8 @@ def describe_failure(error: BaseException) -> str:
     while pending:
         each = pending.pop()
         frames = list(itertools.dropwhile(lambda frame: frame.filename.startswith(runners), each.stack))
-        if frames:
+        # A syntax error has its place in what it says of itself, and no line of the application's above.
+        if frames or hasattr(each, "offset"):
             each.stack = traceback.StackSummary.from_list(frames)
         # A tree: traceback itself leaves out what it has described before.
         pending += (other for other in (each.__cause__, each.__context__, *(each.exceptions or ())) if other)

@@ -25,8 +25,9 @@ from .registry import Entry
 from .registry import Kind as SocketKind
 from .status import describe_listeners
 from .supervisor import Ecdysis, State, take_channel
-from .target import Kind, describe_failure, find_kind, load
+from .target import Kind, find_kind, load
 from .threads import run_in_thread
+from .tracebacks import describe_failure
 
 __all__ = ["check", "run"]
 

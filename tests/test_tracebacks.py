@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
+from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -49,3 +51,15 @@ def test_a_library_that_fails_by_itself_shows_all_of_its_lines() -> None:
     assert error.__traceback__ is not None
     error = error.with_traceback(error.__traceback__.tb_next)
     assert anyio.__file__ in describe_failure(error)
+
+
+def test_a_syntax_error_needs_no_line_of_whoever_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module_with_a_syntax_error.py").write_text("def f(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SyntaxError) as caught:
+        importlib.import_module("module_with_a_syntax_error")
+    error = caught.value
+    assert error.__traceback__ is not None
+    described = describe_failure(error.with_traceback(error.__traceback__.tb_next))
+    assert "importlib" not in described
+    assert f'{tmp_path}/module_with_a_syntax_error.py", line 1' in described

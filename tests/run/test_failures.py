@@ -1,0 +1,93 @@
+"""What cannot be served is told in one place, clearly; and what serves already goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+
+from .harness import HERE, by_tcp, get, run_command, running
+
+GOOD = """
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        await receive()
+        {start_up}
+        await send({{"type": "lifespan.startup.complete"}})
+        await receive()
+        await send({{"type": "lifespan.shutdown.complete"}})
+        return
+    await send({{"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]}})
+    await send({{"type": "http.response.body", "body": b"ok"}})
+"""
+
+
+@pytest.mark.parametrize(("server", "loop"), [("uvicorn", "uvloop"), ("hypercorn", "asyncio"), ("hypercorn", "trio")])
+def test_a_broken_release_is_told_and_the_old_one_serves(server: str, loop: str, tmp_path: Path) -> None:
+    release = tmp_path / "release.py"
+    release.write_text(GOOD.format(start_up="pass"))
+
+    async def test() -> None:
+        async with running(tmp_path, "release:app", "--port", "0", "--server", server, "--loop", loop) as run:
+            port = await run.find_port()
+            for number, (text, error) in enumerate(
+                (
+                    ("import sys\ndef f(:", "SyntaxError: "),
+                    (GOOD.format(start_up="[][1]"), "IndexError: list index out of range"),
+                ),
+                1,
+            ):
+                release.write_text(text)
+                code, output = await run.restart()
+                assert code == 1, output
+                assert f"release:app cannot start: {error}" in output
+                # The application's own traceback, once, from its first line on.
+                assert output.count("Traceback (most recent call last)") == 1, output
+                first_line = output.partition("Traceback (most recent call last)")[2].splitlines()[1]
+                assert f'File "{release}", line ' in first_line, output
+                assert "\n".join(run.lines).count("Traceback (most recent call last)") == number
+                assert await get(by_tcp(port)) == "ok"
+            release.write_text(GOOD.format(start_up="pass"))
+            code, output = await run.restart()
+            assert code == 0, output
+            assert await get(by_tcp(port)) == "ok"
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "code"),
+    [
+        (["apps"], "TARGET is MODULE:ATTRIBUTE, and not 'apps': did you mean apps:app?", 2),
+        (["apps:asgi", "--workers", "none"], "--workers: a number of workers is needed", 2),
+        (["apps:asgi", "--drain-timout", "3"], "No such option", 2),
+        (["apps:asgi", "--server-option", "timeout_keep_alve=3"], "did you mean 'timeout_keep_alive'?", 2),
+        (["apps:asgi", "--server-option", "timeout_keep_alive=x"], "a whole number is needed, and not 'x'", 2),
+        (["apps:asgi", "--server-option", "port=3"], "`ecdysis run` sees to that itself", 2),
+        (["app:asgi"], "there is no module 'app'", 3),
+        (["apps:asgy"], "apps has no attribute 'asgy': did you mean 'asgi'?", 3),
+        (["apps:make_aiohttp"], "add --factory", 3),
+        (["apps:asgi", "--server", "aiohttp"], "is an ASGI application, which aiohttp does not serve", 3),
+        (["apps:asgi", "--server", "uvicorn", "--loop", "trio"], "uvicorn does not run on trio", 3),
+        (["apps:asgi", "--fd", "99"], "passed no socket 99", 3),
+        (["apps:asgi", "--certfile", str(HERE / "apps.py")], "apps.py", 3),
+    ],
+)
+def test_what_cannot_start_says_why(arguments: list[str], expected: str, code: int) -> None:
+    where = [] if "--fd" in arguments else ["--port", "0"]
+    found, output = run_command("run", *arguments, *where, "--app-dir", str(HERE), "--control", "off")
+    assert expected in output, output
+    assert found == code, output
+    if code == 2 or "--certfile" not in arguments:
+        assert "Traceback" not in output
+
+
+def test_an_address_that_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, output = run_command("run", "apps:asgi", "--app-dir", str(HERE), "--port", port, "--control", "off")
+    assert code == 3, output
+    assert f"cannot bind 127.0.0.1:{port}: Address already in use" in output
+    assert "Traceback" not in output

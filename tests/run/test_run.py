@@ -1,0 +1,74 @@
+"""``ecdysis run``: every server on every loop starts, restarts under load without a failure, and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from .harness import HERE, Run, by_tcp, loading, running, visiting_echo, visiting_http
+
+ASGI, AIOHTTP = ("apps:asgi",), ("apps:make_aiohttp", "--factory")
+NORMAL, RESTARTING = 1000, 1012
+
+Visit = Callable[[], Coroutine[Any, Any, None]]
+
+
+@pytest.mark.parametrize(
+    ("target", "server", "loop"),
+    [
+        (ASGI, "uvicorn", "asyncio"),
+        (ASGI, "uvicorn", "uvloop"),
+        (ASGI, "hypercorn", "asyncio"),
+        (ASGI, "hypercorn", "uvloop"),
+        (ASGI, "hypercorn", "trio"),
+        (AIOHTTP, "aiohttp", "asyncio"),
+        (AIOHTTP, "aiohttp", "uvloop"),
+        (("apps:echo",), "websockets", "uvloop"),
+        (("apps:main",), "main", "asyncio"),
+        (("apps:main_on_trio",), "main", "trio"),
+    ],
+)
+def test_restarts_under_load(target: tuple[str, ...], server: str, loop: str, tmp_path: Path) -> None:
+    arguments = (*target, "--app-dir", str(HERE), "--port", "0", "--server", server, "--loop", loop)
+
+    async def test() -> None:
+        async with running(tmp_path, *arguments, "--no-access-log") as run:
+            port = await run.find_port()
+            visit = {"main": visiting_echo(by_tcp(port)), "websockets": visiting_websocket(port)}.get(server)
+            async with loading(visit or visiting_http(by_tcp(port))):
+                await restart_twice(run)
+            await run.wait_for(rf"serving on .*: {target[0]} by {server}.* on {loop}")
+
+    asyncio.run(test())
+
+
+async def restart_twice(run: Run) -> None:
+    """Restart by the command, and by a signal."""
+    code, output = await run.restart()
+    assert code == 0, output
+    run.signal(signal.SIGHUP)
+    await run.wait_for(r"settled \(generation 3")
+    await run.wait_for(r"\[generation 2.* this generation ends")
+
+
+def visiting_websocket(port: int) -> Visit:
+    """Return a visit that talks until it is asked to come back."""
+
+    async def visit() -> None:
+        async with connect(f"ws://127.0.0.1:{port}") as websocket:
+            with contextlib.suppress(ConnectionClosed):
+                for _ in range(50):
+                    await websocket.send("hello")
+                    assert await websocket.recv() == "hello"
+                    await asyncio.sleep(0.01)
+        assert websocket.close_code in (NORMAL, RESTARTING), websocket.close_code
+
+    return visit
