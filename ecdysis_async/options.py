@@ -415,7 +415,7 @@ class Options:
     )
     ciphers: str | None = _option(None, _text, "TLS ciphers, as OpenSSL lists them.", aliases=("--ssl-ciphers",))
     server_options: Mapping[str, Any] = _option(
-        MappingProxyType({}),
+        (),
         _settings,
         "An option of the server itself, such as timeout_keep_alive=20; several times for several.",
         metavar="NAME=VALUE",
