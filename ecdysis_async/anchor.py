@@ -27,7 +27,7 @@ from typing import Any
 
 import anyio
 
-from . import supervisor
+from . import supervisor, upgrade
 from .addresses import Address, listen
 from .channel import Frame
 from .check import check_release, compare, describe_place
@@ -51,7 +51,7 @@ from .health import HealthServer
 from .line import FromAnchor, FromWorker, Line, error_from_json, error_to_json
 from .logging_setup import configure_logging
 from .logs import reopen_logs
-from .options import OptionError, Options, find_control_path
+from .options import DEFAULT_BIND, OptionError, Options, find_control_path
 from .pid_file import PidFile
 from .plane import Plane
 from .protocol import Predecessor, PredecessorEvent
@@ -61,7 +61,7 @@ from .report import Outcome, RestartReport
 from .rollout import RollOut, Turn, TurnState, replace, wait_until
 from .settings import Settings
 from .signals import SignalReceiver, handled_signals
-from .spawn import Child, Process, describe_exit, describe_launch, spawn
+from .spawn import Child, Launch, Process, describe_exit, describe_launch, find_process, spawn
 from .status import describe_listeners
 from .systemd import check_unit, find_systemd
 from .threads import run_in_thread
@@ -88,6 +88,9 @@ HURRY_SECONDS = 5.0
 RELOAD_PROBATION_SECONDS = 0.2
 # What a restart may take besides its own limits, as systemd is told, seconds.
 LEEWAY_SECONDS = 60.0
+# How long an upgrade waits for a moment in which nothing is under way, and between two looks, seconds.
+UPGRADE_SECONDS = 10.0
+UPGRADE_PAUSE_SECONDS = 0.02
 # How often systemd is told how things are, seconds.
 STATUS_SECONDS = 5.0
 
@@ -173,7 +176,9 @@ def run(options: Options) -> int:
             return STARTUP_FAILED
 
     def open_sockets(registry: Registry) -> None:
-        for address in options.bind:
+        # What nobody has asked for is opened by the first worker, if its target wants that: an `async def main` may
+        # listen elsewhere.
+        for address in options.bind if options.bind != DEFAULT_BIND else ():
             listen(registry, address, backlog=options.backlog, mode=options.unix_mode)
 
     return serve(
@@ -209,13 +214,27 @@ def _find_reload_paths(options: Options) -> tuple[str, ...]:
 
 def serve(plan: Plan) -> int:
     """Run a service until it is stopped; return the exit status of this process."""
-    return anyio.run(Anchor(plan).run)
+    try:
+        found = upgrade.claim()
+        if found is not None and found.is_check:
+            upgrade.try_state(found.state)
+            return 0
+        anchor = Anchor(plan, found.state if found is not None else None)
+    except (KeyError, OSError, TypeError, ValueError, upgrade.UpgradeFailed) as error:
+        _say(f"this release does not take over from the one that runs: {error!r}")
+        return STARTUP_FAILED
+    return anyio.run(anchor.run)
 
 
 class Anchor:
-    """The anchor of one service."""
+    """The anchor of one service.
 
-    def __init__(self, plan: Plan) -> None:
+    Args:
+        plan: what it runs.
+        state: what the former code of this process has left, where it was executed anew (upgrade.py).
+    """
+
+    def __init__(self, plan: Plan, state: Mapping[str, Any] | None = None) -> None:
         self.crew = Crew(plan.workers)
         self.changes = Changes()
         self.log: Numbered = AnchorLog()
@@ -224,6 +243,9 @@ class Anchor:
         self._plan = plan
         self._begun = time.monotonic()
         self._registry = Registry()
+        # Of their own, because workers do not inherit them.
+        self._control_registry = Registry()
+        self._health_registry = Registry()
         self._systemd = find_systemd(plan.systemd)
         self._store = DescriptorStore(self._systemd, os.environ.get("FDSTORE", ""))
         self._pid_file = PidFile(plan.settings.pid_file) if plan.settings.pid_file is not None else None
@@ -244,6 +266,12 @@ class Anchor:
         self._signals: SignalReceiver | None = None
         # Since it was told to stop, and is to go on for a while.
         self._lame_duck: anyio.CancelScope | None = None
+        self._upgrades = 0
+        self._is_upgrading = False
+        self._upgrade_error: str | None = None
+        self._signals_before = -1
+        if state is not None:
+            self._restore(state)
 
     # From its start to its end
 
@@ -254,16 +282,24 @@ class Anchor:
             resources.callback(self._systemd.close)
             resources.callback(self._store.close)
             resources.callback(self._close_sockets)
+            for registry in (self._control_registry, self._health_registry):
+                resources.callback(registry.close, unlink=True)
             self._signals = resources.enter_context(handled_signals(self._handlers()))
+            if self._signals_before >= 0:
+                upgrade.repeat_signals(self._signals_before)
+                upgrade.unblock_signals()
             # Nothing here accepts: the gate of the workers' sockets has nobody behind it.
             async with anyio.create_task_group() as self._tasks:
                 self._tasks.start_soon(self._signals.run)
                 try:
                     await self._open(resources)
                 except (OSError, LookupError, ValueError) as error:
-                    _say(str(error))
-                    self._tasks.cancel_scope.cancel()
-                    return STARTUP_FAILED
+                    if not self._upgrades:
+                        _say(str(error))
+                        self._tasks.cancel_scope.cancel()
+                        return STARTUP_FAILED
+                    # The workers serve, whatever this is.
+                    self.log.error("the upgraded anchor goes on without something: %s", error)  # noqa: TRY400
                 status = await self._run()
                 self._tasks.cancel_scope.cancel()
         return status
@@ -276,20 +312,15 @@ class Anchor:
                 self.log.warning("%s", complaint)
         self._plane = Plane(self._registry, Gate(), Tracker(), self._tasks)
         if self._plan.control_path is not None:
-            # Of its own, because workers do not inherit it.
-            registry = Registry()
-            resources.callback(registry.close, unlink=True)
-            plane = Plane(registry, Gate(), Tracker(), self._tasks)
+            plane = Plane(self._control_registry, Gate(), Tracker(), self._tasks)
             self._control = ControlServer(self._plan.control_path, plane, self._controlled())
             resources.callback(self._control.close)
             await self._control.open()
-            registry.start_listening()
+            self._control_registry.start_listening()
             await plane.gate.open()
             self._tasks.start_soon(self._control.run)
         if self._plan.health is not None:
-            registry = Registry()
-            resources.callback(registry.close, unlink=True)
-            for entry in await run_in_thread(functools.partial(listen, registry, self._plan.health)):
+            for entry in await run_in_thread(functools.partial(listen, self._health_registry, self._plan.health)):
                 entry.start_listening()
                 self._tasks.start_soon(HealthServer(entry.sock, self._why_not_ready).run)
         if self._pid_file is not None:
@@ -301,9 +332,16 @@ class Anchor:
         if self._systemd.is_there:
             self._tasks.start_soon(self._systemd.run)
         self._systemd.begin()
-        self._systemd.ask_for_time(self.ready_timeout + LEEWAY_SECONDS)
         self._tasks.start_soon(self._watch)
-        error = await self._start_first()
+        if self._upgrades:
+            error = None
+            self._store.inherit(self._registry.entries)
+            for slot in self.crew.slots:
+                for worker in slot.workers:
+                    self._employ(slot, worker)
+        else:
+            self._systemd.ask_for_time(self.ready_timeout + LEEWAY_SECONDS)
+            error = await self._start_first()
         if error is None and not self._is_stopping:
             await self._announce_serving()
             self._tasks.start_soon(self._manage)
@@ -334,6 +372,7 @@ class Anchor:
         handover = await self.fill(first, self.generation)
         if handover.error is not None or self._is_stopping:
             return handover.error
+        self._drop_unclaimed([handover.report])
         others = [self.crew.enlarge() for _ in range(self.crew.target - len(self.crew.slots))]
         errors = []
 
@@ -350,13 +389,8 @@ class Anchor:
         if self._pid_file is not None:
             await run_in_thread(self._pid_file.publish)
         control = f", control socket {self._plan.control_path}" if self._plan.control_path is not None else ""
-        self.log.info("%s %s%s", _count(len(self.crew.slots), "worker"), self._description, control)
-        for entry in self._registry.unclaimed():
-            if entry.number is not None:
-                self.log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
-            else:
-                self.log.warning("nobody asks for %s, which systemd has kept: closing it", entry)
-        self._registry.close_unclaimed(unlink=True)
+        verb = f"upgraded (pid {os.getpid()} as before): " if self._upgrades else ""
+        self.log.info("%s%s %s%s", verb, _count(len(self.crew.slots), "worker"), self._description, control)
         self._store.park(self._registry.entries)
         self._systemd.tell_status(self._describe())
         self._systemd.tell("READY=1")
@@ -450,6 +484,9 @@ class Anchor:
         finally:
             theirs.close()
             self._spawning -= 1
+            # What it has put off meanwhile.
+            if self._reaps_others:
+                self._reap_orphans()
         worker = Worker(generation, process, Line(ours), anyio.current_time(), starter, pid=process.pid)
         worker.environment = environment
         self._engage(slot, worker)
@@ -461,6 +498,10 @@ class Anchor:
         if plan.max_requests is not None:
             worker.request_limit = plan.max_requests + random.randint(0, plan.max_requests_jitter)  # noqa: S311 - no secret
         slot.workers.append(worker)
+        self._employ(slot, worker)
+
+    def _employ(self, slot: Slot, worker: Worker) -> None:
+        """Welcome a worker, and look after it."""
         worker.line.tell(FromAnchor.WELCOME, {"beat_seconds": self._beat_seconds})
         if self._is_stopping:
             worker.is_told_to_leave = True
@@ -480,10 +521,7 @@ class Anchor:
             task_group.start_soon(self._listen, slot, worker)
             status = await worker.process.wait()
             task_group.cancel_scope.cancel()
-        # What it has said before it died.
-        with contextlib.suppress(ChannelError):
-            while (frame := worker.line.receive_nowait()) is not None:
-                self._hear(slot, worker, frame)
+        self._hear_rest(slot, worker)
         worker.exit_status = status
         worker.line.close()
         worker.process.close()
@@ -510,6 +548,12 @@ class Anchor:
         except ChannelError as error:
             # It leaves, or has died; or it is broken, and then it leaves too, as its end of the line has ended.
             self.log.debug("the line to pid %d has ended: %s", worker.pid, error)
+
+    def _hear_rest(self, slot: Slot, worker: Worker) -> None:
+        """Hear what a worker has said until now."""
+        with contextlib.suppress(ChannelError):
+            while (frame := worker.line.receive_nowait()) is not None:
+                self._hear(slot, worker, frame)
 
     def _hear(self, slot: Slot, worker: Worker, frame: Frame) -> None:
         worker.silence = 0.0
@@ -608,7 +652,7 @@ class Anchor:
 
     def _reconcile(self) -> float:
         """Begin what has to be done; return after how many seconds there is more to do."""
-        if self._is_stopping or (self._roll_out is not None and not self._roll_out.over.is_set()):
+        if self._is_stopping or self._is_upgrading or (self._roll_out is not None and not self._roll_out.over.is_set()):
             return math.inf
         crew, now = self.crew, anyio.current_time()
         while len(crew.slots) < crew.target:
@@ -761,6 +805,8 @@ class Anchor:
             raise RestartWhileDraining("the service is being stopped")
         if self._roll_out is not None and not self._roll_out.over.is_set():
             raise RestartInProgress(f"restart {self._roll_out.report.id} is in progress; await that one")
+        if self._is_upgrading:
+            raise RestartInProgress("the anchor is being upgraded; try again in a moment")
         if not self._is_serving:
             raise NotReady("the service is starting: a restart is possible once all workers serve")
         roll_out = self._roll_out = RollOut(self, self.generation + 1, self._plan.settings.probation)
@@ -779,7 +825,7 @@ class Anchor:
             await roll_out.over.wait()
             if roll_out.report.outcome is Outcome.SETTLED:
                 self.generation = roll_out.generation
-                self._drop_unclaimed(roll_out)
+                self._drop_unclaimed([turn.report for turn in roll_out.turns])
             elif not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
                 for entry in set(self._registry.entries) - entries:
                     self._registry.release(entry, unlink=True)
@@ -793,14 +839,16 @@ class Anchor:
             # What a crash has left is the next start's, where this one has failed.
             self._registry.release(entry, unlink=self._is_serving or not entry.inherited)
 
-    def _drop_unclaimed(self, roll_out: RollOut) -> None:
-        """Close what no worker of the new release wants; the service manager's own stay, as it passes them but once."""
-        reports = [turn.report for turn in roll_out.turns]
+    def _drop_unclaimed(self, reports: Sequence[RestartReport | None]) -> None:
+        """Close what no worker of a release wants; the service manager's own stay, as it passes them but once."""
         for entry in self._registry.entries:
-            is_unclaimed = all(report is not None and entry.name in report.unclaimed for report in reports)
-            if reports and is_unclaimed and entry.number is None:
-                self.log.warning("no worker wants %s any more: it is closed", entry)
+            if not reports or not all(report is not None and entry.name in report.unclaimed for report in reports):
+                continue
+            if entry.number is None:
+                self.log.warning("no worker wants %s: it is closed", entry)
                 self._registry.release(entry, unlink=True)
+            else:
+                self.log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
 
     async def see_through(self, roll_out: RollOut, until: str) -> RestartReport:
         """Wait until a roll-out is "serving", "settled" or "drained".
@@ -835,6 +883,129 @@ class Anchor:
         if self._askers.pop((worker, number), None) is not None:
             worker.line.tell(FromAnchor.VERDICT, verdict)
 
+    # Its own upgrade
+
+    @property
+    def _registries(self) -> dict[str, Registry]:
+        return {"service": self._registry, "control": self._control_registry, "health": self._health_registry}
+
+    async def upgrade(self) -> Callable[[], None]:
+        """See that the new code takes over from this one; return what then makes it do so.
+
+        Raises:
+            RestartError: it does not, or not now.
+        """
+        if self._is_stopping or self._is_lame_duck:
+            raise RestartWhileDraining("the service is being stopped")
+        if not self._is_serving:
+            raise NotReady("the service is starting: an upgrade is possible once all workers serve")
+        if self._is_busy or self._is_upgrading:
+            raise RestartInProgress("workers are being started or replaced: upgrade the anchor when that is done")
+        self._is_upgrading = True
+        self._upgrade_error = None
+        # Nobody else may reap the child that tries the state.
+        self._spawning += 1
+        try:
+            launch, _ = await run_in_thread(functools.partial(describe_launch, None, None, None))
+            state, _ = self._describe_state()
+            memory = upgrade.seal(state)
+            try:
+                await run_in_thread(functools.partial(upgrade.check, launch, memory, self.ready_timeout))
+            finally:
+                os.close(memory)
+        except BaseException as error:
+            self._is_upgrading = False
+            if isinstance(error, OSError):
+                raise upgrade.UpgradeFailed(f"the state cannot be written: {error}") from error
+            raise
+        finally:
+            self._spawning -= 1
+            self.changes.announce()
+
+        def begin() -> None:
+            self._tasks.start_soon(self._execute, launch)
+
+        return begin
+
+    @property
+    def _is_busy(self) -> bool:
+        is_rolling = self._roll_out is not None and not self._roll_out.over.is_set()
+        return (
+            is_rolling
+            or bool(self._spawning)
+            or any(slot.occupation is not Occupation.NONE for slot in self.crew.slots)
+        )
+
+    async def _execute(self, launch: Launch) -> None:
+        """Become the new code, in the first moment in which nothing is under way."""
+        self.log.info("upgrading: executing %s", " ".join(launch.arguments))
+        for worker, number in tuple(self._askers):
+            # They wait for a drain, of which the new code knows nothing.
+            roll_out = self._askers.pop((worker, number))
+            worker.line.tell(FromAnchor.VERDICT, {"number": number, "report": roll_out.report.to_json()})
+        error: Exception | None = None
+        with anyio.move_on_after(UPGRADE_SECONDS):
+            while error is None and not self._is_stopping:
+                with upgrade.blocked_signals():
+                    for slot in self.crew.slots:
+                        for worker in slot.workers:
+                            self._hear_rest(slot, worker)
+                    if not self._is_busy and all(worker.line.is_idle for worker in self.crew):
+                        try:
+                            state, descriptors = self._describe_state()
+                            memory = upgrade.seal(state)
+                            try:
+                                upgrade.execute(launch, memory, descriptors)
+                            finally:
+                                os.close(memory)
+                        except (OSError, upgrade.UpgradeFailed) as failure:
+                            error = failure
+                await anyio.sleep(UPGRADE_PAUSE_SECONDS)
+        # Still here: it goes on as it was.
+        self._upgrade_error = str(error) if error is not None else "there was always something under way"
+        self.log.error("the anchor was not upgraded, and goes on: %s", self._upgrade_error)
+        self._is_upgrading = False
+        self.changes.announce()
+
+    def _describe_state(self) -> tuple[dict[str, Any], list[int]]:
+        """Return what the new code has to know, and the descriptors that it names."""
+        assert self._signals is not None
+        crew, descriptors = upgrade.describe_crew(self.crew)
+        sockets = {}
+        for name, registry in self._registries.items():
+            descriptions, numbers = registry.describe()
+            sockets[name] = {"descriptions": descriptions, "descriptors": numbers}
+            descriptors += numbers
+        state = {
+            "crew": crew,
+            "sockets": sockets,
+            "signals": self._signals.fileno(),
+            "generation": self.generation,
+            "planned_workers": self._plan.workers,
+            "begun": self._begun,
+            "upgrades": self._upgrades + 1,
+            "description": self._description,
+            "last_report": self._last_report.to_json() if self._last_report is not None else None,
+        }
+        return state, [*descriptors, self._signals.fileno()]
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where the former code of this process has ended."""
+        for name, registry in self._registries.items():
+            sockets = state["sockets"][name]
+            registry.inherit(sockets["descriptions"], sockets["descriptors"])
+        self.crew = upgrade.restore_crew(state["crew"])
+        if self._plan.workers != state["planned_workers"]:
+            self.crew.target = self._plan.workers
+        self.generation = int(state["generation"])
+        self._begun = float(state["begun"])
+        self._upgrades = int(state["upgrades"])
+        self._description = str(state["description"])
+        if state["last_report"] is not None:
+            self._last_report = RestartReport.from_json(state["last_report"])
+        self._signals_before = int(state["signals"])
+        os.set_inheritable(self._signals_before, False)
+
     # What it is told
 
     def _handlers(self) -> dict[signal.Signals, Callable[[], None]]:
@@ -847,9 +1018,13 @@ class Anchor:
             signal.SIGTTIN: functools.partial(self.resize, 1),
             signal.SIGTTOU: functools.partial(self.resize, -1),
         }
-        if os.getpid() == 1:
+        if self._reaps_others:
             handlers[signal.SIGCHLD] = self._reap_orphans
         return handlers
+
+    @property
+    def _reaps_others(self) -> bool:
+        return os.getpid() == 1 or self._upgrades > 0
 
     def _on_term_signal(self) -> None:
         if self._lame_duck is None and self._plan.lame_duck and self._is_serving and not self._is_stopping:
@@ -952,8 +1127,7 @@ class Anchor:
         return count
 
     def _reap_orphans(self) -> None:
-        """As PID 1, reap those whose parent has died; one's own have others who wait for them."""
-        ours = {worker.process.pid: worker for worker in self.crew}
+        """Reap those whose parent has died, and what the former code of this process has started."""
         while not self._spawning:
             try:
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -961,8 +1135,8 @@ class Anchor:
                 return
             if found is None:
                 return
-            if (worker := ours.get(found.si_pid)) is not None:
-                worker.process.reap()
+            if (process := find_process(found.si_pid)) is not None and process.returncode is None:
+                process.reap()
             else:
                 with contextlib.suppress(ChildProcessError):
                     os.waitid(os.P_PID, found.si_pid, os.WEXITED | os.WNOHANG)
@@ -980,6 +1154,7 @@ class Anchor:
             check=self._check,
             compare=self._compare,
             workers=self._waits,
+            upgrade=self.upgrade,
             changes=self.changes,
         )
 
@@ -1027,6 +1202,8 @@ class Anchor:
     def _waiting_for(self) -> str | None:
         if self._is_stopping:
             return _count(sum(worker.connections for worker in self.crew), "connection")
+        if self._is_upgrading:
+            return "the new anchor to take over"
         if self._is_lame_duck and self._lame_duck is not None:
             seconds = max(0.0, self._lame_duck.deadline - anyio.current_time())
             return f"load balancers to look elsewhere, for {seconds:.1f} s more"
@@ -1073,6 +1250,7 @@ class Anchor:
                 "seconds": time.time() - roll_out.report.started_at,
             },
             "last_report": self._last_report.to_json() if self._last_report is not None else None,
+            "anchor": {"upgrades": self._upgrades, "error": self._upgrade_error},
             "process": {**describe_place(), "environment": sorted(self._environment)},
             "draining": [
                 {"generation": worker.generation, "pid": worker.pid, "connections": worker.connections}

@@ -105,6 +105,11 @@ class FrameDecoder:
         """The bytes that are not yet part of a complete frame."""
         return bytes(self._buffer)
 
+    @property
+    def holds_descriptors(self) -> bool:
+        """Whether descriptors came that belong to no complete frame yet."""
+        return bool(self._descriptors)
+
     def feed(self, data: bytes, descriptors: Iterable[int] = ()) -> list[Frame]:
         """Take over what was received and return the frames that are complete with it.
 
@@ -269,6 +274,11 @@ class Channel:
         Descriptors do not go with it.
         """
         return b"".join(encode(frame.type, frame.body, 0) for frame in self._frames) + self._decoder.pending
+
+    @property
+    def holds_descriptors(self) -> bool:
+        """Whether descriptors came that were not handed out: they do not go with ``pending``."""
+        return self._decoder.holds_descriptors or any(frame.descriptors for frame in self._frames)
 
     def resume(self, pending: bytes) -> None:
         """Go on where another process ended: call it before anything is received here.

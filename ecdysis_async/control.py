@@ -16,6 +16,8 @@ One request a connection, each message one line of JSON::
     {"command": "check"}                         {"event": "phase", …} …, {"event": "checked", "comparison": {…}}, or
                                                  {"event": "failed", "error": …, …}
     {"command": "compare", "release": {…}}       {"event": "checked", "comparison": {…}}
+    {"command": "upgrade"}                       {"event": "phase", …} …, {"event": "accepted", "upgrades": …}, or
+                                                 {"event": "failed", …}; then the "anchor" of the status tells
     {"command": "takeover"}                      {"event": "accepted", "id": …, "pid": …}, with the successor's end of a
                                                  channel as its descriptor; or {"event": "failed", "error": …, …}
 
@@ -111,6 +113,13 @@ def _refuse_takeover(spawner: Spawner) -> Restart:
     )
 
 
+async def _refuse_upgrade() -> Callable[[], None]:
+    raise RestartUnsupported(
+        "this service has no anchor, which only `ecdysis run` has: restart it without --anchor, and the new generation "
+        "runs the new code"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Controlled:
     """What can be asked of a generation.
@@ -129,6 +138,8 @@ class Controlled:
         compare: tells what a restart into a release would change, which has told of itself elsewhere.
         workers: tells of each worker, where there are several, an object with "slot" and "waiting_for", what its
             restart or its drain waits for at this moment.
+        upgrade: sees that the new code of the anchor takes over from this one, and returns what makes it do so; or
+            raises a ``RestartError``.
     """
 
     status: Callable[[], dict[str, Any]]
@@ -142,6 +153,7 @@ class Controlled:
     compare: Callable[[dict[str, Any]], dict[str, Any]]
     begin_takeover: Callable[[Spawner], Restart] = _refuse_takeover
     workers: Callable[[], list[dict[str, Any]]] = list
+    upgrade: Callable[[], Awaitable[Callable[[], None]]] = _refuse_upgrade
 
 
 class ControlServer:
@@ -284,6 +296,8 @@ class ControlServer:
                     await client.send("error", message=f"this does not describe a release: {error!r}")
                 else:
                     await client.send("checked", comparison=comparison)
+            case {"command": "upgrade"}:
+                await self._upgrade(client)
             case {"command": "takeover"}:
                 await self._pass_on(client)
             case {"command": "reopen-logs"}:
@@ -370,6 +384,30 @@ class ControlServer:
             # Else it belongs to the restart, and is needed until its end.
             if not is_passed:
                 newcomer.close()
+
+    async def _upgrade(self, client: _Client) -> None:
+        begin: Callable[[], None] | None = None
+        failure: RestartError | None = None
+
+        async def wait() -> None:
+            nonlocal begin, failure
+            try:
+                begin = await self.controlled.upgrade()
+            except RestartError as error:
+                failure = error
+
+        upgrades = self.controlled.status().get("anchor", {}).get("upgrades", 0)
+        try:
+            await self._accompany(client, wait, None)
+            if failure is not None:
+                await client.send("failed", **_describe(failure), report=None)
+            else:
+                # The connection ends with the exec; what has become of it, the status tells.
+                await client.send("accepted", pid=os.getpid(), upgrades=upgrades)
+        finally:
+            # Whether or not the client is still there to hear of it: as with a restart.
+            if begin is not None:
+                begin()
 
     async def _stop(self, client: _Client) -> None:
         with self._until_told():

@@ -106,6 +106,24 @@ class Line:
         pid: int = _CREDENTIALS.unpack(credentials)[0]
         return pid
 
+    def fileno(self) -> int:
+        """The socket's descriptor, or -1 once it is closed."""
+        return self._channel.fileno()
+
+    @property
+    def pending(self) -> bytes:
+        """What was read and not received yet, for :meth:`resume` in this process, executed anew."""
+        return self._channel.pending
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left to be sent, and no descriptor received that would be lost with this object."""
+        return not self._outbox and not self._channel.holds_descriptors
+
+    def resume(self, pending: bytes) -> None:
+        """Go on where this process ended before it was executed anew."""
+        self._channel.resume(pending)
+
     def tell(self, message: str, body: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
         """Let ``run`` send a message, after those before it; the descriptors are taken over."""
         if self._is_broken:

@@ -34,6 +34,7 @@ logger = logging.getLogger("ecdysis_async")
 PREFIX = "ECDYSIS_"
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+DEFAULT_BIND = (Internet(DEFAULT_HOST, DEFAULT_PORT),)
 
 OFF = ("off", "none", "no", "false", "0", "")
 ON = ("on", "yes", "true", "1")
@@ -283,7 +284,7 @@ class Options:
     factory: bool = _option(False, _switch, "TARGET is called, and returns what to serve.", shape=Shape.SWITCH)
     app_dir: str = _option(".", _directory, "Where modules are looked for first.", metavar="DIRECTORY")
     bind: tuple[Address, ...] = _option(
-        (Internet(DEFAULT_HOST, DEFAULT_PORT),),
+        DEFAULT_BIND,
         _addresses,
         "Where to listen: HOST:PORT, [IPV6]:PORT, unix:PATH or fd://NAME-OR-NUMBER; several times for several.",
         metavar="ADDRESS",

@@ -99,6 +99,13 @@ class SignalReceiver:
         with contextlib.suppress(BlockingIOError):
             os.write(self._write_end, b"\0")
 
+    def fileno(self) -> int:
+        """Return the pipe that C has written the number of each signal to that was not acted upon yet.
+
+        Whoever executes this process anew passes it on: signals may reach another thread until the very last moment.
+        """
+        return self._read_end
+
     async def run(self) -> None:
         """Call the handlers for ever. Cancellation loses no signal that a later run could not receive."""
         while True:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import anyio
 
@@ -30,6 +31,7 @@ __all__ = [
     "claim_socket",
     "describe_exit",
     "describe_launch",
+    "find_process",
     "read_env_file",
     "spawn",
     "supported",
@@ -40,6 +42,10 @@ __all__ = [
 MARKER = "ECDYSIS_CHANNEL"
 # The same for the line between a worker and the anchor that it works for.
 LINE_MARKER = "ECDYSIS_LINE"
+# The same for the memory with the state of an anchor that executes itself anew, or lets the new code try it
+# (upgrade.py).
+ANCHOR_MARKER = "ECDYSIS_ANCHOR"
+ANCHOR_CHECK_MARKER = "ECDYSIS_ANCHOR_CHECK"
 # Set for a process that shall tell what it is over the channel, and end: no generation (check.py).
 CHECK_KEY = "ECDYSIS_CHECK"
 
@@ -48,6 +54,8 @@ CHECK_KEY = "ECDYSIS_CHECK"
 PRIVATE_KEYS = (
     MARKER,
     LINE_MARKER,
+    ANCHOR_MARKER,
+    ANCHOR_CHECK_MARKER,
     CHECK_KEY,
     "LISTEN_PID",
     "LISTEN_PIDFDID",
@@ -116,6 +124,15 @@ class Launch:
     environment: dict[str, str]
 
 
+# Those that somebody waits for, by their pids: as PID 1 one has to reap others as well.
+_processes: WeakValueDictionary[int, Process] = WeakValueDictionary()
+
+
+def find_process(pid: int) -> Process | None:
+    """Return the child of this process that somebody here waits for; None if it is nobody's."""
+    return _processes.get(pid)
+
+
 class Child(Protocol):
     """A successor's process, whoever its parent is: this process, or the anchor that this one works for."""
 
@@ -157,6 +174,7 @@ class Process:
         self.pidfd = pidfd
         self.is_kept = is_kept
         self.returncode: int | None = None
+        _processes[pid] = self
         # One task waits on the pidfd, for all others.
         self._waiting = anyio.Lock()
 

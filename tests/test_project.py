@@ -23,6 +23,7 @@ TOP_TO_BOTTOM = (
     "servers",
     "anchor",
     "reloading",
+    "upgrade",
     "rollout",
     "supervisor",
     "duty",

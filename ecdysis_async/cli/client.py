@@ -18,7 +18,7 @@ from typing import Any
 
 from ecdysis_async.control_path import default_directories, find_live, is_live, locate
 
-__all__ = ["CommandFailed", "Exit", "check", "compare", "find", "reopen_logs", "restart", "status", "stop"]
+__all__ = ["CommandFailed", "Exit", "check", "compare", "find", "reopen_logs", "restart", "status", "stop", "upgrade"]
 
 Event = dict[str, Any]
 
@@ -31,6 +31,9 @@ SILENCE_SECONDS = 15.0
 # How long to look for somebody who knows the verdict, once the generation that was asked is gone, seconds.
 VERDICT_SECONDS = 10.0
 VERDICT_POLL_SECONDS = 0.05
+
+# How long an anchor may take to be itself again, seconds.
+UPGRADE_SECONDS = 30.0
 
 # How long a process may take from its last word to its end, seconds.
 EXIT_SECONDS = 5.0
@@ -98,6 +101,35 @@ def find(control: str | None) -> str:
             Exit.NO_SERVICE,
         )
     return live[0]
+
+
+def upgrade(path: str, on_event: Callable[[Event], None]) -> Event:
+    """Upgrade the anchor of a service in place; return its status afterwards.
+
+    Raises:
+        CommandFailed: it goes on as it is, or nobody is there.
+    """
+    before: Event | None = None
+    try:
+        for event in _ask(path, {"command": "upgrade"}, SILENCE_SECONDS):
+            on_event(event)
+            if event["event"] == "failed":
+                raise _failure(event)
+            if event["event"] == "accepted":
+                before = event
+    except NoAnswer as error:
+        if before is None:
+            raise CommandFailed(f"the service at {path} does not answer: {error}", Exit.UNKNOWN) from error
+    deadline = time.monotonic() + UPGRADE_SECONDS
+    while before is not None and time.monotonic() < deadline:
+        with contextlib.suppress(NoAnswer):  # in the moment of the exec
+            found: Event = _ask_once(path, {"command": "status"}, SILENCE_SECONDS)["status"]
+            if found["anchor"]["upgrades"] > before["upgrades"]:
+                return found
+            if found["anchor"]["error"] is not None:
+                raise CommandFailed(f"the anchor goes on as it is: {found['anchor']['error']}", Exit.FAILED)
+        time.sleep(VERDICT_POLL_SECONDS)
+    raise CommandFailed("the anchor has not said what became of its upgrade: see `ecdysis status`", Exit.UNKNOWN)
 
 
 def status(path: str) -> Event:

@@ -87,13 +87,26 @@ command.add_command(run)
     help="How far to wait: until the new generation serves, until that is final, or until the old one's connections "
     "have ended.",
 )
+@click.option(
+    "--anchor",
+    is_flag=True,
+    help="Upgrade the process in front of the workers in place, to the library that is installed now; they serve on.",
+)
 @click.option("--check", is_flag=True, help="First see whether the new release loads; if not, do not restart.")
 @json_option
 @control_option
 @failures_exit
-def restart(until: str, check: bool, as_json: bool, control: str | None) -> None:  # noqa: FBT001 - click passes it by name
+def restart(until: str, anchor: bool, check: bool, as_json: bool, control: str | None) -> None:  # noqa: FBT001 - click passes it by name
     """Restart the service, and wait for the outcome. Leaving earlier (Ctrl-C) does not call it off."""
     path = client.find(control)
+    if anchor:
+        with interruptible("the upgrade"):
+            found = client.upgrade(path, lambda event: None)
+        if as_json:
+            print_json({"event": "done", "status": found})
+        else:
+            click.echo(f"the anchor (pid {found['pid']}) is upgraded, and its workers serve on")
+        return
     if check:
         checked = client.check(path)
         if as_json:

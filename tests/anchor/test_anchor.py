@@ -9,6 +9,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
+from ecdysis_async.cli import client
 from ecdysis_async.cli.client import Exit
 from tests.anchor.harness import AnchoredService
 from tests.handoff.harness import Clients, Conversation
@@ -234,6 +235,41 @@ def test_the_workers_leave_when_the_anchor_is_killed(run_anchor: Run) -> None:
     for pid in workers.values():
         service.wait_for_death(pid)
     service.pid_file.unlink()
+
+
+def test_the_anchor_is_upgraded_in_place(run_anchor: Run) -> None:
+    service = run_anchor(workers=2)
+    with Clients(service.address) as clients:
+        before = service.workers()
+        found = client.upgrade(service.control, lambda event: None)
+        assert (found["pid"], found["anchor"]["upgrades"]) == (service.anchor, 1)
+        # The same workers, and all that is done with them goes on.
+        assert service.workers() == before
+        for pid in before.values():
+            clients.wait_for(pid)
+        assert service.roll_out("drained")["generation"] == 2
+        after = service.workers()
+        assert not set(after.values()) & set(before.values())
+        assert client.upgrade(service.control, lambda event: None)["generation"] == 2
+        service.signal(service.anchor, signal.SIGTTIN)
+        service.wait_for_workers(lambda found: len(found) == 3)
+    assert (clients.refused, clients.lost) == ([], [])
+    # Nothing is inherited that was not meant to be: a killed worker is seen.
+    service.signal(after[0], signal.SIGKILL)
+    service.wait_for_workers(lambda found: len(found) == 3 and found[0] != after[0])
+
+
+def test_an_upgrade_that_fails_changes_nothing(run_anchor: Run) -> None:
+    service = run_anchor(workers=2)
+    before = service.workers()
+    plan = service._settings["plan"]
+    service.configure(plan={**plan, "no_such_thing": 1})
+    with pytest.raises(client.CommandFailed, match="no_such_thing") as failure:
+        client.upgrade(service.control, lambda event: None)
+    assert failure.value.code is client.Exit.FAILED
+    service.configure(plan=plan)
+    assert service.workers() == before
+    assert service.roll_out()["generation"] == 2
 
 
 def test_the_anchor_is_small_and_leaks_nothing(run_anchor: Run) -> None:
