@@ -76,6 +76,8 @@ BEAT_SECONDS = 1.0
 # A worker is looked after at least so often in the time that it may be silent.
 BEATS_PER_HANG = 4
 
+# A worker that was silent for longer is none that systemd's watchdog counts, seconds: it tells of itself each second.
+SOUND_SECONDS = 15.0
 # What a worker that hangs gets to leave its traceback (faulthandler), before it is killed, seconds.
 ABORT_SECONDS = 1.0
 # How long a worker may take to open its log files anew, seconds.
@@ -332,6 +334,7 @@ class Anchor:
         if self._systemd.is_there:
             self._tasks.start_soon(self._systemd.run)
         self._systemd.begin()
+        self._systemd.is_sound = self._has_sound_worker
         self._tasks.start_soon(self._watch)
         if self._upgrades:
             error = None
@@ -758,6 +761,11 @@ class Anchor:
                         self._tasks.start_soon(self._end_hanging, worker)
             self._systemd.tell_status(self._describe())
 
+    def _has_sound_worker(self) -> bool:
+        """Say whether a worker's loop turns, if there is one: what systemd's watchdog asks, while this loop turns."""
+        bound = [worker for worker in self.crew if worker.state in (WorkerState.SERVING, WorkerState.PAUSED)]
+        return not bound or any(worker.silence < SOUND_SECONDS for worker in bound)
+
     async def _end_hanging(self, worker: Worker) -> None:
         self.log.error(
             "worker pid %d hangs: its loop has not turned for %g seconds (--hang-timeout); it is ended",
@@ -1000,6 +1008,7 @@ class Anchor:
         self.generation = int(state["generation"])
         self._begun = float(state["begun"])
         self._upgrades = int(state["upgrades"])
+        self._is_serving = True
         self._description = str(state["description"])
         if state["last_report"] is not None:
             self._last_report = RestartReport.from_json(state["last_report"])
