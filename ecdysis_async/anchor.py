@@ -76,8 +76,6 @@ BEAT_SECONDS = 1.0
 # A worker is looked after at least so often in the time that it may be silent.
 BEATS_PER_HANG = 4
 
-# A worker that was silent for longer is none that systemd's watchdog counts, seconds: it tells of itself each second.
-SOUND_SECONDS = 15.0
 # What a worker that hangs gets to leave its traceback (faulthandler), before it is killed, seconds.
 ABORT_SECONDS = 1.0
 # How long a worker may take to open its log files anew, seconds.
@@ -334,8 +332,10 @@ class Anchor:
         if self._systemd.is_there:
             self._tasks.start_soon(self._systemd.run)
         self._systemd.begin()
-        self._systemd.is_sound = self._has_sound_worker
         self._tasks.start_soon(self._watch)
+        if self._plan.reload_paths and self._plan.control_path is not None:
+            # Before the workers load what is watched: nothing that is saved meanwhile is missed.
+            self._tasks.start_soon(watch_files, self._plan.control_path, self._plan.reload_paths)
         if self._upgrades:
             error = None
             self._store.inherit(self._registry.entries)
@@ -348,8 +348,6 @@ class Anchor:
         if error is None and not self._is_stopping:
             await self._announce_serving()
             self._tasks.start_soon(self._manage)
-            if self._plan.reload_paths and self._plan.control_path is not None:
-                self._tasks.start_soon(watch_files, self._plan.control_path, self._plan.reload_paths)
             await self._stopped.wait()
         elif error is not None:
             self._systemd.tell_status(f"the start has failed: {error}")
@@ -761,11 +759,6 @@ class Anchor:
                         self._tasks.start_soon(self._end_hanging, worker)
             self._systemd.tell_status(self._describe())
 
-    def _has_sound_worker(self) -> bool:
-        """Say whether a worker's loop turns, if there is one: what systemd's watchdog asks, while this loop turns."""
-        bound = [worker for worker in self.crew if worker.state in (WorkerState.SERVING, WorkerState.PAUSED)]
-        return not bound or any(worker.silence < SOUND_SECONDS for worker in bound)
-
     async def _end_hanging(self, worker: Worker) -> None:
         self.log.error(
             "worker pid %d hangs: its loop has not turned for %g seconds (--hang-timeout); it is ended",
@@ -1008,7 +1001,6 @@ class Anchor:
         self.generation = int(state["generation"])
         self._begun = float(state["begun"])
         self._upgrades = int(state["upgrades"])
-        self._is_serving = True
         self._description = str(state["description"])
         if state["last_report"] is not None:
             self._last_report = RestartReport.from_json(state["last_report"])

@@ -45,14 +45,17 @@ async def watch_files(control: str, paths: Sequence[str]) -> None:
         control: the control socket.
         paths: files, and directories with all Python files below them.
     """
-    process, held = await run_in_thread(lambda: _start(control, paths))
+    process, held, told = await run_in_thread(lambda: _start(control, paths))
     try:
-        logger.info("watching %s: the service restarts when a file is saved", ", ".join(paths))
+        await anyio.wait_readable(told)
+        if os.read(told, 1):
+            logger.info("watching %s: the service restarts when a file is saved", ", ".join(paths))
         status = await process.wait()
         logger.error("nobody watches for changes any more: the watcher has ended with %s", describe_exit(status))
     finally:
         # The child ends with this pipe.
         os.close(held)
+        os.close(told)
         with anyio.CancelScope(shield=True):
             with anyio.move_on_after(END_GRACE_SECONDS):
                 await process.wait()
@@ -60,17 +63,14 @@ async def watch_files(control: str, paths: Sequence[str]) -> None:
         process.close()
 
 
-def _start(control: str, paths: Sequence[str]) -> tuple[Process, int]:
-    read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    try:
-        child = subprocess.Popen(
-            [sys.executable, "-m", WATCHER, control, *paths], stdin=read_end, stdout=subprocess.DEVNULL
-        )
+def _start(control: str, paths: Sequence[str]) -> tuple[Process, int, int]:
+    """Return the child, the end of the pipe that keeps it alive, and that of the one on which it tells of itself."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", WATCHER, control, *paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    )
+    assert child.stdin is not None and child.stdout is not None
+    with child.stdin, child.stdout:
+        process = Process(child.pid, os.pidfd_open(child.pid))
         # It is reaped by its pidfd.
         child.returncode = 0
-        return Process(child.pid, os.pidfd_open(child.pid)), write_end
-    except BaseException:
-        os.close(write_end)
-        raise
-    finally:
-        os.close(read_end)
+        return process, os.dup(child.stdin.fileno()), os.dup(child.stdout.fileno())

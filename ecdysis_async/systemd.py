@@ -15,7 +15,7 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import anyio
 
@@ -122,8 +122,6 @@ class Systemd:
 
     Attributes:
         begun: set once this process is the unit's main one.
-        is_sound: says whether the service is as it should be besides this loop; while it is not, the watchdog is left
-            unfed.
 
     Raises:
         ValueError: the address is of another kind.
@@ -143,7 +141,6 @@ class Systemd:
         # Two tasks may send, and READY must not overtake RELOADING.
         self._sending = anyio.Lock()
         self.begun = anyio.Event()
-        self.is_sound: Callable[[], bool] = lambda: True
 
     @property
     def is_there(self) -> bool:
@@ -246,8 +243,7 @@ class Systemd:
 
     async def _pet(self, pause: float) -> None:
         while True:
-            if self.is_sound():
-                self.tell("WATCHDOG=1")
+            self.tell("WATCHDOG=1")
             await anyio.sleep(pause)
 
     async def _send(self, message: bytes, *descriptors: int) -> bool:

@@ -1,7 +1,7 @@
 """What watches the files of a service in development, and asks for a restart when one is saved: a process of its own.
 
 Started as ``python -m ecdysis_async.cli.reload CONTROL PATH...`` by whoever serves; it ends with its standard input,
-which is a pipe from there.
+which is a pipe from there. Its standard output is one back, on which it says, by one byte, that it watches.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ __all__ = ["main"]
 
 # Changes that come within so many milliseconds of each other are one.
 QUIET_MILLISECONDS = 100
+
+# It is known to watch once it has seen nothing, or something, for so long.
+FIRST_LOOK_MILLISECONDS = 200
 
 # How often to try again while another restart is in progress, seconds.
 BUSY_PAUSE_SECONDS = 0.2
@@ -50,7 +53,19 @@ def _watch(control: str, paths: list[str]) -> None:
     # A file is watched by its directory, because editors, and those who deploy, put a new one in its place.
     watched = {os.path.dirname(path) for path in files} | {path for path in paths if os.path.isdir(path)}
     # What changes during a restart is noted meanwhile, and comes afterwards, all of it at once.
-    for changes in watch(*watched, watch_filter=is_wanted, step=QUIET_MILLISECONDS, raise_interrupt=False):
+    watching = watch(
+        *watched,
+        watch_filter=is_wanted,
+        step=QUIET_MILLISECONDS,
+        rust_timeout=FIRST_LOOK_MILLISECONDS,
+        yield_on_timeout=True,
+        raise_interrupt=False,
+    )
+    for count, changes in enumerate(watching):
+        if not count:
+            os.write(1, b"!")
+        if not changes:
+            continue
         _say(f"{_describe(path for _, path in changes)} changed: restarting")
         if not _restart(control):
             return
@@ -62,8 +77,8 @@ def _restart(control: str) -> bool:
         try:
             client.restart(control, "serving", lambda event: None)
         except CommandFailed as error:
-            if error.code is Exit.IN_PROGRESS:
-                # What has changed may have come too late for that one.
+            # It starts, or another one goes on: what has changed may have come too late for that.
+            if error.code is Exit.IN_PROGRESS or (error.event is not None and error.event.get("error") == "NotReady"):
                 time.sleep(BUSY_PAUSE_SECONDS)
                 continue
             if error.code is Exit.NO_SERVICE and not is_live(control):
