@@ -138,7 +138,7 @@ class DescriptorStore:
 
 def _is_worth_it(entry: Entry) -> bool:
     """Say whether clients can wait there: not before it listens, and what a socket unit holds open is safe anyway."""
-    if not entry.claimed or entry.number is not None:
+    if entry.number is not None:
         return False
     is_datagram = entry.sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
     return is_datagram or bool(entry.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

@@ -116,6 +116,7 @@ async def test_what_nobody_claims_is_removed(manager: Manager, registry: Registr
         store = DescriptorStore(manager.systemd, "16")
         assert store.recover(manager.start(), heir) == {}
         heir.listen_tcp("127.0.0.1", 0, name="same")
+        heir.close_unclaimed()
         store.park(heir.entries)
         assert len(await manager.take()) == 1
     finally:
