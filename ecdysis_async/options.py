@@ -27,7 +27,7 @@ from .errors import StartupError
 from .registry import BACKLOG
 from .spawn import read_env_file
 
-__all__ = ["Option", "OptionError", "Options", "Shape", "command_line_options", "find_control_path", "gather"]
+__all__ = ["OFF", "Option", "OptionError", "Options", "Shape", "command_line_options", "find_control_path", "gather"]
 
 logger = logging.getLogger("ecdysis_async")
 
@@ -267,7 +267,9 @@ def _target(value: Any) -> str:
 def _option(default: Any, parse: Callable[[Any], Any], help: str, **more: Any) -> Any:
     is_optional = default is None
     metadata = {"option": {"parse": _optional(parse) if is_optional else parse, "help": help, **more}}
-    return dataclasses.field(default=default, metadata=metadata, repr=not more.get("is_secret"))
+    # A mapping, also one that cannot be changed, is no default to Python 3.11.
+    given: Any = {"default_factory": lambda: default} if isinstance(default, Mapping) else {"default": default}
+    return dataclasses.field(**given, metadata=metadata, repr=not more.get("is_secret"))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from . import client, preflight
 from .client import CommandFailed, Exit
 from .progress import Progress, describe_check, describe_outcome, describe_status, showing, watching
 from .run import run
+from .unit import unit
 
 __all__ = ["command"]
 
@@ -76,6 +77,7 @@ def command() -> None:
 
 
 command.add_command(run)
+command.add_command(unit)
 
 
 @command.command(epilog=CODES)

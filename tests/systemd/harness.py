@@ -18,6 +18,14 @@ NAME = "app.service"
 Json = dict[str, Any]
 
 
+def free_port() -> int:
+    """Return a port that nobody has at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
 class Unit:
     """The unit of a service, and the service."""
 
@@ -64,6 +72,13 @@ class Unit:
             + (reload if kind == "notify" else "")
             + f"StandardOutput=append:{self._log}\nStandardError=append:{self._log}\n"
             + "".join(f"{line}\n" for line in lines),
+        )
+
+    def keep_log(self) -> None:
+        """Have a unit that somebody else has written, and log where the test looks."""
+        (self.machine.directory / f"{NAME}.d").mkdir()
+        self.machine.install(
+            f"{NAME}.d/log.conf", f"[Service]\nStandardOutput=append:{self._log}\nStandardError=append:{self._log}\n"
         )
 
     def start(self, *lines: str, kind: str = "notify") -> Self:

@@ -22,9 +22,10 @@ class Load:
     the latter two kinds.
     """
 
-    def __init__(self, port: int, mix: Mix = MIX) -> None:
+    def __init__(self, port: int, mix: Mix = MIX, *, first_generation: int = 1) -> None:
         self._port = port
         self._mix = mix
+        self._first_generation = first_generation
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self._load: load.Load | None = None
 
@@ -38,12 +39,12 @@ class Load:
         wanted = self.counts.generations[generation] + number
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self.counts.generations[generation] < wanted:
-            assert time.monotonic() < deadline, f"generation {generation} does not answer: {self.counts}"
+            assert time.monotonic() < deadline, f"generation {generation} does not answer: {self.counts.generations}"
             time.sleep(0.01)
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self.wait_for(1)
+        self.wait_for(self._first_generation)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -5,22 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.systemd.harness import NAME, SERVICE, Client, Unit
+from tests.systemd.harness import NAME, SERVICE, Client, Unit, free_port
 from tests.systemd.machine import PROJECT
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize("by", ["name", "address", "descriptor"])
