@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 
-import ecdysis_async
 from ecdysis_async.addresses import Descriptor, Internet, Unix
 from ecdysis_async.options import OFF, OptionError, Options, gather
 
@@ -214,7 +213,7 @@ def _arguments(given: Mapping[str, Any]) -> Iterator[str]:
 
 def _places(options: Options) -> list[str]:
     """Return where the program is: its code, its interpreter and its packages."""
-    places = (os.getcwd(), options.app_dir, sys.executable, sys.base_prefix, os.path.dirname(ecdysis_async.__file__))
+    places = (os.getcwd(), options.app_dir, sys.executable, sys.base_prefix, str(Path(__file__).parents[1]))
     more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     files = (options.env_file, options.certfile, options.keyfile, options.ca_certs, options.log_config)
     return [os.path.abspath(place) for place in (*places, *more, *files) if place]
