@@ -160,12 +160,21 @@ async def _serve_on_asyncio(
             await departure.see_off()
             begin_shutdown()
 
-        try:
-            await hypercorn.asyncio.serve(cast("Any", application), config, shutdown_trigger=leave)
-        except Exception:
-            if application.failure is not None:
-                raise application.failure from None
-            raise
+        failure: Exception | None = None
+
+        async def serve_to_the_end() -> None:
+            nonlocal failure
+            try:
+                await hypercorn.asyncio.serve(cast("Any", application), config, shutdown_trigger=leave)
+            except Exception as error:  # noqa: BLE001 - raised below
+                failure = error
+
+        # In a task of its own: hypercorn's task group is ended by an exception, and before Python 3.13 that leaves its
+        # task with a cancellation that is never taken back, so that no scope around it could catch its own.
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(serve_to_the_end)
+        if failure is not None:
+            raise application.failure or failure from None
 
 
 class _Config(Config):
