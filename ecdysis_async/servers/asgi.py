@@ -36,9 +36,17 @@ class Application:
     Args:
         app: the application, of ASGI 3.
         departure: learns which WebSockets are open.
+        send_goaway: called with the protocol of a connection of HTTP/2 that has answered all of its requests, once this
+            generation leaves.
     """
 
-    def __init__(self, app: Callable[[Any, Any, Any], Awaitable[Any]], departure: Departure) -> None:
+    def __init__(
+        self,
+        app: Callable[[Any, Any, Any], Awaitable[Any]],
+        departure: Departure,
+        send_goaway: Callable[[asyncio.BaseProtocol], None] | None = None,
+    ) -> None:
+        self._send_goaway = send_goaway
         self.failure: BaseException | None = None
         self.busy: Counter[AcceptedConnection] = Counter()
         self._app = app
@@ -132,6 +140,10 @@ class Application:
                 del self._requests[connection]
                 if connection.is_over():
                     connection.server.plane.tracker.close(connection)
+                elif self._send_goaway is not None and self._draining.is_set() and connection.transport is not None:
+                    # In a turn of the loop: the server has yet to hear that this request is answered.
+                    protocol = connection.transport.get_protocol()
+                    asyncio.get_running_loop().call_soon(self._send_goaway, protocol)
 
 
 class _WebSocket:

@@ -1,7 +1,8 @@
 """uvicorn: its server, whose sockets, signals and end are those of the ``Ecdysis``.
 
 Seams, as seen in uvicorn 0.54: ``Config.load``, ``.loaded_app`` and ``.http_protocol_class``; of ``Server`` the methods
-``startup``, ``on_tick``, ``main_loop``, ``shutdown`` and ``capture_signals``, and ``should_exit``.
+``startup``, ``on_tick``, ``main_loop``, ``shutdown`` and ``capture_signals``, ``should_exit`` and ``server_state``; of
+a protocol of HTTP/2 ``cycles`` and ``shutdown``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -83,17 +85,24 @@ async def serve(ecdysis: Ecdysis, config: uvicorn.Config, socks: Sequence[socket
 
     Cancelling it ends the server at once.
     """
-    departure = Departure(ecdysis)
+    server: _Server | None = None
+
+    def close_idle() -> None:
+        for protocol in () if server is None else tuple(server.server_state.connections):
+            _send_goaway(protocol)
+
+    departure = Departure(ecdysis, close_idle)
     try:
         if not config.loaded:
             config.load()
     except SystemExit as error:
         # uvicorn leaves the process where an import fails.
         raise error.__context__ or error from None
-    application = Application(config.loaded_app, departure)
+    application = Application(config.loaded_app, departure, _send_goaway)
     config.loaded_app = application
     config.http_protocol_class = _keep_context(config.http_protocol_class)
-    await _Server(config, departure, application).serve(list(socks) or None)
+    server = _Server(config, departure, application)
+    await server.serve(list(socks) or None)
 
 
 async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
@@ -168,10 +177,34 @@ def _keep_context(protocol_class: type[asyncio.Protocol]) -> type[asyncio.Protoc
 
     class InContext(protocol_class):  # type: ignore[misc, valid-type]
         def connection_made(self, transport: Any) -> None:
-            self.__context = contextvars.copy_context()
+            self._context = contextvars.copy_context()
             super().connection_made(transport)
 
         def data_received(self, data: bytes) -> None:
-            self.__context.run(super().data_received, data)
+            self._context.run(super().data_received, data)
 
-    return InContext
+    class Switching(InContext):
+        """One that leaves the connection to another one, once it is known whether that is HTTP/2."""
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._hand_over(transport)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._hand_over(self.transport)
+
+        def _hand_over(self, transport: Any) -> None:
+            protocol = transport.get_protocol()
+            if protocol is not self and not transport.is_closing():
+                protocol.data_received = functools.partial(self._context.run, protocol.data_received)
+                # Once more, because uvloop keeps the method.
+                transport.set_protocol(protocol)
+
+    return Switching if "h2" in getattr(protocol_class, "alpn_protocols", ()) else InContext
+
+
+def _send_goaway(protocol: Any) -> None:
+    """End an idle connection of HTTP/2: clients may make again what they have asked for meanwhile (RFC 9113, 6.8)."""
+    if getattr(protocol, "cycles", None) == {}:
+        protocol.shutdown()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from pathlib import Path
+from typing import Self
 
 import h2.config
 import h2.connection
@@ -13,7 +15,7 @@ import h2.events
 import pytest
 import trustme
 
-from .harness import HERE, Open, by_path, by_tcp, get, running
+from .harness import HERE, PATIENCE_SECONDS, Open, by_path, by_tcp, get, running
 
 ASGI, AIOHTTP = ("apps:asgi",), ("apps:make_aiohttp", "--factory")
 SERVERS = {"uvicorn": ASGI, "hypercorn": ASGI, "aiohttp": AIOHTTP}
@@ -65,42 +67,88 @@ def test_tls(server: str, tmp_path: Path, authority: ssl.SSLContext) -> None:
     asyncio.run(test())
 
 
-@pytest.mark.parametrize("loop", ["uvloop", "trio"])
-def test_http2(loop: str, tmp_path: Path, authority: ssl.SSLContext) -> None:
+UVICORN_HTTP2 = ("--server-option", "http=zttp", "--server-option", "http2=true")
+
+
+@pytest.mark.parametrize(
+    ("server", "loop", "more"),
+    [
+        ("uvicorn", "asyncio", UVICORN_HTTP2),
+        ("uvicorn", "uvloop", UVICORN_HTTP2),
+        ("hypercorn", "uvloop", ()),
+        ("hypercorn", "trio", ()),
+    ],
+)
+def test_http2(server: str, loop: str, more: tuple[str, ...], tmp_path: Path, authority: ssl.SSLContext) -> None:
     authority.set_alpn_protocols(["h2"])
 
     async def test() -> None:
-        arguments = ("--certfile", "service.pem", "--port", "0", "--server", "hypercorn", "--loop", loop)
-        async with running(tmp_path, *ASGI, *APP_DIR, *arguments) as run:
+        arguments = ("--certfile", "service.pem", "--port", "0", "--server", server, "--loop", loop)
+        async with running(tmp_path, *ASGI, *APP_DIR, *arguments, *more) as run:
             port = int(await run.wait_for(r"serving on https://127\.0\.0\.1:(\d+)"))
-            assert (await get_by_http2(by_tcp(port, authority), "/scope")).startswith("2 https ")
-            code, output = await run.restart()
-            assert code == 0, output
-            assert await get_by_http2(by_tcp(port, authority), "/") == "ok"
+            async with Http2(by_tcp(port, authority)) as client, Http2(by_tcp(port, authority)) as idle:
+                assert (await client.get("/scope")).startswith("2 https ")
+                assert await idle.get("/") == "ok"
+                code, output = await run.restart()
+                assert code == 0, output
+                # The old generation answers on; uvicorn says goodbye with the answer, hypercorn at the deadline.
+                assert await client.get("/") == "ok"
+                for each in (client, idle):
+                    await each.wait_for_end()
+                    assert each.is_told_to_leave or server == "hypercorn"
+            async with Http2(by_tcp(port, authority)) as client:
+                assert await client.get("/") == "ok"
 
     asyncio.run(test())
 
 
-async def get_by_http2(open_streams: Open, path: str) -> str:
-    reader, writer = await open_streams()
-    connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
-    connection.initiate_connection()
-    headers = [(":method", "GET"), (":scheme", "https"), (":authority", "localhost"), (":path", path)]
-    connection.send_headers(1, headers, end_stream=True)
-    body = b""
-    try:
+class Http2:
+    """A connection of HTTP/2.
+
+    Attributes:
+        is_told_to_leave: whether a GOAWAY has come.
+    """
+
+    def __init__(self, open_streams: Open) -> None:
+        self.is_told_to_leave = False
+        self._open = open_streams
+        self._connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+
+    async def __aenter__(self) -> Self:
+        self._reader, self._writer = await self._open()
+        self._connection.initiate_connection()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._writer.close()
+
+    async def get(self, path: str) -> str:
+        """Make a request; return the body."""
+        headers = [(":method", "GET"), (":scheme", "https"), (":authority", "localhost"), (":path", path)]
+        self._connection.send_headers(self._connection.get_next_available_stream_id(), headers, end_stream=True)
+        body = b""
         while True:
-            writer.write(connection.data_to_send())
-            data = await reader.read(2**16)
-            assert data, "the connection ended before the answer"
-            for event in connection.receive_data(data):
+            for event in await self._receive():
+                assert not isinstance(event, h2.events.StreamReset)
                 if isinstance(event, h2.events.DataReceived):
                     body += event.data or b""
                 elif isinstance(event, h2.events.StreamEnded):
                     return body.decode()
-                assert not isinstance(event, h2.events.StreamReset)
-    finally:
-        writer.close()
+
+    async def wait_for_end(self) -> None:
+        """Wait until the server has closed the connection."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            with contextlib.suppress(EOFError):
+                while True:
+                    await self._receive()
+
+    async def _receive(self) -> list[h2.events.Event]:
+        self._writer.write(self._connection.data_to_send())
+        if not (data := await self._reader.read(2**16)):
+            raise EOFError("the connection has ended")
+        events = self._connection.receive_data(data)
+        self.is_told_to_leave |= any(isinstance(event, h2.events.ConnectionTerminated) for event in events)
+        return events
 
 
 @pytest.mark.parametrize(("server", "loop"), [("uvicorn", "uvloop"), ("hypercorn", "trio"), ("aiohttp", "uvloop")])
