@@ -25,7 +25,7 @@ from . import own_options
 from .asgi import Application
 from .departure import Departure, is_on_trio
 from .forwarded import Forwarded
-from .listening import CERT_REQS, open_sockets
+from .listening import CERT_REQS, make_ssl_context, open_sockets
 
 __all__ = ["run", "serve"]
 
@@ -115,7 +115,13 @@ async def serve(
 
 
 async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
-    """Serve an ASGI application as the options say."""
+    """Serve an ASGI application as the options say.
+
+    Raises:
+        StartupError: it cannot be served so.
+    """
+    # It makes one of its own, and says less where that fails.
+    make_ssl_context(options)
     config = Config()
     # What hypercorn writes goes where everything else goes.
     config.errorlog = logging.getLogger("hypercorn.error")

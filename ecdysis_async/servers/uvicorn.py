@@ -24,7 +24,7 @@ from ecdysis_async.supervisor import Ecdysis
 from . import own_options
 from .asgi import Application
 from .departure import Departure
-from .listening import CERT_REQS, open_sockets
+from .listening import CERT_REQS, make_ssl_context, open_sockets
 
 __all__ = ["run", "serve"]
 
@@ -106,7 +106,13 @@ async def serve(ecdysis: Ecdysis, config: uvicorn.Config, socks: Sequence[socket
 
 
 async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
-    """Serve an ASGI application as the options say."""
+    """Serve an ASGI application as the options say.
+
+    Raises:
+        StartupError: it cannot be served so.
+    """
+    # It makes one of its own, and says less where that fails.
+    make_ssl_context(options)
     given = own_options.read("uvicorn", own_options.of_function(uvicorn.Config.__init__), options.server_options, OURS)
     if options.forwarded_allow_ips is not None:
         given["forwarded_allow_ips"] = options.forwarded_allow_ips

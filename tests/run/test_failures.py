@@ -43,11 +43,9 @@ def test_a_broken_release_is_told_and_the_old_one_serves(server: str, loop: str,
                 code, output = await run.restart()
                 assert code == 1, output
                 assert f"release:app cannot start: {error}" in output
-                # The application's own traceback, once, from its first line on.
-                assert output.count("Traceback (most recent call last)") == 1, output
-                first_line = output.partition("Traceback (most recent call last)")[2].splitlines()[1]
-                assert f'File "{release}", line ' in first_line, output
-                assert "\n".join(run.lines).count("Traceback (most recent call last)") == number
+                # The application's own lines, once, and nobody else's: in the answer, and in the log.
+                assert output.count(f'File "{release}", line ') == output.count("  File ") == 1, output
+                assert "\n".join(run.lines).count(f'File "{release}", line ') == number
                 assert await get(by_tcp(port)) == "ok"
             release.write_text(GOOD.format(start_up="pass"))
             code, output = await run.restart()
@@ -63,16 +61,10 @@ def test_a_broken_release_is_told_and_the_old_one_serves(server: str, loop: str,
         (["apps"], "TARGET is MODULE:ATTRIBUTE, and not 'apps': did you mean apps:app?", 2),
         (["apps:asgi", "--workers", "none"], "--workers: a number of workers is needed", 2),
         (["apps:asgi", "--drain-timout", "3"], "No such option", 2),
-        (["apps:asgi", "--server-option", "timeout_keep_alve=3"], "did you mean 'timeout_keep_alive'?", 2),
-        (["apps:asgi", "--server-option", "timeout_keep_alive=x"], "a whole number is needed, and not 'x'", 2),
-        (["apps:asgi", "--server-option", "port=3"], "`ecdysis run` sees to that itself", 2),
         (["app:asgi"], "there is no module 'app'", 3),
-        (["apps:asgy"], "apps has no attribute 'asgy': did you mean 'asgi'?", 3),
-        (["apps:make_aiohttp"], "add --factory", 3),
-        (["apps:asgi", "--server", "aiohttp"], "is an ASGI application, which aiohttp does not serve", 3),
-        (["apps:asgi", "--server", "uvicorn", "--loop", "trio"], "uvicorn does not run on trio", 3),
+        (["apps:asgi", "--server-option", "timeout_keep_alve=3"], "did you mean 'timeout_keep_alive'?", 3),
         (["apps:asgi", "--fd", "99"], "passed no socket 99", 3),
-        (["apps:asgi", "--certfile", str(HERE / "apps.py")], "apps.py", 3),
+        (["apps:asgi", "--certfile", str(HERE / "apps.py")], "TLS cannot be served with", 3),
     ],
 )
 def test_what_cannot_start_says_why(arguments: list[str], expected: str, code: int) -> None:
@@ -80,8 +72,7 @@ def test_what_cannot_start_says_why(arguments: list[str], expected: str, code: i
     found, output = run_command("run", *arguments, *where, "--app-dir", str(HERE), "--control", "off")
     assert expected in output, output
     assert found == code, output
-    if code == 2 or "--certfile" not in arguments:
-        assert "Traceback" not in output
+    assert "Traceback" not in output
 
 
 def test_an_address_that_is_taken(tmp_path: Path) -> None:
