@@ -88,5 +88,5 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure what a restart costs, and what tracking costs, each beside a baseline; best on an idle machine."""
     install(session, "bench")
-    for benchmark in ("restart", "tracking"):
+    for benchmark in ("restart", "stash", "tracking"):
         session.run("python", "-m", f"benchmarks.{benchmark}", "--output", ".nox/benchmarks", *session.posargs)

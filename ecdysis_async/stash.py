@@ -39,7 +39,7 @@ SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fc
 MAX_NAME = 128
 
 # How much one call in a thread writes, bytes: between two of them the restart can be called off.
-SLICE = 16 * 1024 * 1024
+SLICE = 64 * 1024 * 1024
 # Pieces that are smaller are collected to this size first: a thread for each of them would cost more than the writing.
 GATHER = 1024 * 1024
 # How long pieces are collected before the loop has its turn, seconds.

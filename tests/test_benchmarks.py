@@ -17,10 +17,12 @@ TIMEOUT = 100
 # What each one has a row for.
 SUBJECTS = {
     "restart": {"asyncio", "trio"},
+    "stash": {"copy in one process", "stash, read in place", "stash, copied there", "pipe", "Unix socket"},
     "tracking": {"streams on asyncio", "protocol on uvloop", "trio on trio"},
 }
 TITLES = {
     "restart": ["The accept gap", "From restart() to SERVING", "The old process during a restart"],
+    "stash": ["What a stash passes"],
     "tracking": ["What tracking costs in steady state"],
 }
 

@@ -82,7 +82,8 @@ PRODUCERS: dict[str, tuple[Callable[[], Any], bytes]] = {
 
 
 @pytest.mark.parametrize("name", PRODUCERS)
-async def test_what_is_produced_arrives(name: str) -> None:
+async def test_what_is_produced_arrives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stash, "SLICE", 16 * 1024 * 1024)
     producer, expected = PRODUCERS[name]
     view = (await pass_on(producer))["0"]
     arrived = view == expected
