@@ -315,7 +315,8 @@ class Duty:
 
     def _revert(self, handover: Handover, error: RestartError) -> None:
         if handover.state is Predecessor.PROBATION:
-            handover.post(PredecessorEvent.BROKEN, error)
+            # Not by its death: clients are being served there.
+            handover.post(PredecessorEvent.RECALL, error)
         else:
             handover.post(PredecessorEvent.CANCELLED, error)
 

@@ -339,10 +339,17 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             self.report.phases[phase] = now - self._entered
         self._entered = now
         self._making.cancel()
-        failed = (Predecessor.ABORTING, Predecessor.REVERTING, Predecessor.FAILED, Predecessor.ROLLED_BACK)
+        failed = (
+            Predecessor.ABORTING,
+            Predecessor.RECALLING,
+            Predecessor.REVERTING,
+            Predecessor.FAILED,
+            Predecessor.ROLLED_BACK,
+        )
         if self.state in failed and self.error is None:
             self._fail(self._explain(before, event, cause), phase)
-        if self.state is Predecessor.ROLLED_BACK:
+        # One that has returned serves what it has accepted to the end.
+        if self.state is Predecessor.ROLLED_BACK and event is not PredecessorEvent.RETURNED:
             try:
                 # Read rather than mapped: a file that was cut short would be a SIGBUS here.
                 opened, closed = COUNTERS.unpack(os.pread(self._counters, COUNTERS.size, 0))
@@ -390,6 +397,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 await self._send(FromPredecessor.ABORT)
             case PredecessorAction.SEND_STOP:
                 await self._send(FromPredecessor.STOP)
+            case PredecessorAction.SEND_RECALL:
+                await self._send(FromPredecessor.RECALL)
             case PredecessorAction.END_SUCCESSOR:
                 self._tasks.start_soon(self._end_successor)
 

@@ -241,6 +241,10 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
                 await self._send(FromSuccessor.SETTLE)
             case SuccessorAction.SEND_STOPPING:
                 await self._send(FromSuccessor.STOPPING)
+            case SuccessorAction.RETURN:
+                async with self.generation.gate_lock:
+                    await self.generation.plane.gate.end()
+                await self._send(FromSuccessor.RETURNED)
 
     # How it is done
 

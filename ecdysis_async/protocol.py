@@ -11,6 +11,8 @@ of three generations can be explored exhaustively (tests/test_protocol_explorati
      COMMITTING    commit ---------------->    OPENING
      PROBATION     <----------- serving        PROBATION
                    <------------ settle        (only if the successor is itself asked to restart)
+     RECALLING     recall -------------->      RETURNED     (only if a roll-out over several workers goes back)
+     ROLLED_BACK   <---------- returned
      SETTLED       settled --------------->    SETTLED
 
 The death of the peer is one event (``DIED``), delivered after everything that the peer has said; a channel that ends
@@ -57,6 +59,7 @@ class FromSuccessor(enum.StrEnum):
     SERVING = "serving"  # it accepts
     SETTLE = "settle"  # it needs the probation to end now, because it is asked to restart itself
     STOPPING = "stopping"  # it ends because it was told to: no failure, nobody shall resume
+    RETURNED = "returned"  # it was recalled, and will never accept again; it serves what it has
 
 
 class FromPredecessor(enum.StrEnum):
@@ -67,6 +70,7 @@ class FromPredecessor(enum.StrEnum):
     SETTLED = "settled"  # it will never accept again
     ABORT = "abort"  # the restart is called off: leave
     STOP = "stop"  # the service is being stopped: serve what you have, then leave
+    RECALL = "recall"  # nothing is wrong with you, but the service goes back: accept no more
 
 
 class Farewell(enum.StrEnum):
@@ -100,6 +104,9 @@ class Predecessor(enum.Enum):
     COMMITTING = "committing"  # it was told to accept; from here on only its death makes this side accept again
     PROBATION = "probation"  # it serves; this side is paused and can still take over again
     ABORTING = "aborting"  # the restart failed before the commit; the successor is being ended, this side serves
+    RECALLING = (
+        "recalling"  # the service goes back; the successor is to stop accepting, and lives on to serve what it has
+    )
     REVERTING = "reverting"  # it failed after the commit; it is being ended, nobody accepts until it is dead
     STOPPING = "stopping"  # the service stops, and a successor that was not committed is being ended
     FAILED = "failed"  # final: this side serves as if nothing had been asked
@@ -127,12 +134,14 @@ class PredecessorEvent(enum.Enum):
     SERVING = "serving"
     SETTLE = "settle"
     STOPPING = "stopping"
+    RETURNED = "returned"
     BROKEN = "broken"  # the channel ended or carried garbage, or an expected thing was impossible; the peer may live
     DIED = "died"  # the successor's pidfd is readable, and all that it had sent was handled
     TIMED_OUT = "timed out"  # the timer of the state
     PAUSED = "paused"  # this side accepts no more
     CANCELLED = "cancelled"  # whoever asked for the restart has called it off
     STOP = "stop"  # the service shall stop
+    RECALL = "recall"  # this side shall serve again, because the restart is part of a larger one that has failed
 
 
 class PredecessorAction(enum.Enum):
@@ -143,6 +152,7 @@ class PredecessorAction(enum.Enum):
     SEND_SETTLED = "send settled"
     SEND_ABORT = "send abort"
     SEND_STOP = "send stop"
+    SEND_RECALL = "send recall"
     PAUSE = "pause"  # answered by the event PAUSED
     RESUME = "resume"  # undoes a pause, also one that has only begun
     END_SUCCESSOR = "end successor"  # SIGTERM, then SIGKILL; answered by the event DIED
@@ -161,6 +171,7 @@ class Successor(enum.Enum):
     SETTLED = "settled"  # final: the predecessor will never accept again
     ABORTED = "aborted"  # final: this process leaves, and must not accept
     STOPPED = "stopped"  # final: this process serves what it has, and leaves; the predecessor will not resume
+    RETURNED = "returned"  # final: the same, and the predecessor resumes
 
     @property
     def timer(self) -> Timer | None:
@@ -181,6 +192,7 @@ class SuccessorEvent(enum.Enum):
     SETTLED = "settled"
     ABORT = "abort"
     STOP = "stop"  # the message: the predecessor was told to stop the service
+    RECALL = "recall"
     BROKEN = "broken"
     DIED = "died"  # the predecessor's pidfd is readable, and all that it had sent was handled
     TIMED_OUT = "timed out"
@@ -200,6 +212,7 @@ class SuccessorAction(enum.Enum):
     SEND_SETTLE = "send settle"
     SEND_STOPPING = "send stopping"
     OPEN = "open"  # answered by the event OPENED
+    RETURN = "return"  # stop accepting for good, and only if that has worked, say so
 
 
 _P, _PE, _PA = Predecessor, PredecessorEvent, PredecessorAction
@@ -255,6 +268,18 @@ _PREDECESSOR: Final[
         _PE.BROKEN: (_P.REVERTING, (_PA.END_SUCCESSOR,)),
         _PE.STOP: (_P.SETTLED, (_PA.SEND_STOP,)),
         _PE.STOPPING: (_P.STOPPED, ()),
+        _PE.RECALL: (_P.RECALLING, (_PA.SEND_RECALL,)),
+        _PE.DIED: (_P.ROLLED_BACK, (_PA.RESUME,)),
+    },
+    # The one way back that needs no death: the successor's own word that it will never accept again.
+    _P.RECALLING: {
+        _PE.RETURNED: (_P.ROLLED_BACK, (_PA.RESUME,)),
+        _PE.SETTLE: (_P.RECALLING, ()),
+        _PE.TIMED_OUT: (_P.REVERTING, (_PA.END_SUCCESSOR,)),
+        _PE.FAILED: (_P.REVERTING, (_PA.END_SUCCESSOR,)),
+        _PE.BROKEN: (_P.REVERTING, (_PA.END_SUCCESSOR,)),
+        _PE.STOP: (_P.SETTLED, (_PA.SEND_STOP,)),
+        _PE.STOPPING: (_P.STOPPED, ()),
         _PE.DIED: (_P.ROLLED_BACK, (_PA.RESUME,)),
     },
     _P.ABORTING: {
@@ -277,6 +302,7 @@ _PREDECESSOR_TIMERS: Final = {
     _P.PAUSING: Timer.PAUSE,
     _P.COMMITTING: Timer.SERVING,
     _P.PROBATION: Timer.PROBATION,
+    _P.RECALLING: Timer.PAUSE,
 }
 
 _SUCCESSOR: Final[Mapping[Successor, Mapping[SuccessorEvent, tuple[Successor, tuple[SuccessorAction, ...]]]]] = {
@@ -328,6 +354,7 @@ _SUCCESSOR: Final[Mapping[Successor, Mapping[SuccessorEvent, tuple[Successor, tu
         _SE.SETTLED: (_S.SETTLED, ()),
         _SE.DIED: (_S.SETTLED, ()),
         _SE.STOP: (_S.STOPPED, ()),
+        _SE.RECALL: (_S.RETURNED, (_SA.RETURN,)),
         # The predecessor may have settled, and what it said is lost: leaving now would leave nobody. To stay is safe,
         # as it resumes only over this process's dead body: it ends this process, if it reverts, or ends itself.
         _SE.BROKEN: (_S.PROBATION, ()),

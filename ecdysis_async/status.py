@@ -32,6 +32,7 @@ _WAITS = {
     Predecessor.PAUSING: "the end of accepting here",
     Predecessor.COMMITTING: "{successor} to accept, for {seconds:.1f} s so far",
     Predecessor.ABORTING: "{successor} to end, because the restart has failed",
+    Predecessor.RECALLING: "{successor} to give the sockets back",
     Predecessor.REVERTING: "{successor} to end, because it has failed",
     Predecessor.STOPPING: "{successor} to end, because the service stops",
 }

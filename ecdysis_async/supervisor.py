@@ -1080,7 +1080,13 @@ class Ecdysis:
         match handover.state:
             case Predecessor.STOPPING | Predecessor.SETTLED | Predecessor.STOPPED:
                 self._leave()
-            case Predecessor.PAUSING | Predecessor.COMMITTING | Predecessor.PROBATION | Predecessor.REVERTING:
+            case (
+                Predecessor.PAUSING
+                | Predecessor.COMMITTING
+                | Predecessor.PROBATION
+                | Predecessor.RECALLING
+                | Predecessor.REVERTING
+            ):
                 self._state = State.PAUSED
             case _:
                 self._state = State.SERVING
@@ -1130,7 +1136,7 @@ class Ecdysis:
                 self._state = State.SERVING
             case Successor.ABORTED:
                 self._body.cancel()
-            case Successor.STOPPED:
+            case Successor.STOPPED | Successor.RETURNED:
                 self._leave()
         self._announce()
 

@@ -208,6 +208,7 @@ TO_SUCCESSOR: Final = {
     PredecessorAction.SEND_SETTLED: SuccessorEvent.SETTLED,
     PredecessorAction.SEND_ABORT: SuccessorEvent.ABORT,
     PredecessorAction.SEND_STOP: SuccessorEvent.STOP,
+    PredecessorAction.SEND_RECALL: SuccessorEvent.RECALL,
 }
 TO_PREDECESSOR: Final = {
     SuccessorAction.SEND_READY: PredecessorEvent.READY,
@@ -215,6 +216,7 @@ TO_PREDECESSOR: Final = {
     SuccessorAction.SEND_SERVING: PredecessorEvent.SERVING,
     SuccessorAction.SEND_SETTLE: PredecessorEvent.SETTLE,
     SuccessorAction.SEND_STOPPING: PredecessorEvent.STOPPING,
+    SuccessorAction.RETURN: PredecessorEvent.RETURNED,
 }
 RESUMED: Final = {
     Gate.CLOSED: Gate.OPEN,
@@ -243,7 +245,8 @@ def tell_predecessor(link: Link, event: PredecessorEvent) -> Link:
     """Handle one event in the upper generation, and carry out what its machine asks for."""
     upper, lower, downwards, upwards, duty, verdict = link
     # An orderly stop of a committed successor: the word is given, whatever the machine makes of it.
-    if event is PredecessorEvent.STOPPING and upper.down in (Predecessor.COMMITTING, Predecessor.PROBATION):
+    bound = (Predecessor.COMMITTING, Predecessor.PROBATION, Predecessor.RECALLING)
+    if event is PredecessorEvent.STOPPING and upper.down in bound:
         upper = upper.but(renounced=True)
     if event is PredecessorEvent.STOP:
         upper = upper.but(renounced=True)
@@ -290,6 +293,8 @@ def tell_successor(link: Link, event: SuccessorEvent) -> Link:
             upwards = send(upwards, TO_PREDECESSOR[action])
     if state is Successor.STOPPED:
         lower = lower.but(gate=Gate.ENDED, leaving=True)
+    elif state is Successor.RETURNED:
+        lower = lower.but(gate=Gate.ENDED, leaving=True, renounced=True)
     elif state is Successor.ABORTED:
         lower = lower.but(leaving=True)  # what it accepts on closes when it exits, at the latest
     return Link(upper, lower, downwards, upwards, duty, verdict)
@@ -336,6 +341,7 @@ def upper_moves(link: Link) -> Iterator[Move]:
         if upper.down.timer is not None and may_settle:
             yield Move("upper times out", Kind.TIMEOUT, tell_predecessor(link, PredecessorEvent.TIMED_OUT))
         yield Move("restart is cancelled", Kind.END, tell_predecessor(link, PredecessorEvent.CANCELLED))
+        yield Move("successor is recalled", Kind.END, tell_predecessor(link, PredecessorEvent.RECALL))
         match upper.gate:
             case Gate.PAUSING:
                 yield Move("upper has paused", Kind.ORDINARY, link._replace(upper=upper.but(gate=Gate.PAUSED_UNHEARD)))
@@ -470,7 +476,7 @@ def is_heir(generation: Generation, channel: Channel) -> bool:
     """Say whether a successor has to serve in the place of its predecessor, which crashes now (G6)."""
     has_sockets = generation.up not in (None, Successor.GREETING) or SuccessorEvent.LISTENERS in channel.items
     given_up = generation.leaving or generation.condemned or channel.cut
-    called_off = {SuccessorEvent.ABORT, SuccessorEvent.STOP}.intersection(channel.items)
+    called_off = {SuccessorEvent.ABORT, SuccessorEvent.STOP, SuccessorEvent.RECALL}.intersection(channel.items)
     return generation.acts and has_sockets and not given_up and not called_off
 
 
@@ -546,9 +552,9 @@ def failure_before_commit_costs_nothing(world: World) -> bool:
 
 
 def failure_after_commit_rolls_back(world: World) -> bool:
-    """G5: if the new one dies before it has settled, the old one accepts again."""
+    """G5: if the new one dies before it has settled, or returns, the old one accepts again."""
     return all(
-        upper.gate in ACCEPTS and not lower.alive
+        upper.gate in ACCEPTS and (not lower.alive or lower.renounced)
         for upper, lower in ((world.p, world.s), (world.s, world.t))
         if upper.down is Predecessor.ROLLED_BACK and not upper.leaving
     )
@@ -669,10 +675,12 @@ def assert_restarts_succeed() -> None:
     """Assert that where nothing fails, and nobody is slow, no restart does."""
     exploration = explore(frozenset({Kind.ORDINARY, Kind.RESTART}), at_rest=())
     failures = {Predecessor.ABORTING, Predecessor.FAILED, Predecessor.REVERTING, Predecessor.ROLLED_BACK}
+    failures |= {Predecessor.RECALLING}
     stops = {Predecessor.STOPPING, Predecessor.STOPPED}
     assert exploration.predecessors == frozenset(Predecessor) - failures - stops
     orphans = {Successor.ORPHANED, Successor.OPENING_ORPHANED}
-    assert exploration.successors == frozenset(Successor) - orphans - {Successor.ABORTED, Successor.STOPPED}
+    ends = {Successor.ABORTED, Successor.STOPPED, Successor.RETURNED}
+    assert exploration.successors == frozenset(Successor) - orphans - ends
 
 
 def assert_stops_end_everybody() -> None:
@@ -715,6 +723,8 @@ DEFECTS: Final[tuple[tuple[Any, Any, tuple[Any, tuple[Any, ...]] | None, str], .
     (P.COMMITTING, PE.TIMED_OUT, (P.ABORTING, (PA.RESUME, PA.END_SUCCESSOR)), "nobody_accepts_together"),
     (P.PROBATION, PE.BROKEN, (P.REVERTING, (PA.RESUME, PA.END_SUCCESSOR)), "nobody_accepts_together"),
     (P.PROBATION, PE.FAILED, (P.ROLLED_BACK, (PA.RESUME,)), "nobody_accepts_together"),
+    (P.PROBATION, PE.RECALL, (P.ROLLED_BACK, (PA.SEND_RECALL, PA.RESUME)), "nobody_accepts_together"),
+    (P.RECALLING, PE.BROKEN, (P.ROLLED_BACK, (PA.RESUME,)), "nobody_accepts_together"),
     (S.INITIALISING, SE.BROKEN, (S.ORPHANED, ()), "nobody_accepts_together"),
     (S.WAITING, SE.BROKEN, (S.OPENING_ORPHANED, (SA.OPEN,)), "nobody_accepts_together"),
     (S.WAITING, SE.ABORT, (S.OPENING_ORPHANED, (SA.OPEN,)), "nobody_accepts_together"),
@@ -741,9 +751,11 @@ DEFECTS: Final[tuple[tuple[Any, Any, tuple[Any, tuple[Any, ...]] | None, str], .
     (P.INITIALISING, PE.CANCELLED, (P.ABORTING, (PA.END_SUCCESSOR,)), "who_renounced_never_accepts_again"),
     (P.REVERTING, PE.STOP, None, "who_renounced_resumes"),
     (P.PROBATION, PE.STOP, (P.SETTLED, (PA.SEND_SETTLED,)), "a_stop_ends_everybody"),
+    (P.RECALLING, PE.STOPPING, (P.ROLLED_BACK, (PA.RESUME,)), "who_renounced_resumes"),
     # Waiting for ever.
     (P.SPAWNING, PE.TIMED_OUT, (P.ABORTING, ()), "comes_to_rest_well"),
     (P.COMMITTING, PE.TIMED_OUT, None, "comes_to_rest_well"),
+    (P.RECALLING, PE.TIMED_OUT, None, "comes_to_rest_well"),
     (P.ABORTING, PE.DIED, None, "comes_to_rest_well"),
     (S.GREETING, SE.DIED, None, "comes_to_rest_well"),
     (S.WAITING, SE.TIMED_OUT, None, "comes_to_rest_well"),

@@ -162,7 +162,8 @@ def _wait_line(name: str, text: str) -> str:
 
 def describe_outcome(report: RestartReport) -> str:
     """Tell in one line what a restart has led to, whose phases have been told."""
-    text = f"generation {report.generation} (pid {report.successor_pid}) serves: {report.outcome}"
+    who = f"{len(report.workers)} workers" if len(report.workers) > 1 else f"pid {report.successor_pid}"
+    text = f"generation {report.generation} ({who}) serves: {report.outcome}"
     if report.accept_gap is not None:
         text += f", accept gap {report.accept_gap * 1000:.2f} ms"
     if Phase.DRAIN in report.phases:

@@ -102,13 +102,16 @@ class AnchoredService(Service):
             return error
         raise AssertionError(f"it has not failed: {report}")
 
-    def ask_worker(self, pid: int, do: str = "hello", **more: Any) -> Any:
-        """Ask one of the workers: connect until it is the one that answers."""
+    def hold(self, pid: int) -> Conversation:
+        """Be in the middle of a request with one of the workers: connect until it is the one that answers."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
-            with Conversation(self.address) as conversation:
-                if conversation.say("hello").answer()["pid"] == pid:
-                    return conversation.say(do, **more).answer()
+            conversation = Conversation(self.address)
+            if conversation.say("hello").answer()["pid"] == pid:
+                conversation.say("hold")
+                self.wait_for("holding", pid=pid)
+                return conversation
+            conversation.close()
         raise AssertionError(f"{pid} does not answer")
 
     def stop(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -16,12 +17,13 @@ from tests.handoff.harness import Clients, Conversation
 
 Run = Callable[..., AnchoredService]
 
-# What a release does that fails in one slot only: the one that comes second.
+# What a release does that fails in one slot only: the one that comes second, once it is told to.
 FAILS_IN_THE_SECOND = """
 if ecdysis.generation == 2:
     try:
         os.mkdir("first")
     except FileExistsError:
+        await wait()
         raise RuntimeError("a broken release")
 """
 
@@ -53,11 +55,26 @@ def test_a_release_that_fails_in_one_slot_is_taken_back_in_all(run_anchor: Run) 
     service = run_anchor(at_start=FAILS_IN_THE_SECOND)
     service.expected_blemishes = ("Traceback (most",)
     before = service.workers()
-    failure = service.fail_to_roll_out()
-    assert failure.code is Exit.ROLLED_BACK
-    assert "a broken release" in str(failure)
-    assert service.workers() == before
+    with Clients(service.address) as clients, ThreadPoolExecutor() as executor:
+        failing = executor.submit(service.fail_to_roll_out)
+        service.wait_for("waiting")
+        # The worker of the new release that serves already is in the middle of a request.
+        (new,) = set(service.workers().values()) - set(before.values())
+        clients.wait_for(new)
+        with service.hold(new) as busy:
+            service.release()
+            failure = failing.result()
+            assert failure.code is Exit.ROLLED_BACK
+            assert "a broken release" in str(failure)
+            assert service.workers() == before
+            assert service.workers("draining") == {0: new}
+            for pid in before.values():
+                clients.wait_for(pid)
+            assert busy.say("go on").answer()["pid"] == new
+    service.wait_for_death(new)
+    assert (clients.refused, clients.lost) == ([], [])
     assert service.status()["generation"] == 1
+    assert service.status()["last_report"]["lost"] == 0
     # And another time, with a release that is sound.
     service.configure(at_start="")
     assert service.roll_out()["generation"] == 2
