@@ -30,8 +30,9 @@ import anyio
 from . import supervisor, upgrade
 from .addresses import Address, listen
 from .channel import Frame
-from .check import check_release, compare, describe_place
+from .check import check_release, compare, describe_place, preflight
 from .control import Changes, Controlled, ControlServer, Restart
+from .control_path import locate
 from .crew import Crew, Handoff, Occupation, Recycling, Slot, Worker, WorkerState
 from .descriptor_store import DescriptorStore
 from .drain import Tracker
@@ -40,9 +41,11 @@ from .errors import (
     NotReady,
     RestartError,
     RestartInProgress,
+    RestartUnsupported,
     RestartWhileDraining,
     SpawnFailed,
     StartupError,
+    TakeoverFailed,
 )
 from .gate import Gate
 from .generation import Generation, Numbered
@@ -63,6 +66,7 @@ from .settings import Settings
 from .signals import SignalReceiver, handled_signals
 from .spawn import Child, Launch, Process, describe_exit, describe_launch, find_process, spawn
 from .status import describe_listeners
+from .succession import ask_for_service, pass_service_on
 from .systemd import check_unit, find_systemd
 from .threads import run_in_thread
 
@@ -126,6 +130,8 @@ class Plan:
         max_rss: a worker with more bytes resident is replaced.
         health: where /live and /ready answer.
         reload_paths: files and directories to watch, whose changes restart the service.
+        takeover: the control socket of the anchor to take the place of.
+        is_checked_first: whether its command line has a check mode, in which it is run before a takeover.
         lame_duck: how long a service that was told to stop by SIGTERM goes on, while /ready says that it is not.
     """
 
@@ -141,6 +147,8 @@ class Plan:
     health: Address | None = None
     lame_duck: float = 0.0
     reload_paths: tuple[str, ...] = ()
+    takeover: str | None = None
+    is_checked_first: bool = False
 
 
 class _CrewsChild:
@@ -201,6 +209,8 @@ def run(options: Options) -> int:
             health=options.health_bind,
             lame_duck=options.lame_duck,
             reload_paths=_find_reload_paths(options),
+            takeover=locate(options.takeover) if options.takeover is not None else None,
+            is_checked_first=True,
         )
     )
 
@@ -219,9 +229,32 @@ def serve(plan: Plan) -> int:
         if found is not None and found.is_check:
             upgrade.try_state(found.state)
             return 0
+        if found is None and plan.takeover is not None:
+            return _take_over(plan, plan.takeover)
         anchor = Anchor(plan, found.state if found is not None else None)
     except (KeyError, OSError, TypeError, ValueError, upgrade.UpgradeFailed) as error:
         _say(f"this release does not take over from the one that runs: {error!r}")
+        return STARTUP_FAILED
+    return anyio.run(anchor.run)
+
+
+def _take_over(plan: Plan, path: str) -> int:
+    """Go on with the service of another anchor, and then replace its workers."""
+    try:
+        if plan.is_checked_first:
+            # Before anything has moved: its workers would not start anyway.
+            settings = plan.settings
+            launch, _ = describe_launch(settings.command, settings.environment, settings.env_file)
+            anyio.run(functools.partial(preflight, launch, settings.ready_timeout))
+        succession = ask_for_service(path)
+        anchor = Anchor(plan, succession.state, succession.former_pid)
+        succession.confirm()
+    except TakeoverFailed as error:
+        _say(str(error))
+        return STARTUP_FAILED
+    except RestartError as error:
+        # What it has written stands above.
+        _say(str(error.args[0]))
         return STARTUP_FAILED
     return anyio.run(anchor.run)
 
@@ -231,10 +264,12 @@ class Anchor:
 
     Args:
         plan: what it runs.
-        state: what the former code of this process has left, where it was executed anew (upgrade.py).
+        state: what the former code of this process has left, where it was executed anew (upgrade.py), or another
+            anchor (succession.py).
+        former_pid: of that one.
     """
 
-    def __init__(self, plan: Plan, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, plan: Plan, state: Mapping[str, Any] | None = None, former_pid: int | None = None) -> None:
         self.crew = Crew(plan.workers)
         self.changes = Changes()
         self.log: Numbered = AnchorLog()
@@ -270,6 +305,7 @@ class Anchor:
         self._is_upgrading = False
         self._upgrade_error: str | None = None
         self._signals_before = -1
+        self._former_pid = former_pid
         if state is not None:
             self._restore(state)
 
@@ -319,10 +355,13 @@ class Anchor:
             self._control_registry.start_listening()
             await plane.gate.open()
             self._tasks.start_soon(self._control.run)
+        # Another anchor's, whose place was elsewhere.
+        self._control_registry.close_unclaimed(unlink=True)
         if self._plan.health is not None:
             for entry in await run_in_thread(functools.partial(listen, self._health_registry, self._plan.health)):
                 entry.start_listening()
                 self._tasks.start_soon(HealthServer(entry.sock, self._why_not_ready).run)
+        self._health_registry.close_unclaimed(unlink=True)
         if self._pid_file is not None:
             await run_in_thread(self._pid_file.prepare)
             resources.callback(self._pid_file.remove)
@@ -391,6 +430,10 @@ class Anchor:
             await run_in_thread(self._pid_file.publish)
         control = f", control socket {self._plan.control_path}" if self._plan.control_path is not None else ""
         verb = f"upgraded (pid {os.getpid()} as before): " if self._upgrades else ""
+        if self._former_pid is not None:
+            verb = f"taken over from pid {self._former_pid}: "
+            # So far its workers are those of the other one: of its command line, its environment and its code.
+            self._tasks.start_soon(self._restart_by_signal)
         self.log.info("%s%s %s%s", verb, _count(len(self.crew.slots), "worker"), self._description, control)
         self._store.park(self._registry.entries)
         self._systemd.tell_status(self._describe())
@@ -896,12 +939,7 @@ class Anchor:
         Raises:
             RestartError: it does not, or not now.
         """
-        if self._is_stopping or self._is_lame_duck:
-            raise RestartWhileDraining("the service is being stopped")
-        if not self._is_serving:
-            raise NotReady("the service is starting: an upgrade is possible once all workers serve")
-        if self._is_busy or self._is_upgrading:
-            raise RestartInProgress("workers are being started or replaced: upgrade the anchor when that is done")
+        self._check_at_rest()
         self._is_upgrading = True
         self._upgrade_error = None
         # Nobody else may reap the child that tries the state.
@@ -928,6 +966,65 @@ class Anchor:
 
         return begin
 
+    def _check_at_rest(self) -> None:
+        """See that the anchor can be followed now.
+
+        Raises:
+            RestartError: it cannot.
+        """
+        if self._is_stopping or self._is_lame_duck:
+            raise RestartWhileDraining("the service is being stopped")
+        if not self._is_serving:
+            raise NotReady("the service is starting: an upgrade is possible once all workers serve")
+        if self._is_busy or self._is_upgrading:
+            raise RestartInProgress("workers are being started or replaced: upgrade the anchor when that is done")
+
+    async def pass_all_on(self, channel: socket.socket, accept: Callable[[], None]) -> None:
+        """Let another anchor go on with everything, in the first moment in which nothing is under way.
+
+        Does not return: this process ends then.
+
+        Args:
+            channel: to that one.
+            accept: tells it that it is about to be used.
+
+        Raises:
+            RestartError: not now, or that one does not go on.
+        """
+        self._check_at_rest()
+        if self._systemd.is_there or os.getpid() == 1:
+            raise RestartUnsupported(
+                "this service belongs to systemd, or to a container, which would end it with its first process: "
+                "upgrade it by `ecdysis restart --anchor`"
+            )
+        self._is_upgrading = True
+        try:
+            with anyio.move_on_after(UPGRADE_SECONDS):
+                while not self._is_stopping:
+                    if self._is_at_rest():
+                        accept()
+                        state, descriptors = self._describe_state()
+                        try:
+                            pass_service_on(channel, state, descriptors)
+                        except TakeoverFailed as error:
+                            raise RestartError(str(error)) from error
+                        self.log.info("another process has taken the service over; this one ends")
+                        logging.shutdown()
+                        # As an exec would: nothing is told to anybody, nothing is removed, everything is the other's.
+                        os._exit(0)
+                    await anyio.sleep(UPGRADE_PAUSE_SECONDS)
+            raise RestartInProgress("there was always something under way: try again later")
+        finally:
+            self._is_upgrading = False
+            self.changes.announce()
+
+    def _is_at_rest(self) -> bool:
+        """Hear what the workers have said until now; say whether nothing is under way."""
+        for slot in self.crew.slots:
+            for worker in slot.workers:
+                self._hear_rest(slot, worker)
+        return not self._is_busy and all(worker.line.is_idle for worker in self.crew)
+
     @property
     def _is_busy(self) -> bool:
         is_rolling = self._roll_out is not None and not self._roll_out.over.is_set()
@@ -948,10 +1045,7 @@ class Anchor:
         with anyio.move_on_after(UPGRADE_SECONDS):
             while error is None and not self._is_stopping:
                 with upgrade.blocked_signals():
-                    for slot in self.crew.slots:
-                        for worker in slot.workers:
-                            self._hear_rest(slot, worker)
-                    if not self._is_busy and all(worker.line.is_idle for worker in self.crew):
+                    if self._is_at_rest():
                         try:
                             state, descriptors = self._describe_state()
                             memory = upgrade.seal(state)
@@ -1156,6 +1250,7 @@ class Anchor:
             compare=self._compare,
             workers=self._waits,
             upgrade=self.upgrade,
+            pass_all_on=self.pass_all_on,
             changes=self.changes,
         )
 

@@ -106,10 +106,17 @@ class Restart:
     wait: Callable[[str], Awaitable[RestartReport]]
 
 
+async def _refuse_anchor(channel: socket.socket, accept: Callable[[], None]) -> None:
+    raise RestartUnsupported(
+        "this service has no anchor that another one (`ecdysis run --takeover`) could take the place of: take it over "
+        "by Ecdysis(takeover=...), or stop it"
+    )
+
+
 def _refuse_takeover(spawner: Spawner) -> Restart:
     raise RestartUnsupported(
-        "`ecdysis run` does not hand its sockets over to another process: deploy by `ecdysis restart`, and a new "
-        "version of the library by `ecdysis restart --anchor`"
+        "a service of `ecdysis run` can be taken over by `ecdysis run --takeover` alone: both have an anchor, which "
+        "Ecdysis(takeover=...) has not"
     )
 
 
@@ -138,6 +145,8 @@ class Controlled:
         compare: tells what a restart into a release would change, which has told of itself elsewhere.
         workers: tells of each worker, where there are several, an object with "slot" and "waiting_for", what its
             restart or its drain waits for at this moment.
+        pass_all_on: hands everything over to another anchor, at the end of the channel that it is given, which is to
+            be told before, and does not return; or raises a ``RestartError``.
         upgrade: sees that the new code of the anchor takes over from this one, and returns what makes it do so; or
             raises a ``RestartError``.
     """
@@ -154,6 +163,7 @@ class Controlled:
     begin_takeover: Callable[[Spawner], Restart] = _refuse_takeover
     workers: Callable[[], list[dict[str, Any]]] = list
     upgrade: Callable[[], Awaitable[Callable[[], None]]] = _refuse_upgrade
+    pass_all_on: Callable[[socket.socket, Callable[[], None]], Awaitable[None]] = _refuse_anchor
 
 
 class ControlServer:
@@ -298,6 +308,8 @@ class ControlServer:
                     await client.send("checked", comparison=comparison)
             case {"command": "upgrade"}:
                 await self._upgrade(client)
+            case {"command": "takeover", "anchor": int()}:
+                await self._pass_all_on(client)
             case {"command": "takeover"}:
                 await self._pass_on(client)
             case {"command": "reopen-logs"}:
@@ -384,6 +396,20 @@ class ControlServer:
             # Else it belongs to the restart, and is needed until its end.
             if not is_passed:
                 newcomer.close()
+
+    async def _pass_all_on(self, client: _Client) -> None:
+        """Let the process at the other end be the anchor."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+        def accept() -> None:
+            client.send_with(theirs, "accepted", pid=os.getpid())
+            theirs.close()
+
+        with ours, theirs:
+            try:
+                await self.controlled.pass_all_on(ours, accept)
+            except RestartError as error:
+                await client.send("failed", **_describe(error), report=None)
 
     async def _upgrade(self, client: _Client) -> None:
         begin: Callable[[], None] | None = None

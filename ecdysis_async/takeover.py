@@ -22,8 +22,12 @@ ANSWER_SECONDS = 15.0
 MAX_ANSWER_BYTES = 64 * 1024
 
 
-def ask_for_channel(path: str) -> socket.socket:
+def ask_for_channel(path: str, *, anchor: int | None = None) -> socket.socket:
     """Ask the service with a control socket to hand over; return the channel to it. It blocks: call it in a thread.
+
+    Args:
+        path: the control socket.
+        anchor: for a whole anchor, the format in which this process reads its state (succession.py).
 
     Raises:
         TakeoverFailed: nobody is there, or the service refuses; nothing has changed then.
@@ -40,7 +44,7 @@ def ask_for_channel(path: str) -> socket.socket:
         try:
             # Refused before it was heard: what the service has said to that is there to be read.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                sock.sendall(b'{"command": "takeover"}\n')
+                sock.sendall(json.dumps({"command": "takeover", "anchor": anchor}).encode() + b"\n")
             return _receive(sock, path)
         except TimeoutError as error:
             raise TakeoverFailed(

@@ -22,6 +22,7 @@ TOP_TO_BOTTOM = (
     "target",
     "servers",
     "anchor",
+    "succession",
     "reloading",
     "upgrade",
     "rollout",

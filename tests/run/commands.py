@@ -174,6 +174,10 @@ class Visitors:
         self._thread.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def end(self) -> None:
+        """Visit no more."""
         self._stopping.set()
         self._thread.join()
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
