@@ -15,7 +15,7 @@ from typing import NoReturn
 
 PROJECT = Path(__file__).resolve().parent
 PYTHONS = ("3.11", "3.12", "3.13")
-SLOW = ("anchor", "servers", "systemd", "test_benchmarks.py", "run")
+SLOW = ("anchor", "servers", "systemd", "test_benchmarks.py", "run", "transfer")
 
 
 def run_nox() -> NoReturn:

@@ -657,7 +657,7 @@ class _ServerAcceptor(Acceptor, Adopter):
     ) -> None:
         self.entry = entry
         self.adopter = self
-        self._server = server
+        self.server = server
         self._loop = server.get_loop()
         self._is_asyncio = isinstance(self._loop, asyncio.SelectorEventLoop)
         self._protocol_factory = protocol_factory
@@ -767,8 +767,8 @@ class _ServerAcceptor(Acceptor, Adopter):
 
     def _admit(self, accepted: deque[socket.socket]) -> asyncio.BaseProtocol:
         """Track a connection, and make its protocol."""
-        connection = ServerConnection(self._server, self.entry, accepted.popleft() if accepted else None)
-        self._server.plane.tracker.open(connection)
+        connection = ServerConnection(self.server, self.entry, accepted.popleft() if accepted else None)
+        self.server.plane.tracker.open(connection)
         try:
             return _doorway(connection, self._protocol_factory())
         except BaseException:
@@ -776,16 +776,16 @@ class _ServerAcceptor(Acceptor, Adopter):
             raise
 
     def prepare(self, parcel: Parcel) -> Callable[[socket.socket], Awaitable[None]]:
-        if self._server.moves is None or self._server.is_secure:
+        if self.server.moves is None or self.server.is_secure:
             raise Refused("this server cannot resume connections")
-        protocol = self._context.copy().run(self._server.moves.resume, parcel.release)
+        protocol = self._context.copy().run(self.server.moves.resume, parcel.release)
         return functools.partial(self._resume, protocol, parcel)
 
     async def _resume(self, protocol: asyncio.BaseProtocol, parcel: Parcel, sock: socket.socket) -> None:
         """Attach a connection of the predecessor's to the protocol that goes on with it."""
-        connection = ServerConnection(self._server, self.entry, sock)
+        connection = ServerConnection(self.server, self.entry, sock)
         connection.since = parcel.since
-        self._server.plane.tracker.open(connection)
+        self.server.plane.tracker.open(connection)
         doorway = _doorway(connection, protocol, parcel.release.unread)
         attach = self._loop.connect_accepted_socket(lambda: doorway, sock)
         try:

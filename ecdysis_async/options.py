@@ -333,6 +333,9 @@ class Options:
         aliases=("--graceful-timeout",),
         variables=("ECDYSIS_GRACEFUL_TIMEOUT",),
     )
+    transfer: bool = _option(
+        True, _switch, "Move idle connections to the new release instead of closing them.", shape=Shape.SWITCH
+    )
     probation: float = _option(
         5.0, _seconds, "How long a new release serves before the restart is final.", metavar="SECONDS"
     )

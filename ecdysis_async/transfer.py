@@ -105,7 +105,8 @@ class Sender:
         self._tracker = tracker
         self.log = log
         self._queue: deque[Connection] = deque()
-        self._queued: set[Connection] = set()
+        # What stands in the queue or is on its way: a copy that is sent twice has two readers.
+        self._listed: set[Connection] = set()
         # What is on its way, by the number of its message.
         self._sent: dict[int, list[Connection]] = {}
         self._number = 0
@@ -204,10 +205,10 @@ class Sender:
         size = looks = 0
         while self._queue and len(connections) < self._batch and size < BATCH_BYTES and looks < LOOKS_PER_TURN:
             connection = self._queue.popleft()
-            self._queued.discard(connection)
             looks += 1
             parcel = self._pack(connection)
             if parcel is None:
+                self._listed.discard(connection)
                 continue
             text = json.dumps(parcel.to_json(), separators=(",", ":"), allow_nan=False)
             if len(text) > PARCEL_BYTES:
@@ -243,6 +244,7 @@ class Sender:
             return None
 
     def _keep(self, connection: Connection) -> None:
+        self._listed.discard(connection)
         try:
             connection.keep()
         except Exception:
@@ -250,8 +252,8 @@ class Sender:
 
     def _enqueue(self, connection: Connection) -> None:
         """Let it be looked at, and sent if it can be."""
-        if connection.movable and connection not in self._refused and connection not in self._queued:
-            self._queued.add(connection)
+        if connection.movable and connection not in self._refused and connection not in self._listed:
+            self._listed.add(connection)
             self._queue.append(connection)
             self._news.set()
 
@@ -302,6 +304,7 @@ class Sender:
     def _act(self, connections: list[Connection], taken: set[int], later: set[int]) -> None:
         for index, connection in enumerate(connections):
             if index in taken:
+                self._listed.discard(connection)
                 self._tracker.note_moved(connection)
                 connection.let_go()
                 continue

@@ -18,6 +18,7 @@ from ecdysis_async.asyncio_servers import ServerConnection
 from ecdysis_async.drain import current_connection
 
 from .departure import DRAINING, RESTARTING, Departure
+from .moving import will_move
 
 __all__ = ["Application"]
 
@@ -104,7 +105,7 @@ class Application:
 
     async def _respond(self, scope: Message, receive: Receive, send: Send) -> None:
         async def send_through(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._draining.is_set():
+            if message["type"] == "http.response.start" and self._draining.is_set() and not will_move():
                 message = {**message, "headers": _with_goodbye(message.get("headers", ()))}
             await send(message)
 

@@ -18,6 +18,7 @@ from typing import Any
 import anyio
 import uvicorn
 
+from ecdysis_async.asyncio_servers import GatedServer
 from ecdysis_async.options import Options
 from ecdysis_async.supervisor import Ecdysis
 
@@ -25,6 +26,7 @@ from . import own_options
 from .asgi import Application
 from .departure import Departure
 from .listening import CERT_REQS, make_ssl_context, open_sockets
+from .uvicorn_transfer import make_movable, moves_of
 
 __all__ = ["run", "serve"]
 
@@ -66,7 +68,9 @@ OURS = frozenset(
 )
 
 
-async def serve(ecdysis: Ecdysis, config: uvicorn.Config, socks: Sequence[socket.socket] = ()) -> None:
+async def serve(
+    ecdysis: Ecdysis, config: uvicorn.Config, socks: Sequence[socket.socket] = (), *, transfer: bool = True
+) -> None:
     """Serve an ASGI application until this generation shall leave and its requests are answered.
 
     It announces readiness itself, after the application's start-up. Applications find the event that this generation
@@ -77,6 +81,7 @@ async def serve(ecdysis: Ecdysis, config: uvicorn.Config, socks: Sequence[socket
         ecdysis: entered, on a gated loop (``ecdysis_async.run``).
         config: uvicorn's own; what it says of loops, signals, workers and reloading is not used.
         socks: in place of its host and port, path or descriptor: some of the ``Ecdysis``.
+        transfer: let connections that are idle move to the successor of a restart, with their clients none the wiser.
 
     Raises:
         RuntimeError: the loop is not gated, or the application said no more than that its start-up failed.
@@ -100,8 +105,8 @@ async def serve(ecdysis: Ecdysis, config: uvicorn.Config, socks: Sequence[socket
         raise error.__context__ or error from None
     application = Application(config.loaded_app, departure, _send_goaway)
     config.loaded_app = application
-    config.http_protocol_class = _keep_context(config.http_protocol_class)
-    server = _Server(config, departure, application)
+    config.http_protocol_class = make_movable(_keep_context(config.http_protocol_class))
+    server = _Server(config, departure, application, transfer=transfer)
     await server.serve(list(socks) or None)
 
 
@@ -133,12 +138,15 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
         ssl_ca_certs=options.ca_certs,
         **given,
     )
-    await serve(ecdysis, config, await open_sockets(options))
+    await serve(ecdysis, config, await open_sockets(options), transfer=options.transfer)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, departure: Departure, application: Application) -> None:
+    def __init__(
+        self, config: uvicorn.Config, departure: Departure, application: Application, *, transfer: bool
+    ) -> None:
         super().__init__(config)
+        self._transfers = transfer
         self._departure = departure
         self._application = application
 
@@ -152,6 +160,10 @@ class _Server(uvicorn.Server):
             await super().startup(sockets)
         except SystemExit as error:
             raise self._application.failure or error.__context__ or error from None
+        if self._transfers:
+            for server in self.servers:
+                if isinstance(server, GatedServer):
+                    server.moves = moves_of(server, self.config.http_protocol_class)
         # Makes the headers of the first responses, which may be asked for before the main loop's first turn.
         await self.on_tick(0)
         await self._departure.ecdysis.ready()

@@ -153,7 +153,12 @@ class Asgi:
 
 
 async def serve_by_uvicorn(
-    ecdysis: Ecdysis, directory: Path, http: Any = "httptools", ws: Any = "websockets-sansio"
+    ecdysis: Ecdysis,
+    directory: Path,
+    http: Any = "httptools",
+    ws: Any = "websockets-sansio",
+    *,
+    transfer: bool = False,
 ) -> None:
     import uvicorn
 
@@ -162,7 +167,7 @@ async def serve_by_uvicorn(
     config = uvicorn.Config(
         Asgi(directory), port=0, http=http, ws=ws, timeout_keep_alive=60, access_log=False, log_level="warning"
     )
-    await adapter.serve(ecdysis, config)
+    await adapter.serve(ecdysis, config, transfer=transfer)
 
 
 async def serve_by_hypercorn(ecdysis: Ecdysis, directory: Path) -> None:
@@ -224,6 +229,9 @@ async def serve_by_aiohttp(ecdysis: Ecdysis, directory: Path) -> None:
 SERVE: dict[str, Callable[[Ecdysis, Path], Awaitable[None]]] = {
     "uvicorn": serve_by_uvicorn,
     "uvicorn-h11": functools.partial(serve_by_uvicorn, http="h11", ws="wsproto"),
+    # Their idle connections move; those of the two above take leave.
+    "uvicorn-moving": functools.partial(serve_by_uvicorn, transfer=True),
+    "uvicorn-h11-moving": functools.partial(serve_by_uvicorn, http="h11", ws="wsproto", transfer=True),
     "hypercorn": serve_by_hypercorn,
     "aiohttp": serve_by_aiohttp,
 }

@@ -1,0 +1,83 @@
+"""How the connections of other people's servers move to a successor, as far as their structure lets them.
+
+Between two requests a connection of HTTP/1.1 is like one that was just accepted: nothing of it is in user space but
+what a server shows, or hides. Whoever has read no byte yet moves with every server: the kernel says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import socket
+import struct
+import termios
+from typing import Any, Final
+
+from ecdysis_async.asyncio_servers import GatedServer, Moves, ServerConnection
+from ecdysis_async.drain import current_connection
+from ecdysis_async.parcel import Refused, Release
+from ecdysis_async.plane import Plane
+
+__all__ = ["IDLE", "FreshMoves", "let_fresh_ones_move", "will_move"]
+
+IDLE: Final = "http/1.1"
+"""The kind of what moves between two requests; any server of HTTP/1.1 goes on with it."""
+
+# struct tcp_info of linux/tcp.h: how many bytes were received, in the order and with the alignment of this machine.
+TCP_INFO_BYTES = 136
+BYTES_RECEIVED = 128
+
+
+class FreshMoves(Moves):
+    """Connections that nobody has read from."""
+
+    # Whether it also moves connections that have had a response.
+    keeps_alive = False
+
+    def __init__(self, server: GatedServer) -> None:
+        self._make = server.protocol_factory
+
+    def pack(self, connection: ServerConnection, protocol: Any) -> Release | None:
+        return Release(kind=IDLE) if _is_unread(connection.fileno()) else None
+
+    def resume(self, release: Release) -> asyncio.BaseProtocol:
+        if release.kind != IDLE:
+            raise Refused(f"this server does not go on with connections of the kind {release.kind!r}")
+        return self._make()
+
+
+def let_fresh_ones_move(plane: Plane) -> None:
+    """Let connections of all servers move that have no other way, as long as nobody has read from them."""
+    for acceptor in plane.gate.acceptors:
+        server = getattr(acceptor, "server", None)
+        if isinstance(server, GatedServer) and server.moves is None:
+            server.moves = FreshMoves(server)
+
+
+def will_move() -> bool:
+    """Say whether the connection of the running request moves to a successor when it is answered.
+
+    Then there is nothing to say goodbye for.
+    """
+    connection = current_connection.get()
+    if not isinstance(connection, ServerConnection) or not connection.server.plane.tracker.moves:
+        return False
+    moves = connection.server.moves
+    return connection.movable and (not isinstance(moves, FreshMoves) or moves.keeps_alive)
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Say whether no byte of a TCP connection was read yet; a peer that has sent its end counts as read."""
+    with socket.socket(fileno=descriptor) as sock:
+        try:
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+        except OSError:
+            # A Unix socket: the kernel does not count.
+            return False
+        finally:
+            sock.detach()
+    if len(info) < TCP_INFO_BYTES:
+        return False
+    (received,) = struct.unpack_from("@Q", info, BYTES_RECEIVED)
+    (waiting,) = struct.unpack("@i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))
+    return bool(received == waiting)
