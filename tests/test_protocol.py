@@ -80,7 +80,12 @@ def test_the_final_states() -> None:
         Predecessor.SETTLED,
         Predecessor.STOPPED,
     }
-    assert {state for state in Successor if state.final} == {Successor.SETTLED, Successor.ABORTED, Successor.STOPPED}
+    assert {state for state in Successor if state.final} == {
+        Successor.SETTLED,
+        Successor.ABORTED,
+        Successor.STOPPED,
+        Successor.RETURNED,
+    }
 
 
 @pytest.mark.parametrize("state", [state for state in Predecessor if state.final])

@@ -23,6 +23,7 @@ from aiohttp.typedefs import Handler, Middleware
 from ecdysis_async.asyncio_servers import ServerConnection
 from ecdysis_async.drain import current_connection
 from ecdysis_async.errors import StartupError
+from ecdysis_async.line import count_request
 from ecdysis_async.options import Options
 from ecdysis_async.settings import StrPath
 from ecdysis_async.supervisor import Ecdysis
@@ -152,6 +153,7 @@ class _Clients:
     @web.middleware
     async def note_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Know a connection that makes a request, and its task, which lives as long as it does."""
+        count_request()
         connection = current_connection.get()
         if not isinstance(connection, ServerConnection):
             return await handler(request)

@@ -16,6 +16,7 @@ from typing import Any
 from ecdysis_async.accept import AcceptedConnection
 from ecdysis_async.asyncio_servers import ServerConnection
 from ecdysis_async.drain import current_connection
+from ecdysis_async.line import count_request
 
 from .departure import DRAINING, RESTARTING, Departure
 from .moving import will_move
@@ -60,6 +61,7 @@ class Application:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
+        count_request()
         scope.setdefault("state", {})[DRAINING] = self._draining
         with self._in_progress():
             if scope["type"] == "websocket":

@@ -62,6 +62,8 @@ def test_a_release_that_fails_in_one_slot_is_taken_back_in_all(run_anchor: Run) 
         (new,) = set(service.workers().values()) - set(before.values())
         clients.wait_for(new)
         with service.hold(new) as busy:
+            with pytest.raises(client.CommandFailed, match="workers are being started or replaced"):
+                client.upgrade(service.control, lambda event: None)
             service.release()
             failure = failing.result()
             assert failure.code is Exit.ROLLED_BACK
