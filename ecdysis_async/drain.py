@@ -390,6 +390,11 @@ class Tracker:
             self._awaited = None
         self._bystander.interrupt()
 
+    @property
+    def is_hurried(self) -> bool:
+        """Whether the deadline was made now."""
+        return self._hurried
+
     def hurry(self) -> None:
         """Make the deadline of this drain, or of the one to come, now: only a last goodbye is waited for.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 
 import anyio
 
@@ -69,6 +70,11 @@ class Gate:
     def acceptors(self) -> tuple[Acceptor, ...]:
         """Those that were added and not ended, in the order they came."""
         return tuple(self._acceptors)
+
+    @property
+    def open_acceptors(self) -> AbstractSet[Acceptor]:
+        """Those that accept at this moment."""
+        return self._open
 
     async def add(self, acceptor: Acceptor) -> None:
         """Put an acceptor behind the gate; it is opened at once where the gate stands open.

@@ -131,6 +131,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         self._spawner = spawner or self._spawn
         self._process: Child | None = None
         self._peer: Peer | None = None
+        # Known once the peer can be asked no more.
+        self._is_successor_dead = False
         self._gone = anyio.Event()
         # Not set while this side is to accept again and does not yet.
         self._resumed = anyio.Event()
@@ -157,6 +159,11 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             Predecessor.STOPPING,
             Predecessor.FAILED,
         )
+
+    @property
+    def successor_is_dead(self) -> bool:
+        """Whether the successor has ended, or there never was one."""
+        return self._is_successor_dead or self._peer is None or self._peer.is_dead()
 
     async def run(self) -> None:
         """Carry the restart out, to its very end: after it has settled, until the successor ends or this is cancelled.
@@ -545,8 +552,10 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 self.post(PredecessorEvent.PAUSED)
 
     async def conclude(self) -> None:
-        # A next restart must not begin earlier: this side would open its gate next to that one's successor.
-        await self._resumed.wait()
+        # A next restart must not begin earlier: this side would open its gate next to that one's successor. Where the
+        # service stops, there is none to come, and nothing to open.
+        if self.state is not Predecessor.STOPPED:
+            await self._resumed.wait()
 
     async def _resume(self) -> None:
         """Accept again; there is no successor, and nobody else to do it, so it has to work in the end.
@@ -651,6 +660,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
     def _close(self) -> None:
         self._stash.close()
         if self._peer is not None:
+            self._is_successor_dead = self.successor_is_dead
             self._peer.close()
         if self._stderr is not None:
             self._stderr.close()

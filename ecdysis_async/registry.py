@@ -6,12 +6,16 @@ Nothing in this module waits or accepts, and nothing listens before the supervis
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import enum
 import errno
 import os
 import select
 import socket
 import stat
+import struct
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +33,21 @@ EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - what no host stands for, by the conven
 
 # sun_path has 108 bytes (unix(7)), the last of which is the NUL that ends a path.
 MAX_UNIX_PATH = 107
+
+
+# A filter of Berkeley's (socket(7), SO_ATTACH_FILTER): of what comes to a listening socket it drops each segment with
+# SYN and without ACK, which is how a connection begins. It is shown the segment from its TCP header on, where byte 13
+# has the flags. Code, jump if true, jump if not, constant: struct sock_filter of linux/filter.h.
+_SO_ATTACH_FILTER = 26
+_INSTRUCTION = struct.Struct("@HBBI")
+_PROGRAM = struct.Struct("@HP")
+_NO_NEWCOMERS = (
+    (0x30, 0, 0, 13),  # load that byte
+    (0x54, 0, 0, 0x12),  # of which these two flags: ACK and SYN
+    (0x15, 0, 1, 0x02),  # SYN alone?
+    (0x06, 0, 0, 0),  # then drop it
+    (0x06, 0, 0, 0xFFFFFFFF),  # else pass it on, whole
+)
 
 
 class Kind(enum.Enum):
@@ -86,6 +105,7 @@ class Entry:
         claimed: whether this generation has asked for it.
         inode: device and inode of its path, where the service made that path; else None.
         number: the descriptor that the service manager passed it by to the first generation; None for all others.
+        adopted: whether the application made it: then other processes may have it, and accept from it, as well.
     """
 
     name: str
@@ -98,6 +118,7 @@ class Entry:
     claimed: bool = True
     inode: tuple[int, int] | None = None
     number: int | None = None
+    adopted: bool = False
 
     def __str__(self) -> str:
         # Its name, and where it really is, if the name does not tell: a port that the kernel has chosen.
@@ -106,7 +127,7 @@ class Entry:
 
     def start_listening(self) -> None:
         """Let clients queue. Does nothing for a socket that listens already, or that has no queue of connections."""
-        if self.sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+        if not self.has_queue:
             return
         # A connected socket that was adopted has no queue either.
         if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or _is_connected(self.sock):
@@ -121,6 +142,32 @@ class Entry:
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         return bool(poll.poll(0))
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether clients wait here to be accepted: connections are made, and reset where the socket is closed."""
+        return self.sock.type in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
+
+    def refuse_newcomers(self) -> None:
+        """Let nobody queue any more, while those who do can still be accepted. There is no way back.
+
+        Whoever comes to a Unix socket finds no path any more. Whoever comes to a TCP port finds it silent, and asks
+        again in a second (tcp(7), the SYN that is repeated), when the socket is closed. Nothing changes where somebody
+        else may accept from this socket as well: what the service did not make itself.
+        """
+        if self.adopted or self.number is not None:
+            return
+        if self.is_at_its_path():
+            os.unlink(self.address)
+        elif self.kind is Kind.TCP and sys.platform == "linux":
+            program = ctypes.create_string_buffer(b"".join(_INSTRUCTION.pack(*each) for each in _NO_NEWCOMERS))
+            # A kernel without it: then they are reset where the time for the queue is up, as they always were.
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(
+                    socket.SOL_SOCKET,
+                    _SO_ATTACH_FILTER,
+                    _PROGRAM.pack(len(_NO_NEWCOMERS), ctypes.addressof(program)),
+                )
 
     def is_at_its_path(self) -> bool:
         """Say whether its path still leads to this very socket."""
@@ -164,12 +211,21 @@ class Registry:
                 raise DescriptorMismatch(f"{len(rest)} descriptors came with {len(descriptions)} descriptions")
             for description in descriptions:
                 name, address, inode, number = _parse(description)
+                adopted = description.get("adopted") is True
                 # Family, type and protocol come from the kernel: with another protocol asyncio does not set
                 # TCP_NODELAY, which costs 44 ms per keep-alive request (DESIGN.md, trap 19).
                 sock = socket.socket(fileno=rest[0])
                 del rest[0]
                 entry = Entry(
-                    name, _kind(sock), address, sock, inherited=True, claimed=False, inode=inode, number=number
+                    name,
+                    _kind(sock),
+                    address,
+                    sock,
+                    inherited=True,
+                    claimed=False,
+                    inode=inode,
+                    number=number,
+                    adopted=adopted,
                 )
                 entries.append(entry)
                 sock.set_inheritable(False)
@@ -231,6 +287,7 @@ class Registry:
         descriptions: list[dict[str, Any]] = [
             {"name": entry.name, "address": entry.address, "inode": entry.inode}
             | ({} if entry.number is None else {"number": entry.number})
+            | ({"adopted": True} if entry.adopted else {})
             for entry in chosen
         ]
         return descriptions, [entry.sock.fileno() for entry in chosen]
@@ -342,7 +399,7 @@ class Registry:
             return claimed
         sock.set_inheritable(False)
         sock.setblocking(False)
-        entry = Entry(name, _kind(sock), _address_of(sock), sock, until)
+        entry = Entry(name, _kind(sock), _address_of(sock), sock, until, adopted=True)
         self._entries.append(entry)
         return entry
 

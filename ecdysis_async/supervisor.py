@@ -42,7 +42,7 @@ from .errors import (
     RestartUnsupported,
     RestartWhileDraining,
 )
-from .gate import Gate
+from .gate import Acceptor, Gate
 from .generation import Generation, Numbered, Spawner
 from .handover import Handover
 from .inheritance import Inheritance
@@ -65,7 +65,7 @@ from .status import (
     describe_wait,
     report_of,
 )
-from .systemd import check_unit, claim_activation, find_systemd
+from .systemd import check_unit, claim_activation, find_systemd, forbid_restart
 from .takeover import ask_for_channel
 from .threads import run_in_thread
 from .transfer import Receiver, Sender
@@ -222,10 +222,13 @@ class Ecdysis:
         self._systemd = find_systemd(False if line.is_worker() else systemd)
         self._takes_activation = systemd is not False
         self._store = DescriptorStore(self._systemd, os.environ.get("FDSTORE", ""))
+        # Why a restart would end the systemd unit that this process is in, if it would.
+        self._unit_end: str | None = None
         self._control_path = locate(control_socket) if control_socket is not None else None
         self._takeover_path = locate(takeover) if takeover is not None else None
         self._control: ControlServer | None = None
         self._state = State.STARTING
+        self._entered: Generation | None = None
         self._registry = Registry()
         self._gate = Gate()
         self._tracker = Tracker()
@@ -237,6 +240,8 @@ class Ecdysis:
         self._last_report: RestartReport | None = None
         self._pid_file = PidFile(self._settings.pid_file) if self._settings.pid_file is not None else None
         self._signals: SignalReceiver | None = None
+        # Whether this generation was ever to accept, once it leaves.
+        self._has_served = False
         self._stopping = False
         self._stops_partially = False
         self._failure: str | None = None
@@ -300,6 +305,20 @@ class Ecdysis:
 
     # The block
 
+    def _require_entered(self) -> Generation:
+        if self._entered is None:
+            raise RuntimeError("this Ecdysis was not entered: do this inside `async with Ecdysis() as ecdysis:`")
+        return self._entered
+
+    @property
+    def _generation(self) -> Generation:
+        return self._require_entered()
+
+    @property
+    def _sockets(self) -> Registry:
+        # What is asked for before the block would be created, and never inherited.
+        return self._require_entered().plane.registry
+
     async def __aenter__(self) -> Self:
         global _current
         if self._state is not State.STARTING or self.pid != os.getpid():
@@ -317,7 +336,7 @@ class Ecdysis:
         self._resources = ExitStack()
         self._task_group = anyio.create_task_group()
         plane = planes.Plane(self._registry, self._gate, self._tracker, self._task_group)
-        self._generation = Generation(
+        self._entered = Generation(
             1,
             self._settings,
             plane,
@@ -347,8 +366,9 @@ class Ecdysis:
             else:
                 if self._takes_activation:
                     self._registry.activate(self._store.recover(take_activation(), self._registry))
-                if self._takes_activation and (complaint := check_unit()) is not None:
-                    self._generation.log.warning("%s", complaint)
+                    self._unit_end = forbid_restart()
+                    if (complaint := check_unit()) is not None:
+                        self._generation.log.warning("%s", complaint)
             if self._control_path is not None:
                 self._control = ControlServer(self._control_path, plane, self._controlled())
                 self._resources.callback(self._control.close)
@@ -524,7 +544,9 @@ class Ecdysis:
 
         Raises:
             OSError: a socket cannot listen, or the pid file cannot be written.
+            RuntimeError: the block was not entered.
         """
+        self._require_entered()
         if self._state is not State.STARTING:
             return
         if self._pid_file is not None:
@@ -575,7 +597,11 @@ class Ecdysis:
         """Return when this generation shall leave: its successor has settled, or the service is to stop.
 
         Leaving the block then drains.
+
+        Raises:
+            RuntimeError: the block was not entered.
         """
+        self._require_entered()
         await self._finished.wait()
 
     async def serve_forever(self) -> None:
@@ -779,7 +805,7 @@ class Ecdysis:
         Raises:
             ValueError: the host is no address. OSError: the address cannot be bound.
         """
-        entry = self._registry.listen_tcp(host, port, name=name, until=until, backlog=backlog, reuse_port=reuse_port)
+        entry = self._sockets.listen_tcp(host, port, name=name, until=until, backlog=backlog, reuse_port=reuse_port)
         return entry.sock
 
     def listen_unix(
@@ -792,7 +818,7 @@ class Ecdysis:
         mode: int | None = None,
     ) -> socket.socket:
         """Return a Unix stream socket for connections, as :meth:`listen_tcp`; ``@name`` is an abstract address."""
-        return self._registry.listen_unix(path, name=name, until=until, backlog=backlog, mode=mode).sock
+        return self._sockets.listen_unix(path, name=name, until=until, backlog=backlog, mode=mode).sock
 
     def listen_fd(self, name: str | int, *, until: Until | str = Until.DRAIN) -> socket.socket:
         """Return a socket that systemd has passed (socket activation), wherever it listens.
@@ -808,7 +834,7 @@ class Ecdysis:
         Raises:
             LookupError: there is none, or it is claimed already.
         """
-        return self._registry.claim(name, until=until).sock
+        return self._sockets.claim(name, until=until).sock
 
     def listen_seqpacket(
         self,
@@ -820,7 +846,7 @@ class Ecdysis:
         mode: int | None = None,
     ) -> socket.socket:
         """Return a Unix socket for connections that keep the boundaries of messages, as :meth:`listen_unix`."""
-        return self._registry.listen_seqpacket(path, name=name, until=until, backlog=backlog, mode=mode).sock
+        return self._sockets.listen_seqpacket(path, name=name, until=until, backlog=backlog, mode=mode).sock
 
     def bind_udp(
         self,
@@ -832,20 +858,20 @@ class Ecdysis:
         reuse_port: bool = False,
     ) -> socket.socket:
         """Return a UDP socket, as :meth:`listen_tcp`; it is read between commit and pause only."""
-        return self._registry.bind_udp(host, port, name=name, until=until, reuse_port=reuse_port).sock
+        return self._sockets.bind_udp(host, port, name=name, until=until, reuse_port=reuse_port).sock
 
     def bind_unix_datagram(
         self, path: StrPath, *, name: str | None = None, until: Until | str = Until.DRAIN, mode: int | None = None
     ) -> socket.socket:
         """Return a Unix datagram socket, as :meth:`listen_unix`."""
-        return self._registry.bind_unix_datagram(path, name=name, until=until, mode=mode).sock
+        return self._sockets.bind_unix_datagram(path, name=name, until=until, mode=mode).sock
 
     def adopt(self, sock: socket.socket, *, name: str, until: Until | str = Until.DRAIN) -> socket.socket:
         """Register a socket that the application has made; return the one to use.
 
         That is the predecessor's where it has one of this name, and the given one is closed then.
         """
-        return self._registry.adopt(sock, name=name, until=until).sock
+        return self._sockets.adopt(sock, name=name, until=until).sock
 
     # asyncio and uvloop
 
@@ -942,6 +968,7 @@ class Ecdysis:
         self._duty = Duty(sock, self._generation.plane, orders)
         self._resources.callback(self._duty.close)
         self._registry.owns_paths = False
+        self._generation.shares_sockets = True
         self._pid_file = self._control_path = None
         # The others are caught since the import (line.py).
         self._settings = dataclasses.replace(self._settings, restart_signals=(), stop_signals=(signal.SIGTERM,))
@@ -1031,6 +1058,8 @@ class Ecdysis:
                 "this process is PID 1 and must not leave: a restart would end the container. "
                 "Run the service by `ecdysis run`, which keeps one process in front of all generations"
             )
+        if self._unit_end is not None:
+            raise RestartUnsupported(self._unit_end)
         if self._duty is not None:
             spawner = self._duty.spawn
         handover = Handover(self._generation, self._on_handover, spawner=spawner, number=number)
@@ -1321,11 +1350,13 @@ class Ecdysis:
     def _leave(self) -> None:
         """Accept no more, and begin to drain; there is no way back."""
         if self._state not in (State.DRAINING, State.ENDED):
+            # Committed, and stopped before it could note that it accepts: so is a successor that stops at that moment.
+            is_committed = self._inheritance is not None and self._inheritance.state is Successor.STOPPED
+            self._has_served = self._state in (State.SERVING, State.PAUSED) or is_committed
             self._state = State.DRAINING
             # Known to everybody who learns that this generation leaves: then nobody is to be sent away.
             self._tracker.moves = self._has_heir
             self._tracker.draining.set()
-            self._finished.set()
             if not self._has_heir:
                 self._systemd.ask_for_time(self._settings.drain_timeout + LEEWAY_SECONDS)
                 if not self._stops_partially:
@@ -1338,6 +1369,11 @@ class Ecdysis:
         with anyio.CancelScope(shield=True):
             await self._leaving.wait()
             try:
+                try:
+                    await self._end_accepting()
+                finally:
+                    # Only now: whoever hears of it may close its servers, and those who queue there are to be answered.
+                    self._finished.set()
                 await self._drain()
             except Exception:
                 # Whatever it is: what has drained has, and the rest ends with this process.
@@ -1345,11 +1381,11 @@ class Ecdysis:
             finally:
                 self._drained.set()
 
-    async def _drain(self) -> None:
-        begun = anyio.current_time()
-        log, timeout = self._generation.log, self._settings.drain_timeout
-        self._drain_deadline = begun + timeout
-        self._announce()
+    async def _end_accepting(self) -> None:
+        """Accept no more, for good; what waits in a queue that nobody goes on with is answered first."""
+        if self._handover is not None and self._handover.state is Predecessor.STOPPING:
+            # The successor is being ended; where the commit had failed, it may accept until it is dead.
+            await self._handover.over.wait()
         async with self._generation.gate_lock:
             if self._has_heir:
                 assert self._handover is not None
@@ -1359,7 +1395,32 @@ class Ecdysis:
                         await self._finish_queue(entry)
                 await self._gate.end()
             else:
+                if self._is_last():
+                    await self._answer_queues()
                 await self._gate.end(spare=lambda entry: entry.until is Until.EXIT)
+
+    def _is_last(self) -> bool:
+        """Say whether no generation of this slot will accept after this one; where in doubt, another one will (G2)."""
+        if not self._has_served:
+            return False
+        if self._inheritance is not None and self._inheritance.state not in (Successor.SETTLED, Successor.STOPPED):
+            return False
+        # A successor that has stopped by itself during its probation answers, for as long as it lives.
+        return self._handover is None or self._handover.successor_is_dead
+
+    async def _answer_queues(self) -> None:
+        acceptors = [each for each in self._gate.acceptors if each.entry.until is Until.DRAIN and each.entry.has_queue]
+        # Newcomers are the others', or the next start's, where there are other workers, or systemd keeps the sockets.
+        if not (self._generation.shares_sockets or self._store.is_there):
+            for acceptor in acceptors:
+                acceptor.entry.refuse_newcomers()
+        await self._empty(acceptors)
+
+    async def _drain(self) -> None:
+        begun = anyio.current_time()
+        log, timeout = self._generation.log, self._settings.drain_timeout
+        self._drain_deadline = begun + timeout
+        self._announce()
         log.info("draining %d connections, for %g seconds at the most", len(self._tracker), timeout)
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(self._tell_progress)
@@ -1369,6 +1430,8 @@ class Ecdysis:
                 await self._tracker.drain(timeout, kinds=(Until.DRAIN,))
             task_group.cancel_scope.cancel()
         async with self._generation.gate_lock:
+            if self._is_last():
+                await self._empty([each for each in self._gate.acceptors if each.entry.has_queue])
             await self._gate.end()
         await self._tracker.drain(min(EXIT_SECONDS, timeout))
         count = self._tracker.count
@@ -1405,18 +1468,35 @@ class Ecdysis:
     async def _finish_queue(self, entry: Entry) -> None:
         """Answer everyone who waits on a socket that nobody inherited, and close it."""
         acceptors = [acceptor for acceptor in self._gate.acceptors if acceptor.entry is entry]
-        with anyio.move_on_after(FLUSH_SECONDS):
-            # A connection may come between the last look and the pause: then once more.
-            while acceptors and entry.is_waited_for():
-                for acceptor in acceptors:
-                    await self._gate.open_one(acceptor)
-                while entry.is_waited_for():  # noqa: ASYNC110 - the kernel's queue has no event for "empty"
-                    await anyio.sleep(FLUSH_POLL_SECONDS)
-                for acceptor in acceptors:
-                    await self._gate.pause_one(acceptor)
+        await self._empty(acceptors)
         for acceptor in acceptors:
             await self._gate.remove(acceptor)
         self._registry.release(entry, unlink=True)
+
+    async def _empty(self, acceptors: Collection[Acceptor]) -> None:
+        """Accept whatever waits, and then no more; after a while, or in a hurry, though somebody waits."""
+        deadline = anyio.current_time() + min(FLUSH_SECONDS, self._settings.drain_timeout)
+
+        def is_time() -> bool:
+            return anyio.current_time() < deadline and not self._tracker.is_hurried
+
+        while True:
+            is_open = self._gate.open_acceptors
+            while is_time() and any(each in is_open and each.entry.is_waited_for() for each in acceptors):  # noqa: ASYNC110
+                # The kernel's queue has no event for "empty".
+                await anyio.sleep(FLUSH_POLL_SECONDS)
+            for acceptor in acceptors:
+                await self._gate.pause_one(acceptor)
+            # One may come between the last look and the pause: then once more.
+            waiting = [each for each in acceptors if each in self._gate.acceptors and each.entry.is_waited_for()]
+            if not waiting or not is_time():
+                return
+            try:
+                for acceptor in waiting:
+                    await self._gate.open_one(acceptor)
+            except OSError:
+                self._generation.log.exception("those who wait to be accepted cannot be answered")
+                return
 
 
 def _require_asyncio() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 import anyio
 
-__all__ = ["Systemd", "check_unit", "claim_activation", "find_systemd"]
+__all__ = ["Systemd", "check_unit", "claim_activation", "find_systemd", "forbid_restart"]
 
 logger = logging.getLogger("ecdysis_async")
 
@@ -91,25 +91,37 @@ def _read_watchdog() -> float | None:
     return int(microseconds) / 1e6 if is_ours and microseconds.isdecimal() and int(microseconds) else None
 
 
+def forbid_restart() -> str | None:
+    """Return why a restart would end the unit that this first generation runs in, and what to do; None if it would not.
+
+    systemd itself has executed this process (SYSTEMD_EXEC_PID, systemd.exec(5), since 248), and has given it no socket
+    to say on that another process is the main one from now on. Only a unit that lives as long as any of its processes
+    (ExitType=cgroup) would outlive that, and a process cannot know it: ``systemd=False`` says so.
+    """
+    if os.environ.get("SYSTEMD_EXEC_PID") != str(os.getpid()) or os.environ.get("NOTIFY_SOCKET"):
+        return None
+    return (
+        "this service of systemd has no notification socket: a restart would end it, because systemd takes the exit of "
+        "the old process for the end of the service. Put Type=notify into the unit's [Service]; or set systemd=False "
+        "if the unit says ExitType=cgroup"
+    )
+
+
 def check_unit() -> str | None:
     """Return what is wrong with the unit of this first generation, as far as a process can know; else None.
 
-    It can know whether systemd itself executed it (SYSTEMD_EXEC_PID, systemd.exec(5), since 248) and whether it gave
-    it a notification socket. It can know neither Type= nor which NotifyAccess= it is other than "none".
+    Besides what forbids a restart that is a wrapper, where systemd has executed another process, which has started this
+    one. Which NotifyAccess= there is, other than "none", a process cannot know.
     """
+    if (reason := forbid_restart()) is not None:
+        return reason
     executed = os.environ.get("SYSTEMD_EXEC_PID", "")
-    is_executed = executed == str(os.getpid())
-    if is_executed and not os.environ.get("NOTIFY_SOCKET"):
-        return (
-            "this service of systemd has no notification socket: the first restart would end it, because systemd "
-            "takes the exit of the old process for the end of the service. Put Type=notify into the unit's [Service]"
-        )
-    if executed and not is_executed and os.environ.get("NOTIFY_SOCKET"):
-        return (
-            f"the unit's main process is pid {executed} and not this one, so systemd hears nothing from here unless "
-            "the unit says NotifyAccess=all. Start this program without a wrapper, or by `exec` (ExecStart=)"
-        )
-    return None
+    if executed in ("", str(os.getpid())) or not os.environ.get("NOTIFY_SOCKET"):
+        return None
+    return (
+        f"the unit's main process is pid {executed} and not this one, so systemd hears nothing from here unless "
+        "the unit says NotifyAccess=all. Start this program without a wrapper, or by `exec` (ExecStart=)"
+    )
 
 
 class Systemd:

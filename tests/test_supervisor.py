@@ -58,3 +58,20 @@ async def test_a_cancellation_during_the_drain_hurries_it_and_goes_on(backend: s
     for writer in writers:
         writer.close()
         await writer.wait_closed()
+
+
+async def test_before_the_block_there_is_a_clear_error(backend: str) -> None:
+    ecdysis = Ecdysis(restart_signals=(), stop_signals=())
+    for ask in (ecdysis.ready, ecdysis.finished, ecdysis.serve_forever):
+        with pytest.raises(RuntimeError, match="not entered"):
+            await ask()
+    with pytest.raises(RuntimeError, match="not entered"):
+        ecdysis.stop()
+    # A socket that was made here no successor would inherit.
+    with pytest.raises(RuntimeError, match="not entered"):
+        ecdysis.listen_tcp("127.0.0.1", 0)
+    with pytest.raises(RuntimeError, match="not entered"):
+        _ = ecdysis.generation
+    async with ecdysis:
+        await ecdysis.ready()
+        assert ecdysis.generation == 1

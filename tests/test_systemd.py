@@ -16,10 +16,11 @@ import anyio.to_thread
 import psutil
 import pytest
 
+from ecdysis_async import Ecdysis, RestartUnsupported, SpawnFailed, State
 from ecdysis_async.peer import wait_for_death
 from ecdysis_async.registry import Registry
 from ecdysis_async.spawn import Launch, Process, spawn
-from ecdysis_async.systemd import Systemd, check_unit, claim_activation, find_systemd
+from ecdysis_async.systemd import Systemd, check_unit, claim_activation, find_systemd, forbid_restart
 from tests.handoff.harness import set_subreaper
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -180,13 +181,29 @@ def test_the_watchdog_holds_for_this_process(
 
 
 def test_a_unit_that_cannot_work_is_told_what_to_change(environment: Callable[..., None]) -> None:
-    assert check_unit() is None
+    assert check_unit() is forbid_restart() is None
     environment(SYSTEMD_EXEC_PID=str(os.getpid()))
     assert "Type=notify" in (check_unit() or "")
+    assert forbid_restart() == check_unit()
     environment(NOTIFY_SOCKET="@x")
-    assert check_unit() is None
+    assert check_unit() is forbid_restart() is None
     environment(SYSTEMD_EXEC_PID="1")
     assert "NotifyAccess=all" in (check_unit() or "")
+    assert forbid_restart() is None
+
+
+async def test_a_restart_that_would_end_the_unit_is_refused(backend: str, environment: Callable[..., None]) -> None:
+    environment(SYSTEMD_EXEC_PID=str(os.getpid()))
+    async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
+        await ecdysis.ready()
+        with pytest.raises(RestartUnsupported, match="Type=notify"):
+            await ecdysis.restart()
+        assert ecdysis.state is State.SERVING
+    # Whoever says that there is no systemd to be asked is taken at their word.
+    async with Ecdysis(restart_signals=(), stop_signals=(), systemd=False, command=["/does/not/exist"]) as ecdysis:
+        await ecdysis.ready()
+        with pytest.raises(SpawnFailed):
+            await ecdysis.restart()
 
 
 # Run as another program, because it is for the descriptors from 3 on of a process that was just executed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import signal
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,10 +25,11 @@ LIMITS = {"PAUSE_SECONDS": 5.0, "SERVING_SECONDS": 1.5, "END_GRACE_SECONDS": 0.3
 
 
 def on_loops_in_turn(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Give each case one loop: what is tested here is the protocol, which all of them share."""
+    """Give each case one loop, and another one on each Python: what is tested is the protocol, which all share."""
+    loops = itertools.islice(itertools.cycle(LOOPS), sys.version_info.minor % len(LOOPS), None)
     return [
         pytest.param(loop, *case, id="-".join([*map(str, case[:3]), loop]))
-        for loop, case in zip(itertools.cycle(LOOPS), cases, strict=False)
+        for loop, case in zip(loops, cases, strict=False)
     ]
 
 

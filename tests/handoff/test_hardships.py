@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from tests.handoff.harness import SERVICE, Clients, Conversation, Refused, Service
+from tests.handoff.test_restarts import CANCELLABLE_RESTART, SLOW_PAUSE
 
 Run = Callable[..., Service]
 
 FIRST = ["listen_tcp", ["127.0.0.1", 0], {}]
 
-every_loop = pytest.mark.backends("asyncio", "uvloop", "anyio", "trio")
 
-
-@every_loop
+@pytest.mark.backends("asyncio", "trio")
 def test_a_successor_writes_to_stderr_while_its_predecessor_dies(backend: str, run_service: Run) -> None:
     """The pipe that stands in the place of its stderr does not break with the predecessor, before it is told."""
     service = run_service(backend)
@@ -46,7 +45,7 @@ helper = subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.P
 """
 
 
-@every_loop
+@pytest.mark.backends("uvloop", "anyio")
 def test_a_process_started_before_ready_writes_on_when_the_predecessor_is_gone(backend: str, run_service: Run) -> None:
     service = run_service(backend)
     first = service.pids[0]
@@ -59,7 +58,7 @@ def test_a_process_started_before_ready_writes_on_when_the_predecessor_is_gone(b
     service.wait_for_log("helped twice")
 
 
-@every_loop
+@pytest.mark.backends("anyio", "trio")
 def test_a_promotion_closes_what_nobody_claims(backend: str, run_service: Run, tmp_path: Path) -> None:
     """The dead one cannot answer there any more: refused at once is better than queued for ever."""
     path = tmp_path / "old.sock"
@@ -120,7 +119,7 @@ logging.disable(logging.NOTSET)
 QUIET = "import logging\nlogging.disable()\nfor _ in range(50):\n    os.write(2, b'x' * 1000)\n"
 
 
-@every_loop
+@pytest.mark.backends("asyncio", "trio")
 def test_a_stuck_stderr_stops_neither_a_failure_nor_a_rollback(backend: str, run_service: Run) -> None:
     service = run_service(backend, ecdysis={"probation": 60})
     first = service.pids[0]
@@ -153,7 +152,7 @@ def test_a_stuck_stderr_stops_neither_a_failure_nor_a_rollback(backend: str, run
 WRAPPER = '{python} & service=$!; trap "exit 0" USR1; wait $service; exit 7'
 
 
-@every_loop
+@pytest.mark.backends("uvloop", "trio")
 def test_a_wrapper_that_ends_before_what_it_started(backend: str, run_service: Run, tmp_path: Path) -> None:
     """Its end is not the successor's; and a restart that breaks down ends the one that speaks before it is undone."""
     python = f"{sys.executable} -W error {SERVICE} {tmp_path / 'settings.json'}"
@@ -179,7 +178,7 @@ def test_a_wrapper_that_ends_before_what_it_started(backend: str, run_service: R
     service.expected_blemishes = ("Traceback (most",)
 
 
-@every_loop
+@pytest.mark.backends("asyncio", "uvloop", "anyio", "trio")
 def test_a_restart_where_no_thread_can_be_had(backend: str, run_service: Run, tmp_path: Path) -> None:
     # A stack larger than the address space: each attempt to start a thread fails, as it does at the limit of tasks.
     service = run_service(
@@ -198,4 +197,37 @@ def test_a_restart_where_no_thread_can_be_had(backend: str, run_service: Run, tm
         clients.wait_for(second)
     assert (clients.refused, clients.lost) == ([], [])
     service.wait_until(lambda: (tmp_path / "pid").read_text() == f"{second}\n", "the pid file has not moved")
+    service.expected_blemishes = ("Traceback (most",)
+
+
+# As it is where no descriptor can be had: its gate does not open again. What has ended has nothing to open.
+NO_WAY_BACK = """
+async def cannot_open():
+    if ecdysis._gate.state.value != "ended":
+        tell("cannot open")
+        raise OSError(24, "Too many open files")
+
+ecdysis._gate.open = cannot_open
+"""
+
+
+@pytest.mark.backends("asyncio", "trio")
+def test_a_stop_is_heard_while_a_generation_cannot_accept_again(backend: str, run_service: Run) -> None:
+    service = run_service(backend)
+    first = service.pids[0]
+    service.run(CANCELLABLE_RESTART % "serving" + SLOW_PAUSE + NO_WAY_BACK)
+    service.wait_for("waiting", pid=first)
+    service.release()
+    second = service.wait_for("successor", state="waiting")["pid"]
+    service.wait_for("waiting", pid=first)
+    service.run("scope.cancel()")
+    service.wait_for("predecessor", state="aborting", pid=first)
+    service.release()
+    service.wait_for("cannot open", pid=first)
+    # Nor does it keep the successor from being ended.
+    service.wait_for_death(second)
+    service.wait_for("cannot open", pid=first)
+    service.signal(first, signal.SIGTERM)
+    assert service.wait_for_death(first) == 0
+    assert service.log.count("cannot accept again yet") == 1
     service.expected_blemishes = ("Traceback (most",)
