@@ -141,10 +141,10 @@ def tell(fact: dict[str, Any]) -> None:
     print(json.dumps(fact), flush=True)
 
 
-async def main(loop: str, port: int, probation: float, drain_timeout: float) -> None:
+async def main(loop: str, port: int, probation: float, drain_timeout: float, max_draining: int) -> None:
     """Run one generation from its beginning to its end."""
     serve = {"anyio": serve_anyio, "trio": serve_trio}.get(loop, serve_streams)
-    async with Ecdysis(probation=probation, drain_timeout=drain_timeout) as ecdysis:
+    async with Ecdysis(probation=probation, drain_timeout=drain_timeout, max_draining=max_draining) as ecdysis:
         await serve(ecdysis, port)
     report = ecdysis.last_report
     is_ours = report is not None and report.predecessor_pid == os.getpid()
@@ -164,9 +164,12 @@ def run() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--probation", type=float, default=0.5)
     parser.add_argument("--drain-timeout", type=float, default=4.0)
+    parser.add_argument("--max-draining", type=int, default=3)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    service = partial(main, arguments.loop, arguments.port, arguments.probation, arguments.drain_timeout)
+    service = partial(
+        main, arguments.loop, arguments.port, arguments.probation, arguments.drain_timeout, arguments.max_draining
+    )
     match arguments.loop:
         case "anyio" | "trio" as loop:
             anyio.run(service, backend="trio" if loop == "trio" else "asyncio")

@@ -19,7 +19,7 @@ from .planes import a_plane, connect, read, turn, watched_by_epoll
 
 
 async def accept_one(acceptor: SocketAcceptor) -> socket.socket:
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         sock, _ = await acceptor.accept()
     return sock
 
@@ -49,7 +49,7 @@ async def test_who_waits_gets_the_connection_when_the_gate_opens() -> None:
         await turn()
         await plane.gate.open()
         with connect(entry):
-            with anyio.fail_after(5):
+            with anyio.fail_after(60):
                 await accepted.wait()
 
 
@@ -75,7 +75,7 @@ async def test_a_connection_is_tracked_from_its_acceptance_until_its_socket_is_c
         acceptor = SocketAcceptor(entry, plane=plane)
         entry.start_listening()
         with connect(entry):
-            with anyio.fail_after(5):
+            with anyio.fail_after(60):
                 sock, connection = await acceptor.accept()
             with sock:
                 assert plane.tracker.connections() == (connection,)
@@ -115,7 +115,7 @@ async def test_a_pause_leaves_the_queue_alone_until_the_gate_opens_again() -> No
             assert entry.is_waited_for()
             assert plane.tracker.opened == 0
             await plane.gate.open()
-            with anyio.fail_after(5):
+            with anyio.fail_after(60):
                 await accepted.wait()
 
 
@@ -136,7 +136,7 @@ async def test_a_pause_that_is_undone_at_once_loses_no_waiter() -> None:
         await plane.gate.open()
         await turn()
         with connect(entry):
-            with anyio.fail_after(5):
+            with anyio.fail_after(60):
                 await accepted.wait()
 
 
@@ -171,7 +171,7 @@ async def test_the_end_of_accepting_wakes_everyone_who_waits() -> None:
                 await acceptor.accept()
             ended += 1
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             async with anyio.create_task_group() as task_group:
                 for _ in range(3):
                     task_group.start_soon(accept)
@@ -195,7 +195,7 @@ async def test_closing_closes_the_socket_and_takes_it_out_of_the_gate() -> None:
             with pytest.raises(AcceptingEnded):
                 await acceptor.accept()
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             async with anyio.create_task_group() as task_group:
                 task_group.start_soon(accept)
                 await turn()

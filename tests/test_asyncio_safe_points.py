@@ -40,7 +40,7 @@ class Handler:
         self.task = asyncio.create_task(wait())
 
     async def result(self) -> Any:
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             return await self.task
 
 

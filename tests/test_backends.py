@@ -25,7 +25,7 @@ async def test_an_async_test_runs_on_the_backend_it_is_told(backend: str) -> Non
 
 
 async def test_an_async_test_needs_no_fixture(request: pytest.FixtureRequest) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         await anyio.lowlevel.checkpoint()
     assert running_backend() == request.getfixturevalue("backend")
 

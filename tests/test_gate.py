@@ -43,7 +43,7 @@ def registry() -> Iterator[Registry]:
 async def test_a_pause_waits_for_what_is_being_opened(registry: Registry) -> None:
     gate, slow = Gate(), Slow(registry.listen_tcp("127.0.0.1", 0))
     await gate.open()
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(gate.add, slow)
             await turn()
@@ -58,7 +58,7 @@ async def test_a_pause_waits_for_what_is_being_opened(registry: Registry) -> Non
 async def test_what_is_being_opened_and_spared_stays_open_until_it_is_paused_itself(registry: Registry) -> None:
     gate, slow = Gate(), Slow(registry.listen_tcp("127.0.0.1", 0))
     await gate.open()
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(gate.add, slow)
             await turn()
@@ -74,7 +74,7 @@ async def test_what_is_being_opened_and_spared_stays_open_until_it_is_paused_its
 async def test_nothing_is_opened_twice(registry: Registry) -> None:
     gate, slow = Gate(), Slow(registry.listen_tcp("127.0.0.1", 0))
     await gate.open()
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(gate.add, slow)
             await turn()
@@ -89,7 +89,7 @@ async def test_a_pause_while_the_gate_opens_holds(registry: Registry) -> None:
     first, second = (Slow(registry.listen_tcp("127.0.0.1", 0, name=name)) for name in ("first", "second"))
     await gate.add(first)
     await gate.add(second)
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(gate.open)
             await turn()
@@ -104,7 +104,7 @@ async def test_a_pause_while_the_gate_opens_holds(registry: Registry) -> None:
 async def test_an_opening_that_was_cancelled_is_not_waited_for(registry: Registry) -> None:
     gate, slow = Gate(), Slow(registry.listen_tcp("127.0.0.1", 0))
     await gate.open()
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(gate.add, slow)
             await turn()

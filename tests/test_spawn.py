@@ -483,7 +483,7 @@ async def test_any_number_of_tasks_may_wait(start: Callable[..., Process]) -> No
         with scope:
             codes.append(await process.wait())
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(wait, first)
             await anyio.wait_all_tasks_blocked()
@@ -524,14 +524,14 @@ async def test_end_asks_before_it_kills(start: Callable[..., Process]) -> None:
 async def test_end_kills_what_is_stopped(start: Callable[..., Process]) -> None:
     process = start("sleep", "600")
     stop(process)
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         assert await process.end(0.01) == -signal.SIGKILL
 
 
 async def test_end_kills_at_once_when_it_is_cancelled(start: Callable[..., Process]) -> None:
     process = start("sleep", "600")
     stop(process)
-    with anyio.fail_after(30), anyio.move_on_after(0.01) as scope:
+    with anyio.fail_after(60), anyio.move_on_after(0.01) as scope:
         await process.end(600)
     assert scope.cancelled_caught
     assert process.returncode == -signal.SIGKILL

@@ -103,7 +103,7 @@ async def test_tasks_started_from_the_accepting_one_serve_its_connection() -> No
                     await plane.tracker.until_draining(stream.receive_some())
 
         with connect(entry) as one, connect(entry) as two:
-            with trio.fail_after(5):
+            with trio.fail_after(60):
                 async with trio.open_nursery() as nursery:
                     listener = TrioListener(entry, plane=plane)
                     for _ in range(2):
@@ -132,7 +132,7 @@ async def test_trios_own_server_ends_with_the_accepting() -> None:
             assert isinstance(raised.value.exceptions[0], TrioAcceptingEnded)
             ended = True
 
-        with connect(entry) as client, trio.fail_after(5):
+        with connect(entry) as client, trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(serve_listeners, nursery)
                 client.send(b"one")
@@ -185,7 +185,7 @@ async def test_tls_is_tracked_from_the_acceptance_to_the_end() -> None:
         entry.start_listening()
         listener = trio.SSLListener(TrioListener(entry, plane=plane), server_context, https_compatible=True)
         nursery.start_soon(lambda: serve(echo, listener, plane=plane))
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             stream = await trio.open_ssl_over_tcp_stream(
                 *entry.sock.getsockname(), ssl_context=client_context, https_compatible=True
             )

@@ -23,12 +23,12 @@ from ecdysis_async import Outcome
 
 RESTARTS = 20  # in all: one before the first look, the others before the last
 
-# Slow requests end well before the deadline of a drain, also where the fourth generation that drains cuts it short:
-# then a second is left. Silent connections meet it in each of them.
+# Slow requests end well before the deadline of a drain, however long a busy machine lets a process wait for its turn.
+# Silent connections meet it in each of them.
 MIX = Mix(
     new_per_second=50, hasty=2, keep_alive=6, pause=0.06, slow=4, slow_seconds=(0.1, 0.6), silent=3, limit=100_000
 )
-DRAIN_SECONDS = 2.0
+DRAIN_SECONDS = 4.0
 PROBATION_SECONDS = 0.05
 
 # What a process holds privately differs between two starts of one program by up to 33 KB (measured, on all loops), and
@@ -55,13 +55,13 @@ class Stock:
 def test_restarts_under_load_lose_nothing_and_leave_nothing(loop: str, tmp_path: Path) -> None:
     stderr = tmp_path / "stderr"
     asyncio.run(restart_under_load(loop, stderr))
-    # The one thing to be said, where a machine is so fast that a fourth generation drains.
-    unexpected = [line for line in stderr.read_text().splitlines() if "too many generations drain" not in line]
-    assert unexpected == []
+    assert stderr.read_text() == ""
 
 
 async def restart_under_load(loop: str, stderr: Path) -> None:
     options = ["--loop", loop, "--probation", str(PROBATION_SECONDS), "--drain-timeout", str(DRAIN_SECONDS)]
+    # So that none is hurried, which would leave it a second.
+    options += ["--max-draining", str(RESTARTS)]
     with stderr.open("wb") as file:
         async with running(*options, flags=["-W", "error"], stderr=file) as service:
             await load(service, restarts=1)

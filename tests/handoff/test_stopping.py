@@ -42,7 +42,7 @@ ecdysis._gate.pause = slow_pause
 @every_loop
 def test_a_clean_stop(backend: str, run_service: Run) -> None:
     """Busy ones finish, idle ones say goodbye at the deadline, and the status is 0."""
-    service = run_service(backend, ecdysis={"drain_timeout": 1})
+    service = run_service(backend, ecdysis={"drain_timeout": 3})
     first = service.pids[0]
     with service.begin("hold") as busy, service.begin("hello") as idle:
         idle.answer()
