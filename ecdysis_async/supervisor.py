@@ -363,12 +363,11 @@ class Ecdysis:
                 self._resources.callback(self._inheritance.close)
                 await self._inheritance.greet()
                 self._store.inherit(self._registry.entries)
-            else:
-                if self._takes_activation:
-                    self._registry.activate(self._store.recover(take_activation(), self._registry))
-                    self._unit_end = forbid_restart()
-                    if (complaint := check_unit()) is not None:
-                        self._generation.log.warning("%s", complaint)
+            elif self._takes_activation:
+                self._registry.activate(self._store.recover(take_activation(), self._registry))
+                self._unit_end = forbid_restart()
+                if (complaint := check_unit()) is not None:
+                    self._generation.log.warning("%s", complaint)
             if self._control_path is not None:
                 self._control = ControlServer(self._control_path, plane, self._controlled())
                 self._resources.callback(self._control.close)
