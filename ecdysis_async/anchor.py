@@ -391,6 +391,10 @@ class Anchor:
         elif error is not None:
             self._systemd.tell_status(f"the start has failed: {error}")
             self._is_stopping = True
+        if self._is_serving and not self._store.is_there:
+            # Workers answer who queues by now; whoever came later would be reset where the last of them closes.
+            for entry in self._registry.entries:
+                entry.refuse_newcomers()
         await self._end_all()
         if self._control is not None:
             await self._control.finish()

@@ -131,6 +131,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         self._spawner = spawner or self._spawn
         self._process: Child | None = None
         self._peer: Peer | None = None
+        # Whether the successor has said that it fails.
+        self._has_failed = False
         # Known once the peer can be asked no more.
         self._is_successor_dead = False
         self._gone = anyio.Event()
@@ -296,6 +298,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
     def _read(self, frame: Frame) -> PredecessorEvent:
         """Check what came before it counts. A successor may be of an older or a newer release."""
         event = predecessor_event(frame.type)
+        self._has_failed |= event is PredecessorEvent.FAILED
         if event is PredecessorEvent.HELLO:
             if self._counters >= 0:
                 raise GarbledFrame("the successor said HELLO twice")
@@ -578,6 +581,10 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
 
     async def _end_successor(self) -> None:
         assert self._process is not None and self._peer is not None
+        if self._has_failed:
+            # It leaves by itself, and a signal would cut its own way of cleaning up short.
+            with anyio.move_on_after(END_GRACE_SECONDS):
+                await self._peer.died.wait()
         await self._process.end(END_GRACE_SECONDS)
         # Where a wrapper was spawned, the one that speaks is its child, and has to be ended too.
         for number in (signal.SIGTERM, signal.SIGKILL):

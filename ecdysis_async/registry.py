@@ -155,7 +155,7 @@ class Entry:
         again in a second (tcp(7), the SYN that is repeated), when the socket is closed. Nothing changes where somebody
         else may accept from this socket as well: what the service did not make itself.
         """
-        if self.adopted or self.number is not None:
+        if not self.has_queue or self.adopted or self.number is not None:
             return
         if self.is_at_its_path():
             os.unlink(self.address)

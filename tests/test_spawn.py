@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
+import resource
 import select
 import signal
 import socket
@@ -472,6 +474,27 @@ def test_what_is_no_text_is_a_failure_like_others(theirs: socket.socket) -> None
 
 
 # --- the process ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.backends("asyncio")
+@pytest.mark.parametrize("is_kept", [False, True])
+async def test_no_memory_is_copied_to_start_it(backend: str, theirs: socket.socket, is_kept: bool) -> None:
+    """DESIGN.md, trap 12: after a fork each page that this process writes to is a fault, and the fork is a stall."""
+    pages = 4096
+    with mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        for generation in range(2):
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for page in range(pages):
+                memory[page * mmap.PAGESIZE] = generation
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+            if generation == 0:
+                # The first touch of each: what is counted is what is meant.
+                assert faults >= pages
+                process = spawn(launch_of("true"), theirs, 2, is_kept=is_kept)
+                await process.wait()
+                process.close()
+    assert faults < pages // 2
 
 
 async def test_any_number_of_tasks_may_wait(start: Callable[..., Process]) -> None:
