@@ -6,8 +6,8 @@ Nothing in this module waits or accepts, and nothing listens before the supervis
 
 from __future__ import annotations
 
+import array
 import contextlib
-import ctypes
 import enum
 import errno
 import os
@@ -160,13 +160,13 @@ class Entry:
         if self.is_at_its_path():
             os.unlink(self.address)
         elif self.kind is Kind.TCP and sys.platform == "linux":
-            program = ctypes.create_string_buffer(b"".join(_INSTRUCTION.pack(*each) for each in _NO_NEWCOMERS))
+            program = array.array("B", b"".join(_INSTRUCTION.pack(*each) for each in _NO_NEWCOMERS))
             # A kernel without it: then they are reset where the time for the queue is up, as they always were.
             with contextlib.suppress(OSError):
                 self.sock.setsockopt(
                     socket.SOL_SOCKET,
                     _SO_ATTACH_FILTER,
-                    _PROGRAM.pack(len(_NO_NEWCOMERS), ctypes.addressof(program)),
+                    _PROGRAM.pack(len(_NO_NEWCOMERS), program.buffer_info()[0]),
                 )
 
     def is_at_its_path(self) -> bool:
