@@ -73,6 +73,9 @@ async def serve(
             with departure.ending() as begin_shutdown:
                 await nursery.start(lifespan.handle_lifespan)
                 await lifespan.wait_for_startup()
+                if application.failure is not None:
+                    # Its end wakes this task before its exception cancels it: readiness must not be announced.
+                    raise application.failure
                 nursery.start_soon(ecdysis.serve, handle, *listeners)
                 await ecdysis.ready()
                 await departure.see_off()
