@@ -76,6 +76,11 @@ class Departure:
         self._timeout = ecdysis.drain_timeout
         self._deadline = -math.inf
 
+    @property
+    def seconds_to_farewell(self) -> float:
+        """How long, from when this generation begins to leave, until the drain closes connections that are idle."""
+        return self._timeout - min(FAREWELL_SECONDS, self._timeout * FAREWELL_SHARE)
+
     async def see_off(self) -> None:
         """Return when this generation has left and its last connection has ended, at the deadline at the latest.
 
@@ -119,7 +124,7 @@ class Departure:
 
     async def _close_one_by_one(self, closing: TaskGroup) -> None:
         """Close WebSockets evenly over the time there is: all at once, their clients would come back all at once."""
-        end = self._deadline - min(FAREWELL_SECONDS, self._timeout * FAREWELL_SHARE)
+        end = self._deadline - self._timeout + self.seconds_to_farewell
         due = 0.0
         while True:
             due += len(self.websockets) / max(1.0, (end - anyio.current_time()) / STEP_SECONDS)

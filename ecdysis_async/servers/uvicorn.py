@@ -24,7 +24,7 @@ from ecdysis_async.supervisor import Ecdysis
 
 from . import own_options
 from .asgi import Application
-from .departure import Departure
+from .departure import STEP_SECONDS, Departure
 from .listening import CERT_REQS, make_ssl_context, open_sockets
 from .uvicorn_transfer import make_movable, moves_of
 
@@ -90,13 +90,7 @@ async def serve(
 
     Cancelling it ends the server at once.
     """
-    server: _Server | None = None
-
-    def close_idle() -> None:
-        for protocol in () if server is None else tuple(server.server_state.connections):
-            _send_goaway(protocol)
-
-    departure = Departure(ecdysis, close_idle)
+    departure = Departure(ecdysis)
     try:
         if not config.loaded:
             config.load()
@@ -106,8 +100,7 @@ async def serve(
     application = Application(config.loaded_app, departure, _send_goaway)
     config.loaded_app = application
     config.http_protocol_class = make_movable(_keep_context(config.http_protocol_class))
-    server = _Server(config, departure, application, transfer=transfer)
-    await server.serve(list(socks) or None)
+    await _Server(config, departure, application, transfer=transfer).serve(list(socks) or None)
 
 
 async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
@@ -183,8 +176,18 @@ class _Server(uvicorn.Server):
             await super().shutdown()
 
     async def _exit_when_left(self) -> None:
-        await self._departure.see_off()
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(self._send_goaways)
+            await self._departure.see_off()
+            task_group.cancel_scope.cancel()
         self.should_exit = True
+
+    async def _send_goaways(self) -> None:
+        await self._departure.ecdysis.finished()
+        # Just before the drain closes what is idle, without a word.
+        await anyio.sleep(self._departure.seconds_to_farewell - 2 * STEP_SECONDS)
+        for protocol in tuple(self.server_state.connections):
+            _send_goaway(protocol)
 
 
 def _keep_context(protocol_class: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
