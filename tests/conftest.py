@@ -35,7 +35,7 @@ CURRENT_BACKEND = pytest.StashKey[str]()
 GUARD_VARIABLE = "TEST_GUARD"
 
 # How long a process that is no child of ours, and so cannot be waited on by the test, may take over its exit.
-ORPHAN_GRACE_SECONDS = 5.0
+ORPHAN_GRACE_SECONDS = 30.0
 
 
 def pytest_sessionstart() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import signal
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
 import ecdysis_async
-from ecdysis_async import Ecdysis, RestartError
+from ecdysis_async import Ecdysis, RestartError, asyncio_datagrams, asyncio_servers
+from ecdysis_async.cli.client import Exit
 
 PUBLIC = {
     "DrainCount",
@@ -131,6 +134,49 @@ def test_listeners_take_a_name_and_until() -> None:
 def test_restart_and_stop() -> None:
     assert inspect.signature(Ecdysis.restart).parameters["until"].default == "serving"
     assert inspect.signature(Ecdysis.stop).parameters["partial"].default is False
+
+
+def test_run_takes_the_loop_that_is_there() -> None:
+    parameters = inspect.signature(ecdysis_async.run).parameters
+    assert list(parameters)[:2] == ["main", "loop"]
+    assert parameters["loop"].default == "auto"
+
+
+@pytest.mark.parametrize(
+    ("method", "module"),
+    [
+        ("create_server", asyncio_servers),
+        ("create_unix_server", asyncio_servers),
+        ("create_datagram_endpoint", asyncio_datagrams),
+    ],
+)
+def test_servers_take_whatever_those_of_asyncio_take(method: str, module: ModuleType) -> None:
+    theirs = inspect.signature(getattr(asyncio.BaseEventLoop, method)).parameters
+    assert set(theirs) - {"self"} <= set(inspect.signature(getattr(module, method)).parameters)
+
+
+def test_adapters_of_servers_begin_with_what_that_server_is_told() -> None:
+    expected = {
+        "uvicorn": ["ecdysis", "config"],
+        "hypercorn": ["ecdysis", "app", "config"],
+        "aiohttp": ["ecdysis", "app"],
+    }
+    for server, names in expected.items():
+        serve = importlib.import_module(f"ecdysis_async.servers.{server}").serve
+        assert inspect.iscoroutinefunction(serve)
+        assert list(inspect.signature(serve).parameters)[: len(names)] == names
+
+
+def test_exit_codes() -> None:
+    assert {each.name: each.value for each in Exit if each < 128} == {
+        "DONE": 0,
+        "FAILED": 1,
+        "USAGE": 2,
+        "NO_SERVICE": 3,
+        "IN_PROGRESS": 4,
+        "ROLLED_BACK": 5,
+        "UNKNOWN": 6,
+    }
 
 
 def test_every_restart_error_is_one() -> None:
