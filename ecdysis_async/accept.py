@@ -12,16 +12,19 @@ import errno
 import logging
 import math
 import socket
+import sys
 import weakref
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
+from anyio.abc import TaskGroup
 
-from .drain import Connection, Tracker, current_connection
+from .drain import Connection, Tracker, Verdict, current_connection
 from .errors import DrainInterrupt, EcdysisError
 from .gate import Acceptor, GateState
+from .parcel import Adopter, Parcel, Refused, Release
 from .plane import Plane, active
 from .registry import Entry, Kind, Until
 
@@ -30,6 +33,7 @@ __all__ = [
     "AcceptingEnded",
     "GatedSocket",
     "SocketAcceptor",
+    "StreamAdopter",
     "confining_cancellation",
     "handling",
     "largest_datagram",
@@ -76,12 +80,16 @@ class AcceptedConnection(Connection):
     """A connection that was accepted from a socket, and the scope of the handler that serves it."""
 
     # Weak, because a stream that its owner drops without closing it shall end as it would without us.
-    __slots__ = ("_sock", "scope")
+    __slots__ = ("_name", "_sock", "is_resumable", "scope", "stream")
 
-    def __init__(self, sock: socket.socket, until: Until) -> None:
+    def __init__(self, sock: socket.socket, until: Until, name: str = "", *, is_resumable: bool = False) -> None:
         super().__init__(until)
         self._sock = weakref.ref(sock)
+        self._name = name
         self.scope: anyio.CancelScope | None = None
+        # What the handler was given, and whether a successor has somebody to go on with it.
+        self.stream: Any = None
+        self.is_resumable = is_resumable
 
     def cancel(self) -> None:
         """Cancel the handler; where it is none that we started, its stream has to end instead."""
@@ -97,6 +105,48 @@ class AcceptedConnection(Connection):
             # ENOTCONN: the peer has reset it already. EBADF: it is closed already.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def movable(self) -> bool:
+        return self.is_resumable and self.scope is not None and self.stream is not None
+
+    def fileno(self) -> int:
+        sock = self._sock()
+        return -1 if sock is None else sock.fileno()
+
+    def pack(self) -> Parcel | None:
+        if not self.movable or self.is_over():
+            return None
+        if self.offer is None or self.offer.verdict is not Verdict.OPEN:
+            # Only the handler knows when nothing is half read.
+            self.invite()
+            return None
+        unread = b""
+        # anyio's on asyncio; all other streams read nothing that was not asked for.
+        transport = getattr(self.stream, "_transport", None)
+        if transport is not None:
+            if transport.is_closing() or transport.get_write_buffer_size():
+                return None
+            # Until the handler receives again.
+            transport.pause_reading()
+            unread = b"".join(self.stream._protocol.read_queue)  # noqa: SLF001 - there is no other way to it
+        self.offer.verdict = Verdict.SENT
+        return Parcel(self._name, self.since, Release(self.offer.state, unread))
+
+    def keep(self) -> None:
+        if self.offer is not None:
+            self.offer.decide(Verdict.STAYS)
+
+    def let_go(self) -> None:
+        transport, sock = getattr(self.stream, "_transport", None), self._sock()
+        # Without a word to the peer: anyio's aclose() would tell it the end (shutdown), in all copies.
+        if transport is not None:
+            transport.abort()
+        elif sock is not None and sock.fileno() != -1:
+            anyio.notify_closing(sock)
+            sock.close()
+        if self.offer is not None:
+            self.offer.decide(Verdict.MOVED)
 
     def is_over(self) -> bool:
         """Say whether the socket was closed: the one end of a connection whose handler is not ours."""
@@ -216,8 +266,50 @@ class GatedSocket(Acceptor):
             )
 
 
+class StreamAdopter(Adopter):
+    """Resumes streams of the predecessor's, each in a task of its own.
+
+    Args:
+        acceptor: of the socket that they were accepted from.
+        task_group: where the handlers run.
+        handle: a handler's whole task; called with the socket, the connection, and what was released.
+    """
+
+    def __init__(
+        self,
+        acceptor: SocketAcceptor,
+        task_group: TaskGroup,
+        handle: Callable[[socket.socket, AcceptedConnection, Release], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._acceptor = acceptor
+        self._task_group = task_group
+        self._handle = handle
+
+    def prepare(self, parcel: Parcel) -> Callable[[socket.socket], Awaitable[None]]:
+        if parcel.release.unread and not _buffers():
+            raise Refused("streams have no buffer for what was received already, on this event loop")
+
+        async def begin(sock: socket.socket) -> None:
+            entry = self._acceptor.entry
+            connection = AcceptedConnection(sock, entry.until, entry.name, is_resumable=True)
+            connection.since = parcel.since
+            self._acceptor.plane.tracker.open(connection)
+            self._task_group.start_soon(self._handle, sock, connection, parcel.release)
+
+        return begin
+
+
+def _buffers() -> bool:
+    """Say whether asyncio or uvloop runs, where anyio's streams read ahead."""
+    trio = sys.modules.get("trio")
+    return trio is None or not trio.lowlevel.in_trio_run()
+
+
 class SocketAcceptor(GatedSocket):
     """A listener's accept: each connection is tracked from the moment it leaves the kernel's queue."""
+
+    # Whether connections that it accepts can go on in a successor.
+    is_resumable = False
 
     async def accept(self) -> tuple[socket.socket, AcceptedConnection]:
         """Wait for a connection; return its socket, non-blocking, and what stands for it in the tracker.
@@ -238,7 +330,7 @@ class SocketAcceptor(GatedSocket):
                     continue
                 raise
             break
-        connection = AcceptedConnection(sock, self.entry.until)
+        connection = AcceptedConnection(sock, self.entry.until, self.entry.name, is_resumable=self.is_resumable)
         self.plane.tracker.open(connection)
         sock.setblocking(False)
         if self.entry.kind is Kind.TCP:

@@ -7,6 +7,7 @@ never decided here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -22,10 +23,12 @@ from .accept import (
     AcceptingEnded,
     GatedSocket,
     SocketAcceptor,
+    StreamAdopter,
     handling,
     largest_datagram,
     require_streams,
 )
+from .parcel import Release
 from .plane import Plane, active
 from .registry import Entry, Kind
 
@@ -56,7 +59,13 @@ class AnyioListener(Listener[SocketStream]):
         self.acceptor = SocketAcceptor(sock, plane=plane)
         require_streams(self.acceptor)
 
-    async def serve(self, handler: Callable[[SocketStream], Any], task_group: TaskGroup | None = None) -> None:
+    async def serve(
+        self,
+        handler: Callable[[SocketStream], Any],
+        task_group: TaskGroup | None = None,
+        *,
+        resume: Callable[[SocketStream, Any], Any] | None = None,
+    ) -> None:
         """Start the handler in a task of its own for each connection; return when accepting ends.
 
         The stream is closed when its handler returns. An exception of a handler is logged and closes its connection
@@ -65,12 +74,17 @@ class AnyioListener(Listener[SocketStream]):
         Args:
             handler: called with the stream.
             task_group: where handlers run. Without one, they are waited for as well.
+            resume: called with the stream and the state that the predecessor's handler gave to ``transfer``.
 
         Cancellation loses no connection; without a task group it cancels the handlers too.
         """
         async with contextlib.AsyncExitStack() as stack:
             if task_group is None:
                 task_group = await stack.enter_async_context(anyio.create_task_group())
+            if resume is not None:
+                resuming = functools.partial(self._resume, resume)
+                self.acceptor.adopter = StreamAdopter(self.acceptor, task_group, resuming)
+                self.acceptor.is_resumable = True
             while True:
                 try:
                     sock, connection = await self.acceptor.accept()
@@ -93,8 +107,25 @@ class AnyioListener(Listener[SocketStream]):
         with handling(connection, self.acceptor.plane.tracker):
             stream = await wrap(sock)
             if stream is not None:
+                connection.stream = stream
                 async with stream:
                     await handler(stream)
+
+    async def _resume(
+        self,
+        resume: Callable[[SocketStream, Any], Any],
+        sock: socket.socket,
+        connection: AcceptedConnection,
+        release: Release,
+    ) -> None:
+        async def handler(stream: SocketStream) -> None:
+            if release.unread:
+                protocol = stream._protocol  # type: ignore[attr-defined]  # noqa: SLF001 - see AcceptedConnection.pack
+                protocol.read_queue.appendleft(release.unread)
+                protocol.read_event.set()
+            await resume(stream, release.state)
+
+        await self._handle(handler, sock, connection)
 
 
 class DatagramListener(UnreliableObjectStream[tuple[bytes, Any]]):
@@ -191,7 +222,12 @@ class DatagramListener(UnreliableObjectStream[tuple[bytes, Any]]):
         return self._gated.entry.sock.fileno() == -1
 
 
-async def serve(handler: Handler, *listeners: object, plane: Plane | None = None) -> None:
+async def serve(
+    handler: Handler,
+    *listeners: object,
+    resume: Callable[[Any, Any], Awaitable[object]] | None = None,
+    plane: Plane | None = None,
+) -> None:
     """Serve connections of registered listeners; see ``Ecdysis.serve``.
 
     Each handler has its own cancel scope, which the drain's deadline cancels, and runs in the plane's task group: so
@@ -201,6 +237,8 @@ async def serve(handler: Handler, *listeners: object, plane: Plane | None = None
         handler: called with each stream, in a task of its own.
         listeners: sockets that the supervisor returned, for anyio's streams; :class:`AnyioListener`,
             ``TrioListener``, and the TLS listeners of anyio and trio around these.
+        resume: called with a stream of the predecessor's, and the state that its handler gave to ``transfer``; without
+            effect for TLS.
         plane: default: the one of this process.
 
     Raises:
@@ -219,9 +257,9 @@ async def serve(handler: Handler, *listeners: object, plane: Plane | None = None
                 ours = AnyioListener(listener, plane=plane)
                 # Nobody else knows this acceptor: left behind, it would stay at the gate for ever.
                 stack.push_async_callback(plane.gate.remove, ours.acceptor)
-                services.append(_service_of(ours))
+                services.append(_service_of(ours, resume))
             else:
-                services.append(_service_of(listener))
+                services.append(_service_of(listener, resume))
         task_group = plane.task_group
         if task_group is None:
             task_group = await stack.enter_async_context(anyio.create_task_group())
@@ -257,14 +295,16 @@ def attributes_of(sock: socket.socket) -> Mapping[Any, Callable[[], Any]]:
     return attributes
 
 
-def _service_of(listener: object) -> Service:
+def _service_of(listener: object, resume: Callable[[Any, Any], Awaitable[object]] | None) -> Service:
     """Return what serves the connections of a listener until accepting ends."""
     inner = listener.listener if isinstance(listener, TLSListener) else listener
+    if isinstance(listener, AnyioListener):
+        return functools.partial(listener.serve, resume=resume)
     if isinstance(inner, AnyioListener):
         return cast(Listener[Any], listener).serve
     # Whoever has made a TrioListener has imported its module; for everybody else trio is not needed.
     trio_listeners = sys.modules.get(f"{__package__}.trio_listeners")
-    service: Service | None = trio_listeners.service_of(listener) if trio_listeners is not None else None
+    service: Service | None = trio_listeners.service_of(listener, resume) if trio_listeners is not None else None
     if service is not None:
         return service
     raise TypeError(

@@ -608,7 +608,12 @@ class Ecdysis:
         await self.ready()
         await self.finished()
 
-    async def serve(self, handler: Callable[[Any], Awaitable[object]], *listeners: Any) -> None:
+    async def serve(
+        self,
+        handler: Callable[[Any], Awaitable[object]],
+        *listeners: Any,
+        resume: Callable[[Any, Any], Awaitable[object]] | None = None,
+    ) -> None:
         """Accept connections by anyio, or by trio, and handle each in a task of its own; return when accepting ends.
 
         Each handler has a cancel scope under the drain's deadline, and runs to its end after this has returned.
@@ -616,6 +621,8 @@ class Ecdysis:
         Args:
             handler: called with the stream of each connection.
             listeners: sockets of this ``Ecdysis`` (their streams are anyio's), or listeners made of them.
+            resume: called in a successor with a stream that has moved, and the state that its handler gave to
+                :meth:`transfer`.
 
         Raises:
             TypeError: something that is not a listener of ours.
@@ -624,7 +631,7 @@ class Ecdysis:
         """
         from .anyio_listeners import serve
 
-        await serve(handler, *listeners)
+        await serve(handler, *listeners, resume=resume)
 
     # Restarting and stopping
 

@@ -14,14 +14,16 @@ from typing import Any, cast
 import trio
 from anyio.abc import TaskGroup
 
-from .accept import AcceptedConnection, AcceptingEnded, SocketAcceptor, handling, require_streams
+from .accept import AcceptedConnection, AcceptingEnded, SocketAcceptor, StreamAdopter, handling, require_streams
 from .drain import current_connection
+from .parcel import Release
 from .plane import Plane
 from .registry import Entry
 
 __all__ = ["TrioAcceptingEnded", "TrioListener", "service_of"]
 
 Handler = Callable[[Any], Awaitable[object]]
+Resume = Callable[[Any, Any], Awaitable[object]]
 Service = Callable[[Handler, TaskGroup], Coroutine[Any, Any, None]]
 
 
@@ -68,17 +70,27 @@ class TrioListener(trio.abc.Listener[trio.SocketStream]):
         await self.acceptor.aclose()
 
 
-def service_of(listener: object) -> Service | None:
+def service_of(listener: object, resume: Resume | None = None) -> Service | None:
     """Return what serves the connections of a listener until accepting ends, or None if it is none of ours."""
     inner = listener.transport_listener if isinstance(listener, trio.SSLListener) else listener
     if not isinstance(inner, TrioListener):
         return None
-    return functools.partial(_serve, cast(trio.abc.Listener[Any], listener), inner.acceptor)
+    if listener is not inner:
+        # TLS is in user space.
+        resume = None
+    return functools.partial(_serve, cast(trio.abc.Listener[Any], listener), inner.acceptor, resume)
 
 
 async def _serve(
-    listener: trio.abc.Listener[Any], acceptor: SocketAcceptor, handler: Handler, task_group: TaskGroup
+    listener: trio.abc.Listener[Any],
+    acceptor: SocketAcceptor,
+    resume: Resume | None,
+    handler: Handler,
+    task_group: TaskGroup,
 ) -> None:
+    if resume is not None:
+        acceptor.adopter = StreamAdopter(acceptor, task_group, functools.partial(_resume, resume, acceptor))
+        acceptor.is_resumable = True
     while True:
         try:
             stream = await listener.accept()
@@ -94,6 +106,7 @@ async def _handle(
     handler: Handler, stream: trio.abc.AsyncResource, connection: AcceptedConnection, acceptor: SocketAcceptor
 ) -> None:
     with handling(connection, acceptor.plane.tracker):
+        connection.stream = stream
         try:
             await handler(stream)
         finally:
@@ -101,3 +114,12 @@ async def _handle(
             # before, because to close forcefully costs 40 microseconds, also where nothing is left to close.
             if not connection.is_over():
                 await trio.aclose_forcefully(stream)
+
+
+async def _resume(
+    resume: Resume, acceptor: SocketAcceptor, sock: socket.socket, connection: AcceptedConnection, release: Release
+) -> None:
+    async def handler(stream: trio.SocketStream) -> None:
+        await resume(stream, release.state)
+
+    await _handle(handler, trio.SocketStream(trio.socket.from_stdlib_socket(sock)), connection, acceptor)

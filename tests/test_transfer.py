@@ -12,12 +12,14 @@ import os
 import resource
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
 from ecdysis_async import transfer
+from ecdysis_async.anyio_listeners import serve
 from ecdysis_async.asyncio_servers import GatedServer, create_server, start_server
 from ecdysis_async.drain import current_connection
 from ecdysis_async.errors import DrainInterrupt
@@ -26,8 +28,6 @@ from ecdysis_async.plane import Plane
 from ecdysis_async.transfer import Receiver, Release, Sender, Transferable, socketpair
 
 from .planes import a_plane, connect, read, turn
-
-pytestmark = pytest.mark.backends("asyncio", "uvloop")
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +136,7 @@ async def move_all(pair: Pair) -> None:
     await turn()
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_connections_go_on_in_the_successor_with_what_was_half_read() -> None:
     async with a_pair(200) as pair:
         for client in pair.clients:
@@ -151,6 +152,7 @@ async def test_connections_go_on_in_the_successor_with_what_was_half_read() -> N
         assert all(protocol.transport.is_closing() for protocol in pair.old.protocols)
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_an_adopted_connection_keeps_its_age_and_tcp_nodelay() -> None:
     async with a_pair(1) as pair:
         (before,) = pair.old.plane.tracker.snapshot()
@@ -163,6 +165,7 @@ async def test_an_adopted_connection_keeps_its_age_and_tcp_nodelay() -> None:
         assert protocol.transport.get_extra_info("peername") == pair.clients[0].getsockname()
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_what_is_not_ready_moves_as_soon_as_it_says_so() -> None:
     async with a_pair(3) as pair:
         busy = pair.old.protocols[0]
@@ -184,6 +187,7 @@ async def test_what_is_not_ready_moves_as_soon_as_it_says_so() -> None:
         assert await read(pair.clients[0]) == b"3 three\n"
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_a_receiver_that_dies_before_it_answers_costs_nothing() -> None:
     async with a_pair(100) as pair:
         with anyio.fail_after(10):
@@ -197,6 +201,7 @@ async def test_a_receiver_that_dies_before_it_answers_costs_nothing() -> None:
         assert {protocol.kept for protocol in pair.old.protocols} >= {1}
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_a_receiver_that_dies_after_its_answer_has_what_it_has_taken() -> None:
     async with a_pair(10) as pair:
         with anyio.fail_after(10):
@@ -222,6 +227,7 @@ async def test_a_receiver_that_dies_after_its_answer_has_what_it_has_taken() -> 
         assert answers.count(b"2 two\n") == 7
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_half_of_a_batch_refused_stays() -> None:
     async with a_pair(40) as pair:
         make, refusals = pair.new.make, iter(range(40))
@@ -243,6 +249,7 @@ async def test_half_of_a_batch_refused_stays() -> None:
         assert sum(protocol.kept for protocol in pair.old.protocols) == 20
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_a_receiver_without_room_takes_what_it_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "RESERVE_AT_LEAST", 0)
     monkeypatch.setattr(transfer, "RESERVE_SHARE", 0.0)
@@ -270,6 +277,7 @@ async def test_a_receiver_without_room_takes_what_it_has_room_for(monkeypatch: p
         await pair.ask_all(b"three", 3)
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_a_client_that_leaves_meanwhile_is_missed_by_nobody() -> None:
     async with a_pair(20) as pair:
         with anyio.fail_after(10):
@@ -289,6 +297,7 @@ async def test_a_client_that_leaves_meanwhile_is_missed_by_nobody() -> None:
         await pair.ask_all(b"two", 2)
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_one_is_never_sent_twice() -> None:
     async with a_pair(1) as pair:
         (connection,) = pair.old.plane.tracker.snapshot()
@@ -308,6 +317,7 @@ async def test_one_is_never_sent_twice() -> None:
                 pair.theirs.close()
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_nothing_is_left_open() -> None:
     async with a_pair(1):
         pass
@@ -318,6 +328,7 @@ async def test_nothing_is_left_open() -> None:
     assert descriptors() == before
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_tls_does_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
     async with a_pair(1) as pair:
         pair.old.server.is_secure = True
@@ -326,6 +337,7 @@ async def test_tls_does_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
         assert connection.pack() is None
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_unflushed_writes_do_not_move() -> None:
     async with a_pair(1) as pair:
         (connection,) = pair.old.plane.tracker.snapshot()
@@ -335,6 +347,7 @@ async def test_unflushed_writes_do_not_move() -> None:
         assert pair.old.protocols[0].transport.is_reading()
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_a_handler_that_offers_its_stream_ends_when_it_has_moved() -> None:
     ends: list[object] = []
 
@@ -376,6 +389,7 @@ async def test_a_handler_that_offers_its_stream_ends_when_it_has_moved() -> None
         assert len(old.tracker) == 0
 
 
+@pytest.mark.backends("asyncio", "uvloop")
 async def test_a_handler_goes_on_when_nobody_takes_its_stream() -> None:
     async with a_plane() as plane:
         goes_on = anyio.Event()
@@ -400,6 +414,59 @@ async def test_a_handler_goes_on_when_nobody_takes_its_stream() -> None:
                 theirs.close()
             await goes_on.wait()
             assert await read(client) == b""
+
+
+@pytest.mark.backends("asyncio", "uvloop", "trio")
+@pytest.mark.parametrize("kind", ["anyio", "anyio-unix", "trio"])
+async def test_streams_of_anyio_and_trio_go_on_in_the_successor(kind: str, backend: str, tmp_path: Path) -> None:
+    if kind == "trio" and backend != "trio":
+        return
+    ends: list[bool] = []
+
+    async def handle(plane: Plane, stream: Any, count: int = 0) -> None:
+        receive = stream.receive_some if kind == "trio" else stream.receive
+        send = stream.send_all if kind == "trio" else stream.send
+        try:
+            while True:
+                try:
+                    data = await plane.tracker.until_draining(receive(4))
+                except DrainInterrupt:
+                    await plane.tracker.transfer(count)
+                    continue
+                count += len(data)
+                await send(b"%d %s\n" % (count, data))
+        except DrainInterrupt as interrupt:
+            ends.append(interrupt.moved)
+            raise
+
+    async with a_plane() as old, a_plane() as new, anyio.create_task_group() as task_group:
+        for number, plane in enumerate((old, new)):
+            if kind == "anyio-unix":
+                entry = plane.registry.listen_unix(str(tmp_path / str(number)), name=NAME)
+            else:
+                entry = plane.registry.listen_tcp("127.0.0.1", 0, name=NAME)
+            handler = functools.partial(handle, plane)
+            listener: Any = entry.sock
+            if kind == "trio":
+                from ecdysis_async.trio_listeners import TrioListener
+
+                listener = TrioListener(entry, plane=plane)
+            task_group.start_soon(functools.partial(serve, handler, listener, resume=handler, plane=plane))
+            await turn()
+            await plane.gate.open()
+        with connect(old.registry.entries[0]) as client, anyio.fail_after(10):
+            client.send(b"abcd")
+            assert await read(client) == b"4 abcd\n"
+            ours, theirs = socketpair()
+            old.tracker.moves = True
+            task_group.start_soon(Receiver(theirs, new, log).run)
+            task_group.start_soon(Sender(ours, old.tracker, log).run, anyio.Event(), lambda: None)
+            while not new.tracker.snapshot() or len(old.tracker):
+                await turn()
+            client.send(b"efgh")
+            assert await read(client) == b"8 efgh\n"
+        assert ends == [True]
+        task_group.cancel_scope.cancel()
 
 
 async def test_a_state_that_is_no_json_is_the_handlers_error() -> None:
