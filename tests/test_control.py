@@ -19,6 +19,7 @@ import anyio.abc
 import pytest
 
 from ecdysis_async import Ecdysis, SpawnFailed, control
+from ecdysis_async.check import describe_place
 from ecdysis_async.control_path import ControlLock
 from ecdysis_async.supervisor import State
 
@@ -95,13 +96,8 @@ async def test_status(tmp_path: Path) -> None:
             "restart": None,
             "last_report": None,
             "draining": [],
-            "process": {
-                "interpreter": sys.executable,
-                "python": sys.version.split()[0],
-                "directory": os.getcwd(),
-                # Their names, and nothing of what they hold.
-                "environment": sorted(os.environ),
-            },
+            # Of the environment names, and nothing of what they hold.
+            "process": {**describe_place(), "environment": sorted(os.environ)},
         }
 
 

@@ -257,7 +257,8 @@ def test_hostile_clients_cost_nobody_anything(backend: str, run_service: Run, pa
     impatience = "from ecdysis_async import control; control.ANSWER_SECONDS = 0.2"
     service = run_service(backend, ecdysis={"control_socket": path, "probation": 0.5}, at_import=impatience)
     with Clients(service.address) as clients, contextlib.ExitStack() as stack:
-        for data in [b"{"] * 100 + [b'{"command": "status"}\n'] * 50 + [b"x" * 1_000_000]:
+        requests = [b'{"command": "status"}\n'] * 50 + [b'{"command": "check"}\n'] * 5
+        for data in [b"{"] * 100 + requests + [b"x" * 1_000_000]:
             stack.enter_context(asking(path, data))
         stack.enter_context(asking(path, command="restart", until="drained"))
         service.wait_for("predecessor", state="settled")
@@ -285,3 +286,51 @@ def test_reopen_logs(backend: str, run_service: Run, tmp_path: Path, path: str) 
     service.restart("settled")
     service.signal(service.newest(), signal.SIGUSR1)
     service.wait_for_log("most recent call first")
+
+
+@pytest.mark.backends("asyncio", "trio")
+def test_a_check_changes_nothing(backend: str, run_service: Run, path: str) -> None:
+    """What a restart would start tells what it is, and ends before it has anything of the service."""
+    service = run_service(backend, ecdysis={"control_socket": path})
+    service.configure(at_start="raise AssertionError('a check has come so far')")
+    answer = ask(path, command="check")
+    assert answer["event"] == "checked"
+    found = answer["comparison"]
+    # It would ask for its sockets only where it runs.
+    assert (found["pid"], found["sockets"]) == (service.pids[0], None)
+    assert found["process"] == found["former_process"]
+    assert found["environment"] == {"added": [], "removed": [], "changed": []}
+    assert service.ask() == {"generation": 1, "pid": service.pids[0]}
+    assert status(path)["last_report"] is None
+
+
+@pytest.mark.backends("asyncio", "trio")
+def test_a_check_that_is_not_passed(backend: str, run_service: Run, path: str) -> None:
+    service = run_service(backend, ecdysis={"control_socket": path, "ready_timeout": 20})
+    # The channel that it never asked for is left to the interpreter.
+    service.expected_blemishes = ("Exception ignored in: <socket.socket", "ResourceWarning: unclosed <socket.socket")
+    service.configure(at_import="sys.exit('no licence')")
+    failed = ask(path, command="check")
+    assert (failed["event"], failed["error"]) == ("failed", "CheckFailed")
+    assert failed["message"].startswith("the new release fails its check: it has ended with exit status 1")
+    assert "no licence" in failed["message"]
+    service.configure(at_import="block()")
+    with asking(path, command="check"):
+        service.wait_for("blocked")
+        assert ask(path, command="check")["message"] == "another check is in progress: try again later"
+        # A client that leaves takes its check along: nothing is left for the next one.
+    service.wait_until(lambda: len([pid for pid in service.pids if service.is_alive(pid)]) == 1, "it stays")
+    service.configure(at_import="")
+    service.wait_until(lambda: ask(path, command="check")["event"] == "checked", "there is always one in progress")
+
+
+@pytest.mark.backends("asyncio")
+def test_what_describes_no_release(backend: str, run_service: Run, path: str) -> None:
+    run_service(backend, ecdysis={"control_socket": path})
+    releases: list[Json] = [{}, {"environment": 1, "sockets": None}, {"environment": {"digests": {}}}]
+    for release in releases:
+        answer = ask(path, command="compare", release=release)
+        assert answer["event"] == "error"
+        assert answer["message"].startswith("this does not describe a release: ")
+    answer = ask(path, command="compare", release="main:app")
+    assert "there is no such request" in answer["message"]
