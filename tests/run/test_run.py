@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,24 @@ def visiting_websocket(port: int) -> Visit:
         assert websocket.close_code in (NORMAL, RESTARTING), websocket.close_code
 
     return visit
+
+
+def test_a_websocket_that_was_accepted_opens_during_the_drain(tmp_path: Path) -> None:
+    arguments = ("apps:echo", "--app-dir", str(HERE), "--port", "0", "--server", "websockets", "--loop", "asyncio")
+
+    async def test() -> None:
+        async with running(tmp_path, *arguments) as run:
+            port = await run.find_port()
+            with socket.create_connection(("127.0.0.1", port)) as silent:
+                # Accepted after that one, and so is it.
+                async with connect(f"ws://127.0.0.1:{port}") as websocket:
+                    await websocket.send("hello")
+                    assert await websocket.recv() == "hello"
+                code, output = await run.restart()
+                assert code == 0, output
+                # Its server no longer accepts, and websockets' own would refuse it.
+                async with connect(f"ws://127.0.0.1:{port}", sock=silent) as websocket:
+                    await websocket.wait_closed()
+                assert websocket.close_code == RESTARTING
+
+    asyncio.run(test())
