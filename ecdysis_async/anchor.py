@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +77,8 @@ STARTUP_FAILED = 3
 
 # How often a worker tells of itself, seconds; more often where a hang is to be found sooner.
 BEAT_SECONDS = 1.0
+# How long to wait where that has failed, seconds.
+RETRY_SECONDS = 1.0
 # A worker is looked after at least so often in the time that it may be silent.
 BEATS_PER_HANG = 4
 
@@ -97,6 +99,9 @@ UPGRADE_SECONDS = 10.0
 UPGRADE_PAUSE_SECONDS = 0.02
 # How often systemd is told how things are, seconds.
 STATUS_SECONDS = 5.0
+
+# A channel and a stderr.
+SPAWN_DESCRIPTORS = 2
 
 # The anchor's business, and not the workers'.
 ANCHORS_KEYS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
@@ -374,7 +379,7 @@ class Anchor:
         self._tasks.start_soon(self._watch)
         if self._plan.reload_paths and self._plan.control_path is not None:
             # Before the workers load what is watched: nothing that is saved meanwhile is missed.
-            self._tasks.start_soon(watch_files, self._plan.control_path, self._plan.reload_paths)
+            self._begin(watch_files, self._plan.control_path, self._plan.reload_paths)
         if self._upgrades:
             error = None
             self._store.inherit(self._registry.entries)
@@ -437,7 +442,7 @@ class Anchor:
         if self._former_pid is not None:
             verb = f"taken over from pid {self._former_pid}: "
             # So far its workers are those of the other one: of its command line, its environment and its code.
-            self._tasks.start_soon(self._restart_by_signal)
+            self._begin(self._restart_by_signal)
         self.log.info("%s%s %s%s", verb, _count(len(self.crew.slots), "worker"), self._description, control)
         self._store.park(self._registry.entries)
         self._systemd.tell_status(self._describe())
@@ -464,6 +469,18 @@ class Anchor:
         for worker in self.crew:
             worker.is_told_to_leave = True
             worker.line.tell(FromAnchor.STOP, {})
+
+    def _begin(self, function: Callable[..., Coroutine[Any, Any, object]], *arguments: object) -> None:
+        """Run something beside all else, whose defects cost that, and never the service."""
+
+        async def run() -> None:
+            try:
+                await function(*arguments)
+            except Exception:
+                self.log.exception("%s broke down", function.__name__.strip("_"))
+                self.changes.announce()
+
+        self._tasks.start_soon(run)
 
     # Workers come and go
 
@@ -554,7 +571,7 @@ class Anchor:
         if self._is_stopping:
             worker.is_told_to_leave = True
             worker.line.tell(FromAnchor.STOP, {})
-        self._tasks.start_soon(self._attend, slot, worker)
+        self._begin(self._attend, slot, worker)
         self.changes.announce()
 
     @property
@@ -574,14 +591,8 @@ class Anchor:
         worker.line.close()
         worker.process.close()
         slot.note_end(worker, anyio.current_time())
-        if slot.is_vacant and slot.retry_at and not worker.is_told_to_leave:
-            self.log.log(
-                logging.WARNING if status or worker.state is not WorkerState.DRAINING else logging.INFO,
-                "worker %d (pid %d) has ended with %s",
-                slot.index,
-                worker.pid,
-                describe_exit(status),
-            )
+        if worker.state in (WorkerState.SERVING, WorkerState.PAUSED) and not worker.is_told_to_leave:
+            self.log.warning("worker %d (pid %d) has ended with %s", slot.index, worker.pid, describe_exit(status))
         for other in self.crew:
             if other is worker.starter:
                 other.line.tell(FromAnchor.EXITED, {"pid": worker.process.pid, "status": status})
@@ -616,7 +627,9 @@ class Anchor:
         body = frame.body
         match frame.type:
             case FromWorker.SPAWN:
-                self._tasks.start_soon(self._spawn_for, slot, worker, int(body["number"]), frame)
+                if len(frame.descriptors) != SPAWN_DESCRIPTORS:
+                    raise ValueError(f"it came with {len(frame.descriptors)} descriptors")
+                self._begin(self._spawn_for, slot, worker, int(body["number"]), frame)
                 return
             case FromWorker.CREATED:
                 self._take_created(body["sockets"], frame.descriptors)
@@ -634,7 +647,7 @@ class Anchor:
             case FromWorker.END:
                 for other in slot.workers:
                     if other.process.pid == body["pid"]:
-                        self._tasks.start_soon(other.process.end, float(body["grace"]))
+                        self._begin(other.process.end, float(body["grace"]))
             case FromWorker.RESTART:
                 self._restart_for(worker, int(body["number"]), str(body["until"]))
             case FromWorker.DESCRIPTION:
@@ -667,13 +680,20 @@ class Anchor:
     async def _spawn_for(self, slot: Slot, worker: Worker, number: int, frame: Frame) -> None:
         """Start the successor of a worker, which has asked for it."""
         end, stderr = frame.descriptors
+        child: Child | None = None
         try:
             with socket.socket(fileno=end) as channel:
                 child = await self._spawn(slot, worker.successor_generation, worker, channel, stderr)
-        except RestartError as error:
-            worker.line.tell(FromAnchor.SPAWN_FAILED, {"number": number, "error": error_to_json(error)})
+            descriptor = os.dup(child.pidfd)
+        except (OSError, RestartError) as error:
+            if child is not None:
+                await child.end(0)
+            failure = (
+                error if isinstance(error, RestartError) else SpawnFailed(f"the worker cannot be watched: {error}")
+            )
+            worker.line.tell(FromAnchor.SPAWN_FAILED, {"number": number, "error": error_to_json(failure)})
         else:
-            worker.line.tell(FromAnchor.SPAWNED, {"number": number, "pid": child.pid}, [os.dup(child.pidfd)])
+            worker.line.tell(FromAnchor.SPAWNED, {"number": number, "pid": child.pid}, [descriptor])
         finally:
             os.close(stderr)
 
@@ -686,7 +706,11 @@ class Anchor:
                 os.close(descriptor)
             else:
                 fresh.append((description, descriptor))
-        self._registry.inherit([description for description, _ in fresh], [descriptor for _, descriptor in fresh])
+        try:
+            self._registry.inherit([description for description, _ in fresh], [descriptor for _, descriptor in fresh])
+        except (ChannelError, OSError) as error:
+            # It has closed them all.
+            self.log.error("what a worker has opened cannot be held: %s", error)  # noqa: TRY400 - it says it all
 
     # Keeping them
 
@@ -694,7 +718,11 @@ class Anchor:
         """See that there are as many workers as there shall be, and none that should be replaced."""
         while not self._is_stopping:
             change = self.changes.next()
-            pause = self._reconcile()
+            try:
+                pause = self._reconcile()
+            except Exception:
+                self.log.exception("the workers could not be looked after; trying on")
+                pause = RETRY_SECONDS
             with anyio.move_on_after(pause):
                 await change.wait()
 
@@ -709,13 +737,13 @@ class Anchor:
         for slot in staying[crew.target :]:
             if slot.occupation is Occupation.NONE:
                 slot.occupation = Occupation.RETIRING
-                self._tasks.start_soon(self._retire, slot)
+                self._begin(self._retire, slot)
         pause = math.inf
         for slot in staying[: crew.target]:
             if slot.occupation is Occupation.NONE and slot.is_vacant:
                 if slot.retry_at <= now:
                     slot.occupation = Occupation.FILLING
-                    self._tasks.start_soon(self._refill, slot)
+                    self._begin(self._refill, slot)
                 else:
                     pause = min(pause, slot.retry_at - now)
         if not any(slot.occupation is Occupation.REPLACING for slot in staying):
@@ -724,7 +752,7 @@ class Anchor:
                 if slot.occupation is Occupation.NONE and worker is not None and self._why_recycle(worker) is not None:
                     if slot.retry_at <= now:
                         slot.occupation = Occupation.REPLACING
-                        self._tasks.start_soon(self._recycle, slot, worker)
+                        self._begin(self._recycle, slot, worker)
                         break
                     pause = min(pause, slot.retry_at - now)
         return pause
@@ -803,7 +831,7 @@ class Anchor:
                     worker.silence += elapsed
                     if hang is not None and worker.silence > hang:
                         worker.silence = -math.inf
-                        self._tasks.start_soon(self._end_hanging, worker)
+                        self._begin(self._end_hanging, worker)
             self._systemd.tell_status(self._describe())
 
     async def _end_hanging(self, worker: Worker) -> None:
@@ -862,7 +890,7 @@ class Anchor:
         # Not as well where ExecReload= has asked; see Ecdysis._begin_restart.
         tell = self._systemd.ask_for_time if is_told else self._systemd.tell_reloading
         tell(len(self.crew.slots) * self.ready_timeout + self._plan.settings.probation + LEEWAY_SECONDS)
-        self._tasks.start_soon(self._carry_out, roll_out)
+        self._begin(self._carry_out, roll_out)
         self.changes.announce()
         return roll_out
 
@@ -919,7 +947,7 @@ class Anchor:
             worker.line.tell(FromAnchor.VERDICT, {"number": number, "error": error_to_json(error)})
             return
         self._askers[worker, number] = roll_out
-        self._tasks.start_soon(self._tell_verdict, worker, number, roll_out, until)
+        self._begin(self._tell_verdict, worker, number, roll_out, until)
 
     async def _tell_verdict(self, worker: Worker, number: int, roll_out: RollOut, until: str) -> None:
         try:
@@ -966,7 +994,7 @@ class Anchor:
             self.changes.announce()
 
         def begin() -> None:
-            self._tasks.start_soon(self._execute, launch)
+            self._begin(self._execute, launch)
 
         return begin
 
@@ -1099,6 +1127,8 @@ class Anchor:
         self.generation = int(state["generation"])
         self._begun = float(state["begun"])
         self._upgrades = int(state["upgrades"])
+        # They have served all the while.
+        self._is_serving = True
         self._description = str(state["description"])
         if state["last_report"] is not None:
             self._last_report = RestartReport.from_json(state["last_report"])
@@ -1128,7 +1158,7 @@ class Anchor:
     def _on_term_signal(self) -> None:
         if self._lame_duck is None and self._plan.lame_duck and self._is_serving and not self._is_stopping:
             self._lame_duck = anyio.CancelScope()
-            self._tasks.start_soon(self._be_lame_duck, self._lame_duck)
+            self._begin(self._be_lame_duck, self._lame_duck)
         elif self._is_lame_duck and self._lame_duck is not None:
             self._lame_duck.cancel()
         else:
@@ -1191,10 +1221,10 @@ class Anchor:
         self.changes.announce()
 
     def _on_reopen_signal(self) -> None:
-        self._tasks.start_soon(self.reopen_logs)
+        self._begin(self.reopen_logs)
 
     def _on_restart_signal(self) -> None:
-        self._tasks.start_soon(self._restart_by_signal)
+        self._begin(self._restart_by_signal)
 
     async def _restart_by_signal(self) -> None:
         try:

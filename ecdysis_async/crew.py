@@ -140,11 +140,13 @@ class Slot:
     def note_end(self, worker: Worker, now: float) -> None:
         """Take a dead worker out; where it should have lived on, say when the next one may be started."""
         self.workers.remove(worker)
-        if worker.is_told_to_leave or not self.is_vacant or worker.state is WorkerState.DRAINING:
+        # One that never served has failed to start: that counts whoever has started it.
+        if worker.is_told_to_leave or math.isnan(worker.served_since) or worker.state is WorkerState.DRAINING:
             return
-        self.note_crash(now, math.nan if math.isnan(worker.served_since) else now - worker.served_since)
+        if self.is_vacant:
+            self.note_crash(now, now - worker.served_since)
 
-    def note_crash(self, now: float, served_seconds: float = math.nan) -> None:
+    def note_crash(self, now: float, served_seconds: float = 0.0) -> None:
         """Take note that a worker is to be started again, and when."""
         self.failures = 0 if served_seconds >= HEALTHY_SECONDS else self.failures + 1
         self.retry_at = now + backoff_seconds(self.failures)

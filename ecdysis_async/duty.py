@@ -221,7 +221,7 @@ class Duty:
             self._tasks.start_soon(self._beat)
             try:
                 while True:
-                    self._obey(await self._line.receive())
+                    self._hear(await self._line.receive())
             except ChannelError as error:
                 logger.warning("%s (%s)", GONE, error)
             self._is_forsaken = True
@@ -253,6 +253,13 @@ class Duty:
             "requests": self._plane.tracker.opened if (counted := counted_requests()) is None else counted,
             "rss": _resident_bytes(),
         }
+
+    def _hear(self, frame: Frame) -> None:
+        try:
+            self._obey(frame)
+        except Exception:
+            # Of another release, or no descriptors left: it costs what was ordered, and never those who are served.
+            logger.exception("the anchor's %r could not be carried out", frame.type)
 
     def _obey(self, frame: Frame) -> None:
         body = frame.body

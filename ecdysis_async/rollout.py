@@ -107,10 +107,12 @@ async def replace(foreman: Foreman, slot: Slot, old: Worker, generation: int) ->
     with anyio.move_on_after(foreman.ready_timeout + HANDOFF_SECONDS) as scope:
         await wait_until(foreman.changes, is_decided)
     if scope.cancelled_caught:
-        return RestartError(
+        error = RestartError(
             f"worker {slot.index} (pid {old.pid}) does not answer: is it stopped (SIGSTOP, a debugger)? "
             "Continue or kill it, and try again"
         )
+        # Should it go on after all, it shall not begin.
+        foreman.revert(old, error)
     return error
 
 

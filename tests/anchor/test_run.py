@@ -1,4 +1,4 @@
-"""``ecdysis run`` with several workers: the anchor in front of a real server."""
+"""``ecdysis run``: the anchor in front of a real server."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ class KeptAlive:
 
 @pytest.mark.backends("asyncio")
 @pytest.mark.parametrize("server", ["uvicorn", "hypercorn"])
-async def test_workers_are_recycled_after_so_many_requests(server: str, tmp_path: Path) -> None:
+async def test_a_worker_is_recycled_after_so_many_requests(server: str, tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text(APPLICATION)
     limits = ("--max-requests", "50", "--max-requests-jitter", "10")
-    async with running(tmp_path, "main:app", "--server", server, "--bind", "127.0.0.1:0", "-w", "2", *limits) as run:
+    async with running(tmp_path, "main:app", "--server", server, "--bind", "127.0.0.1:0", *limits) as run:
         port = await run.find_port()
         await asyncio.to_thread(exhaust, port, run.process.pid, str(tmp_path / "control"))
         assert not [line for line in run.lines if "ERROR" in line]
 
 
 def exhaust(port: int, anchor: int, control: str) -> None:
-    """Ask again and again on one connection, until none of the first workers is left."""
+    """Ask again and again on one connection, until the first worker is gone."""
     first = workers(control)
     kept = KeptAlive(port)
     try:
