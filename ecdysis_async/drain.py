@@ -306,6 +306,11 @@ class Tracker:
         connection.moved = True
         self.count.transferred += 1
 
+    @property
+    def is_sweeping(self) -> bool:
+        """Whether connections are being asked, one after the other, if they can move."""
+        return anyio.current_time() < self._sweep_end
+
     def ripen(self, connection: Connection) -> None:
         """Say that a connection has reached a safe point: it may be passed on at once, if there is a successor."""
         if self.on_ripe is not None:

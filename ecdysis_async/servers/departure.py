@@ -71,7 +71,7 @@ class Departure:
             raise RuntimeError("this loop's servers cannot be handed over: run the program by ecdysis_async.run(main)")
         self.ecdysis = ecdysis
         self.websockets: set[Callable[[], Coroutine[Any, Any, object]]] = set()
-        self._gate = active().gate
+        self._gate, self._tracker = active().gate, active().tracker
         self._say_farewell = say_farewell
         self._timeout = ecdysis.drain_timeout
         self._deadline = -math.inf
@@ -127,11 +127,14 @@ class Departure:
         end = self._deadline - self._timeout + self.seconds_to_farewell
         due = 0.0
         while True:
+            await anyio.sleep(STEP_SECONDS)
+            # Those that can move are gone soon.
+            if self._tracker.is_sweeping:
+                continue
             due += len(self.websockets) / max(1.0, (end - anyio.current_time()) / STEP_SECONDS)
             number = min(int(due), len(self.websockets))
             self._close(closing, number)
             due -= number
-            await anyio.sleep(STEP_SECONDS)
 
     def _close(self, closing: TaskGroup, number: int) -> None:
         for _ in range(number):

@@ -6,6 +6,7 @@ what a server shows, or hides. Whoever has read no byte yet moves with every ser
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import fcntl
 import socket
@@ -18,14 +19,29 @@ from ecdysis_async.drain import current_connection
 from ecdysis_async.parcel import Refused, Release
 from ecdysis_async.plane import Plane
 
-__all__ = ["IDLE", "FreshMoves", "let_fresh_ones_move", "will_move"]
+__all__ = ["IDLE", "WEBSOCKET", "FreshMoves", "SelfMoving", "let_fresh_ones_move", "will_move"]
 
 IDLE: Final = "http/1.1"
 """The kind of what moves between two requests; any server of HTTP/1.1 goes on with it."""
 
+WEBSOCKET: Final = "websocket"
+"""The kind of what moves between two messages of a WebSocket."""
+
 # struct tcp_info of linux/tcp.h: how many bytes were received, in the order and with the alignment of this machine.
 TCP_INFO_BYTES = 136
 BYTES_RECEIVED = 128
+
+
+class SelfMoving(abc.ABC):
+    """A protocol that knows itself whether it can move."""
+
+    @abc.abstractmethod
+    def release(self) -> Release | None:
+        """Give the connection away, or return None where that is impossible at this moment."""
+
+    @abc.abstractmethod
+    def keep(self) -> None:
+        """Go on with a connection that was given away, and not taken."""
 
 
 class FreshMoves(Moves):

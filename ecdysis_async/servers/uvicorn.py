@@ -26,7 +26,7 @@ from . import own_options
 from .asgi import Application
 from .departure import STEP_SECONDS, Departure
 from .listening import CERT_REQS, make_ssl_context, open_sockets
-from .uvicorn_transfer import make_movable, moves_of
+from .uvicorn_transfer import make_movable, make_websockets_movable, moves_of
 
 __all__ = ["run", "serve"]
 
@@ -82,6 +82,8 @@ async def serve(
         config: uvicorn's own; what it says of loops, signals, workers and reloading is not used.
         socks: in place of its host and port, path or descriptor: some of the ``Ecdysis``.
         transfer: let connections that are idle move to the successor of a restart, with their clients none the wiser.
+            A WebSocket of ``ws="websockets-sansio"`` does so between two messages, if its application offers a state by
+            ``scope["state"]["ecdysis.transfer"]``, a :class:`~.websocket_moving.Transfer`; others are closed with 1012.
 
     Raises:
         RuntimeError: the loop is not gated, or the application said no more than that its start-up failed.
@@ -100,6 +102,8 @@ async def serve(
     application = Application(config.loaded_app, departure, _send_goaway)
     config.loaded_app = application
     config.http_protocol_class = make_movable(_keep_context(config.http_protocol_class))
+    if transfer:
+        config.ws_protocol_class = make_websockets_movable(config.ws_protocol_class)
     await _Server(config, departure, application, transfer=transfer).serve(list(socks) or None)
 
 

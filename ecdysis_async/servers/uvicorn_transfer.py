@@ -8,6 +8,7 @@ protocols do not show whether they have read half a request: of those only conne
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 import h11
@@ -15,16 +16,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ecdysis_async.asyncio_servers import GatedServer, ServerConnection
 from ecdysis_async.drain import current_connection
-from ecdysis_async.parcel import Release
+from ecdysis_async.parcel import Refused, Release
 
-from .moving import IDLE, FreshMoves
+from .moving import IDLE, WEBSOCKET, FreshMoves, SelfMoving
 
 try:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 except ImportError:
     HttpToolsProtocol = H11Protocol  # type: ignore[assignment, misc]
 
-__all__ = ["UvicornMoves", "make_movable", "moves_of"]
+__all__ = ["UvicornMoves", "make_movable", "make_websockets_movable", "moves_of"]
+
+# Where uvicorn has the WebSockets that can move.
+SANSIO = "uvicorn.protocols.websockets.websockets_sansio_impl"
 
 
 def moves_of(server: GatedServer, protocol_class: type[asyncio.Protocol]) -> FreshMoves:
@@ -42,8 +46,10 @@ class UvicornMoves(FreshMoves):
             is_idle = _is_idle(protocol) and _has_h11_read_all(protocol)
         elif isinstance(protocol, HttpToolsProtocol):
             is_idle = _is_idle(protocol) and _has_httptools_read_all(protocol)
+        elif isinstance(protocol, SelfMoving):
+            return protocol.release()
         else:
-            # A WebSocket by now.
+            # A WebSocket that cannot move by now.
             return None
         if not is_idle:
             return None
@@ -54,12 +60,38 @@ class UvicornMoves(FreshMoves):
         left = max(0.0, timer.when() - protocol.loop.time())
         return Release({"keep_alive": left}, kind=IDLE)
 
+    def keep(self, connection: ServerConnection, protocol: Any) -> None:
+        if isinstance(protocol, SelfMoving):
+            protocol.keep()
+
     def resume(self, release: Release) -> asyncio.BaseProtocol:
+        if release.kind == WEBSOCKET:
+            return self._resume_websocket(release)
         protocol = super().resume(release)
         if isinstance(protocol, H11Protocol | HttpToolsProtocol) and isinstance(release.state, dict):
             left = release.state.get("keep_alive")
             protocol.ecdysis_keep_alive = float(left) if left is not None else None  # type: ignore[union-attr]
         return protocol
+
+    def _resume_websocket(self, release: Release) -> asyncio.BaseProtocol:
+        # What a WebSocket is made with, the protocol knows that it comes after.
+        http: Any = self._make()
+        kind = http.ws_protocol_class
+        if kind is None or not issubclass(kind, SelfMoving):
+            raise Refused("WebSockets are not served there by the implementation that resumes them (websockets-sansio)")
+        websocket: Any = kind(config=http.config, server_state=http.server_state, app_state=http.app_state)
+        websocket.resume(release)
+        return websocket  # type: ignore[no-any-return]
+
+
+def make_websockets_movable(protocol_class: Any) -> Any:
+    """Return a protocol of WebSockets that can move, where it is known how; else the given one."""
+    # Not imported where it is not used: the package websockets need not be there.
+    if SANSIO not in sys.modules:
+        return protocol_class
+    from .uvicorn_websocket import movable
+
+    return movable(protocol_class)
 
 
 def make_movable(protocol_class: type[asyncio.Protocol]) -> type[asyncio.Protocol]:

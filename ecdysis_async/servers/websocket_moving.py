@@ -1,0 +1,189 @@
+"""What a WebSocket between two messages takes along to a successor, whichever server speaks for it.
+
+The handshake is replayed there: the same request gives the same subprotocol and extensions, and the response, which
+the client has had, is swallowed. What remains is the state that the application offers, and, where messages are
+compressed with a context, the last bytes that the client has sent: it goes on referring to them. What is sent begins
+with a fresh context, as it may at any message.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from websockets.extensions.base import Extension
+from websockets.extensions.permessage_deflate import PerMessageDeflate
+from websockets.frames import Close, Frame, Opcode
+from websockets.http11 import Response
+
+from ecdysis_async.parcel import Refused, Release
+
+from .departure import RESTARTING
+from .moving import WEBSOCKET
+
+__all__ = ["GOODBYE", "TRANSFER", "Inbound", "Luggage", "Transfer", "negotiated"]
+
+TRANSFER: Final = "ecdysis.transfer"
+"""Where an application finds the :class:`Transfer` of a WebSocket: in the scope's state, or as an attribute."""
+
+GOODBYE: Final = Frame(Opcode.CLOSE, Close(RESTARTING, "the service restarts").serialize()).serialize(mask=False)
+"""What a client is told whose WebSocket was taken over and cannot go on: it comes back, as without a transfer."""
+
+# What every frame begins with, bytes.
+SHORTEST_HEAD = 2
+
+
+class Transfer:
+    """What the application of a WebSocket has to say about its moving to a successor.
+
+    Attributes:
+        inherited: the state that the predecessor's application offered; None where the WebSocket is new.
+    """
+
+    def __init__(self, inherited: Any = None) -> None:
+        self.inherited = inherited
+        self._offered: Any = None
+
+    def offer(self, state: Any) -> None:
+        """Let this WebSocket move while the application waits for a message; the old side of it is disconnected then.
+
+        Args:
+            state: what JSON can hold, or a function that returns it and is called at the last moment; None withdraws
+                the offer. It must say all that the application needs: the successor runs it anew, from its connecting
+                on. Whoever sends without being asked has to withdraw before it does.
+        """
+        self._offered = state
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether it may move."""
+        return self._offered is not None
+
+    def state(self) -> Any:
+        """Return what is offered at this moment.
+
+        Raises:
+            TypeError, ValueError: JSON cannot hold it.
+        """
+        state = self._offered() if callable(self._offered) else self._offered
+        json.dumps(state, allow_nan=False)
+        return state
+
+
+class Inbound:
+    """Follows what a client sends: where frames end, and what its compression may refer to."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._left = 0
+        self._window = b""
+
+    @property
+    def is_between_frames(self) -> bool:
+        """Whether the last byte that was received ended a frame."""
+        return not self._head and not self._left
+
+    @property
+    def window(self) -> bytes:
+        """The last bytes that were decompressed, as many as can be referred to."""
+        return self._window
+
+    def feed(self, data: bytes) -> None:
+        """Take note of bytes that were received."""
+        position = 0
+        while position < len(data):
+            if self._left:
+                step = min(self._left, len(data) - position)
+                self._left -= step
+                position += step
+                continue
+            step = self._head_size() - len(self._head)
+            self._head += data[position : position + step]
+            position += step
+            if len(self._head) == self._head_size():
+                self._left = self._payload_size()
+                self._head.clear()
+
+    def follow(self, extensions: Sequence[Extension]) -> None:
+        """Remember what is decompressed from now on."""
+        for extension in extensions:
+            if isinstance(extension, PerMessageDeflate) and not extension.remote_no_context_takeover:
+                extension.decode = self._remembering(extension.decode, 1 << extension.remote_max_window_bits)  # type: ignore[method-assign]
+
+    def restore(self, extensions: Sequence[Extension], window: bytes) -> None:
+        """Let a fresh decompressor go on where another one ended, and remember that."""
+        self._window = window
+        for extension in extensions:
+            if window and isinstance(extension, PerMessageDeflate) and not extension.remote_no_context_takeover:
+                extension.decoder = zlib.decompressobj(wbits=-extension.remote_max_window_bits, zdict=window)
+        self.follow(extensions)
+
+    def _remembering(self, decode: Callable[..., Frame], size: int) -> Callable[..., Frame]:
+        def decode_and_remember(frame: Frame, *, max_size: int | None = None) -> Frame:
+            decoded = decode(frame, max_size=max_size)
+            # One that was not compressed comes back as it is.
+            if decoded is not frame:
+                self._window = (self._window + bytes(decoded.data))[-size:]
+            return decoded
+
+        return decode_and_remember
+
+    # RFC 6455, 5.2: two bytes, more for the length of what is longer, and four of a mask.
+    def _head_size(self) -> int:
+        if len(self._head) < SHORTEST_HEAD:
+            return SHORTEST_HEAD
+        length, masked = self._head[1] & 0x7F, self._head[1] & 0x80
+        return SHORTEST_HEAD + {126: 2, 127: 8}.get(length, 0) + (4 if masked else 0)
+
+    def _payload_size(self) -> int:
+        match self._head[1] & 0x7F:
+            case 126:
+                return int.from_bytes(self._head[2:4])
+            case 127:
+                return int.from_bytes(self._head[2:10])
+            case length:
+                return length
+
+
+def negotiated(response: Response) -> list[list[str]]:
+    """Return the extensions and the subprotocol that a response to a handshake has settled."""
+    return [response.headers.get_all(name) for name in ("Sec-WebSocket-Extensions", "Sec-WebSocket-Protocol")]
+
+
+@dataclass(frozen=True, slots=True)
+class Luggage:
+    """What a WebSocket takes along.
+
+    Attributes:
+        request: that of its handshake.
+        settled: what the response to it has settled; see :func:`negotiated`.
+        window: see :class:`Inbound`.
+        state: of the application.
+    """
+
+    request: bytes
+    settled: list[list[str]]
+    window: bytes
+    state: Any
+
+    def release(self) -> Release:
+        """Pack it."""
+        window = base64.b64encode(self.window).decode()
+        return Release([self.request.decode("latin-1"), self.settled, window, self.state], kind=WEBSOCKET)
+
+    @classmethod
+    def unpack(cls, release: Release) -> Luggage:
+        """Read it.
+
+        Raises:
+            Refused: it is none that this release knows.
+        """
+        match release.state:
+            case [str(request), [list(_), list(_)] as settled, str(window), state, *_]:
+                return cls(request.encode("latin-1"), settled, base64.b64decode(window), state)
+            case _:
+                raise Refused("this release does not understand what the WebSocket brings along")

@@ -1,0 +1,90 @@
+"""WebSockets that outlive the processes that serve them, each with its counter."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+
+from tests.test_examples import EXAMPLES, Service
+from tests.transfer.subreaper import subreaper
+
+RESTARTS = 20
+PAUSES = (0.0, 0.01, 0.3)
+PATIENCE_SECONDS = 60
+
+# Compressible, of all the lengths that a frame's head can have, and with references far back.
+TEXTS = ("", "hello", "once upon a time " * 20, "".join(map(str, range(20000))))
+
+
+@pytest.fixture(autouse=True)
+def orphans() -> Iterator[None]:
+    with subreaper():
+        yield
+
+
+class Counting:
+    """A client that checks the count of each answer."""
+
+    def __init__(self, number: int, port: int) -> None:
+        self.count = 0
+        self.generations: set[int] = set()
+        self._number = number
+        self._port = port
+
+    async def run(self, ending: asyncio.Event) -> None:
+        async with connect(
+            f"ws://127.0.0.1:{self._port}", compression=None if self._number % 4 == 0 else "deflate", ping_interval=None
+        ) as websocket:
+            while not ending.is_set():
+                await self._ask(websocket, TEXTS[self.count % len(TEXTS)])
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ending.wait(), PAUSES[self._number % len(PAUSES)])
+            await self._ask(websocket, "last")
+
+    async def _ask(self, websocket: ClientConnection, text: str) -> None:
+        self.count += 1
+        # Some in fragments, and now and then a ping in between.
+        await websocket.send([text[:3], text[3:]] if self.count % 3 == 0 else text)
+        if self.count % 7 == 0:
+            await (await websocket.ping())
+        answer = str(await asyncio.wait_for(websocket.recv(), PATIENCE_SECONDS))
+        count, _, rest = answer.partition(" from generation ")
+        generation, _, echo = rest.partition(": ")
+        assert (int(count), echo) == (self.count, text)
+        self.generations.add(int(generation))
+
+
+# Twenty restarts, each of which imports uvicorn.
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("name", ["websocket_echo"])
+def test_twenty_restarts_lose_no_websocket_and_no_count(name: str, loop: str, tmp_path: Path) -> None:
+    with Service(EXAMPLES / f"{name}.py", loop=loop, directory=tmp_path) as service:
+        service.wait_for_generation(1)
+        clients = [Counting(number, service.port()) for number in range(12)]
+        newest = asyncio.run(restart_among(service, clients))
+        os.kill(newest, signal.SIGTERM)
+        service.require_clean_end()
+    for client in clients:
+        assert client.count > 5
+        assert len(client.generations) > 5
+
+
+async def restart_among(service: Service, clients: list[Counting]) -> int:
+    ending = asyncio.Event()
+    async with asyncio.TaskGroup() as task_group:
+        for client in clients:
+            task_group.create_task(client.run(ending))
+        pid = service.process.pid
+        for generation in range(2, RESTARTS + 2):
+            os.kill(pid, signal.SIGHUP)
+            pid = await asyncio.to_thread(service.wait_for_generation, generation)
+        ending.set()
+    return pid
