@@ -52,7 +52,7 @@ DATAGRAMS = [
 ]
 
 # What the tests of ``ecdysis run``, and those of transfer, start.
-ELSEWHERE = {"asgi_app", "websocket_echo"}
+ELSEWHERE = {"asgi_app", "websocket_echo", "websockets_server"}
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 

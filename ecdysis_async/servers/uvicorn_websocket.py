@@ -17,7 +17,7 @@ from websockets.protocol import State
 from ecdysis_async.parcel import Release
 
 from .moving import SelfMoving
-from .websocket_moving import GOODBYE, TRANSFER, Inbound, Luggage, Transfer, negotiated
+from .websocket_moving import GOODBYE, TRANSFER, Inbound, Luggage, Muted, Transfer, negotiated
 
 __all__ = ["MovableWebSocket", "movable"]
 
@@ -63,7 +63,7 @@ class MovableWebSocket(SelfMoving, WebSocketsSansIOProtocol):
 
     def release(self) -> Release | None:
         """Give it away between two messages: nothing of the next one has come, and the last one was dealt with."""
-        if not self._is_waiting or not self.queue.empty() or self.frames or not self._inbound.is_between_frames:
+        if not self._is_waiting or not self.queue.empty() or self.frames or not self._inbound.is_between_messages:
             return None
         if self.conn.state is not State.OPEN or not self.handshake_complete or self.close_sent or self.disconnected:
             return None
@@ -85,7 +85,7 @@ class MovableWebSocket(SelfMoving, WebSocketsSansIOProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if self._luggage is not None:
-            self.transport = _Muted(transport, self)  # type: ignore[assignment]
+            self.transport = Muted(transport, self._give_up)  # type: ignore[assignment]
             self._request = self._luggage.request
             super().data_received(self._request)
 
@@ -136,7 +136,7 @@ class MovableWebSocket(SelfMoving, WebSocketsSansIOProtocol):
 
     @property
     def _real_transport(self) -> Any:
-        return self.transport.real if isinstance(self.transport, _Muted) else self.transport
+        return self.transport.real if isinstance(self.transport, Muted) else self.transport
 
     def _unmute(self) -> None:
         self._luggage = None
@@ -146,7 +146,7 @@ class MovableWebSocket(SelfMoving, WebSocketsSansIOProtocol):
         """Let the client be heard: the application has accepted it as the one before did."""
         if negotiated(self.response) != luggage.settled:
             self.logger.warning("a WebSocket of the predecessor's is accepted otherwise here: it has to come back")
-            self.give_up()
+            self._give_up()
             return
         self._unmute()
         unread, self._unread = self._unread, []
@@ -156,7 +156,7 @@ class MovableWebSocket(SelfMoving, WebSocketsSansIOProtocol):
         if unread and not self.read_paused and not self.transport.is_closing():
             self.transport.resume_reading()
 
-    def give_up(self) -> None:
+    def _give_up(self) -> None:
         """Close a WebSocket that was taken over, and that the application will not have, or not so."""
         if self._luggage is not None:
             self._unmute()
@@ -169,21 +169,3 @@ class MovableWebSocket(SelfMoving, WebSocketsSansIOProtocol):
         if self._verdict is not None:
             self._verdict.set()
             self._verdict = None
-
-
-class _Muted:
-    """A transport, while the handshake is replayed that its client has had."""
-
-    def __init__(self, real: asyncio.Transport, websocket: MovableWebSocket) -> None:
-        self.real = real
-        self._websocket = websocket
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
-
-    def write(self, data: bytes) -> None:
-        """Swallow a response."""
-
-    def close(self) -> None:
-        """Take it for what it is: the end."""
-        self._websocket.give_up()

@@ -8,6 +8,7 @@ with a fresh context, as it may at any message.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import zlib
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 from websockets.extensions.base import Extension
 from websockets.extensions.permessage_deflate import PerMessageDeflate
-from websockets.frames import Close, Frame, Opcode
+from websockets.frames import CTRL_OPCODES, Close, Frame, Opcode
 from websockets.http11 import Response
 
 from ecdysis_async.parcel import Refused, Release
@@ -25,7 +26,7 @@ from ecdysis_async.parcel import Refused, Release
 from .departure import RESTARTING
 from .moving import WEBSOCKET
 
-__all__ = ["GOODBYE", "TRANSFER", "Inbound", "Luggage", "Transfer", "negotiated"]
+__all__ = ["GOODBYE", "TRANSFER", "Inbound", "Luggage", "Muted", "Transfer", "negotiated"]
 
 TRANSFER: Final = "ecdysis.transfer"
 """Where an application finds the :class:`Transfer` of a WebSocket: in the scope's state, or as an attribute."""
@@ -80,12 +81,18 @@ class Inbound:
     def __init__(self) -> None:
         self._head = bytearray()
         self._left = 0
+        self._is_fragmented = False
         self._window = b""
 
     @property
     def is_between_frames(self) -> bool:
         """Whether the last byte that was received ended a frame."""
         return not self._head and not self._left
+
+    @property
+    def is_between_messages(self) -> bool:
+        """Whether the last frame that was received ended a message, too."""
+        return self.is_between_frames and not self._is_fragmented
 
     @property
     def window(self) -> bytes:
@@ -106,6 +113,8 @@ class Inbound:
             position += step
             if len(self._head) == self._head_size():
                 self._left = self._payload_size()
+                if self._head[0] & 0x0F not in CTRL_OPCODES:
+                    self._is_fragmented = not self._head[0] & 0x80
                 self._head.clear()
 
     def follow(self, extensions: Sequence[Extension]) -> None:
@@ -187,3 +196,30 @@ class Luggage:
                 return cls(request.encode("latin-1"), settled, base64.b64decode(window), state)
             case _:
                 raise Refused("this release does not understand what the WebSocket brings along")
+
+
+class Muted:
+    """A transport, while the handshake is replayed whose response its client has had.
+
+    Args:
+        real: where nothing is written.
+        give_up: called where the application will not have the connection.
+    """
+
+    def __init__(self, real: asyncio.Transport, give_up: Callable[[], None]) -> None:
+        self.real = real
+        self._give_up = give_up
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def write(self, data: bytes) -> None:
+        """Swallow a response."""
+
+    def write_eof(self) -> None:
+        """Take it for what it is: the end."""
+        self._give_up()
+
+    def close(self) -> None:
+        """Take it for the end, too."""
+        self._give_up()

@@ -25,8 +25,9 @@ from ecdysis_async.supervisor import Ecdysis
 from . import own_options
 from .departure import RESTARTING, Departure
 from .listening import make_ssl_context, open_sockets
+from .websockets_transfer import WebSocketMoves, movable, transfer_of
 
-__all__ = ["run", "serve"]
+__all__ = ["run", "serve", "transfer_of"]
 
 Handler = Callable[[ServerConnection], Awaitable[None]]
 
@@ -41,6 +42,7 @@ async def serve(
     port: int | None = None,
     *,
     socks: Sequence[socket.socket] = (),
+    transfer: bool = True,
     **options: Any,
 ) -> None:
     """Serve WebSockets until this generation shall leave and its connections have ended.
@@ -54,6 +56,8 @@ async def serve(
         host: an address, a name, several of them, or None for all.
         port: a port, or 0 for one that the kernel chooses.
         socks: in place of host and port: some of the ``Ecdysis``.
+        transfer: let connections move to the successor of a restart whose handlers offer a state by
+            :func:`transfer_of`, with their clients none the wiser; others are closed with 1012.
         options: those of ``websockets.asyncio.server.serve``, such as ``ssl`` and ``ping_interval``.
 
     Raises:
@@ -64,11 +68,12 @@ async def serve(
     """
     departure = Departure(ecdysis)
     handle = functools.partial(_handle, departure, handler)
-    options["create_connection"] = _accepted(options.get("create_connection") or ServerConnection)
+    kind = options.get("create_connection") or ServerConnection
+    options["create_connection"] = _accepted(movable(kind) if transfer else kind)
     places: list[dict[str, Any]] = [{"sock": sock} for sock in socks] or [{"host": host, "port": port}]
     async with contextlib.AsyncExitStack() as stack:
         for place in places:
-            await stack.enter_async_context(_serving(handle, departure, place | options))
+            await stack.enter_async_context(_serving(handle, departure, place | options, transfer=transfer))
         await ecdysis.ready()
         await departure.see_off()
 
@@ -82,8 +87,12 @@ async def run(ecdysis: Ecdysis, handler: Handler, options: Options) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _serving(handle: Any, departure: Departure, options: dict[str, Any]) -> AsyncIterator[None]:
+async def _serving(
+    handle: Any, departure: Departure, options: dict[str, Any], *, transfer: bool
+) -> AsyncIterator[None]:
     server = await serve_websockets(handle, **options)
+    if transfer and isinstance(server.server, asyncio_servers.GatedServer):
+        server.server.moves = WebSocketMoves(server.server)
     try:
         yield
     finally:
@@ -109,11 +118,15 @@ async def _handle(departure: Departure, handler: Handler, websocket: ServerConne
     try:
         await handler(websocket)
     except ConnectionClosed:
-        # Closed over its head: not worth a traceback in the log for each.
-        if not is_dismissed:
+        # Closed over its head, or moved to the successor: not worth a traceback in the log for each.
+        if not is_dismissed and not (connection is not None and connection.moved):
             raise
     finally:
         departure.websockets.discard(dismiss)
+        if isinstance(connection, asyncio_servers.ServerConnection):
+            connection.handler = None
+            if connection.is_over():
+                connection.server.plane.tracker.close(connection)
 
 
 def _accepted(kind: type[ServerConnection]) -> type[ServerConnection]:

@@ -64,7 +64,7 @@ class Counting:
 # Twenty restarts, each of which imports uvicorn.
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-@pytest.mark.parametrize("name", ["websocket_echo"])
+@pytest.mark.parametrize("name", ["websocket_echo", "websockets_server"])
 def test_twenty_restarts_lose_no_websocket_and_no_count(name: str, loop: str, tmp_path: Path) -> None:
     with Service(EXAMPLES / f"{name}.py", loop=loop, directory=tmp_path) as service:
         service.wait_for_generation(1)
