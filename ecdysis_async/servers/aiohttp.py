@@ -25,6 +25,7 @@ from ecdysis_async.drain import current_connection
 from ecdysis_async.errors import StartupError
 from ecdysis_async.line import count_request
 from ecdysis_async.options import Options
+from ecdysis_async.plane import active
 from ecdysis_async.settings import StrPath
 from ecdysis_async.supervisor import Ecdysis
 
@@ -32,6 +33,7 @@ from . import own_options
 from .departure import RESTARTING, STEP_SECONDS, Departure
 from .forwarded import Trusted
 from .listening import make_ssl_context, open_sockets
+from .moving import let_fresh_ones_move
 
 __all__ = ["DRAINING", "run", "serve"]
 
@@ -59,6 +61,7 @@ async def serve(
     socks: Sequence[socket.socket] = (),
     ssl_context: ssl.SSLContext | None = None,
     backlog: int = 1024,
+    transfer: bool = True,
     **options: Any,
 ) -> None:
     """Serve an application until this generation shall leave and its requests are answered.
@@ -77,6 +80,8 @@ async def serve(
         socks: more of these.
         ssl_context: serve TLS.
         backlog: how many connections may wait to be accepted.
+        transfer: let connections that nobody has read from yet move to the successor of a restart. Those that have had
+            a response cannot: aiohttp's parser does not show whether it has read half a request.
         options: those of ``aiohttp.web.AppRunner``, such as ``access_log`` and ``keepalive_timeout``.
 
     Raises:
@@ -93,10 +98,14 @@ async def serve(
     app[DRAINING] = ecdysis.draining
     app.middlewares.insert(0, clients.note_request)
     app.on_response_prepare.append(clients.note_response)
+    plane = active()
+    others = plane.gate.acceptors
     try:
         await runner.setup()
         for site in _make_sites(runner, host, port, path, all_socks, ssl_context=ssl_context, backlog=backlog):
             await site.start()
+        if transfer:
+            let_fresh_ones_move(plane, others)
         await ecdysis.ready()
         await clients.departure.see_off()
     finally:
@@ -120,7 +129,15 @@ async def run(ecdysis: Ecdysis, app: web.Application, options: Options) -> None:
     if options.proxy_headers:
         app.middlewares.insert(0, _believe(Trusted(options.forwarded_allow_ips)))
     socks = await open_sockets(options)
-    await serve(ecdysis, app, socks=socks, ssl_context=make_ssl_context(options), backlog=options.backlog, **given)
+    await serve(
+        ecdysis,
+        app,
+        socks=socks,
+        ssl_context=make_ssl_context(options),
+        backlog=options.backlog,
+        transfer=options.transfer,
+        **given,
+    )
 
 
 def _believe(trusted: Trusted) -> Middleware:

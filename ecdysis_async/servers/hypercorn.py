@@ -26,6 +26,7 @@ from .asgi import Application
 from .departure import Departure, is_on_trio
 from .forwarded import Forwarded
 from .listening import CERT_REQS, make_ssl_context, open_sockets
+from .moving import let_fresh_ones_move
 
 __all__ = ["run", "serve"]
 
@@ -76,6 +77,8 @@ async def serve(
     app: Callable[[Any, Any, Any], Awaitable[Any]],
     config: Config,
     socks: Sequence[socket.socket] = (),
+    *,
+    transfer: bool = True,
 ) -> None:
     """Serve an ASGI application until this generation shall leave and its requests are answered.
 
@@ -88,6 +91,9 @@ async def serve(
         app: of ASGI 3.
         config: hypercorn's own; what it says of loops, signals, workers and max_requests is not used.
         socks: in place of its binds: some of the ``Ecdysis``.
+        transfer: on asyncio and uvloop, let connections that nobody has read from yet move to the successor of a
+            restart. Those that have had a response cannot: hypercorn keeps what it has read of the next request in the
+            local variables of its tasks.
 
     Raises:
         RuntimeError: the loop is not gated, or the application said no more than that its start-up failed.
@@ -111,7 +117,7 @@ async def serve(
 
         await serve_on_trio(ecdysis, app, config, secure, insecure)
     else:
-        await _serve_on_asyncio(ecdysis, app, config, secure, insecure)
+        await _serve_on_asyncio(ecdysis, app, config, secure, insecure, transfer=transfer)
 
 
 async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
@@ -140,7 +146,7 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
         setattr(config, name, value)
     if options.proxy_headers:
         app = Forwarded(app, options.forwarded_allow_ips)
-    await serve(ecdysis, app, config, await open_sockets(options))
+    await serve(ecdysis, app, config, await open_sockets(options), transfer=options.transfer)
 
 
 async def _serve_on_asyncio(
@@ -149,11 +155,15 @@ async def _serve_on_asyncio(
     config: _Config,
     secure: Iterable[socket.socket],
     insecure: Iterable[socket.socket],
+    *,
+    transfer: bool,
 ) -> None:
     import hypercorn.asyncio
 
     departure = Departure(ecdysis)
     application = Application(app, departure)
+    plane = active()
+    others = plane.gate.acceptors
     with contextlib.ExitStack() as duplicates, departure.ending() as begin_shutdown:
         config.sockets = Sockets(
             [duplicates.enter_context(_duplicate(sock)) for sock in secure],
@@ -162,6 +172,8 @@ async def _serve_on_asyncio(
         )
 
         async def leave() -> None:
+            if transfer:
+                let_fresh_ones_move(plane, others)
             await ecdysis.ready()
             await departure.see_off()
             begin_shutdown()

@@ -12,10 +12,12 @@ import fcntl
 import socket
 import struct
 import termios
+from collections.abc import Collection
 from typing import Any, Final
 
 from ecdysis_async.asyncio_servers import GatedServer, Moves, ServerConnection
 from ecdysis_async.drain import current_connection
+from ecdysis_async.gate import Acceptor
 from ecdysis_async.parcel import Refused, Release
 from ecdysis_async.plane import Plane
 
@@ -62,11 +64,11 @@ class FreshMoves(Moves):
         return self._make()
 
 
-def let_fresh_ones_move(plane: Plane) -> None:
-    """Let connections of all servers move that have no other way, as long as nobody has read from them."""
+def let_fresh_ones_move(plane: Plane, others: Collection[Acceptor]) -> None:
+    """Let connections move, as long as nobody has read from them, of all servers but the other ones."""
     for acceptor in plane.gate.acceptors:
         server = getattr(acceptor, "server", None)
-        if isinstance(server, GatedServer) and server.moves is None:
+        if acceptor not in others and isinstance(server, GatedServer):
             server.moves = FreshMoves(server)
 
 

@@ -170,7 +170,7 @@ async def serve_by_uvicorn(
     await adapter.serve(ecdysis, config, transfer=transfer)
 
 
-async def serve_by_hypercorn(ecdysis: Ecdysis, directory: Path) -> None:
+async def serve_by_hypercorn(ecdysis: Ecdysis, directory: Path, *, transfer: bool = False) -> None:
     from hypercorn.config import Config
 
     import ecdysis_async.servers.hypercorn as adapter
@@ -179,10 +179,10 @@ async def serve_by_hypercorn(ecdysis: Ecdysis, directory: Path) -> None:
     config.bind = ["127.0.0.1:0"]
     config.loglevel = "WARNING"
     config.keep_alive_timeout = 60
-    await adapter.serve(ecdysis, Asgi(directory), config)
+    await adapter.serve(ecdysis, Asgi(directory), config, transfer=transfer)
 
 
-async def serve_by_aiohttp(ecdysis: Ecdysis, directory: Path) -> None:
+async def serve_by_aiohttp(ecdysis: Ecdysis, directory: Path, *, transfer: bool = False) -> None:
     from aiohttp import WSMsgType, web
 
     import ecdysis_async.servers.aiohttp as adapter
@@ -223,15 +223,17 @@ async def serve_by_aiohttp(ecdysis: Ecdysis, directory: Path) -> None:
     app.router.add_get("/events", stream)
     app.router.add_get("/ws", talk)
     app.router.add_get("/{path:.*}", answer)
-    await adapter.serve(ecdysis, app, host="127.0.0.1", port=0, access_log=None)
+    await adapter.serve(ecdysis, app, host="127.0.0.1", port=0, access_log=None, transfer=transfer)
 
 
 SERVE: dict[str, Callable[[Ecdysis, Path], Awaitable[None]]] = {
     "uvicorn": serve_by_uvicorn,
     "uvicorn-h11": functools.partial(serve_by_uvicorn, http="h11", ws="wsproto"),
-    # Their idle connections move; those of the two above take leave.
+    # Their connections move, as far as they can; those of the others take leave.
     "uvicorn-moving": functools.partial(serve_by_uvicorn, transfer=True),
     "uvicorn-h11-moving": functools.partial(serve_by_uvicorn, http="h11", ws="wsproto", transfer=True),
+    "hypercorn-moving": functools.partial(serve_by_hypercorn, transfer=True),
+    "aiohttp-moving": functools.partial(serve_by_aiohttp, transfer=True),
     "hypercorn": serve_by_hypercorn,
     "aiohttp": serve_by_aiohttp,
 }
