@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
+import threading
 from collections.abc import Callable
 
 import anyio
@@ -90,9 +90,23 @@ async def pass_on(read_end: int, keep: Callable[[bytes], None] = lambda data: No
 
 
 async def _write(data: bytes) -> None:
-    # In a thread: a log that nobody reads must not stop the service. A closed stderr loses what it always did.
-    with contextlib.suppress(OSError):
-        await run_in_thread(functools.partial(_write_all, 2, data), abandon_on_cancel=True)
+    """Write to stderr. Cancelled, it is not waited for any longer, and is written all the same."""
+    unwritten = [data]
+
+    def write() -> None:
+        # Whoever takes it out writes it. A closed stderr loses what it always did.
+        with contextlib.suppress(IndexError, OSError):
+            _write_all(2, unwritten.pop())
+
+    try:
+        # In a thread: a log that nobody reads must not stop the service.
+        await run_in_thread(write, abandon_on_cancel=True)
+    except anyio.get_cancelled_exc_class():
+        # It was taken off the pipe, so nobody else can write it; and the thread may never begin with it (asyncio).
+        if unwritten:
+            with contextlib.suppress(RuntimeError):  # no thread to be had
+                threading.Thread(target=write, daemon=True).start()
+        raise
 
 
 def duplicate_stderr() -> int:
