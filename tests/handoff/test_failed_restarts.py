@@ -48,7 +48,7 @@ def test_a_successor_that_ends_before_it_is_ready(backend: str, run_service: Run
     assert (clients.refused, clients.lost) == ([], [])
     assert service.accepting_turns() == [first, second]
     # The traceback of an import error is in the error, and was passed on to the log as well.
-    assert "No module named 'missing_module'" in service.log
+    service.wait_for_log("No module named 'missing_module'")
     # A process that ends before it enters its Ecdysis leaves the channel, which it never asked for, to the interpreter.
     unclosed = ("Exception ignored in: <socket.socket", "ResourceWarning: unclosed <socket.socket")
     service.expected_blemishes = ("Traceback (most", *unclosed)
