@@ -110,6 +110,23 @@ def test_a_request_handler_restarts_the_service_and_is_answered(run_anchor: Run)
     assert "a broken release" in failure["text"]
 
 
+def test_a_restart_that_a_request_handler_calls_off(run_anchor: Run) -> None:
+    service = run_anchor(workers=2)
+    before = service.workers()
+    service.configure(at_start="await wait()")
+    called_off = service.run("""
+with anyio.move_on_after(0.5) as scope:
+    await ecdysis.restart("settled")
+scope.cancelled_caught
+""")
+    assert called_off
+    service.wait_until(lambda: service.status()["restart"] is None, "it goes on")
+    assert service.status()["last_report"]["outcome"] == "failed"
+    assert service.workers() == before
+    service.configure(at_start="")
+    assert service.roll_out()["outcome"] == "settled"
+
+
 def test_a_first_start_that_fails(run_anchor: Run) -> None:
     service = run_anchor(serves=False, at_start='raise RuntimeError("a broken release")')
     service.expected_blemishes = ("Traceback (most",)
