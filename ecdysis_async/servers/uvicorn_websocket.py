@@ -161,7 +161,7 @@ class MovableWebSocket(SelfMoving, WebSocketsSansIOProtocol):
         if self._luggage is not None:
             self._unmute()
             self.stop_keepalive()
-            self.close_sent = True
+            self.close_sent = self.disconnected = True
             self.transport.write(GOODBYE)
             self.transport.close()
 

@@ -88,3 +88,52 @@ async def restart_among(service: Service, clients: list[Counting]) -> int:
             pid = await asyncio.to_thread(service.wait_for_generation, generation)
         ending.set()
     return pid
+
+
+# A path, the subprotocols that its client offers, and whether its WebSocket moves.
+FATES = {
+    "/same": (["chat"], True),
+    "/plain": ([], True),
+    "/silent": ([], False),  # offers no state
+    "/no-json": ([], False),  # offers what cannot travel
+    "/turned-away": ([], False),  # by the application, when it is resumed
+    "/broken": ([], False),  # likewise; the library websockets says so itself, with 1011
+    "/changed": (["chat", "talk"], False),  # is accepted otherwise there
+}
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("name", ["websocket_service", "websockets_service"])
+def test_what_cannot_go_on_is_closed_as_without_a_transfer(name: str, loop: str, tmp_path: Path) -> None:
+    fates = FATES if name == "websocket_service" else {path: fate for path, fate in FATES.items() if path != "/broken"}
+    with Service(Path(__file__).with_name(f"{name}.py"), loop=loop, directory=tmp_path) as service:
+        pid = service.wait_for_generation(1)
+        newest = asyncio.run(meet_fates(service, pid, fates))
+        os.kill(newest, signal.SIGTERM)
+        while service.read_log():
+            pass
+    assert "is accepted otherwise here" in service.log
+    assert "is not JSON serializable" in service.log
+
+
+async def meet_fates(service: Service, pid: int, fates: dict[str, tuple[list[str], bool]]) -> int:
+    async with contextlib.AsyncExitStack() as stack:
+        websockets = {}
+        for path, (subprotocols, _) in fates.items():
+            uri = f"ws://127.0.0.1:{service.port()}{path}"
+            websocket = await stack.enter_async_context(connect(uri, subprotocols=subprotocols or None))  # type: ignore[arg-type]
+            await websocket.send("hello")
+            assert await websocket.recv() == "1 1"
+            websockets[path] = websocket
+        os.kill(pid, signal.SIGHUP)
+        newest = await asyncio.to_thread(service.wait_for_generation, 2)
+        await asyncio.to_thread(service.wait_for, "served here now")
+        for path, (_, moves) in fates.items():
+            websocket = websockets[path]
+            if moves:
+                await websocket.send("hello")
+                assert await asyncio.wait_for(websocket.recv(), PATIENCE_SECONDS) == "2 2", path
+            else:
+                await asyncio.wait_for(websocket.wait_closed(), PATIENCE_SECONDS)
+                assert websocket.close_code == 1012, path
+    return newest
