@@ -7,8 +7,11 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from typing import Any, Literal
 
+import hypercorn.config
 import pytest
+import uvicorn
 from aiohttp import web
+from websockets.asyncio.server import serve as serve_websockets
 
 from ecdysis_async.errors import StartupError
 from ecdysis_async.options import OptionError, Options
@@ -131,3 +134,13 @@ def test_trusted_proxies() -> None:
     assert trusted.find_client("1.1.1.1, 192.0.2.7, 10.1.2.3") == "192.0.2.7"
     assert trusted.find_client("10.0.0.1, 10.0.0.2") == "10.0.0.1"
     assert trusted.find_client(" ") is None
+
+
+def test_options_of_the_servers_there_are() -> None:
+    for function, name, kind in (
+        (uvicorn.Config.__init__, "timeout_keep_alive", int),
+        (web.RequestHandler.__init__, "keepalive_timeout", float),
+        (serve_websockets, "compression", str | None),
+    ):
+        assert own_options.of_function(function)[name] == kind
+    assert own_options.of_attributes(hypercorn.config.Config)["keep_alive_timeout"] is float

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ecdysis_async.options import OptionError
@@ -20,6 +20,10 @@ Wanted = Mapping[str, Any]
 """The type of each option that a server has, by its name."""
 
 
+# What an annotation says by itself, where others of the same function cannot be looked up.
+_PLAIN = {"bool": bool, "int": int, "float": float, "str": str}
+
+
 def of_function(function: Callable[..., Any]) -> Wanted:
     """Return the options that a function takes by name."""
     try:
@@ -29,7 +33,9 @@ def of_function(function: Callable[..., Any]) -> Wanted:
     wanted = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self":
-            wanted[name] = hints.get(name, _type_of(parameter.default))
+            name_of_type = getattr(parameter.annotation, "__name__", parameter.annotation)
+            plain = _PLAIN.get(str(name_of_type), _type_of(parameter.default))
+            wanted[name] = hints.get(name, plain)
     return wanted
 
 
@@ -98,7 +104,7 @@ def _alternatives(hint: Any) -> list[Any]:
         found = [each for alternative in typing.get_args(hint) for each in _alternatives(alternative)]
         # What takes any text comes last.
         return sorted(found, key=lambda each: each in (str, Any))
-    return [list if typing.get_origin(hint) is list else hint]
+    return [list if typing.get_origin(hint) in (list, Sequence) else hint]
 
 
 _UNFIT = object()

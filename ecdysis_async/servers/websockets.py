@@ -80,7 +80,7 @@ async def serve(
 
 async def run(ecdysis: Ecdysis, handler: Handler, options: Options) -> None:
     """Serve a handler as the options say."""
-    wanted = own_options.of_function(serve_websockets.__init__)
+    wanted = own_options.of_function(serve_websockets)
     given = own_options.read("websockets", wanted, options.server_options, OURS)
     sockets = await open_sockets(options)
     await serve(ecdysis, handler, socks=sockets, ssl=make_ssl_context(options), **given)

@@ -103,7 +103,7 @@ async def running(
     reader, writer = os.pipe()
     with os.fdopen(writer, "wb") as pipe:
         process = subprocess.Popen(
-            [*ECDYSIS, "run", *arguments, *QUICK, "--control", control],
+            [*ECDYSIS, "run", *QUICK, "--control", control, *arguments],
             cwd=directory,
             env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
             stdout=pipe,
