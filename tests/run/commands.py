@@ -157,7 +157,7 @@ class Visitors:
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
-        while not self._stopping.wait(0.005):
+        while not self._stopping.wait(0.02):
             try:
                 status, text = get(self._port)
                 assert status == 200, status
