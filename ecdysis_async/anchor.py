@@ -82,6 +82,8 @@ RETRY_SECONDS = 1.0
 # A worker is looked after at least so often in the time that it may be silent.
 BEATS_PER_HANG = 4
 
+# A worker that was silent for longer is none that systemd's watchdog counts, seconds: it tells of itself each second.
+SOUND_SECONDS = 15.0
 # What a worker that hangs gets to leave its traceback (faulthandler), before it is killed, seconds.
 ABORT_SECONDS = 1.0
 # How long a worker may take to open its log files anew, seconds.
@@ -376,6 +378,7 @@ class Anchor:
         if self._systemd.is_there:
             self._tasks.start_soon(self._systemd.run)
         self._systemd.begin()
+        self._systemd.is_sound = self._has_sound_worker
         self._tasks.start_soon(self._watch)
         if self._plan.reload_paths and self._plan.control_path is not None:
             # Before the workers load what is watched: nothing that is saved meanwhile is missed.
@@ -833,6 +836,11 @@ class Anchor:
                         worker.silence = -math.inf
                         self._begin(self._end_hanging, worker)
             self._systemd.tell_status(self._describe())
+
+    def _has_sound_worker(self) -> bool:
+        """Say whether a worker's loop turns, if there is one: what systemd's watchdog asks, while this loop turns."""
+        bound = [worker for worker in self.crew if worker.state in (WorkerState.SERVING, WorkerState.PAUSED)]
+        return not bound or any(worker.silence < SOUND_SECONDS for worker in bound)
 
     async def _end_hanging(self, worker: Worker) -> None:
         self.log.error(

@@ -15,7 +15,7 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import anyio
 
@@ -134,6 +134,8 @@ class Systemd:
 
     Attributes:
         begun: set once this process is the unit's main one.
+        is_sound: says whether the service is as it should be besides this loop; while it is not, the watchdog is left
+            unfed.
 
     Raises:
         ValueError: the address is of another kind.
@@ -153,6 +155,7 @@ class Systemd:
         # Two tasks may send, and READY must not overtake RELOADING.
         self._sending = anyio.Lock()
         self.begun = anyio.Event()
+        self.is_sound: Callable[[], bool] = lambda: True
 
     @property
     def is_there(self) -> bool:
@@ -255,7 +258,8 @@ class Systemd:
 
     async def _pet(self, pause: float) -> None:
         while True:
-            self.tell("WATCHDOG=1")
+            if self.is_sound():
+                self.tell("WATCHDOG=1")
             await anyio.sleep(pause)
 
     async def _send(self, message: bytes, *descriptors: int) -> bool:

@@ -52,6 +52,30 @@ def test_roll_outs_under_load_lose_nothing(run_anchor: Run) -> None:
     assert service.status()["generation"] == 3
 
 
+@pytest.mark.timeout(300)  # 48 interpreters start, one after the other
+def test_ten_roll_outs_with_a_kill_and_an_upgrade_in_between(run_anchor: Run) -> None:
+    service = run_anchor(workers=4, handoffs={"probation": 0})
+    with Clients(service.address) as clients:
+        for number in range(2, 12):
+            if number == 4:
+                # Whoever is asked for its successor first, in the middle of it.
+                service.arm("predecessor", "pausing", "kill-self")
+            if number == 7:
+                client.upgrade(service.control, lambda event: None)
+            report = service.roll_out("serving" if number % 2 else "settled")
+            assert (report["generation"], len(report["workers"])) == (number, 4)
+            service.wait_until(lambda: service.status()["restart"] is None, "it does not settle")
+        for pid in service.workers().values():
+            clients.wait_for(pid)
+    assert clients.refused == []
+    # The killed one may have had a connection.
+    assert len(clients.lost) <= 1
+    service.wait_until(lambda: len(service.status()["workers"]) == 4, "the old ones do not leave")
+    found = service.status()
+    assert (found["generation"], found["anchor"]["upgrades"]) == (11, 1)
+    assert {each["generation"] for each in found["workers"]} == {11}
+
+
 def test_a_release_that_fails_in_one_slot_is_taken_back_in_all(run_anchor: Run) -> None:
     service = run_anchor(at_start=FAILS_IN_THE_SECOND)
     service.expected_blemishes = ("Traceback (most",)
