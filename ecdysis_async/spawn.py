@@ -6,9 +6,11 @@ that follows on the channel. Nothing here forks a process of Python code: exec o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -71,6 +73,9 @@ PRIVATE_KEYS = (
 _KEEPER = ("/bin/sh", "-c", 'trap : HUP INT TERM USR1 USR2; "$@"; exit $?', "sh")
 # How a shell tells that a signal has ended its child.
 _SIGNAL_STATUS = 128
+
+# How much of a program the kernel looks at for its interpreter (BINPRM_BUF_SIZE).
+MAX_FIRST_LINE = 256
 
 # What asyncio reports too for a child that was reaped by somebody else.
 UNKNOWN_STATUS = 255
@@ -331,6 +336,8 @@ def spawn(
     passed = {MARKER: channel} | ({LINE_MARKER: line} if line is not None else {})
     environment = launch.environment | {key: _mark(sock) for key, sock in passed.items()}
     try:
+        if is_kept:
+            _require_program(launch)
         # With neither preexec_fn nor a change of user, subprocess takes vfork: fork would stop this process for as
         # long as the kernel copies its page tables, 58 ms at 4 GB (DESIGN.md, trap 12).
         child = _Detached(
@@ -351,6 +358,28 @@ def spawn(
         child.wait()
         raise _spawn_failed(launch, error) from error
     return Process(child.pid, pidfd, is_kept=is_kept)
+
+
+def _require_program(launch: Launch) -> None:
+    """Find what exec would not: behind a shell that is but an exit status.
+
+    Raises:
+        OSError: the program, or the interpreter in its first line, is not there, or may not be executed.
+    """
+    program = launch.arguments[0]
+    path: str | None = os.path.join(launch.directory or "", program)
+    if os.sep not in program:
+        path = shutil.which(program, path=launch.environment.get("PATH", os.defpath))
+    if path is None or not os.path.exists(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
+    if os.path.isdir(path) or not os.access(path, os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), program)
+    # It may be executed by those who may not read it.
+    with contextlib.suppress(PermissionError), open(path, "rb") as file:
+        start = file.read(MAX_FIRST_LINE)
+        words = start.removeprefix(b"#!").split(b"\n")[0].split()
+        if start.startswith(b"#!") and words and not os.path.exists(words[0]):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
 
 
 def describe_exit(returncode: int) -> str:

@@ -364,6 +364,33 @@ async def spawn_kept(program: str) -> tuple[Process, socket.socket]:
 CHANNEL = "socket.socket(fileno=int(os.environ['ECDYSIS_CHANNEL'].split(':')[0]))"
 
 
+@pytest.mark.parametrize(
+    ("name", "first_line", "mode", "remedy"),
+    [
+        ("gone", None, 0, "is not there any more"),
+        ("./not-executable", "#!/bin/sh", 0o644, "chmod"),
+        ("./orphan", "#!/no/such/python", 0o755, "the interpreter in its first line"),
+        ("./fine", "#!/bin/sh", 0o755, None),
+    ],
+)
+async def test_a_program_that_cannot_run_shows_at_once_behind_a_shell(
+    tmp_path: Path, name: str, first_line: str | None, mode: int, remedy: str | None
+) -> None:
+    if first_line is not None:
+        (tmp_path / name).write_text(f"{first_line}\n")
+        (tmp_path / name).chmod(mode)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        launch = Launch((name,), str(tmp_path), dict(os.environ))
+        if remedy is None:
+            process = spawn(launch, theirs, 2, is_kept=True)
+            assert await process.wait() == 0
+            process.close()
+        else:
+            with pytest.raises(SpawnFailed, match=remedy):
+                spawn(launch, theirs, 2, is_kept=True)
+
+
 @pytest.fixture
 def subreaper() -> Iterator[None]:
     """Stand in for systemd: be the parent of those whose parent has died."""
