@@ -72,7 +72,8 @@ def prepare_directory(path: str) -> None:
         raise FileNotFoundError(
             error.errno, f"the directory of the control socket {path} does not exist: mkdir -m 700 {directory}"
         ) from None
-    if found.st_uid != os.geteuid():
+    # Root could replace it anywhere; and a service that was root when it began has it there.
+    if found.st_uid not in (0, os.geteuid()):
         raise PermissionError(
             errno.EPERM,
             f"the directory of the control socket {path} belongs to uid {found.st_uid}, and this service runs as uid "
@@ -130,8 +131,15 @@ class ControlLock:
         import fcntl
 
         while self._descriptor < 0:
-            # O_NOFOLLOW: nothing but a lock file of ours is ever opened, and made.
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                # O_NOFOLLOW: nothing but a lock file of ours is ever opened, and made.
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except PermissionError:
+                if is_family:
+                    # Made by root, which this service was when it began. Whoever comes to bind sees that somebody
+                    # listens there.
+                    return
+                raise
             try:
                 if not is_family:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,8 +169,8 @@ class ControlLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(self._path)
-        except (BlockingIOError, FileNotFoundError):
-            # Another generation goes on; or somebody has cleared the directory.
+        except (BlockingIOError, FileNotFoundError, PermissionError):
+            # Another generation goes on; or somebody has cleared the directory; or this process is not root any more.
             pass
         finally:
             os.close(descriptor)

@@ -58,7 +58,8 @@ class PidFile:
         """Remove the file at a full stop, if it still names this process."""
         self.discard()
         self._discard_orphans()
-        with contextlib.suppress(FileNotFoundError):
+        # Nor can it be removed from a directory of root's by who is not root any more.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             if self.path.read_text().strip() == str(os.getpid()):
                 self.path.unlink()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import socket
 import sys
 import time
@@ -26,6 +28,15 @@ def free_port() -> int:
         return port
 
 
+def free_port_of_root() -> int:
+    """Return a port that only root may bind, and nobody has at this moment."""
+    while True:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            port = random.randrange(300, 1024)
+            sock.bind(("127.0.0.1", port))
+            return port
+
+
 class Unit:
     """The unit of a service, and the service."""
 
@@ -42,6 +53,7 @@ class Unit:
             "addresses": str(machine.directory / "addresses"),
             "at_start": "",
             "before_ready": 0.0,
+            "become": 0,
         }
         self.settings_path = machine.directory / "settings.json"
         self._log = machine.directory / "log"

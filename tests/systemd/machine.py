@@ -119,7 +119,7 @@ class Machine:
             self._cgroup.mkdir()
         except OSError as error:
             raise Unavailable(f"a control group cannot be made here: {error}") from error
-        folders = dict.fromkeys(map(str, (self.directory, PROJECT, sys.prefix, sys.base_prefix)))
+        folders = self._folders()
         # A shell that enters the group before anything else: systemd takes where it starts for the root of its own.
         enter = f'echo $$ >"{self._cgroup}/cgroup.procs" && exec "$@"'
         unshare = ["unshare", "-m", "-p", "-f", "-C", "-u", "-i", "--propagation", "private", "--kill-child"]
@@ -139,6 +139,9 @@ class Machine:
             time.sleep(0.02)
         text = self._console.read_text(errors="replace")[-2000:]
         raise Unavailable(f"systemd does not come up in namespaces here:\n{text}")
+
+    def _folders(self) -> list[str]:
+        return list(dict.fromkeys(map(str, (self.directory, PROJECT, sys.prefix, sys.base_prefix))))
 
     def run(self, *command: str, check: bool = True) -> str:
         """Run a command inside; return what it says, on either stream where it may fail."""
@@ -171,6 +174,12 @@ class Machine:
         """Write a unit file; it is in force with the next command that needs it."""
         (self.directory / unit).write_text(text)
         self.systemctl("daemon-reload")
+
+    def let_others_in(self) -> None:
+        """Let every user reach the program and the test's directory: what is above them is this machine's alone."""
+        self.directory.chmod(0o755)
+        for folder in self._folders():
+            self.run("chmod", "a+x", *(str(parent) for parent in Path(folder).parents))
 
     def kill(self, pid: int, number: signal.Signals) -> None:
         """Send a signal to a process, by its number inside."""

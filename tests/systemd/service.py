@@ -24,7 +24,12 @@ async def answer(ecdysis: Ecdysis, line: str) -> Any:
     """Do what a line asks for, of what the load does not ask for."""
     match line.split(" "):
         case ["who"]:
-            return {"pid": os.getpid(), "generation": ecdysis.generation, "names": sorted(os.environ)}
+            return {
+                "pid": os.getpid(),
+                "uid": os.geteuid(),
+                "generation": ecdysis.generation,
+                "names": sorted(os.environ),
+            }
         case ["stall", seconds]:
             time.sleep(float(seconds))
             return {}
@@ -80,6 +85,10 @@ async def main(settings: dict[str, Any]) -> None:
                 await ecdysis.start_unix_server(handle, sock=sock)
             else:
                 await ecdysis.start_server(handle, sock=sock)
+        if settings["become"] and os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(settings["become"])
+            os.setuid(settings["become"])
         names = Path(settings["addresses"])
         names.with_suffix(".draft").write_text(json.dumps([sock.getsockname() for sock in sockets]))
         names.with_suffix(".draft").replace(names)
