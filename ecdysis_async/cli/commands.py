@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -65,6 +67,12 @@ def interruptible(what: str) -> Iterator[None]:
         sys.exit(Exit.INTERRUPTED)
 
 
+def end_as_reload() -> None:
+    """As ExecReload= of a unit, end well when the unit is stopped: else it would be left as failed, by our signal."""
+    if "MAINPID" in os.environ and "INVOCATION_ID" in os.environ:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+
+
 def print_json(value: Any) -> None:
     """Print an object in a line of its own, at once."""
     click.echo(json.dumps(value))
@@ -100,6 +108,7 @@ command.add_command(unit)
 @failures_exit
 def restart(until: str, anchor: bool, check: bool, as_json: bool, control: str | None) -> None:  # noqa: FBT001 - click passes it by name
     """Restart the service, and wait for the outcome. Leaving earlier (Ctrl-C) does not call it off."""
+    end_as_reload()
     path = client.find(control)
     if anchor:
         with interruptible("the upgrade"):

@@ -73,10 +73,14 @@ class Unit:
         """Return the service's command line."""
         return f"{sys.executable} {SERVICE} {self.settings_path}"
 
+    @property
+    def control(self) -> str:
+        """Where its control socket is."""
+        return str(self._settings["ecdysis"]["control_socket"])
+
     def install(self, *lines: str, kind: str = "notify") -> None:
         """Write the unit, with more lines of its [Service]."""
-        control = self._settings["ecdysis"]["control_socket"]
-        reload = f"ExecReload={sys.executable} -m ecdysis_async.cli restart --control {control}\n"
+        reload = f"ExecReload={sys.executable} -m ecdysis_async.cli restart --control {self.control}\n"
         self.machine.install(
             NAME,
             "[Unit]\nDefaultDependencies=no\n"
@@ -103,9 +107,9 @@ class Unit:
         """Reload it, which must not fail."""
         self.machine.systemctl("reload", NAME)
 
-    def systemctl(self, command: str) -> None:
+    def systemctl(self, command: str, *options: str) -> None:
         """Run a command of systemctl on it, which must not fail."""
-        self.machine.systemctl(command, NAME)
+        self.machine.systemctl(command, *options, NAME)
 
     # How it is
 

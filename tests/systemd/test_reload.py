@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import sys
 from collections import Counter
 
 import pytest
 
 from benchmarks.load import Counts, Load, Mix
 from tests.systemd.harness import NAME, Client, Unit
+from tests.systemd.machine import PROJECT
 
 RELOADS = 10
 
@@ -133,6 +136,49 @@ def test_it_survives_systemd_being_executed_anew(unit: Unit) -> None:
     assert unit.ask("who")["pid"] == third != second
     unit.systemctl("stop")
     assert unit.show("Result") == "success"
+
+
+@pytest.mark.parametrize("phase", ["initialising", "probation"])
+def test_it_survives_systemd_being_executed_anew_in_a_restart(unit: Unit, phase: str) -> None:
+    unit.configure(ecdysis={"probation": 3 if phase == "probation" else 0.1})
+    unit.start("WatchdogSec=5", "FileDescriptorStoreMax=8")
+    first = unit.main_pid
+    unit.configure(before_ready=3.0 if phase == "initialising" else 0.0)
+    with Client(unit.addresses[0]) as client:
+        client.say("restart settled")
+        if phase == "probation":
+            unit.wait_until(lambda: unit.ask("who")["generation"] == 2)
+        else:
+            unit.wait_until(lambda: "starting generation 2" in unit.log)
+        unit.machine.systemctl("daemon-reexec")
+        assert json.loads(client.hear())["outcome"] == "settled"
+    unit.wait_until(lambda: unit.main_pid not in (0, first))
+    unit.configure(before_ready=0.0)
+    assert unit.ask("who")["pid"] == unit.main_pid
+    unit.reload()
+    assert unit.ask("who")["generation"] == 3
+    assert unit.show("NRestarts") == "0"
+    unit.systemctl("stop")
+    assert unit.show("Result") == "success"
+
+
+def test_who_asks_by_the_control_socket_gets_the_new_pid_or_the_reason(unit: Unit) -> None:
+    unit.start()
+    command = [sys.executable, "-m", "ecdysis_async.cli", "restart", "--json", "--control", unit.control]
+    answer = json.loads(unit.machine.run("env", f"PYTHONPATH={PROJECT}", *command))
+    assert answer["report"]["successor_pid"] == unit.main_pid == unit.ask("who")["pid"]
+    unit.configure(at_start="raise ValueError('a broken release')")
+    answer = json.loads(unit.machine.run("env", f"PYTHONPATH={PROJECT}", *command, check=False))
+    assert "a broken release" in json.dumps(answer)
+    assert unit.ask("who")["generation"] == 2
+
+
+def test_a_program_that_is_gone_fails_the_reload_at_once(unit: Unit) -> None:
+    unit.configure(ecdysis={"command": ["/no/such/python", "service.py"]})
+    unit.start()
+    assert unit.machine.fails("systemctl", "reload", NAME)
+    assert "cannot start '/no/such/python'" in unit.show("StatusText")
+    assert unit.ask("who")["pid"] == unit.main_pid
 
 
 def test_what_is_for_one_process_does_not_reach_the_next(unit: Unit) -> None:

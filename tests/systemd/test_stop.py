@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from tests.systemd.harness import NAME, Client, Unit
+from tests.systemd.harness import NAME, Client, Unit, free_port
+from tests.systemd.load import Load
 
 
 @pytest.mark.parametrize("kill_mode", ["control-group", "mixed"])
@@ -49,9 +52,53 @@ def test_a_stop_while_the_successor_starts_calls_it_off(unit: Unit) -> None:
     unit.wait_until(lambda: "waiting\n" in unit.log)
     unit.systemctl("stop")
     assert reload.wait() != 0
-    # The unit's result is that of ExecReload=, which systemd ends by SIGTERM; the service itself has left in order.
-    assert (unit.show("ExecMainCode"), unit.show("ExecMainStatus")) == ("1", "0")  # CLD_EXITED
-    assert unit.show("MainPID") == "0"
+    # Although systemd has ended ExecReload= by SIGTERM.
+    assert (unit.show("Result"), unit.show("ActiveState")) == ("success", "inactive")
+
+
+def test_a_stop_and_a_kill_while_the_first_generation_starts(unit: Unit) -> None:
+    unit.configure(before_ready=60)
+    unit.install("Restart=on-failure", "RestartSec=0")
+    unit.systemctl("start", "--no-block")
+    unit.wait_until(lambda: unit.main_pid != 0 and Path(unit.settings_path.parent / "addresses").exists())
+    unit.configure(before_ready=2)
+    unit.machine.kill(unit.main_pid, signal.SIGKILL)
+    unit.wait_until(lambda: unit.show("NRestarts") == "1" and unit.main_pid != 0)
+    unit.wait_until(lambda: unit.show("StatusText").startswith("generation 1 is starting"))
+    # The application's own start comes to its end, and nothing is accepted.
+    unit.systemctl("stop")
+    assert "serving on" not in unit.log
+    assert (unit.show("Result"), unit.show("ActiveState")) == ("success", "inactive")
+
+
+@pytest.mark.parametrize("phase", ["initialising", "probation", "draining"])
+def test_a_stop_in_any_phase_under_load_loses_nothing(unit: Unit, phase: str) -> None:
+    port = free_port()
+    socket = f"[Unit]\nDefaultDependencies=no\n[Socket]\nListenStream=127.0.0.1:{port}\nService={NAME}\n"
+    unit.machine.install("app.socket", socket)
+    unit.configure(
+        sockets=[["listen_tcp", ["127.0.0.1", port], {}]],
+        ecdysis={"drain_timeout": 2, "probation": 60 if phase == "probation" else 0.05},
+    )
+    unit.install("Sockets=app.socket", "KillMode=mixed")
+    unit.machine.systemctl("start", "app.socket")
+    with Load(port) as load:
+        if phase == "initialising":
+            unit.configure(at_start="print('waiting', flush=True); import time; time.sleep(60)")
+        reload = unit.machine.begin("systemctl", "reload", NAME)
+        if phase == "initialising":
+            unit.wait_until(lambda: "waiting\n" in unit.log)
+            unit.configure(at_start="")
+        else:
+            load.wait_for(2)
+        if phase == "draining":
+            assert reload.wait() == 0
+        unit.systemctl("stop")
+        # The next client starts it anew; those who come before that wait.
+        load.wait_for(1, 30)
+        if phase != "draining":
+            assert reload.wait() != 0
+    assert load.counts.failures == Counter()
 
 
 def test_a_drain_may_take_longer_than_the_unit_says(unit: Unit) -> None:
