@@ -10,7 +10,6 @@ import contextlib
 import errno
 import math
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -366,6 +365,9 @@ def _require_program(launch: Launch) -> None:
     Raises:
         OSError: the program, or the interpreter in its first line, is not there, or may not be executed.
     """
+    # Not at the top: this is for systemd alone.
+    import shutil
+
     program = launch.arguments[0]
     path: str | None = os.path.join(launch.directory or "", program)
     if os.sep not in program:
