@@ -366,6 +366,7 @@ class ServerConnection(Connection):
     """
 
     __slots__ = (
+        "__weakref__",
         "_idle_task",
         "_is_lost",
         "_is_paused",

@@ -56,6 +56,8 @@ class Departure:
         ecdysis: says when.
         websockets: for each WebSocket that is open, what closes it with ``RESTARTING``; it may take its time, and
             raises nothing.
+        goodbyes: what is called again and again from the moment on that this generation leaves, with whether it is
+            shortly before the deadline; raises nothing.
 
     Args:
         ecdysis: see above.
@@ -71,6 +73,8 @@ class Departure:
             raise RuntimeError("this loop's servers cannot be handed over: run the program by ecdysis_async.run(main)")
         self.ecdysis = ecdysis
         self.websockets: set[Callable[[], Coroutine[Any, Any, object]]] = set()
+        self.goodbyes: list[Callable[[bool], None]] = []
+        self._is_late = False
         self._gate, self._tracker = active().gate, active().tracker
         self._say_farewell = say_farewell
         self._timeout = ecdysis.drain_timeout
@@ -92,7 +96,9 @@ class Departure:
             task_group.start_soon(self._say_goodbye)
             with anyio.CancelScope(deadline=self._deadline + GRACE_SECONDS):
                 # Before the gate has ended, one may still be accepted.
-                while self._gate.state is not GateState.ENDED or self.ecdysis.connections:  # noqa: ASYNC110 - see above
+                while self._gate.state is not GateState.ENDED or self.ecdysis.connections:
+                    for say_goodbye in self.goodbyes:
+                        say_goodbye(self._is_late)
                     await anyio.sleep(STEP_SECONDS)
             task_group.cancel_scope.cancel()
 
@@ -115,6 +121,7 @@ class Departure:
         async with anyio.create_task_group() as closing:
             with contextlib.suppress(DrainInterrupt):
                 await self.ecdysis.until_draining(self._close_one_by_one(closing))
+            self._is_late = True
             if self._say_farewell is not None:
                 self._say_farewell()
             while True:
