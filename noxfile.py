@@ -86,7 +86,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what a restart costs, and what tracking costs, each beside a baseline; best on an idle machine."""
+    """Measure what a restart, a stash and tracking cost, and other servers; best on an idle machine."""
     install(session, "bench")
-    for benchmark in ("restart", "stash", "tracking"):
+    for benchmark in ("restart", "stash", "tracking", "peers"):
         session.run("python", "-m", f"benchmarks.{benchmark}", "--output", ".nox/benchmarks", *session.posargs)

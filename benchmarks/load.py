@@ -1,8 +1,9 @@
-"""Clients of the line service in ``service.py`` that count exactly what became of each request, on loopback only.
+"""Clients of a service that count exactly what became of each request, on loopback only.
 
-Every request ends as one answer or as one failure of a kind. A ``bye`` behind an answer is none: the client connects
-anew and goes on. New connections come at moments of their own, whether or not earlier ones are answered, so that a
-stall is not hidden by the requests it held up. A load ends by itself: at its limit of requests, if not before.
+They speak the lines of ``service.py``, or HTTP. Every request ends as one answer or as one failure of a kind. A ``bye``
+behind an answer is none: the client connects anew and goes on. New connections come at moments of their own, whether or
+not earlier ones are answered, so that a stall is not hidden by the requests it held up. A load ends by itself: at its
+limit of requests, if not before.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-__all__ = ["Counts", "Failure", "Kind", "Load", "Mix", "percentile"]
+__all__ = ["Counts", "Failure", "Http", "Kind", "Lines", "Load", "Mix", "percentile"]
 
 HOST = "127.0.0.1"
 
 # Nothing here takes longer than a few seconds, also on a busy machine: whoever waits longer waits for ever.
 PATIENCE_SECONDS = 15.0
+
+# A client that has failed comes back this much later: it would ask a service that is down a thousand times a second.
+FAILURE_PAUSE_SECONDS = 0.1
 
 # Half of the new connections stay mute for up to this long: a server must wait for the first byte of what it accepted.
 MUTE_SECONDS = 0.05
@@ -111,12 +115,44 @@ class Counts:
         )
 
 
+class Lines:
+    """What the line service speaks."""
+
+    def encode(self, command: str, text: str) -> bytes:
+        """Make a request."""
+        return f"{command} {text}\n".encode()
+
+    async def read(self, reader: asyncio.StreamReader) -> bytes:
+        """Return an answer: a generation, the text, and ``bye`` where the connection is at its end."""
+        return await reader.readline()
+
+
+class Http(Lines):
+    """HTTP/1.1, with answers of the same form."""
+
+    def encode(self, command: str, text: str) -> bytes:
+        path = "/".join((*command.split(), text))
+        return f"GET /{path} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
+
+    async def read(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+            headers = {name: value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+            body = await reader.readexactly(int(headers.get("content-length", "0")))
+        except asyncio.IncompleteReadError:
+            return b""
+        if status.split()[1] != "200":
+            return status.encode()
+        return body + (b" bye" if headers.get("connection") == "close" else b"")
+
+
 class Load:
     """Clients of all kinds against one port, until told to end."""
 
-    def __init__(self, port: int, mix: Mix) -> None:
+    def __init__(self, port: int, mix: Mix, dialect: Lines | None = None) -> None:
         self.port = port
         self.mix = mix
+        self.dialect = dialect or Lines()
         self.counts = Counts()
         self.random = random.Random()
         self.texts = itertools.count()
@@ -226,12 +262,11 @@ class Client:
                 reader, writer = self._streams or await self._connect()
                 if mute:
                     await asyncio.sleep(mute)
-                writer.write(f"{command} {text}\n".encode())
+                writer.write(self._load.dialect.encode(command, text))
                 await writer.drain()
-                answer = await reader.readline()
+                answer = await self._load.dialect.read(reader)
         except OSError as error:
-            counts.failures[_failure_of(error)] += 1
-            await self._close()
+            await self._fail(_failure_of(error))
             return
         elapsed = time.monotonic() - begun - patience - mute
         match answer.decode(errors="replace").split():
@@ -242,11 +277,9 @@ class Client:
                 if bye:
                     await self._dismiss()
             case [] | ["bye"]:
-                counts.failures[Failure.UNANSWERED] += 1
-                await self._close()
+                await self._fail(Failure.UNANSWERED)
             case _:
-                counts.failures[Failure.WRONG] += 1
-                await self._close()
+                await self._fail(Failure.WRONG)
 
     async def rest(self, seconds: float) -> None:
         """Make no request for a while, or until the load is over, and notice if the server closes meanwhile."""
@@ -277,6 +310,11 @@ class Client:
             self._has_been_dismissed = False
             self._load.counts.reconnects += 1
         return self._streams
+
+    async def _fail(self, failure: Failure) -> None:
+        self._load.counts.failures[failure] += 1
+        await self._close()
+        await self._load.wait_for_end(FAILURE_PAUSE_SECONDS)
 
     async def _dismiss(self) -> None:
         self._has_been_dismissed = True

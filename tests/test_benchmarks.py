@@ -18,12 +18,14 @@ TIMEOUT = 100
 SUBJECTS = {
     "restart": {"asyncio", "trio"},
     "stash": {"copy in one process", "stash, read in place", "stash, copied there", "pipe", "Unix socket"},
+    "peers": {"ecdysis run (uvicorn), ecdysis restart", "uvicorn, stop and start"},
     "tracking": {"streams on asyncio", "protocol on uvloop", "trio on trio"},
     "transfer": {"asyncio, with transfer", "asyncio, without", "uvloop, with transfer", "uvloop, without"},
 }
 TITLES = {
     "restart": ["The accept gap", "From restart() to SERVING", "The old process during a restart"],
     "stash": ["What a stash passes"],
+    "peers": ["A restart, with this and with that"],
     "tracking": ["What tracking costs in steady state"],
     "transfer": ["What restarts cost clients that keep their connections"],
 }

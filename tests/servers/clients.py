@@ -25,7 +25,7 @@ SLOW_SECONDS = (0.1, 0.7)
 # More than one event is long.
 EVENT_SIZE = 100
 
-TEXT, CLOSE = 0x1, 0x8
+TEXT, CLOSE, PING, PONG = 0x1, 0x8, 0x9, 0xA
 RESTARTING = 1012
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -143,14 +143,13 @@ class Load:
             self.goodbyes[kind] += 1
 
     async def _talk(self, kind: str, streams: Streams) -> None:
-        reader, writer = streams
         async with asyncio.timeout(PATIENCE_SECONDS):
             await upgrade(streams)
         while not self._ended.is_set():
             text = f"{self._random.getrandbits(32):x}"
-            writer.write(frame(TEXT, text.encode()))
+            streams[1].write(frame(TEXT, text.encode()))
             async with asyncio.timeout(PATIENCE_SECONDS):
-                opcode, payload = await read_frame(reader)
+                opcode, payload = await read_frame(streams)
                 if opcode == CLOSE:
                     await say_goodbye(streams, payload)
                     self.goodbyes[kind] += 1
@@ -229,6 +228,12 @@ def frame(opcode: int, payload: bytes) -> bytes:
     return bytes([0x80 | opcode, 0x80 | len(payload)]) + mask + bytes(b ^ mask[i % 4] for i, b in enumerate(payload))
 
 
-async def read_frame(reader: asyncio.StreamReader) -> tuple[int, bytes]:
-    first, second = await reader.readexactly(2)
-    return first & 0x0F, await reader.readexactly(second)
+async def read_frame(streams: Streams) -> tuple[int, bytes]:
+    """Read a short frame of a server; its pings are answered."""
+    reader, writer = streams
+    while True:
+        first, second = await reader.readexactly(2)
+        opcode, payload = first & 0x0F, await reader.readexactly(second)
+        if opcode != PING:
+            return opcode, payload
+        writer.write(frame(PONG, payload))

@@ -1,5 +1,6 @@
-"""The service of these tests: one application, written for ASGI and for aiohttp, on the server and loop asked for.
+"""The service of these tests: one application, written for ASGI and for aiohttp, and each server's ``main`` for it.
 
+``ecdysis run`` serves ``asgi``, or what ``make_aiohttp`` returns; as a script it serves by a ``main`` of its own.
 Each generation writes a line of JSON to stdout when it serves, and one with its report when it has ended. Paths:
 ``/echo/TEXT``, ``/slow/SECONDS/TEXT``, ``/events`` (ends when the generation leaves), ``/ws`` (echoes), ``/restart``;
 for a browser ``/page``, which tells what becomes of its WebSocket by ``/note/TEXT``.
@@ -7,15 +8,19 @@ for a browser ``/page``, which tells what becomes of its WebSocket by ``/note/TE
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
 import os
 import socket
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from socket import AF_INET
 from typing import Any
 
 import anyio
@@ -61,6 +66,11 @@ def who() -> str:
     return str(ecdysis_async.current().generation)
 
 
+def directory() -> Path:
+    """Where files say what to do."""
+    return Path(os.environ["SERVICE_DIRECTORY"])
+
+
 async def restart() -> str:
     try:
         return json.dumps((await ecdysis_async.current().restart(until="settled")).to_json())
@@ -94,83 +104,95 @@ async def respond(path: str) -> str:
     return "what?"
 
 
-def start(directory: Path) -> None:
-    if (directory / "broken").exists():
+def start() -> None:
+    if (directory() / "broken").exists():
         raise ArithmeticError("this release is broken")
+    if (directory() / "endless").exists():
+        departure.GRACE_SECONDS = 0.2
+    ecdysis = ecdysis_async.current()
+    # A thread, because not every loop has tasks that are nobody's.
+    threading.Thread(target=tell_serving, args=[ecdysis], daemon=True).start()
+    atexit.register(tell_ended, ecdysis)
 
 
-async def end(directory: Path) -> None:
+def tell_serving(ecdysis: Ecdysis) -> None:
+    while ecdysis.state is not ecdysis_async.State.SERVING:
+        time.sleep(0.001)
+    (port,) = [entry.sock.getsockname()[1] for entry in ecdysis._registry.entries if entry.sock.family == AF_INET]
+    tell(event="serving", generation=ecdysis.generation, port=port)
+
+
+def tell_ended(ecdysis: Ecdysis) -> None:
+    report = ecdysis.last_report
+    tell(event="ended", generation=ecdysis.generation, report=None if report is None else report.to_json())
+
+
+async def end() -> None:
     tell(event="shutdown", state=ecdysis_async.current().state.value)
-    if (directory / "endless").exists():
+    if (directory() / "endless").exists():
         await anyio.sleep_forever()
 
 
-class Asgi:
-    """The application for uvicorn and hypercorn."""
+async def asgi(scope: Any, receive: Any, send: Any) -> None:
+    """Serve: the application for uvicorn and hypercorn."""
+    match scope["type"]:
+        case "lifespan":
+            await live(receive, send)
+        case "websocket":
+            await talk(receive, send)
+        case "http" if scope["path"] == "/events":
+            await stream(scope["state"]["ecdysis.draining"], send)
+        case "http":
+            await answer(scope, send)
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        match scope["type"]:
-            case "lifespan":
-                await self.live(receive, send)
-            case "websocket":
-                await self.talk(receive, send)
-            case "http" if scope["path"] == "/events":
-                await self.stream(scope["state"]["ecdysis.draining"], send)
-            case "http":
-                await self.answer(scope, send)
+async def live(receive: Any, send: Any) -> None:
+    await receive()
+    start()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    await end()
+    await send({"type": "lifespan.shutdown.complete"})
 
-    async def live(self, receive: Any, send: Any) -> None:
-        await receive()
-        start(self.directory)
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        await end(self.directory)
-        await send({"type": "lifespan.shutdown.complete"})
 
-    async def answer(self, scope: Any, send: Any) -> None:
-        body = (await respond(scope["path"])).encode()
-        headers = [(b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+async def answer(scope: Any, send: Any) -> None:
+    body = (await respond(scope["path"])).encode()
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
-    async def stream(self, draining: Any, send: Any) -> None:
-        headers = [(b"content-type", b"text/event-stream")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        while not draining.is_set():
-            await send({"type": "http.response.body", "body": b"data: tick\n\n", "more_body": True})
-            with anyio.move_on_after(TICK_SECONDS):
-                await draining.wait()
-        await send({"type": "http.response.body", "body": b"data: bye\n\n"})
 
-    async def talk(self, receive: Any, send: Any) -> None:
-        await receive()
-        await send({"type": "websocket.accept"})
-        while (message := await receive())["type"] == "websocket.receive":
-            await send({"type": "websocket.send", "text": f"{who()} {message['text']}"})
+async def stream(draining: Any, send: Any) -> None:
+    headers = [(b"content-type", b"text/event-stream")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    while not draining.is_set():
+        await send({"type": "http.response.body", "body": b"data: tick\n\n", "more_body": True})
+        with anyio.move_on_after(TICK_SECONDS):
+            await draining.wait()
+    await send({"type": "http.response.body", "body": b"data: bye\n\n"})
+
+
+async def talk(receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "websocket.accept"})
+    while (message := await receive())["type"] == "websocket.receive":
+        await send({"type": "websocket.send", "text": f"{who()} {message['text']}"})
 
 
 async def serve_by_uvicorn(
-    ecdysis: Ecdysis,
-    directory: Path,
-    http: Any = "httptools",
-    ws: Any = "websockets-sansio",
-    *,
-    transfer: bool = False,
+    ecdysis: Ecdysis, http: Any = "httptools", ws: Any = "websockets-sansio", *, transfer: bool = False
 ) -> None:
     import uvicorn
 
     import ecdysis_async.servers.uvicorn as adapter
 
     config = uvicorn.Config(
-        Asgi(directory), port=0, http=http, ws=ws, timeout_keep_alive=60, access_log=False, log_level="warning"
+        asgi, port=0, http=http, ws=ws, timeout_keep_alive=60, access_log=False, log_level="warning"
     )
     await adapter.serve(ecdysis, config, transfer=transfer)
 
 
-async def serve_by_hypercorn(ecdysis: Ecdysis, directory: Path, *, transfer: bool = False) -> None:
+async def serve_by_hypercorn(ecdysis: Ecdysis, *, transfer: bool = False) -> None:
     from hypercorn.config import Config
 
     import ecdysis_async.servers.hypercorn as adapter
@@ -179,10 +201,17 @@ async def serve_by_hypercorn(ecdysis: Ecdysis, directory: Path, *, transfer: boo
     config.bind = ["127.0.0.1:0"]
     config.loglevel = "WARNING"
     config.keep_alive_timeout = 60
-    await adapter.serve(ecdysis, Asgi(directory), config, transfer=transfer)
+    await adapter.serve(ecdysis, asgi, config, transfer=transfer)
 
 
-async def serve_by_aiohttp(ecdysis: Ecdysis, directory: Path, *, transfer: bool = False) -> None:
+async def serve_by_aiohttp(ecdysis: Ecdysis, *, transfer: bool = False) -> None:
+    import ecdysis_async.servers.aiohttp as adapter
+
+    await adapter.serve(ecdysis, make_aiohttp(), host="127.0.0.1", port=0, access_log=None, transfer=transfer)
+
+
+def make_aiohttp() -> Any:
+    """Make the application for aiohttp."""
     from aiohttp import WSMsgType, web
 
     import ecdysis_async.servers.aiohttp as adapter
@@ -195,11 +224,12 @@ async def serve_by_aiohttp(ecdysis: Ecdysis, directory: Path, *, transfer: bool 
         draining = request.app[adapter.DRAINING]
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        while not draining.is_set():
-            await response.write(b"data: tick\n\n")
-            with anyio.move_on_after(TICK_SECONDS):
-                await draining.wait()
-        await response.write(b"data: bye\n\n")
+        with contextlib.suppress(ConnectionError):  # its client has heard enough
+            while not draining.is_set():
+                await response.write(b"data: tick\n\n")
+                with anyio.move_on_after(TICK_SECONDS):
+                    await draining.wait()
+            await response.write(b"data: bye\n\n")
         return response
 
     async def talk(request: web.Request) -> web.WebSocketResponse:
@@ -212,10 +242,10 @@ async def serve_by_aiohttp(ecdysis: Ecdysis, directory: Path, *, transfer: bool 
         return websocket
 
     async def live(app: web.Application) -> None:
-        start(directory)
+        start()
 
     async def die(app: web.Application) -> None:
-        await end(directory)
+        await end()
 
     app = web.Application()
     app.on_startup.append(live)
@@ -223,10 +253,10 @@ async def serve_by_aiohttp(ecdysis: Ecdysis, directory: Path, *, transfer: bool 
     app.router.add_get("/events", stream)
     app.router.add_get("/ws", talk)
     app.router.add_get("/{path:.*}", answer)
-    await adapter.serve(ecdysis, app, host="127.0.0.1", port=0, access_log=None, transfer=transfer)
+    return app
 
 
-SERVE: dict[str, Callable[[Ecdysis, Path], Awaitable[None]]] = {
+SERVE: dict[str, Callable[[Ecdysis], Awaitable[None]]] = {
     "uvicorn": serve_by_uvicorn,
     "uvicorn-h11": functools.partial(serve_by_uvicorn, http="h11", ws="wsproto"),
     # Their connections move, as far as they can; those of the others take leave.
@@ -240,26 +270,9 @@ SERVE: dict[str, Callable[[Ecdysis, Path], Awaitable[None]]] = {
 
 
 async def main() -> None:
-    server, _, directory, options = sys.argv[1:]
-    if (Path(directory) / "endless").exists():
-        departure.GRACE_SECONDS = 0.2
-    ecdysis = Ecdysis(**json.loads(options))
-    async with ecdysis, anyio.create_task_group() as task_group:
-        task_group.start_soon(tell_serving, ecdysis)
-        try:
-            await SERVE[server](ecdysis, Path(directory))
-        finally:
-            task_group.cancel_scope.cancel()
-    report = ecdysis.last_report
-    tell(event="ended", generation=ecdysis.generation, report=None if report is None else report.to_json())
-
-
-async def tell_serving(ecdysis: Ecdysis) -> None:
-    while ecdysis.state is not ecdysis_async.State.SERVING:  # noqa: ASYNC110 - a state has no event
-        await anyio.sleep(0.001)
-    # The address, of the one socket there is.
-    entry = ecdysis._registry.entries[0]
-    tell(event="serving", generation=ecdysis.generation, address=entry.sock.getsockname())
+    server, _, options = sys.argv[1:]
+    async with Ecdysis(**json.loads(options)) as ecdysis:
+        await SERVE[server](ecdysis)
 
 
 if __name__ == "__main__":

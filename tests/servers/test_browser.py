@@ -11,7 +11,7 @@ from tests.servers import programs
 from tests.servers.harness import find_blemishes, running
 
 RESTARTS = 3
-SETTINGS = {"probation": 0.05, "drain_timeout": 4, "max_draining": RESTARTS + 1}
+SETTINGS = {"probation": 0.05, "drain_timeout": 4}
 
 
 def chromium(directory: Path, url: str) -> list[str]:
@@ -39,15 +39,16 @@ def test_a_page_comes_back_after_each_restart(server: str, tmp_path: Path) -> No
 
 
 async def keep_a_page_open(server: str, directory: Path) -> None:
-    notes = ["1 hello"]
-    async with running(server, "uvloop", directory, **SETTINGS) as service:
+    async with running(server, "uvloop", directory, settings=SETTINGS) as service:
         with programs.running(chromium(directory, f"http://127.0.0.1:{service.port}/page"), directory):
+            notes = [f"{service.generations[-1]} hello"]
             await service.wait_for_notes(len(notes))
-            for generation in range(2, RESTARTS + 2):
+            for number in range(RESTARTS):
                 report = await service.restart()
                 assert report.get("outcome") == "settled", report
+                await service.wait_for_generations(number + 2)
                 # Closed in good order, for the right reason, and open again.
-                notes += ["1012 true", f"{generation} hello"]
+                notes += ["1012 true", f"{service.generations[-1]} hello"]
                 await service.wait_for_notes(len(notes))
     # The stop closes it once more, and nobody is there any longer for a note of that.
     assert service.notes == notes

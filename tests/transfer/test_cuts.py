@@ -55,7 +55,7 @@ def test_a_restart_at_any_byte_changes_no_answer(server: str, loop: str, tmp_pat
 async def restart_everywhere(server: str, loop: str, directory: Path) -> None:
     source = random.Random(f"{server} {loop}")
     stream = make_stream(source)
-    async with running(server, loop, directory, **SETTINGS) as service:
+    async with running(server, loop, directory, settings=SETTINGS, is_main=True) as service:
 
         async def talk(cut: int) -> list[str]:
             reader, writer = await asyncio.open_connection(HOST, service.port)

@@ -29,7 +29,7 @@ def test_fresh_connections_move(server: str, loop: str, tmp_path: Path) -> None:
 
 
 async def move_fresh_ones(server: str, loop: str, directory: Path) -> None:
-    async with running(server, loop, directory, **SETTINGS) as service:
+    async with running(server, loop, directory, settings=SETTINGS, is_main=True) as service:
         streams = [await asyncio.open_connection(HOST, service.port) for _ in range(CLIENTS)]
         # Accepted by the first generation: it answers one that came after them.
         assert (await service.restart()).get("outcome") == "settled"

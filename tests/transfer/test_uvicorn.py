@@ -37,7 +37,10 @@ async def restart_among(
     server: str, loop: str, directory: Path, restarts: int, *, idle: int, active: int, drain_timeout: float = 10
 ) -> tuple[Crowd, int]:
     settings = {**SETTINGS, "drain_timeout": drain_timeout}
-    async with running(server, loop, directory, **settings) as service, asyncio.TaskGroup() as task_group:
+    async with (
+        running(server, loop, directory, settings=settings, is_main=True) as service,
+        asyncio.TaskGroup() as task_group,
+    ):
         crowd = Crowd(service.port, idle=idle, active=active)
         task_group.create_task(crowd.run())
         await crowd.all_arrived()
