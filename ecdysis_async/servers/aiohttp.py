@@ -212,14 +212,23 @@ class _Clients:
             connection.transport.close()
 
 
+async def _say_nothing(code: int = 0, message: bytes | str = b"") -> None:
+    """Close, where that was said already."""
+
+
 async def _dismiss(websocket: web.WebSocketResponse) -> None:
     """Close a WebSocket, and let its client answer.
 
     ``close`` waits for no answer while the handler receives, and a socket that is closed with something unread resets.
-    What the handler sends before the answer is in, clients discard (RFC 6455, 1.4).
     """
     with contextlib.suppress(ConnectionError):  # its client was faster
         await websocket.send_frame(struct.pack("!H", RESTARTING) + REASON, WSMsgType.CLOSE)
+    # Browsers take any frame behind the goodbye, and a second goodbye, for a broken connection (1006). What the handler
+    # sends from now on is refused, as aiohttp does itself, and its end says nothing more.
+    writer = websocket._writer  # noqa: SLF001 - `close` alone would have to know
+    if writer is not None:
+        writer._closing = True  # noqa: SLF001 - see above
+        writer.close = _say_nothing  # type: ignore[method-assign]
     with anyio.move_on_after(ANSWER_SECONDS):
         while not websocket.closed:  # noqa: ASYNC110 - aiohttp tells only the handler
             await anyio.sleep(STEP_SECONDS)
