@@ -1468,7 +1468,7 @@ class Ecdysis:
 
     async def _tell_progress(self) -> None:
         while self._has_heir and self._handover is not None:
-            await self._handover.tell(Farewell.PROGRESS, {"connections": self.connections})
+            await self._handover.tell(Farewell.PROGRESS, {"connections": len(self._tracker)})
             await anyio.sleep(PROGRESS_SECONDS)
 
     async def _finish_queue(self, entry: Entry) -> None:
