@@ -339,6 +339,8 @@ class Anchor:
                 except (OSError, LookupError, ValueError) as error:
                     if not self._upgrades:
                         _say(str(error))
+                        self._systemd.begin()
+                        await self._tell_failure(error)
                         self._tasks.cancel_scope.cancel()
                         return STARTUP_FAILED
                     # The workers serve, whatever this is.
@@ -397,7 +399,7 @@ class Anchor:
             self._tasks.start_soon(self._manage)
             await self._stopped.wait()
         elif error is not None:
-            self._systemd.tell_status(f"the start has failed: {error}")
+            await self._tell_failure(error)
             self._is_stopping = True
         if self._is_serving and not self._store.is_there:
             # Workers answer who queues by now; whoever came later would be reset where the last of them closes.
@@ -417,6 +419,12 @@ class Anchor:
             return STARTUP_FAILED
         self.log.info("the service has ended")
         return 0
+
+    async def _tell_failure(self, error: Exception) -> None:
+        self._systemd.tell_status(f"the start has failed: {error}")
+        self._systemd.tell_failure(error, STARTUP_FAILED)
+        if self._systemd.is_main:
+            await self._systemd.synchronize()
 
     async def _start_first(self) -> RestartError | None:
         """Start all workers: one alone, which may show that none can, then the others."""

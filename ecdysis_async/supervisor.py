@@ -480,8 +480,8 @@ class Ecdysis:
         if not orderly:
             self._failure = f"generation {self.generation} has failed: {error!r}"
             self._systemd.tell_status(self._failure)
-            if isinstance(error, OSError) and error.errno:
-                self._systemd.tell(f"ERRNO={error.errno}")
+            if error is not None:
+                self._systemd.tell_failure(error)
         has_served = self._state not in (State.STARTING, State.WAITING)
         if not has_served and orderly:
             log.warning("the block is left without ready(): nothing was ever accepted")

@@ -193,6 +193,14 @@ class Systemd:
             self._status = line
             self.tell(f"STATUS={line}")
 
+    def tell_failure(self, error: BaseException, status: int = 1) -> None:
+        """Say why the service ends, and with which exit status: ERRNO= and EXIT_STATUS= of sd_notify(3)."""
+        code = error.code if isinstance(error, SystemExit) else None
+        assignments = [f"EXIT_STATUS={code if isinstance(code, int) else status}"]
+        if isinstance(error, OSError) and error.errno:
+            assignments.insert(0, f"ERRNO={error.errno}")
+        self.tell(*assignments)
+
     def tell_reloading(self, limit: float) -> None:
         """Say that a restart has begun, which may take so many seconds; READY=1 has to follow."""
         # One datagram: systemd takes it for an answer to its SIGHUP only by this time (systemd.service(5)).

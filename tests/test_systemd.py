@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -115,6 +116,44 @@ async def test_a_status_is_one_line_and_said_once(manager: Manager) -> None:
         systemd.tell_status(text)
     await systemd.flush()
     assert [await manager.hear() for _ in range(2)] == [["STATUS=it failed: Type=evil"], ["STATUS=it serves"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EADDRINUSE, "address in use"), [f"ERRNO={errno.EADDRINUSE}", "EXIT_STATUS=1"]),
+        (SystemExit(7), ["EXIT_STATUS=7"]),
+        (SystemExit("a text"), ["EXIT_STATUS=1"]),
+    ],
+)
+async def test_a_failure_is_told_with_its_numbers(manager: Manager, error: BaseException, said: list[str]) -> None:
+    systemd = Systemd(manager.address)
+    systemd.begin()
+    systemd.tell_failure(error)
+    await systemd.flush()
+    assert await manager.hear() == said
+
+
+async def test_a_service_that_fails_tells_its_manager(manager: Manager, environment: Callable[..., None]) -> None:
+    environment(NOTIFY_SOCKET=manager.address)
+    heard: list[str] = []
+
+    async def listen() -> None:
+        while True:
+            heard.extend(await manager.hear())
+            manager.lift()
+
+    async def serve() -> None:
+        async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
+            await ecdysis.ready()
+            raise OSError(errno.EIO, "broken")
+
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(listen)
+        with pytest.raises(OSError, match="broken"):
+            await serve()
+        task_group.cancel_scope.cancel()
+    assert {"READY=1", f"ERRNO={errno.EIO}", "EXIT_STATUS=1"} <= set(heard)
 
 
 async def test_messages_wait_for_room_in_their_order(manager: Manager) -> None:
