@@ -94,11 +94,14 @@ def test_http2(server: str, loop: str, more: tuple[str, ...], tmp_path: Path, au
                 assert await idle.get("/") == "ok"
                 code, output = await run.restart()
                 assert code == 0, output
-                # The old generation answers on; uvicorn says goodbye with the answer, hypercorn at the deadline.
-                assert await client.get("/") == "ok"
+                if (server, loop) != ("hypercorn", "uvloop"):
+                    # The old generation answers on, and uvicorn says goodbye with the answer. hypercorn on uvloop has
+                    # said it to all who are idle by now, and may be heard to at any time.
+                    assert await client.get("/") == "ok"
                 for each in (client, idle):
                     await each.wait_for_end()
-                    assert each.is_told_to_leave or server == "hypercorn"
+                    # On trio hypercorn has no word but the end of the connection.
+                    assert each.is_told_to_leave or loop == "trio"
             async with Http2(by_tcp(port, authority)) as client:
                 assert await client.get("/") == "ok"
 
