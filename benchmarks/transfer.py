@@ -106,6 +106,7 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
+        self.crowd.clients.add(self)
         self.ask()
 
     def ask(self) -> None:
@@ -122,6 +123,7 @@ class Client(asyncio.Protocol):
                 asyncio.get_running_loop().call_later(random.expovariate(4), self.ask)
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.crowd.clients.discard(self)
         if not self.crowd.is_over:
             self.crowd.closed += 1
             self.crowd.failures += self.is_waiting
@@ -134,8 +136,15 @@ class Crowd:
     def __init__(self, port: int) -> None:
         self.answers = self.closed = self.failures = 0
         self.is_over = False
+        self.clients: set[Client] = set()
         self._port = port
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    def leave(self) -> None:
+        """Close all connections: the last generation has nobody to wait for."""
+        self.is_over = True
+        for client in self.clients:
+            client.transport.abort()
 
     def connect(self, *, is_active: bool) -> None:
         connecting = asyncio.get_running_loop().create_connection(
@@ -203,7 +212,7 @@ async def measure(loop: str, *, transfer: bool, idle: int, active: int, restarts
                     stalls[side].append(longest)
             report = ended["report"]
             moved.append(report["drain"]["transferred"] / report["phases"]["drain"])
-        crowd.is_over = True
+        crowd.leave()
         os.kill(pid, signal.SIGTERM)
         await expect("ended")
     return {

@@ -79,7 +79,7 @@ def test_what_must_fail_fails(pytester: pytest.Pytester, monkeypatch: pytest.Mon
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     pytester.makepyprojecttoml((HERE.parent / "pyproject.toml").read_text())
     pytester.makeconftest(
-        (HERE / "conftest.py").read_text().replace("ORPHAN_GRACE_SECONDS = 5.0", "ORPHAN_GRACE_SECONDS = 0.05")
+        (HERE / "conftest.py").read_text().replace("ORPHAN_GRACE_SECONDS = 30.0", "ORPHAN_GRACE_SECONDS = 0.05")
     )
     pytester.makepyfile(SUITE)
 
