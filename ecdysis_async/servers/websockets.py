@@ -83,7 +83,7 @@ async def run(ecdysis: Ecdysis, handler: Handler, options: Options) -> None:
     wanted = own_options.of_function(serve_websockets)
     given = own_options.read("websockets", wanted, options.server_options, OURS)
     sockets = await open_sockets(options)
-    await serve(ecdysis, handler, socks=sockets, ssl=make_ssl_context(options), **given)
+    await serve(ecdysis, handler, socks=sockets, transfer=options.transfer, ssl=make_ssl_context(options), **given)
 
 
 @contextlib.asynccontextmanager
