@@ -867,14 +867,19 @@ class Anchor:
         """Let a worker make its successor."""
         worker.handoff = None
         worker.successor_generation = generation
+        given: list[int] = []
         # Those that this anchor opened itself, and all that existed when it started, the worker has.
         shared = [entry for entry in self._registry.entries if entry.inherited and entry.number is None]
         descriptions, descriptors = self._registry.describe(shared)
-        worker.line.tell(
-            FromAnchor.RESTART,
-            {"generation": generation, "sockets": descriptions},
-            [os.dup(descriptor) for descriptor in descriptors],
-        )
+        with contextlib.ExitStack() as duplicates:
+            try:
+                for descriptor in descriptors:
+                    duplicates.callback(os.close, duplicate := os.dup(descriptor))
+                    given.append(duplicate)
+            except OSError as error:
+                raise RestartError(f"worker {slot.index} cannot be given its sockets: {error}") from error
+            duplicates.pop_all()
+        worker.line.tell(FromAnchor.RESTART, {"generation": generation, "sockets": descriptions}, given)
 
     def settle(self, worker: Worker) -> None:
         """Tell a worker that its successor is there to stay."""
@@ -1071,7 +1076,9 @@ class Anchor:
         for slot in self.crew.slots:
             for worker in slot.workers:
                 self._hear_rest(slot, worker)
-        return not self._is_busy and all(worker.line.is_idle for worker in self.crew)
+        # What was heard may have been a stop, which the new code would know nothing of; so may a signal, meanwhile.
+        is_leaving = self._is_stopping or self._is_lame_duck
+        return not (is_leaving or self._is_busy) and all(worker.line.is_idle for worker in self.crew)
 
     @property
     def _is_busy(self) -> bool:

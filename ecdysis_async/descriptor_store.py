@@ -86,7 +86,7 @@ class DescriptorStore:
         """See that just those sockets are kept on which clients can wait, of those that this service made itself."""
         if not (self.is_there and self._systemd.is_main):
             return
-        wanted = {_name_of(entry): entry for entry in entries if _is_worth_it(entry)}
+        wanted = {_name_of(entry): entry for entry in entries if entry.sock.fileno() != -1 and _is_worth_it(entry)}
         sockets = {name for name in self._parked | self._inherited if name.startswith(SOCKET_PREFIX)}
         for name in sockets - wanted.keys():
             self._remove(name)

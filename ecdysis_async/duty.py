@@ -155,7 +155,8 @@ class Duty:
 
     def share_created(self) -> None:
         """Let the anchor have what this generation has created, so that the other workers, and later ones, get it."""
-        created = [entry for entry in self._plane.registry.entries if not entry.inherited]
+        entries = self._plane.registry.entries
+        created = [entry for entry in entries if not entry.inherited and entry.sock.fileno() != -1]
         if created:
             descriptions, descriptors = self._plane.registry.describe(created)
             self.tell(FromWorker.CREATED, {"sockets": descriptions}, [os.dup(each) for each in descriptors])

@@ -86,7 +86,8 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         self.farewells: list[Frame] = []
         self._on_change = on_change
         self._channel = Channel(sock)
-        self._inherited = 0
+        # In the predecessor's order.
+        self._inherited: list[socket.socket] = []
         # The service's real stderr, and the pipe that stands in its place until this generation is ready.
         self._stderr = -1
         self._stderr_pipe = identity(2) if is_child else None
@@ -213,9 +214,9 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         match action:
             case SuccessorAction.SEND_READY:
                 registry = self.generation.plane.registry
-                # Inherited ones stand first, in the predecessor's order.
-                inherited = registry.entries[: self._inherited]
-                claimed = [index for index, entry in enumerate(inherited) if entry.claimed]
+                # Not by their places in the registry: the application may have closed one of them by now.
+                kept = {entry.sock for entry in registry.entries if entry.claimed}
+                claimed = [index for index, sock in enumerate(self._inherited) if sock in kept]
                 # A copy that nobody accepts on would reset what queues on it; the predecessor still answers there.
                 registry.close_unclaimed()
                 created = [entry.name for entry in registry.entries if not entry.inherited]
@@ -277,7 +278,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         peer = Peer(self._channel, next(descriptors))
         self._stderr, self._stderr_read_end = next(descriptors), next(descriptors)
         generation.plane.registry.inherit(sockets, [next(descriptors) for _ in sockets])
-        self._inherited = len(sockets)
+        self._inherited = [entry.sock for entry in generation.plane.registry.entries[: len(sockets)]]
         memories = [next(descriptors) for _ in stashes]
         try:
             generation.inherited_stash.receive(stashes, memories)

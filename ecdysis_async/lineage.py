@@ -104,8 +104,12 @@ class Lineage:
                 except (KeyError, TypeError, ValueError):
                     # Another release's idea of a report; whatever it says, it must not end the newest generation.
                     logger.warning("the report of generation %d cannot be read", ancestor.generation, exc_info=True)
-            case Frame(type=Farewell.TRANSFER, descriptors=[descriptor, *_]) if self.on_transfer is not None:
-                self.on_transfer(socket.socket(fileno=os.dup(descriptor)))
+            case Frame(type=Farewell.TRANSFER, descriptors=[descriptor, *others]) if self.on_transfer is not None:
+                # Taken over, not duplicated: there may be no further descriptor to be had.
+                for other in others:
+                    os.close(other)
+                self.on_transfer(socket.socket(fileno=descriptor))
+                return
             case Frame(type=Farewell.MAIN):
                 self.on_main(ancestor)
             case Death():

@@ -85,7 +85,10 @@ class Turn:
 
 async def replace(foreman: Foreman, slot: Slot, old: Worker, generation: int) -> RestartError | None:
     """Let a worker be followed by one of another generation; return once that serves, on probation, or why not."""
-    foreman.begin_replacing(slot, old, generation)
+    try:
+        foreman.begin_replacing(slot, old, generation)
+    except RestartError as failure:
+        return failure
     error: RestartError | None = None
 
     def is_decided() -> bool:
@@ -183,7 +186,7 @@ class RollOut:
         except Exception as error:
             # A defect of this library, or a machine in distress: it may cost the roll-out, never the service.
             log.exception("restart %s broke down", self.report.id)
-            self._fail(RestartError(f"the roll-out broke down in the anchor: {error!r}"), Outcome.FAILED)
+            await self._undo_after(RestartError(f"the roll-out broke down in the anchor: {error!r}"))
         finally:
             self.over.set()
             self._foreman.changes.announce()
@@ -342,6 +345,18 @@ class RollOut:
                 )
         is_rolled_back = isinstance(error, RolledBack)
         self._fail(error, Outcome.ROLLED_BACK if is_rolled_back else Outcome.FAILED)
+
+    async def _undo_after(self, error: RestartError) -> None:
+        """Undo what can be undone, whatever it was that broke down."""
+        try:
+            if (turn := self.current) is not None:
+                turn.state = TurnState.FAILED
+                if turn.old is not None and turn.old.is_alive:
+                    self._foreman.revert(turn.old, error)
+            await self._undo(error)
+        except Exception:
+            self._foreman.log.exception("restart %s could not be undone", self.report.id)
+            self._fail(error, Outcome.FAILED)
 
     def _fail(self, error: RestartError, outcome: Outcome) -> None:
         self.error = error

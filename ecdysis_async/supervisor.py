@@ -1464,7 +1464,11 @@ class Ecdysis:
             return
         with theirs:
             await handover.tell(Farewell.TRANSFER, {}, [theirs.fileno()])
-        await Sender(ours, self._tracker, self._generation.log).run(handover.successor_died, on_swept)
+        try:
+            await Sender(ours, self._tracker, self._generation.log).run(handover.successor_died, on_swept)
+        except Exception:
+            # A defect of this library, or no memory: it may cost the transfer, never the drain.
+            self._generation.log.exception("the transfer broke down; what is left drains here")
 
     async def _tell_progress(self) -> None:
         while self._has_heir and self._handover is not None:

@@ -210,8 +210,8 @@ class Sender:
             if parcel is None:
                 self._listed.discard(connection)
                 continue
-            text = json.dumps(parcel.to_json(), separators=(",", ":"), allow_nan=False)
-            if len(text) > PARCEL_BYTES:
+            text = self._write(parcel)
+            if text is None or len(text) > PARCEL_BYTES:
                 self._refused.add(connection)
                 self._keep(connection)
                 continue
@@ -241,6 +241,14 @@ class Sender:
             # The application's side of it.
             self.log.exception("a connection cannot be released: it stays, and drains")
             self._refused.add(connection)
+            return None
+
+    def _write(self, parcel: Parcel) -> str | None:
+        try:
+            return json.dumps(parcel.to_json(), separators=(",", ":"), allow_nan=False)
+        except Exception:
+            # A protocol's state is checked nowhere else; it costs its own connection the transfer, and nobody else.
+            self.log.exception("a connection released what is no JSON: it stays, and drains")
             return None
 
     def _keep(self, connection: Connection) -> None:
@@ -284,6 +292,9 @@ class Sender:
             message = self._sock.recv(MESSAGE_BYTES)
         except BlockingIOError:
             return None
+        except ConnectionResetError:
+            # The kernel says first that the other end was closed with something unread, and then what it had said.
+            return self._hear_now()
         except OSError:
             message = b""
         if not message:
@@ -379,7 +390,8 @@ class Receiver:
                 await anyio.wait_readable(self._sock)
                 continue
             except ConnectionResetError:
-                return None
+                # Said first, once; the messages that were sent before are still there.
+                continue
             descriptors = array.array("i")
             for level, kind, data in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -478,6 +478,46 @@ async def test_a_state_that_is_no_json_is_the_handlers_error() -> None:
         await plane.tracker.transfer({"any": "thing"})
 
 
+@pytest.mark.backends("asyncio", "uvloop")
+async def test_a_protocol_whose_state_is_no_json_costs_nobody_else_anything() -> None:
+    async with a_pair(3) as pair:
+        stays = pair.old.protocols[0]
+        stays.release_connection = lambda: Release(object())  # type: ignore[method-assign]
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(pair.receive)
+                task_group.start_soon(pair.send)
+                await pair.swept.wait()
+                while len(pair.new.plane.tracker) < 2:
+                    await turn()
+                task_group.cancel_scope.cancel()
+        assert stays.kept == 1
+        assert len(pair.old.plane.tracker) == 1
+        await pair.ask_all(b"two", 2)
+
+
+async def test_what_was_sent_before_an_end_that_left_something_unread_is_heard() -> None:
+    """The kernel reports that first, as ECONNRESET."""
+    async with a_plane() as plane:
+        ours, theirs = socketpair()
+        receiver = Receiver(theirs, plane, log)
+        theirs.send(b"never read")
+        ours.send(b"{}")
+        ours.close()
+        with theirs:
+            assert await receiver._receive() == ({}, [])
+            assert await receiver._receive() is None
+        ours, theirs = socketpair()
+        sender = Sender(ours, plane.tracker, log)
+        sender._sent[1] = []
+        ours.send(b"never read")
+        theirs.send(json.dumps({"batch": 1, "taken": [], "later": [], "reasons": []}).encode())
+        theirs.close()
+        with ours:
+            assert sender._hear_now() is True
+            assert sender._hear_now() is False
+
+
 def test_what_a_later_release_adds_is_left_out() -> None:
     fields = Parcel("name", 1.5, Release([1], b"\0\xff", "kind")).to_json()
     assert Parcel.from_json([*json.loads(json.dumps(fields)), "more"]) == Parcel(

@@ -54,6 +54,22 @@ def test_what_nobody_claims_is_answered_to_the_end_and_named(backend: str, run_s
         Conversation(old)
 
 
+@pytest.mark.backends("asyncio", "trio")
+def test_what_is_closed_before_ready_is_as_good_as_unclaimed(backend: str, run_service: Run) -> None:
+    """And none of the others is taken for it."""
+    closed, other = (["listen_tcp", ["127.0.0.1", 0], {"name": name}] for name in ("closed", "other"))
+    service = run_service(backend, listeners=[FIRST, closed, other])
+    close = """
+sock = ecdysis.listen_tcp("127.0.0.1", 0, name="closed")
+ecdysis._registry.release(next(entry for entry in ecdysis._registry.entries if entry.sock is sock))
+"""
+    service.configure(listeners=[FIRST, other], at_start=close)
+    report = service.restart("settled")
+    assert (report["inherited"], report["unclaimed"]) == (["tcp:127.0.0.1:0", "other"], ["closed"])
+    with Conversation(service.addresses[2]) as conversation:
+        assert conversation.say("hello").answer()["generation"] == 2
+
+
 @pytest.mark.backends("asyncio", "uvloop", "trio")
 def test_what_is_created_listens_only_from_the_commit(backend: str, run_service: Run, tmp_path: Path) -> None:
     path = str(tmp_path / "new")
