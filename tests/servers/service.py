@@ -187,7 +187,7 @@ async def serve_by_uvicorn(
     import ecdysis_async.servers.uvicorn as adapter
 
     config = uvicorn.Config(
-        asgi, port=0, http=http, ws=ws, timeout_keep_alive=60, access_log=False, log_level="warning"
+        asgi, port=0, http=http, ws=ws, timeout_keep_alive=600, access_log=False, log_level="warning"
     )
     await adapter.serve(ecdysis, config, transfer=transfer)
 
@@ -200,7 +200,7 @@ async def serve_by_hypercorn(ecdysis: Ecdysis, *, transfer: bool = False) -> Non
     config = Config()
     config.bind = ["127.0.0.1:0"]
     config.loglevel = "WARNING"
-    config.keep_alive_timeout = 60
+    config.keep_alive_timeout = 600
     await adapter.serve(ecdysis, asgi, config, transfer=transfer)
 
 
