@@ -247,9 +247,11 @@ class GatedServer(asyncio.AbstractServer):
         tls_options: dict[str, Any],
         moves: Moves | None = None,
     ) -> None:
-        # For adapters of other people's servers to set; without effect where TLS is served: what a session is made of
+        # For adapters of other people's servers to set. Without effect where TLS is served: what a session is made of
         # is in user space, and stays in this process.
         self.moves = moves
+        # The same: called with the protocol of a connection that the drain is about to close as idle.
+        self.say_goodbye: Callable[[Any], None] | None = None
         self.protocol_factory = protocol_factory
         self.is_secure = bool(tls_options)
         self._plane = plane
@@ -473,6 +475,8 @@ class ServerConnection(Connection):
         self._wake()
         if not is_known and self.transport is not None and not self.transport.is_closing():
             self.silent = self.transport.get_write_buffer_size() == 0
+            if self.server.say_goodbye is not None:
+                self.server.say_goodbye(protocol_of(self.transport))
             self.transport.close()
 
     def cancel(self) -> None:

@@ -14,7 +14,9 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -486,6 +488,30 @@ def test_a_path_that_is_gone_or_leads_elsewhere_is_made_afresh(
     # And what the predecessor closes is not the path of its successor.
     registry.close(unlink=True)
     assert all(entry.is_at_its_path() for entry in successor.entries if entry.claimed)
+
+
+def test_two_generations_remove_their_paths_at_once(
+    registry: Registry, succeed: Callable[[Registry], Registry], tmp_path: Path
+) -> None:
+    """A full stop while several drain: each finds the path its own, and only one can remove it."""
+    paths = [tmp_path / str(number) for number in range(200)]
+    for path in paths:
+        registry.listen_unix(path)
+    successor = succeed(registry)
+    for path in paths:
+        successor.listen_unix(path)
+    begin = threading.Barrier(2)
+
+    def close(generation: Registry) -> None:
+        begin.wait()
+        generation.close(unlink=True)
+
+    with ThreadPoolExecutor() as threads:
+        for ending in [threads.submit(close, each) for each in (registry, successor)]:
+            ending.result()
+    assert not any(path.exists() for path in paths)
+    assert not registry.entries
+    assert not successor.entries
 
 
 def test_only_its_own_path_is_unlinked(registry: Registry, tmp_path: Path) -> None:

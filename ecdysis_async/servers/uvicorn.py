@@ -24,7 +24,7 @@ from ecdysis_async.supervisor import Ecdysis
 
 from . import own_options
 from .asgi import Application
-from .departure import STEP_SECONDS, Departure
+from .departure import Departure
 from .listening import CERT_REQS, make_ssl_context, open_sockets
 from .uvicorn_transfer import make_movable, make_websockets_movable, moves_of
 
@@ -157,9 +157,10 @@ class _Server(uvicorn.Server):
             await super().startup(sockets)
         except SystemExit as error:
             raise self._application.failure or error.__context__ or error from None
-        if self._transfers:
-            for server in self.servers:
-                if isinstance(server, GatedServer):
+        for server in self.servers:
+            if isinstance(server, GatedServer):
+                server.say_goodbye = _send_goaway
+                if self._transfers:
                     server.moves = moves_of(server, self.config.http_protocol_class)
         # Makes the headers of the first responses, which may be asked for before the main loop's first turn.
         await self.on_tick(0)
@@ -180,18 +181,8 @@ class _Server(uvicorn.Server):
             await super().shutdown()
 
     async def _exit_when_left(self) -> None:
-        async with anyio.create_task_group() as task_group:
-            task_group.start_soon(self._send_goaways)
-            await self._departure.see_off()
-            task_group.cancel_scope.cancel()
+        await self._departure.see_off()
         self.should_exit = True
-
-    async def _send_goaways(self) -> None:
-        await self._departure.ecdysis.finished()
-        # Just before the drain closes what is idle, without a word.
-        await anyio.sleep(self._departure.seconds_to_farewell - 2 * STEP_SECONDS)
-        for protocol in tuple(self.server_state.connections):
-            _send_goaway(protocol)
 
 
 def _keep_context(protocol_class: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
