@@ -6,6 +6,7 @@ accepting, and finishes what it has. Enter :class:`Ecdysis` and await :meth:`Ecd
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -25,11 +26,11 @@ from .errors import (
     TakeoverFailed,
 )
 from .report import DrainCount, Outcome, Phase, RestartReport
-from .stash import InheritedStash
-from .supervisor import Ecdysis, State, current, track, until_draining
 
 if TYPE_CHECKING:
     from .loops import run
+    from .stash import InheritedStash
+    from .supervisor import Ecdysis, State, current, track, until_draining
 
 __all__ = [
     "DrainCount",
@@ -60,10 +61,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Not before it is asked for: asyncio costs a service on trio 40 ms of each start.
-    if name == "run":
-        from .loops import run
+# Not before they are asked for: the supervisor costs `ecdysis restart`, which has no need of it, half of its start, and
+# asyncio a service on trio 40 ms.
+_MODULES = {
+    "Ecdysis": "supervisor",
+    "InheritedStash": "stash",
+    "State": "supervisor",
+    "current": "supervisor",
+    "run": "loops",
+    "track": "supervisor",
+    "until_draining": "supervisor",
+}
 
-        return run
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    return value

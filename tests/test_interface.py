@@ -234,8 +234,13 @@ def test_current_outside_of_a_block() -> None:
 
 
 def test_a_service_on_trio_never_loads_asyncio() -> None:
-    program = "import sys, ecdysis_async; sys.exit('asyncio' in sys.modules)"
+    program = "import sys, ecdysis_async; ecdysis_async.Ecdysis; sys.exit('asyncio' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_command_loads_nothing_of_a_service() -> None:
+    program = "import sys, ecdysis_async.cli.commands; print({'anyio', 'asyncio', 'rich'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"set()\n"
 
 
 # Windows is not at hand: what it lacks is taken away before the import. The loop, which stays, is made before that.

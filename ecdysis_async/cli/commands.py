@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import signal
@@ -16,11 +17,9 @@ import click
 
 from ecdysis_async.report import RestartReport
 
-from . import client, preflight
+from . import client
 from .client import CommandFailed, Exit
 from .progress import Progress, describe_check, describe_outcome, describe_status, showing, watching
-from .run import run
-from .unit import unit
 
 __all__ = ["command"]
 
@@ -78,14 +77,23 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=CODES)
+class _Commands(click.Group):
+    """Those of this module, and others that load half of the service: each of them only where it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted((*super().list_commands(ctx), "run", "unit"))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in ("run", "unit"):
+            found: click.Command = getattr(importlib.import_module(f".{cmd_name}", __package__), cmd_name)
+            return found
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=CODES)
 @click.version_option(package_name="ecdysis_async")
 def command() -> None:
     """Run a service and restart it without refusing or losing a connection; stop it, and see how it is."""
-
-
-command.add_command(run)
-command.add_command(unit)
 
 
 @command.command(epilog=CODES)
@@ -150,6 +158,8 @@ def check_command(arguments: tuple[str, ...], timeout: float, as_json: bool) -> 
     It is compared with the service that has its control socket, where that runs. The environment is the one of this
     command: `ecdysis restart --check` checks what the service itself would start, with the service's environment.
     """
+    from . import preflight  # anyio, and what starts a process: nothing else here needs them
+
     checked = preflight.check(arguments, timeout)
     if as_json:
         print_json({"event": "checked", "comparison": checked})
