@@ -331,6 +331,8 @@ class Ecdysis:
         self._leaving = anyio.Event()
         self._drained = anyio.Event()
         self._inherited = anyio.Event()
+        # Cancelled where this generation is not to serve any more: the supervisor's own tasks see to the rest.
+        self._body = anyio.CancelScope()
         self._tracker.draining = anyio.Event()
         self._changes = Changes()
         self._resources = ExitStack()
@@ -394,17 +396,16 @@ class Ecdysis:
             self._systemd.ask_for_time(self._settings.ready_timeout)
         if self._control is not None:
             self._task_group.start_soon(self._control.run)
-        # The body alone is cancelled when a restart is called off; the supervisor's own tasks see to the rest.
-        self._body = anyio.CancelScope()
         self._body.__enter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool | None:
         cancelled: BaseException | None = None
         try:
-            if self._body.__exit__(kind, error, trace):
+            is_cut_short = self._body.__exit__(kind, error, trace)
+            if is_cut_short:
                 kind = error = trace = None
             try:
                 if self._task_group.cancel_scope.cancel_called:
@@ -426,13 +427,14 @@ class Ecdysis:
             self._state = State.ENDED
             self._vacate()
         if error is not None:
-            return
+            return False
         if cancelled is not None:
             raise cancelled
         if self._aborted:
             assert self._inheritance is not None
             summary = self._inheritance.summary
             raise HandoffAborted(f"ecdysis: this generation leaves without having served: {summary}")
+        return is_cut_short
 
     async def _leave_whatever_comes(self, error: BaseException | None) -> BaseException | None:
         """Leave in a task of its own, which no cancellation of this one cuts short; return the last such."""
@@ -568,7 +570,9 @@ class Ecdysis:
             # Also where the task that will accept has not had its turn yet, which on trio is a matter of chance: who
             # hears "ready" connects at once, and was refused.
             self._registry.start_listening()
-            await self._gate.open()
+            # Wholly, also for a stop at this moment, which cancels the body: the drain begins where this has ended.
+            with anyio.CancelScope(shield=True):
+                await self._gate.open()
         # Before the pid file, which takes a thread: who waited in the queue may ask for a restart by now.
         if self._state is State.STARTING:
             self._state = State.SERVING
@@ -690,7 +694,8 @@ class Ecdysis:
     def stop(self, partial: bool = False) -> None:  # noqa: FBT001, FBT002 - the name ecdysis' users know
         """Stop the service: accept no more, and let ``finished()`` return; leaving the block then drains.
 
-        A restart that is under way is called off, or its successor is stopped as well.
+        A restart that is under way is called off, or its successor is stopped as well. Before ``ready()`` the body of
+        the block is cancelled, as it is in a successor that shall not come; what follows after the block goes on.
 
         Args:
             partial: leave it to the application to tell the service manager that the service stops.
@@ -712,6 +717,9 @@ class Ecdysis:
         elif self._handover is not None and not self._handover.state.final:
             self._handover.post(PredecessorEvent.STOP)
         else:
+            if self._state is State.STARTING:
+                # Nobody is served yet, and whoever stops the service would have to wait for the end of this start.
+                self._body.cancel()
             self._leave()
 
     def until_draining(self, awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:

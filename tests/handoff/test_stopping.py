@@ -124,6 +124,23 @@ def test_a_stop_during_a_restart(loop: str, phase: str, whom: str, run_service: 
 
 
 @every_loop
+def test_a_stop_while_the_first_generation_starts_does_not_wait_for_that(
+    backend: str, run_service: Run, tmp_path: Path
+) -> None:
+    start = "try:\n    await wait()\nfinally:\n    tell('cleaned up')"
+    path = tmp_path / "socket"
+    service = run_service(backend, serves=False, at_start=start, listeners=[["listen_unix", [str(path)], {}]])
+    service.wait_for("waiting")
+    service.signal(service.pids[0], signal.SIGTERM)
+    assert service.wait_for_death(service.pids[0]) == 0
+    # Nothing but the start-up is cut short, and nothing is left behind.
+    for event in ("cleaned up", "left"):
+        service.wait_for(event)
+    assert not path.exists()
+    assert "without ready()" not in service.log
+
+
+@every_loop
 def test_signals_restart(backend: str, run_service: Run) -> None:
     service = run_service(backend)
     with Clients(service.address) as clients:

@@ -61,11 +61,10 @@ def test_a_stop_and_a_kill_while_the_first_generation_starts(unit: Unit) -> None
     unit.install("Restart=on-failure", "RestartSec=0")
     unit.systemctl("start", "--no-block")
     unit.wait_until(lambda: unit.main_pid != 0 and Path(unit.settings_path.parent / "addresses").exists())
-    unit.configure(before_ready=2)
     unit.machine.kill(unit.main_pid, signal.SIGKILL)
     unit.wait_until(lambda: unit.show("NRestarts") == "1" and unit.main_pid != 0)
     unit.wait_until(lambda: unit.show("StatusText").startswith("generation 1 is starting"))
-    # The application's own start comes to its end, and nothing is accepted.
+    # The application's own start is cut short, and nothing is accepted.
     unit.systemctl("stop")
     assert "serving on" not in unit.log
     assert (unit.show("Result"), unit.show("ActiveState")) == ("success", "inactive")
