@@ -220,13 +220,14 @@ class Process:
             return False
         try:
             if self.is_kept:
-                # No other group can have this number, as long as the shell is not reaped.
+                # No other group can have this number, as long as the shell is not reaped; if it is, this raises.
+                os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 os.killpg(self.pid, number)
             else:
                 signal.pidfd_send_signal(self.pidfd, number)
         # Dead, and reaped by somebody else: SIGCHLD is ignored, or the application waits for every child. Or the
         # command changes the user, as sudo(8) does.
-        except (ProcessLookupError, PermissionError):
+        except (ChildProcessError, ProcessLookupError, PermissionError):
             return False
         return True
 
