@@ -243,14 +243,16 @@ class Duty:
             # Changes in one turn of the loop are told together.
             self._due = anyio.Event()
             self.tell(FromWorker.BEAT, self._describe())
-            with anyio.move_on_after(self._beat_seconds):
+            with anyio.move_on_after(self._beat_seconds) as waiting:
                 await self._due.wait()
+            if waiting.cancelled_caught:
+                await self._plane.tracker.prune_gently()
 
     def _describe(self) -> dict[str, Any]:
         return {
             "pid": os.getpid(),
             "state": self._orders.state(),
-            "connections": len(self._plane.tracker.connections()),
+            "connections": len(self._plane.tracker),
             "requests": self._plane.tracker.opened if (counted := counted_requests()) is None else counted,
             "rss": _resident_bytes(),
         }
