@@ -1,27 +1,31 @@
 """What restarts cost clients that keep their connections: with transfer, and without it.
 
-Many idle keep-alive clients and some that ask at random moments, on uvicorn, over many restarts: how many connections
-the server closes, how many connections move per second, how long the loop of either side stands still at most, and what
-a connection weighs in a process that has accepted it, and in one that has taken it over.
+Many idle keep-alive clients and some that ask at random moments, on uvicorn under ``ecdysis run``, over many restarts
+by ``ecdysis restart``: how many connections the server closes, how many move per second, how long the loop of either
+side stands still, beside the same service that just serves its clients, and what a connection weighs in a process that
+has accepted it, and in one that has taken it over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import random
 import resource
-import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import ecdysis_async
-from benchmarks.bench import Options, Table, describe_machine, memory, parse, publish
-from ecdysis_async import Ecdysis
+from benchmarks.bench import LIMIT_SECONDS, PROJECT, Options, Table, describe_machine, memory, parse, publish
 
 SUBJECTS = tuple((loop, transfer) for loop in ("asyncio", "uvloop") for transfer in (True, False))
 
@@ -29,63 +33,109 @@ PROBATION_SECONDS = 0.3
 # Without transfer, idle connections are closed at its end; with it, the drain is over when all have moved.
 DRAIN_SECONDS = 1.5
 TRANSFER_SECONDS = 30.0
-# How long a successor is watched for stalls: until it has taken over what there is.
+# How long a process is watched that has begun to serve, and one that goes on serving.
 WATCH_SECONDS = 3.0
 TICK_SECONDS = 0.001
+# What counts for the speed: the others were busy, and moved when they were answered.
+MOST = 0.9
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+MARK = b"GET /mark HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 END = b"hello"
 
 
 # The service
 
 
+@dataclass(slots=True)
+class Stall:
+    """The longest of what was seen, in seconds.
+
+    Attributes:
+        wall: that the loop did not turn.
+        cpu: that this process computed in between two turns: what others took the processor for is not its fault.
+        collection: that the garbage collector took.
+    """
+
+    wall: float = 0.0
+    cpu: float = 0.0
+    collection: float = 0.0
+
+    def extend(self, wall: float, cpu: float, collection: float) -> None:
+        """Take note of one more turn."""
+        self.wall, self.cpu = max(self.wall, wall), max(self.cpu, cpu)
+        self.collection = max(self.collection, collection)
+
+
+class Watch:
+    """What one generation sees of itself: while it begins, while it just serves from the mark on, while it leaves."""
+
+    def __init__(self) -> None:
+        self.stalls = {"young": Stall(), "steady": Stall(), "old": Stall()}
+        self.is_marked = False
+        self.speed = 0.0
+        self._collection = self._collection_begun = 0.0
+        gc.callbacks.append(self._note_collection)
+
+    async def run(self) -> None:
+        """Watch from the first to the last turn."""
+        ecdysis = ecdysis_async.current()
+        while ecdysis.state is not ecdysis_async.State.SERVING:  # noqa: ASYNC110 - a state has no event
+            await asyncio.sleep(TICK_SECONDS)
+        sock = ecdysis._registry.entries[0].sock  # noqa: SLF001 - there is one
+        tell("serving", pid=os.getpid(), port=sock.getsockname()[1])
+        begun = time.perf_counter()
+        left = 0.0
+        moved: list[tuple[float, int]] = []
+        try:
+            while True:
+                before, cpu, self._collection = time.perf_counter(), time.process_time(), 0.0
+                await asyncio.sleep(TICK_SECONDS)
+                now = time.perf_counter()
+                if ecdysis.draining.is_set():
+                    kind, left = "old", left or before
+                    moved.append((now - left, ecdysis._tracker.count.transferred))  # noqa: SLF001 - it is not told
+                else:
+                    kind = "young" if now - begun < WATCH_SECONDS else "steady" if self.is_marked else ""
+                if kind:
+                    wall = now - before - TICK_SECONDS
+                    self.stalls[kind].extend(wall, time.process_time() - cpu, self._collection)
+        finally:
+            if moved and moved[-1][1]:
+                seconds, count = next(each for each in moved if each[1] >= MOST * moved[-1][1])
+                self.speed = count / seconds
+
+    def _note_collection(self, phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            self._collection_begun = time.thread_time()
+        else:
+            self._collection = max(self._collection, time.thread_time() - self._collection_begun)
+
+
+watch = Watch()
+
+
 async def application(scope: Any, receive: Any, send: Any) -> None:
     """Say hello."""
     if scope["type"] == "lifespan":
-        while True:
-            message = await receive()
-            await send({"type": message["type"] + ".complete"})
-            if message["type"] == "lifespan.shutdown":
-                return
+        await live(receive, send)
+        return
+    watch.is_marked |= scope["path"] == "/mark"
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
     await send({"type": "http.response.body", "body": END})
 
 
-async def serve(transfer: bool) -> None:  # noqa: FBT001
-    """Serve, and tell what one generation has seen."""
-    import uvicorn
-
-    import ecdysis_async.servers.uvicorn as adapter
-
-    stalls = {"young": 0.0, "old": 0.0}
-    timeout = TRANSFER_SECONDS if transfer else DRAIN_SECONDS
-    async with Ecdysis(probation=PROBATION_SECONDS, drain_timeout=timeout, max_draining=99) as ecdysis:
-        config = uvicorn.Config(
-            application, port=0, http="httptools", timeout_keep_alive=600, access_log=False, log_level="warning"
-        )
-        watching = asyncio.create_task(watch(ecdysis, stalls))
-        await adapter.serve(ecdysis, config, transfer=transfer)
-        watching.cancel()
-    report = ecdysis.last_report
-    tell("ended", stalls=stalls, report=report.to_json() if report is not None else None)
-
-
-async def watch(ecdysis: Ecdysis, stalls: dict[str, float]) -> None:
-    """Take note of the longest time in which the loop did not turn."""
-    while ecdysis.state is not ecdysis_async.State.SERVING:  # noqa: ASYNC110 - a state has no event
-        await asyncio.sleep(TICK_SECONDS)
-    sock = ecdysis._registry.entries[0].sock  # noqa: SLF001 - there is one
-    tell("serving", pid=os.getpid(), port=sock.getsockname()[1])
-    begun = time.perf_counter()
-    while True:
-        before = time.perf_counter()
-        await asyncio.sleep(TICK_SECONDS)
-        now = time.perf_counter()
-        if ecdysis.draining.is_set():
-            stalls["old"] = max(stalls["old"], now - before - TICK_SECONDS)
-        elif now - begun < WATCH_SECONDS:
-            stalls["young"] = max(stalls["young"], now - before - TICK_SECONDS)
+async def live(receive: Any, send: Any) -> None:
+    """Watch, and tell what one generation has seen."""
+    await receive()
+    watching = asyncio.create_task(watch.run())
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    watching.cancel()
+    await asyncio.wait([watching])
+    stalls = {kind: asdict(stall) for kind, stall in watch.stalls.items()}
+    tell("ended", stalls=stalls, speed=watch.speed)
+    await send({"type": "lifespan.shutdown.complete"})
 
 
 def tell(event: str, **fact: Any) -> None:
@@ -120,7 +170,7 @@ class Client(asyncio.Protocol):
             self.crowd.answers += 1
             self.received, self.is_waiting = b"", False
             if self.is_active:
-                asyncio.get_running_loop().call_later(random.expovariate(4), self.ask)
+                asyncio.get_running_loop().call_later(random.expovariate(1), self.ask)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.crowd.clients.discard(self)
@@ -157,39 +207,80 @@ class Crowd:
 
 # The measurement
 
+COMMAND = [sys.executable, "-m", "ecdysis_async.cli"]
+
+
+class Running:
+    """A service of ``ecdysis run``, and what its generations tell."""
+
+    def __init__(self, facts: asyncio.StreamReader, control: str) -> None:
+        self._facts = facts
+        self._control = control
+
+    async def expect(self, event: str) -> dict[str, Any]:
+        """Wait for the next thing of this kind that a generation tells."""
+        while True:
+            line = await asyncio.wait_for(self._facts.readline(), LIMIT_SECONDS)
+            if not line:
+                raise RuntimeError("the service has ended: see what it has written to stderr")
+            fact: dict[str, Any] = json.loads(line)
+            if fact["event"] == event:
+                return fact
+
+    async def command(self, name: str, *options: str) -> Any:
+        """Run one of the commands that steer it, and return what it prints."""
+        done = await asyncio.create_subprocess_exec(
+            *COMMAND, name, *options, "--json", "--control", self._control, cwd=PROJECT, stdout=subprocess.PIPE
+        )
+        output, _ = await asyncio.wait_for(done.communicate(), LIMIT_SECONDS)
+        if done.returncode:
+            raise RuntimeError(f"ecdysis {name} failed: {output.decode()}")
+        return json.loads(output)
+
 
 @contextlib.asynccontextmanager
-async def running(loop: str, *, transfer: bool) -> AsyncIterator[asyncio.StreamReader]:
-    """Run a service, and yield what its generations tell."""
-    mode = "on" if transfer else "off"
-    first = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "benchmarks.transfer", "--serve", loop, mode, stdout=asyncio.subprocess.PIPE
-    )
-    assert first.stdout is not None
-    try:
-        yield first.stdout
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            first.kill()
-        # The end of the last generation is the end of the pipe.
-        while await first.stdout.readline():
-            pass
-        await first.wait()
+async def running(loop: str, *, transfer: bool) -> AsyncIterator[Running]:
+    """Run a service, and stop it in the end."""
+    with tempfile.TemporaryDirectory() as directory:
+        control = str(Path(directory) / "control")
+        options = [f"--loop={loop}", "--bind=127.0.0.1:0", f"--control={control}", "--no-access-log"]
+        options += [f"--probation={PROBATION_SECONDS}", "--log-level=warning"]
+        options += [f"--drain-timeout={TRANSFER_SECONDS}"] if transfer else [f"--drain-timeout={DRAIN_SECONDS}"]
+        options += [] if transfer else ["--no-transfer"]
+        for option in ("http=httptools", "timeout_keep_alive=600"):
+            options += ["--server-option", option]
+        first = await asyncio.create_subprocess_exec(
+            *COMMAND, "run", "benchmarks.transfer:application", *options, cwd=PROJECT, stdout=subprocess.PIPE
+        )
+        assert first.stdout is not None
+        service = Running(first.stdout, control)
+        try:
+            yield service
+        finally:
+            # The anchor stops its workers, whose end is that of the pipe.
+            with contextlib.suppress(ProcessLookupError):
+                first.terminate()
+            while await first.stdout.readline():
+                pass
+            await first.wait()
 
 
-async def measure(loop: str, *, transfer: bool, idle: int, active: int, restarts: int) -> dict[str, Any]:
+async def mark(port: int) -> None:
+    """Let the generation that serves begin to watch itself."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(MARK)
+    await reader.read()
+    writer.close()
+
+
+async def measure(
+    loop: str, *, transfer: bool, idle: int, active: int, restarts: int, watched: float = WATCH_SECONDS
+) -> dict[str, Any]:
     """Restart one service among its clients."""
-    stalls: dict[str, list[float]] = {"young": [], "old": []}
-    moved: list[float] = []
-    async with running(loop, transfer=transfer) as facts:
-
-        async def expect(event: str) -> dict[str, Any]:
-            while True:
-                fact: dict[str, Any] = json.loads(await asyncio.wait_for(facts.readline(), 60))
-                if fact["event"] == event:
-                    return fact
-
-        serving = await expect("serving")
+    stalls = {"young": Stall(), "steady": Stall(), "old": Stall()}
+    speeds: list[float] = []
+    async with running(loop, transfer=transfer) as service:
+        serving = await service.expect("serving")
         pid, crowd = serving["pid"], Crowd(serving["port"])
         empty = memory(pid)[1]
         for number in range(idle + active):
@@ -199,29 +290,28 @@ async def measure(loop: str, *, transfer: bool, idle: int, active: int, restarts
         while crowd.answers < idle + active:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         accepted, adopted = (memory(pid)[1] - empty) / (idle + active), 0.0
+        await mark(serving["port"])
+        await asyncio.sleep(watched)
         for number in range(restarts):
-            os.kill(pid, signal.SIGHUP)
-            pid = (await expect("serving"))["pid"]
+            restarting = asyncio.create_task(service.command("restart", "--until=drained"))
+            pid = (await service.expect("serving"))["pid"]
             empty = memory(pid)[1]
-            ended = await expect("ended")
+            ended = await service.expect("ended")
             if number == 0:
                 adopted = (memory(pid)[1] - empty) / (idle + active)
-            for side, longest in ended["stalls"].items():
+            for kind, stall in ended["stalls"].items():
                 # The first generation was nobody's successor.
-                if number or side == "old":
-                    stalls[side].append(longest)
-            report = ended["report"]
-            moved.append(report["drain"]["transferred"] / report["phases"]["drain"])
+                if number or kind != "young":
+                    stalls[kind].extend(**stall)
+            speeds.append(ended["speed"])
+            await restarting
         crowd.leave()
-        os.kill(pid, signal.SIGTERM)
-        await expect("ended")
     return {
         "answers": crowd.answers,
         "failures": crowd.failures,
         "closed": crowd.closed,
-        "moved": sorted(moved)[len(moved) // 2],
-        "old": max(stalls["old"], default=0.0),
-        "young": max(stalls["young"], default=0.0),
+        "speed": sorted(speeds)[len(speeds) // 2],
+        "stalls": stalls,
         "accepted": accepted,
         "adopted": adopted,
     }
@@ -232,8 +322,9 @@ def run(options: Options) -> None:
     before = describe_machine()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    idle, active, restarts = (50, 5, 1) if options.quick else (5000, 500, 20)
-    table = Table(
+    idle, active, restarts, watched = (50, 5, 1, 0.1) if options.quick else (5000, 500, 20, WATCH_SECONDS)
+    note = f"uvicorn with httptools by ecdysis run, {idle} idle clients and {active} active ones, {restarts} restarts."
+    clients = Table(
         "What restarts cost clients that keep their connections",
         [
             "service",
@@ -241,33 +332,36 @@ def run(options: Options) -> None:
             "failures",
             "connections closed",
             "moved per second",
-            "longest stall, old, ms",
-            "longest stall, new, ms",
             "kB each, accepted",
             "kB each, taken over",
         ],
-        f"uvicorn with httptools, {idle} idle clients and {active} active ones, {restarts} restarts.",
+        note,
+    )
+    loops = Table(
+        "How long the loop stands still at most, ms",
+        ["service", *(kind for side in ("serving", "old", "new") for kind in (side, "its CPU", "its GC"))],
+        "The same service while it just serves these clients, and each side while connections move. CPU is what the "
+        "process itself computed between two turns, GC a single run of the garbage collector in there.",
     )
     for loop, transfer in SUBJECTS:
         name = f"{loop}, {'with transfer' if transfer else 'without'}"
         if options.only in name:
-            found = asyncio.run(measure(loop, transfer=transfer, idle=idle, active=active, restarts=restarts))
-            table.add(
+            found = asyncio.run(
+                measure(loop, transfer=transfer, idle=idle, active=active, restarts=restarts, watched=watched)
+            )
+            clients.add(
                 name,
                 f"{found['answers']}",
                 f"{found['failures']}",
                 f"{found['closed']}",
-                f"{found['moved']:.0f}",
-                f"{found['old'] * 1000:.1f}",
-                f"{found['young'] * 1000:.1f}",
+                f"{found['speed']:.0f}",
                 f"{found['accepted'] * 1024:.1f}",
                 f"{found['adopted'] * 1024:.1f}",
             )
-    publish("transfer", [table], None, options, before)
+            stalls = [asdict(found["stalls"][kind]) for kind in ("steady", "old", "young")]
+            loops.add(name, *(f"{seconds * 1000:.1f}" for stall in stalls for seconds in stall.values()))
+    publish("transfer", [clients, loops], None, options, before)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--serve"]:
-        ecdysis_async.run(lambda: serve(sys.argv[3] == "on"), loop=sys.argv[2])  # type: ignore[arg-type]
-    else:
-        run(parse(__doc__))
+    run(parse(__doc__))

@@ -27,7 +27,10 @@ TITLES = {
     "stash": ["What a stash passes"],
     "peers": ["A restart, with this and with that"],
     "tracking": ["What tracking costs in steady state"],
-    "transfer": ["What restarts cost clients that keep their connections"],
+    "transfer": [
+        "What restarts cost clients that keep their connections",
+        "How long the loop stands still at most, ms",
+    ],
 }
 
 
