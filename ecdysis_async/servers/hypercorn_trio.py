@@ -30,6 +30,31 @@ from .departure import Departure
 __all__ = ["serve"]
 
 
+class _Stream:
+    """A stream whose end ends its connection.
+
+    hypercorn would keep it, and its descriptor, for ``keep_alive_timeout`` when a client has hung up between requests.
+    """
+
+    def __init__(self, stream: Any, context: WorkerContext) -> None:
+        self._stream = stream
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        # Also for what is not there: that is how hypercorn tells TLS.
+        return getattr(self._stream, name)
+
+    async def receive_some(self, max_bytes: int) -> bytes | bytearray:
+        try:
+            data: bytes | bytearray = await self._stream.receive_some(max_bytes)
+        except trio.BrokenResourceError:
+            await self._context.terminated.set()
+            raise
+        if not data:
+            await self._context.terminated.set()
+        return data
+
+
 async def serve(
     ecdysis: Ecdysis,
     app: Callable[[Any, Any, Any], Awaitable[Any]],
@@ -46,14 +71,22 @@ async def serve(
         secure: sockets of the ``Ecdysis``, to serve TLS on.
         insecure: the same, to serve without.
     """
-    context = WorkerContext(None)
+    # One for each connection.
+    contexts: set[WorkerContext] = set()
     tracker = active().tracker
+    is_late = False
+
+    async def end_them() -> None:
+        # Ends connections that are idle, and the others after their response.
+        for context in tuple(contexts):
+            await context.terminated.set()
 
     def close_idle() -> None:
+        nonlocal is_late
+        is_late = True
         for connection in tracker.connections():
             connection.silent = isinstance(connection, AcceptedConnection) and connection not in application.busy
-        # Ends connections that are idle, and the others after their response.
-        nursery.start_soon(context.terminated.set)
+        nursery.start_soon(end_them)
 
     departure = Departure(ecdysis, close_idle)
     application = Application(app, departure)
@@ -66,7 +99,15 @@ async def serve(
         listeners += [trio.SSLListener(TrioListener(sock), ssl_context, https_compatible=True) for sock in secure]
 
     async def handle(stream: Any) -> None:
-        await TCPServer(wrapped, config, context, ConnectionState(state.copy()), stream)
+        context = WorkerContext(None)
+        if is_late:
+            await context.terminated.set()
+        contexts.add(context)
+        try:
+            whole: Any = _Stream(stream, context)
+            await TCPServer(wrapped, config, context, ConnectionState(state.copy()), whole)
+        finally:
+            contexts.discard(context)
 
     try:
         async with trio.open_nursery() as nursery:
@@ -80,7 +121,7 @@ async def serve(
                 await ecdysis.ready()
                 await departure.see_off()
                 begin_shutdown()
-                await context.terminated.set()
+                await end_them()
                 await lifespan.wait_for_shutdown()
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:

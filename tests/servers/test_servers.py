@@ -106,10 +106,13 @@ async def say_goodbye_to_each(server: str, loop: str, directory: Path) -> None:
             await say_goodbye(streams, payload)
             return closed
 
-        fresh, idle, busy = [await connect() for _ in range(3)]
-        idle[1].write(b"GET /echo/one HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        headers = await read_head(idle[0])
-        await idle[0].readexactly(int(headers["content-length"]))
+        fresh, idle, gone, busy = [await connect() for _ in range(4)]
+        for reader, writer in (idle, gone):
+            writer.write(b"GET /echo/one HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            headers = await read_head(reader)
+            await reader.readexactly(int(headers["content-length"]))
+        # Whoever has hung up is not there any more to be told.
+        gone[1].close()
         busy[1].write(b"GET /slow/60/one HTTP/1.1\r\nHost: localhost\r\n\r\n")
         opened = asyncio.Semaphore(0)
         async with asyncio.timeout(PATIENCE_SECONDS), asyncio.TaskGroup() as task_group:
@@ -128,7 +131,9 @@ async def say_goodbye_to_each(server: str, loop: str, directory: Path) -> None:
 
     report = service.reports[service.pids[0]]
     assert report is not None
-    assert (report.drain.silent, report.drain.cut) == (2, 1)
+    # hypercorn's own loop over asyncio keeps who has hung up until their time to stay idle is over.
+    kept = (server, loop) == ("hypercorn", "asyncio")
+    assert (report.drain.silent, report.drain.cut) == (2 + kept, 1)
 
 
 @pytest.mark.parametrize(("server", "loop"), EACH_SERVER)
