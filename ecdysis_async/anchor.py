@@ -225,7 +225,7 @@ def run(options: Options) -> int:
 def _find_reload_paths(options: Options) -> tuple[str, ...]:
     if not options.reload:
         return ()
-    files = [os.path.abspath(path) for path in (options.env_file,) if path is not None]
+    files = [os.path.abspath(path) for path in (options.env_file, options.config) if path is not None]
     return (*map(os.path.abspath, options.reload_dirs or (options.app_dir,)), *files)
 
 

@@ -283,6 +283,9 @@ class Options:
     target: str = dataclasses.field(
         metadata={"option": {"parse": _target, "help": "What to serve, as MODULE:ATTRIBUTE.", "metavar": "TARGET"}}
     )
+    config: str | None = _option(
+        None, _file, "A TOML file of these options; the command line and the environment win.", metavar="PATH"
+    )
     factory: bool = _option(False, _switch, "TARGET is called, and returns what to serve.", shape=Shape.SWITCH)
     app_dir: str = _option(".", _directory, "Where modules are looked for first.", metavar="DIRECTORY")
     bind: tuple[Address, ...] = _option(
@@ -493,7 +496,7 @@ SHORTHANDS: tuple[Option, ...] = (
     Option("fd", "Listen on a socket that was passed: short for --bind fd://NAME-OR-NUMBER.", lambda v: v, "NAME"),
 )
 
-CONFIG = Option("config", "A TOML file of these options; the command line and the environment win.", _file, "PATH")
+CONFIG = next(each for each in OPTIONS if each.name == "config")
 
 # What a place says of an option that it does not name. Not None, which is a value: `--hang-timeout off` is said.
 _UNSAID = object()
@@ -503,7 +506,7 @@ _WHERE = ("bind", *(each.name for each in SHORTHANDS))
 
 def command_line_options() -> tuple[Option, ...]:
     """Return what the command line takes besides TARGET, in the order of its help."""
-    options = [each for each in OPTIONS if each.name != "target"]
+    options = [each for each in OPTIONS if each.name not in ("target", "config")]
     position = [each.name for each in options].index("bind") + 1
     return (CONFIG, *options[:position], *SHORTHANDS, *options[position:])
 
@@ -549,7 +552,7 @@ def read_variables(env_file: str) -> dict[str, str]:
         raise OptionError(str(error)) from error
 
 
-_BY_NAME = {each.name: each for each in (*OPTIONS, *SHORTHANDS, CONFIG)}
+_BY_NAME = {each.name: each for each in (*OPTIONS, *SHORTHANDS)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -582,7 +585,7 @@ def _first(sources: Iterable[_Source], option: Option) -> Any:
 
 def _read_environment(environment: Mapping[str, str]) -> _Source:
     names: dict[str, str] = {}
-    for option in (*OPTIONS, *SHORTHANDS, CONFIG):
+    for option in (*OPTIONS, *SHORTHANDS):
         # A variable that is set to nothing is as good as none: that is how they are taken back in unit files.
         name = next((each for each in option.all_variables if environment.get(each)), None)
         if name is not None:

@@ -56,16 +56,23 @@ def test_saving_restarts(tmp_path: Path) -> None:
     wait_until(lambda: not watcher.is_running(), "the watcher stays")
 
 
-def test_a_saved_env_file_restarts(tmp_path: Path) -> None:
+def test_a_saved_env_file_and_a_saved_configuration_restart(tmp_path: Path) -> None:
     write_app(tmp_path / "main.py", "unused", "import os\nTEXT = os.environ['ANSWER'].encode()")
-    env_file = tmp_path / "settings.env"
+    env_file, config = tmp_path / "settings.env", tmp_path / "settings.toml"
     env_file.write_text("ANSWER=one\n", encoding="utf-8")
-    with running(tmp_path, *OPTIONS, "--env-file", str(env_file)) as run:
+    config.write_text(f'env-file = "{env_file}"\n', encoding="utf-8")
+    with running(tmp_path, *OPTIONS, "--config", str(config)) as run:
         port = run.find_port()
         run.wait_for("watching ")
         assert get(port) == (200, "one")
         env_file.write_text("ANSWER=two\n", encoding="utf-8")
         wait_until(lambda: get(port) == (200, "two"), "it does not restart")
+        run.wait_for("settling all workers", 1)
+        # A mistake in it is told, and changes nothing.
+        config.write_text('no-such-option = "1"\n', encoding="utf-8")
+        run.wait_for("the code before goes on serving")
+        run.wait_for("there is no option 'no-such-option'")
+        assert get(port) == (200, "two")
 
 
 def test_the_watcher_dies_with_the_service(tmp_path: Path) -> None:
