@@ -12,10 +12,12 @@ from typing import Any
 import anyio
 
 from .lineage import Lineage
+from .logs import reopen_logs
 from .plane import Plane
 from .settings import Settings
 from .spawn import Child
 from .stash import InheritedStash, Stashes
+from .threads import run_in_thread
 
 __all__ = ["Generation", "Numbered", "Spawner"]
 
@@ -54,3 +56,10 @@ class Generation:
     lineage: Lineage = field(default_factory=Lineage)
     # Pausing and resuming may be asked for at the same time; they must not interleave within the gate.
     gate_lock: anyio.Lock = field(default_factory=anyio.Lock)
+
+    async def reopen_logs(self) -> int:
+        """Open log files anew that were moved away; return how many. The older generations do so as well."""
+        count = await run_in_thread(reopen_logs)
+        self.log.info("reopened %s", "1 log file" if count == 1 else f"{count} log files")
+        await self.lineage.reopen_logs()
+        return count

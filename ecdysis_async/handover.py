@@ -284,6 +284,9 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 item.close()
                 self.generation.log.warning("too many generations drain: the deadline of this one is now")
                 self.generation.plane.tracker.hurry()
+            case Frame(type=Farewell.REOPEN_LOGS):
+                item.close()
+                self._tasks.start_soon(self.generation.reopen_logs)
             case Frame():
                 try:
                     event = self._read(item)

@@ -54,6 +54,8 @@ class Lineage:
         self._following: anyio.CancelScope | None = None
         self._ended = anyio.Event()
         self._is_let_go = False
+        # Whether logs were to be reopened before it was known who drains.
+        self._has_to_reopen = False
 
     async def follow(self, max_draining: int) -> None:
         """Listen to all of them until each one is dead, and tell those beyond ``max_draining`` to hurry."""
@@ -62,8 +64,9 @@ class Lineage:
                 if self._is_let_go:
                     return
                 for ancestor in sorted(self.ancestors, key=lambda each: each.generation)[:-max_draining]:
-                    with contextlib.suppress(ChannelError):  # it is leaving at this moment
-                        await ancestor.peer.channel.send(Farewell.HURRY, timeout=2)
+                    await _tell(ancestor, Farewell.HURRY)
+                if self._has_to_reopen:
+                    await self.reopen_logs()
                 async with anyio.create_task_group() as task_group:
                     for ancestor in self.ancestors:
                         task_group.start_soon(ancestor.peer.run, functools.partial(self.deliver, ancestor))
@@ -81,6 +84,15 @@ class Lineage:
             {"pid": ancestor.pid, "pending": base64.b64encode(ancestor.peer.channel.pending).decode()}
             for ancestor in self.ancestors
         ]
+
+    async def reopen_logs(self) -> None:
+        """Let all of them open log files anew that were moved away."""
+        if self._following is None:
+            # The predecessor may be of a release that takes an unknown message for a failure until it has settled.
+            self._has_to_reopen = True
+        elif not self._is_let_go:
+            for ancestor in tuple(self.ancestors):
+                await _tell(ancestor, Farewell.REOPEN_LOGS)
 
     async def outlive(self) -> None:
         """Wait until each of them is dead. Only while ``follow`` runs."""
@@ -120,3 +132,8 @@ class Lineage:
                 ancestor.peer.close()
         if isinstance(item, Frame):
             item.close()
+
+
+async def _tell(ancestor: Ancestor, message: Farewell) -> None:
+    with contextlib.suppress(ChannelError):  # it is leaving at this moment
+        await ancestor.peer.channel.send(message, timeout=2)

@@ -82,6 +82,7 @@ class Farewell(enum.StrEnum):
     MAIN = "main"  # down: the service manager has been told, and takes the successor for the main process
     TRANSFER = "transfer"  # down: a socket over which the connections come that can go on in the successor
     HURRY = "hurry"  # up: too many generations drain, and this is the oldest; its deadline is now
+    REOPEN_LOGS = "reopen logs"  # up: log files were moved away
 
 
 class Timer(enum.Enum):

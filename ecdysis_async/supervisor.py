@@ -48,7 +48,6 @@ from .handover import Handover
 from .inheritance import Inheritance
 from .line import FromWorker
 from .lineage import Ancestor
-from .logs import reopen_logs
 from .pid_file import PidFile
 from .protocol import Farewell, Predecessor, PredecessorEvent, Successor, SuccessorEvent
 from .registry import BACKLOG, Entry, Registry, Until
@@ -976,7 +975,7 @@ class Ecdysis:
         orders = Orders(
             begin_restart=lambda number: self._begin_restart(number=number),
             stop=self._stop_here,
-            reopen_logs=self._reopen_logs,
+            reopen_logs=self._generation.reopen_logs,
             state=lambda: self._state.value,
         )
         self._duty = Duty(sock, self._generation.plane, orders)
@@ -1035,12 +1034,7 @@ class Ecdysis:
             self._generation.log.error("the restart that a signal asked for failed: %s", error)  # noqa: TRY400
 
     def _on_reopen_signal(self) -> None:
-        self._task_group.start_soon(self._reopen_logs)
-
-    async def _reopen_logs(self) -> int:
-        count = await run_in_thread(reopen_logs)
-        self._generation.log.info("reopened %s", "1 log file" if count == 1 else f"{count} log files")
-        return count
+        self._task_group.start_soon(self._generation.reopen_logs)
 
     def _begin_restart(
         self, spawner: Spawner | None = None, *, number: int | None = None, is_told: bool = False
@@ -1288,7 +1282,7 @@ class Ecdysis:
             find_report=self._find_report,
             stop=self.stop,
             changes=self._changes,
-            reopen_logs=self._reopen_logs,
+            reopen_logs=self._generation.reopen_logs,
             begin_takeover=self._hand_over_to,
             check=self._check,
             compare=self._compare,

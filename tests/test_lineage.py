@@ -10,6 +10,7 @@ import anyio
 from ecdysis_async.channel import Channel
 from ecdysis_async.lineage import Ancestor, Lineage
 from ecdysis_async.peer import Peer
+from ecdysis_async.protocol import Farewell
 
 
 async def test_what_is_let_go_before_it_is_followed_keeps_nobody_waiting(backend: str) -> None:
@@ -42,3 +43,25 @@ async def test_a_following_that_is_cancelled_keeps_nobody_waiting(backend: str) 
     finally:
         lineage.close()
         theirs.close()
+
+
+async def test_log_files_that_moved_before_it_is_followed_are_told_of_then(backend: str) -> None:
+    ours, theirs = socket.socketpair()
+    lineage, heard = Lineage(), Channel(theirs)
+    lineage.ancestors.append(Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid()))))
+    try:
+        with anyio.fail_after(60):
+            await lineage.reopen_logs()
+            assert heard.receive_nowait() is None
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(lineage.follow, 3)
+                assert (await heard.receive()).type == Farewell.REOPEN_LOGS
+                await lineage.reopen_logs()
+                assert (await heard.receive()).type == Farewell.REOPEN_LOGS
+                await lineage.let_go()
+            # Now a newer generation is the one to tell them.
+            await lineage.reopen_logs()
+            assert heard.receive_nowait() is None
+    finally:
+        lineage.close()
+        heard.close()

@@ -273,7 +273,7 @@ def test_hostile_clients_cost_nobody_anything(backend: str, run_service: Run, pa
 
 @pytest.mark.backends("asyncio", "trio")
 def test_reopen_logs(backend: str, run_service: Run, tmp_path: Path, path: str) -> None:
-    """By command and by signal, and only the latter where nobody else uses it."""
+    """By command and by signal, which nobody else may use; and in whoever drains."""
     log = tmp_path / "app.log"
     start = f"import logging\nlogging.getLogger().addHandler(logging.FileHandler({str(log)!r}))"
     service = run_service(backend, ecdysis={"control_socket": path}, at_import=start)
@@ -285,9 +285,15 @@ def test_reopen_logs(backend: str, run_service: Run, tmp_path: Path, path: str) 
     service.wait_until(log.exists, "nothing is written to the new file")
     faulthandler = "import faulthandler, signal\nfaulthandler.register(signal.SIGUSR1)"
     service.configure(at_import=faulthandler)
-    service.restart("settled")
-    service.signal(service.newest(), signal.SIGUSR1)
-    service.wait_for_log("most recent call first")
+    with service.begin("hold"):
+        service.wait_for("holding")
+        service.restart("settled")
+        log.rename(tmp_path / "app.log.2")
+        assert ask(path, command="reopen-logs") == {"event": "reopened", "handlers": 0}
+        reopened = f"[generation 1, pid {service.pids[0]}] reopened 1 log file"
+        service.wait_until(lambda: service.log.count(reopened) == 3, "it drains into the former file")
+        service.signal(service.newest(), signal.SIGUSR1)
+        service.wait_for_log("most recent call first")
 
 
 @pytest.mark.backends("asyncio", "trio")
