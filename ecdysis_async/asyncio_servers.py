@@ -868,7 +868,7 @@ def withdraw(plane: Plane, acceptor: Acceptor) -> None:
     # A transport's close, and a server's, cannot wait. This does not: there is nothing to pause.
     with contextlib.suppress(StopIteration):
         plane.gate.remove(acceptor).send(None)
-    if not is_leaving and acceptor.entry in plane.registry.entries:
+    if not is_leaving:
         plane.registry.release(acceptor.entry)
 
 

@@ -156,7 +156,7 @@ class Duty:
     def share_created(self) -> None:
         """Let the anchor have what this generation has created, so that the other workers, and later ones, get it."""
         entries = self._plane.registry.entries
-        created = [entry for entry in entries if not entry.inherited and entry.sock.fileno() != -1]
+        created = [entry for entry in entries if not entry.inherited]
         if created:
             descriptions, descriptors = self._plane.registry.describe(created)
             self.tell(FromWorker.CREATED, {"sockets": descriptions}, [os.dup(each) for each in descriptors])

@@ -477,8 +477,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
     async def _send_listeners(self) -> None:
         assert self._stderr is not None
         generation = self.generation
-        # Not what the application has closed behind our back: nobody can inherit that.
-        self._entries = [entry for entry in generation.plane.registry.entries if entry.sock.fileno() != -1]
+        self._entries = list(generation.plane.registry.entries)
         descriptions, sockets = generation.plane.registry.describe(self._entries)
         ancestors = list(generation.lineage.ancestors)
         with contextlib.ExitStack() as ours:

@@ -191,8 +191,8 @@ class Registry:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """Everything registered, in the order it came."""
-        return tuple(self._entries)
+        """Everything registered, in the order it came, but for what the application has closed itself since then."""
+        return tuple(entry for entry in self._entries if entry.sock.fileno() != -1)
 
     def inherit(self, descriptions: Sequence[dict[str, Any]], descriptors: Sequence[int]) -> None:
         """Register sockets of the predecessor, which :meth:`describe` described; the descriptors are taken over.
@@ -273,7 +273,7 @@ class Registry:
             lambda entry: entry.number is not None and name in (entry.name, entry.number), Until(until), BACKLOG
         )
         if claimed is None:
-            passed = [entry for entry in self._entries if entry.number is not None]
+            passed = [entry for entry in self.entries if entry.number is not None]
             there = ", ".join(f"{entry.number}: {entry}{', claimed' if entry.claimed else ''}" for entry in passed)
             raise LookupError(
                 f"the service manager passed no socket {name!r} that is not claimed yet; there is {there or 'none'} "
@@ -283,7 +283,7 @@ class Registry:
 
     def describe(self, entries: Iterable[Entry] | None = None) -> tuple[list[dict[str, Any]], list[int]]:
         """Return what a successor needs to inherit: descriptions for JSON, and the descriptors, which stay ours."""
-        chosen = self._entries if entries is None else list(entries)
+        chosen = self.entries if entries is None else list(entries)
         descriptions: list[dict[str, Any]] = [
             {"name": entry.name, "address": entry.address, "inode": entry.inode}
             | ({} if entry.number is None else {"number": entry.number})
@@ -409,7 +409,7 @@ class Registry:
         Raises:
             OSError: an address is taken, by a socket that was not listening when this one was bound.
         """
-        for entry in self._entries:
+        for entry in self.entries:
             entry.start_listening()
 
     def find(self, sock: socket.socket | int) -> Entry | None:
@@ -462,7 +462,7 @@ class Registry:
             unlink: this is a full stop: remove the paths of Unix sockets too, those that the service made itself
                 and that still lead to its own sockets.
         """
-        for entry in self.entries:
+        for entry in tuple(self._entries):
             self.release(entry, unlink=unlink)
 
     def _internet(
@@ -571,7 +571,7 @@ class Registry:
             # Two sockets with SO_REUSEADDR may be bound to one port as long as neither listens: it would only fail
             # after the commit.
             if is_single and any(
-                entry.claimed and (entry.kind, entry.address) == (kind, address) for entry in self._entries
+                entry.claimed and (entry.kind, entry.address) == (kind, address) for entry in self.entries
             ):
                 raise _error(errno.EADDRINUSE)
             sock = create()

@@ -155,7 +155,7 @@ def test_start_listening_again_keeps_what_is_queued(registry: Registry) -> None:
 def test_names_are_refused_with_a_remedy(registry: Registry, host: str) -> None:
     with pytest.raises(ValueError, match=r"no numeric address.*resolve"):
         registry.listen_tcp(host, 0)
-    assert registry.entries == ()
+    assert not registry.entries
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
@@ -174,7 +174,7 @@ def test_errors_of_bind_name_address_and_remedy(registry: Registry) -> None:
         with pytest.raises(OSError, match=rf"cannot bind 127\.0\.0\.1:{port}: .*another socket") as raised:
             registry.listen_tcp("127.0.0.1", port)
         assert raised.value.errno == errno.EADDRINUSE
-    assert registry.entries == ()
+    assert not registry.entries
 
 
 def test_asking_twice_fails_before_anything_listens(registry: Registry, reserved_port: int) -> None:
@@ -338,7 +338,7 @@ def test_broken_descriptions_close_every_descriptor(registry: Registry) -> None:
             registry.inherit([good, {"name": 1, "address": "x"}, good], duplicates(3))
         with pytest.raises(OSError, match="socket"):
             registry.inherit([good, good, good], [*duplicates(1), os.open("/dev/null", os.O_RDONLY), *duplicates(1)])
-        assert registry.entries == ()
+        assert not registry.entries
         registry.inherit([good], duplicates(1))
         assert [entry.name for entry in registry.unclaimed()] == ["a"]
 
@@ -597,7 +597,7 @@ def test_find_knows_the_very_socket(registry: Registry) -> None:
         assert registry.find(duplicate) is None
     assert registry.find(duplicate) is None
     registry.release(entry)
-    assert registry.entries == ()
+    assert not registry.entries
     assert entry.sock.fileno() == -1
     assert registry.find(entry.sock) is None
 
@@ -610,6 +610,20 @@ def test_what_is_released_already_is_released(registry: Registry, tmp_path: Path
     assert registry.entries == (kept,)
     # Nobody knows any more whose socket it leads to.
     assert (tmp_path / "socket").exists()
+
+
+def test_what_the_application_has_closed_itself_is_no_more_there(registry: Registry, tmp_path: Path) -> None:
+    first, path = registry.listen_tcp("127.0.0.1", 0), registry.listen_unix(tmp_path / "s")
+    first.sock.close()
+    path.sock.close()
+    assert not registry.entries
+    assert registry.describe() == ([], [])
+    registry.start_listening()
+    # Its address is free.
+    again = registry.listen_tcp("127.0.0.1", 0)
+    assert list(registry.entries) == [again]
+    registry.close(unlink=True)
+    assert not (tmp_path / "s").exists()
 
 
 def test_describe_leaves_the_descriptors_alone(registry: Registry) -> None:
