@@ -37,6 +37,7 @@ from .crew import Crew, Handoff, Occupation, Recycling, Slot, Worker, WorkerStat
 from .descriptor_store import DescriptorStore
 from .drain import Tracker
 from .errors import (
+    ChannelClosed,
     ChannelError,
     NotReady,
     RestartError,
@@ -51,7 +52,7 @@ from .gate import Gate
 from .generation import Generation, Numbered
 from .handover import Handover
 from .health import HealthServer
-from .line import FromAnchor, FromWorker, Line, error_from_json, error_to_json
+from .line import FromAnchor, FromWorker, Line, describe_loss, error_from_json, error_to_json
 from .logging_setup import configure_logging
 from .logs import reopen_logs
 from .options import DEFAULT_BIND, OptionError, Options, find_control_path
@@ -615,9 +616,18 @@ class Anchor:
         try:
             while True:
                 self._hear(slot, worker, await worker.line.receive())
-        except ChannelError as error:
-            # It leaves, or has died; or it is broken, and then it leaves too, as its end of the line has ended.
-            self.log.debug("the line to pid %d has ended: %s", worker.pid, error)
+        except ChannelClosed as ended:
+            error: ChannelError = ended
+            # It has died, as will be known in a moment; or it leaves, and has said so.
+            await anyio.sleep(RETRY_SECONDS)
+        except ChannelError as broken:
+            error = broken
+        # Without a line it leaves, if it lives: its place is free from now on.
+        worker.line.close()
+        if worker.state is not WorkerState.DRAINING:
+            self.log.error("worker pid %d can be told nothing any more, and has to leave: %s", worker.pid, error)
+            worker.state = WorkerState.DRAINING
+            self.changes.announce()
 
     def _hear_rest(self, slot: Slot, worker: Worker) -> None:
         """Hear what a worker has said until now."""
@@ -628,11 +638,22 @@ class Anchor:
     def _hear(self, slot: Slot, worker: Worker, frame: Frame) -> None:
         worker.silence = 0.0
         try:
-            self._obey(slot, worker, frame)
+            if frame.is_bereft:
+                self._miss(worker, frame)
+            else:
+                self._obey(slot, worker, frame)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             # Of another release, or broken.
             self.log.warning("worker pid %d says %r, which cannot be read: %r", worker.pid, frame.type, error)
             frame.close()
+
+    def _miss(self, worker: Worker, frame: Frame) -> None:
+        """Do without what a worker has sent and this process has no room for."""
+        loss = describe_loss(frame)
+        self.log.error("worker pid %d cannot be obeyed: %s", worker.pid, loss)
+        if frame.type == FromWorker.SPAWN:
+            error = error_to_json(SpawnFailed(loss))
+            worker.line.tell(FromAnchor.SPAWN_FAILED, {"number": int(frame.body["number"]), "error": error})
 
     def _obey(self, slot: Slot, worker: Worker, frame: Frame) -> None:
         body = frame.body
@@ -1087,6 +1108,8 @@ class Anchor:
             is_rolling
             or bool(self._spawning)
             or any(slot.occupation is not Occupation.NONE for slot in self.crew.slots)
+            # Its line is broken, and it is about to leave.
+            or any(worker.line.fileno() == -1 for worker in self.crew)
         )
 
     async def _execute(self, launch: Launch) -> None:
@@ -1112,7 +1135,8 @@ class Anchor:
                             error = failure
                 await anyio.sleep(UPGRADE_PAUSE_SECONDS)
         # Still here: it goes on as it was.
-        self._upgrade_error = str(error) if error is not None else "there was always something under way"
+        why = "the service is being stopped" if self._is_stopping else "there was always something under way"
+        self._upgrade_error = str(error or why)
         self.log.error("the anchor was not upgraded, and goes on: %s", self._upgrade_error)
         self._is_upgrading = False
         self.changes.announce()

@@ -59,11 +59,13 @@ class Frame:
         type: the message's name, such as ``"hello"``.
         body: the rest of the JSON object.
         descriptors: owned by whoever received the frame; close-on-exec.
+        is_bereft: whether the kernel has dropped descriptors of it; those that came are closed.
     """
 
     type: str
     body: dict[str, Any]
     descriptors: tuple[int, ...] = ()
+    is_bereft: bool = False
 
     def close(self) -> None:
         """Close the descriptors. Call it once, and only if nobody else has taken them over."""
@@ -98,6 +100,8 @@ class FrameDecoder:
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._descriptors: deque[int] = deque()
+        # Descriptors of the frame that is next to have some were dropped.
+        self._is_bereft = False
         self._failed = False
 
     @property
@@ -107,11 +111,16 @@ class FrameDecoder:
 
     @property
     def holds_descriptors(self) -> bool:
-        """Whether descriptors came that belong to no complete frame yet."""
-        return bool(self._descriptors)
+        """Whether descriptors came, or were to come, that belong to no complete frame yet."""
+        return bool(self._descriptors) or self._is_bereft
 
-    def feed(self, data: bytes, descriptors: Iterable[int] = ()) -> list[Frame]:
+    def feed(self, data: bytes, descriptors: Iterable[int] = (), *, is_bereft: bool = False) -> list[Frame]:
         """Take over what was received and return the frames that are complete with it.
+
+        Args:
+            data: the bytes.
+            descriptors: what came with them.
+            is_bereft: whether more should have come with them.
 
         Raises:
             GarbledFrame: this is no frame.
@@ -121,6 +130,7 @@ class FrameDecoder:
         On an error every descriptor is closed, also those of frames that the same call had completed.
         """
         self._descriptors.extend(descriptors)
+        self._is_bereft |= is_bereft
         self._buffer += data
         frames: list[Frame] = []
         try:
@@ -152,6 +162,10 @@ class FrameDecoder:
     def close(self) -> None:
         """Forget what is pending and close its descriptors."""
         self._buffer.clear()
+        self._is_bereft = False
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
         descriptors = tuple(self._descriptors)
         self._descriptors.clear()
         _close_all(descriptors)
@@ -163,7 +177,7 @@ class FrameDecoder:
             raise GarbledFrame(f"a frame begins with {MAGIC!r}, not with {bytes(start)!r}")
         if len(self._buffer) < HEADER.size:
             # Descriptors travel with a byte of their own frame; with no byte pending there is none they may belong to.
-            if not self._buffer and self._descriptors:
+            if not self._buffer and self.holds_descriptors:
                 raise DescriptorMismatch(f"{len(self._descriptors)} descriptors more came than the frame states")
             return None
         _, length, count = HEADER.unpack_from(self._buffer)
@@ -174,10 +188,16 @@ class FrameDecoder:
             if len(self._descriptors) > count:
                 raise DescriptorMismatch(f"{len(self._descriptors)} descriptors came, the frame states {count}")
             return None
-        if len(self._descriptors) < count:
+        is_bereft = count > 0 and self._is_bereft
+        if len(self._descriptors) < count and not is_bereft:
             raise DescriptorMismatch(f"{len(self._descriptors)} descriptors came, the frame states {count}")
         type, body = _parse(bytes(self._buffer[HEADER.size : end]))
         del self._buffer[:end]
+        if is_bereft:
+            # All that came are its own: the kernel merges nothing that follows descriptors into one read with them.
+            self._is_bereft = False
+            self._close_descriptors()
+            return Frame(type, body, is_bereft=True)
         return Frame(type, body, tuple(self._descriptors.popleft() for _ in range(count)))
 
 
@@ -243,6 +263,7 @@ class Channel:
 
         Raises:
             ChannelClosed: the peer has closed its end, between two frames, or this end is closed.
+            DescriptorsLost: this frame has come without its descriptors; the next one may be received.
             ChannelError: one of its other subclasses; nothing can be received any more.
 
         Cancellation loses nothing.
@@ -265,7 +286,15 @@ class Channel:
                 self._failure = _copy(error)
                 self._decoder.close()
                 raise
-        return self._frames.popleft()
+        frame = self._frames.popleft()
+        if frame.is_bereft:
+            raise DescriptorsLost(
+                f"descriptors of {frame.type!r} were lost on the way, most likely because this process has too many "
+                "open files: raise the limit (ulimit -n, LimitNOFILE=)",
+                frame.type,
+                frame.body,
+            )
+        return frame
 
     @property
     def pending(self) -> bytes:
@@ -278,7 +307,7 @@ class Channel:
     @property
     def holds_descriptors(self) -> bool:
         """Whether descriptors came that were not handed out: they do not go with ``pending``."""
-        return self._decoder.holds_descriptors or any(frame.descriptors for frame in self._frames)
+        return self._decoder.holds_descriptors or any(frame.descriptors or frame.is_bereft for frame in self._frames)
 
     def resume(self, pending: bytes) -> None:
         """Go on where another process ended: call it before anything is received here.
@@ -313,18 +342,12 @@ class Channel:
             self._decoder.end()
             raise ChannelClosed("the other end of the channel is gone") from error
         descriptors = _descriptors_in(ancillary)
-        if flags & socket.MSG_CTRUNC:
-            _close_all(descriptors)
-            raise DescriptorsLost(
-                "descriptors were lost on the way, most likely because this process has too many open files: "
-                "raise the limit (ulimit -n, LimitNOFILE=)"
-            )
         if not data:
             self._decoder.end()
             raise ChannelClosed("the other end of the channel is closed")
         # Linux merges messages into one read, but stops after one that carries descriptors (unix_stream_read_generic):
         # so there is room for all that can come, and they may belong to the last of several frames in `data`.
-        self._frames.extend(self._decoder.feed(data, descriptors))
+        self._frames.extend(self._decoder.feed(data, descriptors, is_bereft=bool(flags & socket.MSG_CTRUNC)))
         return True
 
     async def _write(self, data: bytes, descriptors: Sequence[int], scope: anyio.CancelScope) -> None:

@@ -22,7 +22,7 @@ import anyio
 from .channel import Frame
 from .errors import ChannelError, RestartError, SpawnFailed
 from .handover import Handover
-from .line import FromAnchor, FromWorker, Line, counted_requests, error_from_json, error_to_json
+from .line import FromAnchor, FromWorker, Line, counted_requests, describe_loss, error_from_json, error_to_json
 from .plane import Plane
 from .protocol import Predecessor, PredecessorEvent, Timer
 from .registry import Entry
@@ -259,10 +259,20 @@ class Duty:
 
     def _hear(self, frame: Frame) -> None:
         try:
+            if frame.is_bereft:
+                raise RestartError(describe_loss(frame))
             self._obey(frame)
-        except Exception:
+        except Exception as error:
             # Of another release, or no descriptors left: it costs what was ordered, and never those who are served.
-            logger.exception("the anchor's %r could not be carried out", frame.type)
+            failure = error if isinstance(error, RestartError) else RestartError(f"pid {os.getpid()} failed: {error!r}")
+            is_defect = failure is not error
+            logger.exception("the anchor's %r is not carried out: %s", frame.type, failure.args[0], exc_info=is_defect)
+            if frame.type == FromAnchor.RESTART:
+                self._refuse(failure)
+            elif frame.type == FromAnchor.SPAWNED and (answer := self._answers.get(frame.body["number"])):
+                # Nobody could watch it.
+                self._discard(frame)
+                answer.give(Frame(FromAnchor.SPAWN_FAILED, {"error": error_to_json(failure)}))
 
     def _obey(self, frame: Frame) -> None:
         body = frame.body
@@ -302,15 +312,15 @@ class Duty:
         try:
             handover = self._orders.begin_restart(generation)
         except RestartError as error:
-            self.tell(
-                FromWorker.HANDOVER,
-                {"state": None, "is_over": True, "report": None, "error": error_to_json(error)},
-            )
+            self._refuse(error)
             return
         self._handover = handover
         # The anchor says when all workers have been on probation for long enough.
         handover.limits = {**handover.limits, Timer.PROBATION: math.inf}
         self._tasks.start_soon(self._tell_end, handover)
+
+    def _refuse(self, error: RestartError) -> None:
+        self.tell(FromWorker.HANDOVER, {"state": None, "is_over": True, "report": None, "error": error_to_json(error)})
 
     async def _tell_end(self, handover: Handover) -> None:
         await handover.over.wait()

@@ -5,6 +5,8 @@ Nothing here does I/O, and this module imports nothing of the package.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "ChannelClosed",
     "ChannelError",
@@ -148,7 +150,19 @@ class DescriptorMismatch(ChannelError):
 
 
 class DescriptorsLost(ChannelError):
-    """The kernel dropped descriptors on the way (MSG_CTRUNC), most likely at the limit RLIMIT_NOFILE."""
+    """The kernel dropped descriptors on the way (MSG_CTRUNC), most likely at the limit RLIMIT_NOFILE.
+
+    Alone among these it leaves the channel usable: all of the frame that it concerns has come, but for those.
+
+    Attributes:
+        type: the frame's.
+        body: the frame's.
+    """
+
+    def __init__(self, message: str, type: str = "", body: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.type = type
+        self.body = body or {}
 
 
 class UnknownMessage(ChannelError):

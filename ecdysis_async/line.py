@@ -20,7 +20,7 @@ from typing import Any
 import anyio
 
 from .channel import Channel, Frame
-from .errors import ChannelError, RestartError
+from .errors import ChannelError, DescriptorsLost, RestartError
 from .spawn import LINE_MARKER, claim_socket
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Line",
     "count_request",
     "counted_requests",
+    "describe_loss",
     "error_from_json",
     "error_to_json",
     "is_worker",
@@ -134,12 +135,18 @@ class Line:
         self._told.set()
 
     async def receive(self) -> Frame:
-        """Wait for the next message, as :meth:`Channel.receive`."""
-        return await self._channel.receive()
+        """Wait for the next message, as :meth:`Channel.receive`; one that has lost its descriptors comes bereft."""
+        try:
+            return await self._channel.receive()
+        except DescriptorsLost as error:
+            return Frame(error.type, error.body, is_bereft=True)
 
     def receive_nowait(self) -> Frame | None:
-        """Return the next message if it is here already, as :meth:`Channel.receive_nowait`."""
-        return self._channel.receive_nowait()
+        """Return the next message if it is here already, as :meth:`receive`."""
+        try:
+            return self._channel.receive_nowait()
+        except DescriptorsLost as error:
+            return Frame(error.type, error.body, is_bereft=True)
 
     async def run(self) -> None:
         """Send what is told until nobody takes it any more. Who listens finds out why."""
@@ -198,6 +205,12 @@ def count_request() -> None:
 def counted_requests() -> int | None:
     """Return how many requests were counted; None where nobody counts them."""
     return _requests
+
+
+def describe_loss(frame: Frame) -> str:
+    """Say what a message that came bereft means."""
+    what = f"pid {os.getpid()} has too many open files to receive what comes with {frame.type!r}"
+    return f"{what}: raise the limit (ulimit -n, LimitNOFILE=)"
 
 
 def error_to_json(error: RestartError) -> dict[str, Any]:

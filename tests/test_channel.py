@@ -400,13 +400,40 @@ async def test_surplus_descriptors_break_the_channel() -> None:
                 await channel.receive()
 
 
-async def test_descriptors_that_the_kernel_dropped_are_an_error() -> None:
+@pytest.mark.parametrize("in_two", [False, True])
+async def test_descriptors_that_the_kernel_dropped_cost_their_frame(in_two: bool) -> None:
     with raw_peer() as (peer, channel), files(10) as opened:
-        send_raw(peer, encode("listeners", {}, 10), opened)
+        data = encode("listeners", {"number": 7}, 10)
+        send_raw(peer, encode("before", {}, 0))
+        send_raw(peer, data[:20] if in_two else data, opened)
         free = os.dup(0)
         os.close(free)
         # Room for three: those arrive, the others are lost (MSG_CTRUNC).
-        with file_limit(free + 3), pytest.raises(DescriptorsLost, match="LimitNOFILE"):
+        with file_limit(free + 3):
+            frame = channel.receive_nowait()
+            assert frame is not None
+            assert frame.type == "before"
+            assert channel.holds_descriptors
+            if in_two:
+                assert channel.receive_nowait() is None
+                send_raw(peer, data[20:])
+            with pytest.raises(DescriptorsLost, match="LimitNOFILE") as failure:
+                channel.receive_nowait()
+        assert (failure.value.type, failure.value.body) == ("listeners", {"number": 7})
+        assert not channel.holds_descriptors
+        # And what follows is as it should be.
+        send_raw(peer, encode("after", {}, 2), opened[:2])
+        after = await channel.receive()
+        assert (after.type, len(after.descriptors)) == ("after", 2)
+        after.close()
+
+
+async def test_descriptors_that_were_dropped_and_belong_to_no_frame_break_the_channel() -> None:
+    with raw_peer() as (peer, channel), files(4) as opened:
+        send_raw(peer, encode("before", {}, 0), opened)
+        free = os.dup(0)
+        os.close(free)
+        with file_limit(free), pytest.raises(DescriptorMismatch):
             channel.receive_nowait()
 
 

@@ -24,6 +24,7 @@ class AnchoredService(Service):
     Args:
         directory: for its files.
         workers: how many.
+        at_anchor: code to run in the anchor before it starts.
         opens: whether the anchor opens the sockets; else the workers do.
         plan: more arguments of ``Plan``.
         handoffs: arguments of ``Settings``.
@@ -36,6 +37,7 @@ class AnchoredService(Service):
         directory: Path,
         *,
         workers: int = 3,
+        at_anchor: str = "",
         opens: bool = True,
         plan: Json | None = None,
         handoffs: Json | None = None,
@@ -53,6 +55,7 @@ class AnchoredService(Service):
             "asyncio",
             command=command,
             opens=opens,
+            at_anchor=at_anchor,
             plan={"workers": workers, **(plan or {})},
             handoffs={"probation": 0.2, "drain_timeout": 10, "ready_timeout": PATIENCE_SECONDS, **(handoffs or {})},
             control=self.control,
@@ -102,17 +105,22 @@ class AnchoredService(Service):
             return error
         raise AssertionError(f"it has not failed: {report}")
 
-    def hold(self, pid: int) -> Conversation:
-        """Be in the middle of a request with one of the workers: connect until it is the one that answers."""
+    def talk_to(self, pid: int) -> Conversation:
+        """Connect to one of the workers: until it is the one that answers."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
             conversation = Conversation(self.address)
             if conversation.say("hello").answer()["pid"] == pid:
-                conversation.say("hold")
-                self.wait_for("holding", pid=pid)
                 return conversation
             conversation.close()
         raise AssertionError(f"{pid} does not answer")
+
+    def hold(self, pid: int) -> Conversation:
+        """Be in the middle of a request with one of the workers."""
+        conversation = self.talk_to(pid)
+        conversation.say("hold")
+        self.wait_for("holding", pid=pid)
+        return conversation
 
     def stop(self) -> None:
         """Stop it in good order, and see that nothing is left."""

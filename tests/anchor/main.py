@@ -28,6 +28,8 @@ def open_sockets(registry: Registry) -> None:
 if __name__ == "__main__":
     # Python begins so in a terminal; in the background of a shell it inherits that SIGINT is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Code of the test's own, run in the anchor, and in whatever it becomes.
+    exec(SETTINGS["at_anchor"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     command = (sys.executable, "-W", "error", str(WORKER), sys.argv[1])
     settings = Settings(**SETTINGS["handoffs"], command=command, pid_file=Path(SETTINGS["pid_file"]))

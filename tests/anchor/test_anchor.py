@@ -28,6 +28,14 @@ if ecdysis.generation == 2:
         raise RuntimeError("a broken release")
 """
 
+# No descriptor can be had any more, whatever is closed; and then again.
+NO_ROOM = """
+import resource
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+"""
+ROOM = "resource.setrlimit(resource.RLIMIT_NOFILE, limits)"
+
 
 def test_roll_outs_under_load_lose_nothing(run_anchor: Run) -> None:
     service = run_anchor()
@@ -107,8 +115,21 @@ def test_a_release_that_fails_in_one_slot_is_taken_back_in_all(run_anchor: Run) 
     assert service.roll_out()["generation"] == 2
 
 
-def test_a_release_that_does_not_start_changes_nothing(run_anchor: Run) -> None:
-    service = run_anchor()
+# A defect that shows with the second worker of a roll-out, while a file says so.
+DEFECT = """
+import os
+
+def begin_replacing(self, slot, *arguments):
+    if slot.index == 1 and os.path.exists("defect"):
+        raise TypeError("a defect")
+    begin(self, slot, *arguments)
+
+begin, anchor.Anchor.begin_replacing = anchor.Anchor.begin_replacing, begin_replacing
+"""
+
+
+def test_a_release_that_does_not_start_changes_nothing_and_a_defect_of_the_anchor_neither(run_anchor: Run) -> None:
+    service = run_anchor(workers=2, at_anchor=DEFECT)
     service.expected_blemishes = ("Traceback (most",)
     before = service.workers()
     service.configure(at_start='raise RuntimeError("a broken release")')
@@ -119,7 +140,19 @@ def test_a_release_that_does_not_start_changes_nothing(run_anchor: Run) -> None:
     assert failure.event is not None
     assert failure.event["error"] == "SuccessorFailed"
     assert service.workers() == before
-    assert (clients.refused, clients.lost) == ([], [])
+    # A defect of the anchor's own, in the middle of a roll-out, is undone as well.
+    service.configure(at_start="")
+    (service.directory / "defect").touch()
+    with Clients(service.address) as more:
+        failure = service.fail_to_roll_out()
+        more.wait_for(before[0])
+    assert failure.code is Exit.ROLLED_BACK
+    assert "a defect" in str(failure)
+    assert service.workers() == before
+    (service.directory / "defect").unlink()
+    assert service.roll_out()["outcome"] == "settled"
+    for each in (clients, more):
+        assert (each.refused, each.lost) == ([], [])
 
 
 def test_a_request_handler_restarts_the_service_and_is_answered(run_anchor: Run) -> None:
@@ -260,14 +293,56 @@ def test_workers_open_a_socket_between_them(run_anchor: Run) -> None:
     service = run_anchor(workers=2, opens=False)
     listeners = service.status()["listeners"]
     assert [each["kind"] for each in listeners] == ["tcp"]
-    # One that a new release adds, and one that it drops.
-    service.configure(listeners=[["listen_tcp", ["127.0.0.1", 0], {"name": "another"}]])
+    # One that a new release adds, one that it drops, and one that it closes again itself.
+    service.configure(
+        listeners=[["listen_tcp", ["127.0.0.1", 0], {"name": "another"}]],
+        at_start="ecdysis.listen_tcp('127.0.0.1', 0, name='closed').close()",
+    )
     with Clients(service.address):
         report = service.roll_out()
     assert report["created"] == ["another"]
     assert [each["name"] for each in service.status()["listeners"]] == ["another"]
     service.addresses = service.wait_for("ready", generation=2)["addresses"]
     assert service.ask()["generation"] == 2
+    # Where there is no room for it, the roll-out fails, and nobody leaves.
+    before = service.workers()
+    with contextlib.ExitStack() as stack:
+        controls = [stack.enter_context(service.talk_to(pid)) for pid in before.values()]
+        for control in controls:
+            control.say("run", code=NO_ROOM).answer()
+        failure = service.fail_to_roll_out()
+        assert failure.code is Exit.FAILED
+        assert "too many open files" in str(failure)
+        for control in controls:
+            control.say("run", code=ROOM).answer()
+    assert service.workers() == before
+    assert service.roll_out()["generation"] == 3
+
+
+def test_an_anchor_without_room_for_descriptors_fails_the_roll_out_alone(run_anchor: Run) -> None:
+    service = run_anchor(workers=1)
+    before = service.workers()
+    anchor = psutil.Process(service.anchor)
+    _, hard = anchor.rlimit(psutil.RLIMIT_NOFILE)
+    # What the worker sends has no room there; its control socket could not even be asked.
+    anchor.rlimit(psutil.RLIMIT_NOFILE, (3, hard))
+    failure = service.ask("restart", until="settled")
+    assert "too many open files" in failure["text"]
+    anchor.rlimit(psutil.RLIMIT_NOFILE, (hard, hard))
+    assert service.workers() == before
+    assert service.roll_out()["generation"] == 2
+
+
+def test_a_worker_whose_line_is_broken_leaves(run_anchor: Run) -> None:
+    service = run_anchor(workers=1)
+    before = service.workers()[0]
+    with service.begin("hold") as busy:
+        service.wait_for("holding")
+        service.run("os.write(ecdysis._duty._line.fileno(), b'no frame at all')")
+        after = service.wait_for_workers(lambda found: found.keys() == {0} and found[0] != before)
+        assert busy.say("go on").answer()["pid"] == before
+    service.wait_for_death(before)
+    assert service.workers() == after
 
 
 def test_signals_to_the_whole_group_stop_it_once_and_force_it_at_the_second_time(run_anchor: Run) -> None:
@@ -331,6 +406,34 @@ def test_an_upgrade_that_fails_changes_nothing(run_anchor: Run) -> None:
     service.configure(plan=plan)
     assert service.workers() == before
     assert service.roll_out()["generation"] == 2
+
+
+# The new code is executed only when a worker has said something that is not heard yet.
+WAITS_FOR_A_WORD = """
+import os, time
+
+def is_at_rest(self):
+    open("executing", "w").close()
+    while not os.path.exists("said"):
+        time.sleep(0.01)
+    return look(self)
+
+look, anchor.Anchor._is_at_rest = anchor.Anchor._is_at_rest, is_at_rest
+"""
+
+
+def test_a_stop_in_the_moment_of_an_upgrade_is_not_lost(run_anchor: Run) -> None:
+    service = run_anchor(workers=1, at_anchor=WAITS_FOR_A_WORD)
+    with ThreadPoolExecutor() as executor, service.begin("hold") as busy:
+        service.wait_for("holding")
+        failing = executor.submit(client.upgrade, service.control, lambda event: None)
+        service.wait_until((service.directory / "executing").exists, "it is not upgraded")
+        service.run("ecdysis.stop(); await ecdysis._duty.flush(); open('said', 'w').close()")
+        with pytest.raises(client.CommandFailed, match="the service is being stopped"):
+            failing.result()
+        busy.say("go on").answer()
+    service.wait_for_end()
+    assert service.statuses[service.anchor] == 0
 
 
 def test_the_anchor_is_small_and_leaks_nothing(run_anchor: Run) -> None:
