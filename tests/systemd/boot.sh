@@ -1,10 +1,12 @@
 #!/bin/bash
 # Become a real systemd, PID 1 of the namespaces this was started in, over an overlay of this machine's root.
-#   boot.sh SYSTEMD FOLDER…: where systemd is unpacked, and the folders to see at their own paths; the first one has the
-#   units. The network is the machine's own, so that tests reach the services. Nothing outside changes.
+#   boot.sh SYSTEMD UNITS FOLDER…: where systemd is unpacked, where the units are, and the folders to see at their own
+#   paths, UNITS among what is in them. The network is the machine's own, so that tests reach the services. Nothing
+#   outside changes.
 set -euo pipefail
 systemd=$1
-shift
+units=$2
+shift 2
 # A mount of its own: what the overlay writes goes to memory, and away with the namespace.
 work=/run/ecdysis-test
 mkdir -p $work
@@ -38,7 +40,7 @@ for target in basic multi-user paths slices sockets sysinit timers umount final;
     printf '[Unit]\nDescription=%s\nDefaultDependencies=no\n' $target >$root/stubs/$target.target
 done
 printf '[Unit]\nDefaultDependencies=no\nRefuseManualStart=yes\n' >$root/stubs/shutdown.target
-printf '[Unit]\nDefaultDependencies=no\nWants=systemd-journald.socket systemd-journald-dev-log.socket\n' \
+printf '[Unit]\nDefaultDependencies=no\nWants=systemd-journald.service systemd-journald.socket systemd-journald-dev-log.socket\n' \
     >$root/stubs/test.target
 for unit in systemd-journald.service systemd-journald.socket systemd-journald-dev-log.socket; do
     sed -E '/^(Requires|After|Before|Wants)=/d' $root/usr/lib/systemd/system/$unit >$root/stubs/$unit
@@ -49,5 +51,5 @@ pivot_root . .old
 umount -l /.old
 rm -f /etc/machine-id
 echo 0123456789abcdef0123456789abcdef >/etc/machine-id
-exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=test "SYSTEMD_UNIT_PATH=$1:/stubs" LANG=C.UTF-8 \
+exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=test "SYSTEMD_UNIT_PATH=$units:/stubs" LANG=C.UTF-8 \
     /lib/systemd/systemd --system --unit=test.target --log-target=journal-or-kmsg --show-status=no

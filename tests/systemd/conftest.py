@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +25,33 @@ def systemd(request: pytest.FixtureRequest) -> Path:
         give_up(error)
 
 
-@pytest.fixture
-def machine(systemd: Path, tmp_path: Path) -> Iterator[Machine]:
-    """A systemd that runs."""
+@pytest.fixture(scope="session")
+def booted(systemd: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Machine]]:
+    """The systemd that runs for all tests, in a list from which a test takes it that leaves it in disorder."""
     try:
-        with running(systemd, tmp_path) as machine:
-            yield machine
+        with running(systemd, tmp_path_factory.getbasetemp()) as machine:
+            yield [machine]
     except Unavailable as error:
         give_up(error)
+
+
+@pytest.fixture
+def machine(
+    booted: list[Machine], systemd: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Machine]:
+    """A systemd that runs, and knows nothing of the tests before this one."""
+    with contextlib.ExitStack() as stack:
+        machine = booted[0] if booted else stack.enter_context(running(systemd, tmp_path_factory.getbasetemp()))
+        machine.directory = tmp_path
+        yield machine
+        if booted:
+            try:
+                machine.forget()
+            except BaseException:
+                # The others get one of their own each.
+                booted.clear()
+                machine.end()
+                raise
 
 
 @pytest.fixture

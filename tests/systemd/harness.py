@@ -52,6 +52,8 @@ class Unit:
             "sockets": [["listen_tcp", ["127.0.0.1", 0], {}]],
             "addresses": str(machine.directory / "addresses"),
             "at_start": "",
+            "hold": "",
+            "released": str(machine.directory / "released"),
             "before_ready": 0.0,
             "become": 0,
         }
@@ -68,6 +70,10 @@ class Unit:
         draft = self.settings_path.with_suffix(".draft")
         draft.write_text(json.dumps(self._settings))
         draft.replace(self.settings_path)
+
+    def release(self) -> None:
+        """Let those go on who were told to ``hold``, and all who come later."""
+        Path(self._settings["released"]).touch()
 
     def command(self) -> str:
         """Return the service's command line."""
@@ -92,7 +98,6 @@ class Unit:
 
     def keep_log(self) -> None:
         """Have a unit that somebody else has written, and log where the test looks."""
-        (self.machine.directory / f"{NAME}.d").mkdir()
         self.machine.install(
             f"{NAME}.d/log.conf", f"[Service]\nStandardOutput=append:{self._log}\nStandardError=append:{self._log}\n"
         )
@@ -131,6 +136,12 @@ class Unit:
         return int(self.show("MainPID"))
 
     @property
+    def processes(self) -> list[int]:
+        """All processes of the unit, by their numbers inside."""
+        path = f"/sys/fs/cgroup{self.show('ControlGroup')}/cgroup.procs"
+        return sorted(map(int, self.machine.run("cat", path).split())) if self.show("ControlGroup") else []
+
+    @property
     def log(self) -> str:
         """What all generations have written."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
@@ -149,7 +160,7 @@ class Unit:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not is_so():
             assert time.monotonic() < deadline, f"{otherwise}\n{self.log}"
-            time.sleep(0.02)
+            time.sleep(0.03)
 
 
 class Client:
@@ -179,9 +190,13 @@ class Client:
         """Ask for something that is answered by an object."""
         return json.loads(self.say(line).hear())
 
+    def close(self) -> None:
+        """Leave."""
+        self._file.close()
+        self._sock.close()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._sock.close()
+        self.close()

@@ -1,4 +1,4 @@
-"""A real systemd, booted as PID 1 of namespaces of its own, for one test: no more than a second of work.
+"""A real systemd, booted as PID 1 of namespaces of its own, once for all the tests of a process.
 
 It needs root, the tools of util-linux, and Debian's archive for a systemd that knows ``Type=notify-reload`` (253).
 The machine's own systemd stays as it is; any number of these run side by side.
@@ -10,11 +10,13 @@ import contextlib
 import fcntl
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,14 +101,23 @@ def _run(*command: str, directory: Path | None = None) -> str:
 class Machine:
     """A running systemd.
 
+    Args:
+        systemd: where it is unpacked.
+        directory: where the directories of all tests are.
+
     Attributes:
-        directory: seen inside at the same path as outside; unit files are in it.
+        directory: of the test that has it; seen inside at the same path as outside.
+        units: where the unit files are.
     """
 
     def __init__(self, systemd: Path, directory: Path) -> None:
         self.directory = directory
+        self.units = directory / f"units-{uuid.uuid4()}"
+        self.units.mkdir()
         self._systemd = systemd
         self._pid = 0
+        self._shared = directory
+        self._is_reload_due = False
 
     def boot(self) -> None:
         """Start it, and wait until it takes commands.
@@ -114,7 +125,7 @@ class Machine:
         Raises:
             Unavailable: this machine does not let it.
         """
-        self._cgroup = _unified_hierarchy() / f"ecdysis-test-{os.getpid()}-{self.directory.name}"
+        self._cgroup = _unified_hierarchy() / f"ecdysis-test-{self.units.name}"
         try:
             self._cgroup.mkdir()
         except OSError as error:
@@ -123,8 +134,19 @@ class Machine:
         # A shell that enters the group before anything else: systemd takes where it starts for the root of its own.
         enter = f'echo $$ >"{self._cgroup}/cgroup.procs" && exec "$@"'
         unshare = ["unshare", "-m", "-p", "-f", "-C", "-u", "-i", "--propagation", "private", "--kill-child"]
-        command = ["bash", "-c", enter, "bash", *unshare, "bash", str(BOOT), str(self._systemd), *folders]
-        self._console = self.directory / "console"
+        command = [
+            "bash",
+            "-c",
+            enter,
+            "bash",
+            *unshare,
+            "bash",
+            str(BOOT),
+            str(self._systemd),
+            str(self.units),
+            *folders,
+        ]
+        self._console = self.units / "console"
         with self._console.open("wb") as console:
             self._outer = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True
@@ -141,7 +163,7 @@ class Machine:
         raise Unavailable(f"systemd does not come up in namespaces here:\n{text}")
 
     def _folders(self) -> list[str]:
-        return list(dict.fromkeys(map(str, (self.directory, PROJECT, sys.prefix, sys.base_prefix))))
+        return list(dict.fromkeys(map(str, (self._shared, PROJECT, sys.prefix, sys.base_prefix))))
 
     def run(self, *command: str, check: bool = True) -> str:
         """Run a command inside; return what it says, on either stream where it may fail."""
@@ -155,15 +177,18 @@ class Machine:
 
     def systemctl(self, *arguments: str) -> None:
         """Run systemctl, which must not fail."""
+        self._reload_if_due()
         self.run("systemctl", *arguments)
 
     def fails(self, *command: str) -> bool:
         """Run a command inside; say whether it fails."""
+        self._reload_if_due()
         command = ("nsenter", "-t", str(self._pid), "-a", *command)
         return subprocess.run(command, capture_output=True, check=False, timeout=PATIENCE_SECONDS * 2).returncode != 0
 
     def begin(self, *command: str) -> subprocess.Popen[bytes]:
         """Begin a command inside, and let it run."""
+        self._reload_if_due()
         return subprocess.Popen(["nsenter", "-t", str(self._pid), "-a", *command], stdout=subprocess.DEVNULL)
 
     def show(self, unit: str, name: str) -> str:
@@ -171,14 +196,36 @@ class Machine:
         return self.run("systemctl", "show", "--value", "--property", name, unit).strip()
 
     def install(self, unit: str, text: str) -> None:
-        """Write a unit file; it is in force with the next command that needs it."""
-        (self.directory / unit).write_text(text)
-        self.systemctl("daemon-reload")
+        """Write a unit file; it is in force with the next command of systemctl."""
+        (self.units / unit).parent.mkdir(exist_ok=True)
+        (self.units / unit).write_text(text)
+        self._is_reload_due = True
+
+    def _reload_if_due(self) -> None:
+        if self._is_reload_due:
+            self._is_reload_due = False
+            self.run("systemctl", "daemon-reload")
+
+    def forget(self) -> None:
+        """Let nothing be left of the units that a test has written, however they are."""
+        units = shlex.join(path.name for path in self.units.iterdir() if path.suffix in (".service", ".socket"))
+        for path in self.units.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.suffix in (".service", ".socket"):
+                path.unlink()
+        if units:
+            # Not in order: that would take as long as their connections.
+            kill = f"systemctl stop --no-block {units}; systemctl kill --signal=KILL {units}; systemctl stop {units}"
+            forget = f"systemctl reset-failed {units}; systemctl daemon-reload"
+            self.run("sh", "-c", f"({kill}; {forget}) 2>/dev/null", check=False)
+            left = self.run("systemctl", "list-units", "--all", "--plain", "--no-legend", *shlex.split(units)).strip()
+            assert not left, f"systemd has not forgotten them: {left}"
 
     def let_others_in(self) -> None:
         """Let every user reach the program and the test's directory: what is above them is this machine's alone."""
         self.directory.chmod(0o755)
-        for folder in self._folders():
+        for folder in (*self._folders(), str(self.directory)):
             self.run("chmod", "a+x", *(str(parent) for parent in Path(folder).parents))
 
     def kill(self, pid: int, number: signal.Signals) -> None:
@@ -201,7 +248,7 @@ class Machine:
 
 @contextlib.contextmanager
 def running(systemd: Path, directory: Path) -> Iterator[Machine]:
-    """Run a systemd for a test; at its end nothing of it is left."""
+    """Run a systemd; at the end nothing of it is left."""
     machine = Machine(systemd, directory)
     try:
         machine.boot()

@@ -52,15 +52,29 @@ async def linger(ecdysis: Ecdysis, line: bytes) -> bytes:
     return b"echo " + text + b"\n"
 
 
+async def hold(settings: dict[str, Any]) -> bytes:
+    """Wait until the test lets go."""
+    sys.stdout.write("held\n")
+    sys.stdout.flush()
+    # The test is another process.
+    while not Path(settings["released"]).exists():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    return b""
+
+
 async def main(settings: dict[str, Any]) -> None:
     """Run one generation."""
     exec(settings["at_start"], {})
     async with Ecdysis(**settings["ecdysis"]) as ecdysis:
+        if settings["hold"] == "commit":
+            ecdysis.stash("held", lambda: hold(settings), "commit")
 
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             async def read_line() -> bytes:
                 while True:
                     line = await reader.readline()
+                    if line == b"hold\n":
+                        await hold(settings)
                     if line.startswith(b"linger "):
                         return await linger(ecdysis, line)
                     reply = await answer(ecdysis, line.decode().strip())
@@ -93,6 +107,8 @@ async def main(settings: dict[str, Any]) -> None:
         names.with_suffix(".draft").write_text(json.dumps([sock.getsockname() for sock in sockets]))
         names.with_suffix(".draft").replace(names)
         await asyncio.sleep(settings["before_ready"])
+        if settings["hold"] == "ready":
+            await hold(settings)
         await ecdysis.ready()
         await ecdysis.finished()
 

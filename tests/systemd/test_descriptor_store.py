@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.load import Failure
-from tests.systemd.harness import NAME, Client, Unit
+from tests.systemd.harness import Client, Unit
 from tests.systemd.load import Load
+from tests.systemd.phases import PHASES, Standstill
 
 STORE = ("FileDescriptorStoreMax=16", "Restart=always", "RestartSec=0")
 
@@ -123,32 +124,22 @@ def test_a_restart_of_the_unit_under_load_loses_nothing(unit: Unit) -> None:
     assert load.counts.failures == Counter()
 
 
-@pytest.mark.parametrize("phase", ["serving", "initialising", "probation", "draining"])
+@pytest.mark.parametrize("phase", ["serving", *PHASES])
 def test_a_kill_in_any_phase_refuses_nobody(unit: Unit, phase: str) -> None:
-    unit.configure(ecdysis={"drain_timeout": 5, "probation": 0.1 if phase == "draining" else 60})
+    unit.configure(ecdysis={"drain_timeout": 5})
+    restart = Standstill(unit, phase)
     unit.start(*STORE, "KillMode=mixed")
-    with Load(unit.port) as load:
+    with restart, Load(unit.port) as load:
         with Client(unit.addresses[0]) as slow:
             slow.say("slow 60 for-longer-than-this-test")
-            match phase:
-                case "initialising":
-                    # It hangs, so that nothing but systemd can end it.
-                    unit.configure(at_start="import signal; print('waiting', flush=True); signal.pause()")
-                    reload = unit.machine.begin("systemctl", "reload", NAME)
-                    unit.wait_until(lambda: "waiting\n" in unit.log)
-                    unit.configure(at_start="")
-                case "probation":
-                    reload = unit.machine.begin("systemctl", "reload", NAME)
-                    load.wait_for(2)
-                case "draining":
-                    unit.reload()
-                    load.wait_for(2)
+            if phase != "serving":
+                restart.reach(load)
             before = load.counts.answers.total()
             unit.machine.kill(unit.main_pid, signal.SIGKILL)
             wait_for_start(unit, 1)
             assert slow.hear() == ""
-        if phase in ("initialising", "probation"):
-            assert reload.wait() != 0
+        if phase not in ("serving", "draining"):
+            assert restart.reload.wait() != 0
         load.wait_for(1, 50)
         assert load.counts.answers.total() > before
     failures = load.counts.failures
@@ -156,6 +147,7 @@ def test_a_kill_in_any_phase_refuses_nobody(unit: Unit, phase: str) -> None:
     assert set(failures) <= {Failure.RESET, Failure.UNANSWERED}
     assert failures.total() <= 40
     assert unit.ask("who")["pid"] == unit.main_pid
+    assert unit.processes == [unit.main_pid]
 
 
 def test_the_store_is_empty_once_the_service_is_stopped(unit: Unit) -> None:

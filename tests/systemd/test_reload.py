@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -11,46 +10,28 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.load import Counts, Load, Mix
 from tests.systemd.harness import NAME, Client, Unit
+from tests.systemd.load import Load
 from tests.systemd.machine import PROJECT
 
-RELOADS = 10
 
-MIX = Mix(new_per_second=40, hasty=1, keep_alive=4, pause=0.06, slow=3, slow_seconds=(0.1, 0.5), silent=2)
-
-
-def reload_under_load(unit: Unit) -> Counts:
-    """Reload again and again, while clients of all kinds ask."""
-
-    async def run() -> Counts:
-        clients = Load(unit.port, MIX)
-        async with asyncio.TaskGroup() as task_group:
-            task_group.create_task(clients.run())
-            for generation in range(2, RELOADS + 2):
-                former = await asyncio.to_thread(lambda: unit.main_pid)
-                await asyncio.to_thread(unit.reload)
-                # At once, and not some time later.
-                assert await asyncio.to_thread(lambda: unit.main_pid) != former
-                while not clients.counts.generations[generation]:
-                    await clients.wait_for_end(0.01)
-            clients.end()
-        return clients.counts
-
-    return asyncio.run(run())
-
-
-@pytest.mark.parametrize("kind", ["notify", "notify-reload"])
-def test_ten_reloads_in_a_row_lose_nothing(unit: Unit, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "reloads"), [("notify", 10), ("notify-reload", 4)])
+def test_reloads_in_a_row_lose_nothing(unit: Unit, kind: str, reloads: int) -> None:
     unit.configure(ecdysis={"probation": 0.0 if kind == "notify-reload" else 0.05, "drain_timeout": 2})
     unit.start("WatchdogSec=5", kind=kind)
     first = unit.main_pid
-    counts = reload_under_load(unit)
-    assert counts.failures == Counter()
-    assert counts.answers == counts.requests
+    with Load(unit.port) as load:
+        for generation in range(2, reloads + 2):
+            former = unit.main_pid
+            unit.reload()
+            # At once, and not some time later.
+            assert unit.main_pid != former
+            load.wait_for(generation)
+    assert load.counts.failures == Counter()
+    assert load.counts.answers == load.counts.requests
     assert unit.ask("who")["pid"] == unit.main_pid != first
     assert (unit.show("NRestarts"), unit.show("ActiveState")) == ("0", "active")
-    assert f"generation {RELOADS + 1} is serving" in unit.show("StatusText")
+    assert f"generation {reloads + 1} is serving" in unit.show("StatusText")
     unit.systemctl("stop")
     assert (unit.show("Result"), unit.show("ExecMainStatus")) == ("success", "0")
 
@@ -124,53 +105,79 @@ def test_the_pid_file_names_the_main_process_once_it_is_that(unit: Unit) -> None
     assert int(path.read_text()) == unit.main_pid == unit.ask("who")["pid"]
 
 
-def test_it_survives_systemd_being_executed_anew(unit: Unit) -> None:
-    unit.start("WatchdogSec=1")
-    unit.reload()
-    second = unit.main_pid
-    unit.machine.systemctl("daemon-reexec")
-    unit.wait_until(lambda: not unit.machine.fails("systemctl", "is-active", NAME))
-    assert unit.main_pid == second
-    unit.reload()
-    third = unit.main_pid
-    assert unit.ask("who")["pid"] == third != second
+def test_systemd_is_executed_anew_under_load_and_knows_all_it_knew(unit: Unit) -> None:
+    unit.configure(ecdysis={"drain_timeout": 2})
+    unit.start("WatchdogSec=5", "FileDescriptorStoreMax=8", "Restart=always", "RestartSec=0")
+    with Load(unit.port) as load:
+        for generation in (2, 3):
+            # The service's socket and its control socket.
+            unit.wait_until(lambda: unit.show("NFileDescriptorStore") == "2")
+            main = unit.main_pid
+            # It returns when systemd answers again. The first reload is asked for at once, and the second one of a
+            # systemd that has been executed anew while the former generation drained.
+            unit.machine.systemctl("daemon-reexec")
+            assert (unit.main_pid, unit.show("NFileDescriptorStore")) == (main, "2")
+            unit.reload()
+            load.wait_for(generation)
+            assert unit.ask("who")["pid"] == unit.main_pid != main
+    assert load.counts.failures == Counter()
+    assert unit.show("NRestarts") == "0"
+    # What is kept is of use still.
+    unit.machine.kill(unit.main_pid, signal.SIGSTOP)
+    with Client(unit.addresses[0]).say("echo patience") as client:
+        unit.machine.systemctl("daemon-reexec")
+        unit.machine.kill(unit.main_pid, signal.SIGKILL)
+        assert client.hear() == "1 patience"
     unit.systemctl("stop")
     assert unit.show("Result") == "success"
 
 
 @pytest.mark.parametrize("phase", ["initialising", "probation"])
 def test_it_survives_systemd_being_executed_anew_in_a_restart(unit: Unit, phase: str) -> None:
-    unit.configure(ecdysis={"probation": 3 if phase == "probation" else 0.1})
+    unit.configure(ecdysis={"probation": 60 if phase == "probation" else 0.1})
     unit.start("WatchdogSec=5", "FileDescriptorStoreMax=8")
     first = unit.main_pid
-    unit.configure(before_ready=3.0 if phase == "initialising" else 0.0)
+    unit.configure(ecdysis={"probation": 0.1}, hold="ready" if phase == "initialising" else "")
     with Client(unit.addresses[0]) as client:
-        client.say("restart settled")
-        if phase == "probation":
-            unit.wait_until(lambda: unit.ask("who")["generation"] == 2)
+        client.say("restart serving")
+        if phase == "initialising":
+            unit.wait_until(lambda: "held\n" in unit.log)
         else:
-            unit.wait_until(lambda: "starting generation 2" in unit.log)
+            assert json.loads(client.hear())["outcome"] == "serving"
         unit.machine.systemctl("daemon-reexec")
-        assert json.loads(client.hear())["outcome"] == "settled"
-    unit.wait_until(lambda: unit.main_pid not in (0, first))
-    unit.configure(before_ready=0.0)
-    assert unit.ask("who")["pid"] == unit.main_pid
+        assert unit.main_pid == first
+        unit.release()
+        if phase == "initialising":
+            assert json.loads(client.hear())["outcome"] == "serving"
+    # Another restart ends the probation.
     unit.reload()
-    assert unit.ask("who")["generation"] == 3
+    answer = unit.ask("who")
+    assert (answer["generation"], answer["pid"]) == (3, unit.main_pid)
     assert unit.show("NRestarts") == "0"
     unit.systemctl("stop")
     assert unit.show("Result") == "success"
 
 
 def test_who_asks_by_the_control_socket_gets_the_new_pid_or_the_reason(unit: Unit) -> None:
-    unit.start()
     command = [sys.executable, "-m", "ecdysis_async.cli", "restart", "--json", "--control", unit.control]
-    answer = json.loads(unit.machine.run("env", f"PYTHONPATH={PROJECT}", *command))
-    assert answer["report"]["successor_pid"] == unit.main_pid == unit.ask("who")["pid"]
-    unit.configure(at_start="raise ValueError('a broken release')")
-    answer = json.loads(unit.machine.run("env", f"PYTHONPATH={PROJECT}", *command, check=False))
-    assert "a broken release" in json.dumps(answer)
-    assert unit.ask("who")["generation"] == 2
+    unit.configure(ecdysis={"drain_timeout": 2})
+    # As ExecReload= it writes into the journal; here into the log of the test.
+    unit.start(f"ExecReload=\nExecReload={' '.join(command)}")
+    with Load(unit.port) as load:
+        unit.reload()
+        load.wait_for(2)
+        by_systemd = json.loads(next(line for line in unit.log.splitlines() if line.startswith("{")))
+        assert by_systemd["report"]["successor_pid"] == unit.main_pid
+        answer = json.loads(unit.machine.run("env", f"PYTHONPATH={PROJECT}", *command))
+        load.wait_for(3)
+        assert answer["report"]["successor_pid"] == unit.main_pid == unit.ask("who")["pid"]
+        unit.configure(at_start="raise ValueError('a broken release')")
+        answer = json.loads(unit.machine.run("env", f"PYTHONPATH={PROJECT}", *command, check=False))
+        assert "a broken release" in json.dumps(answer)
+        assert unit.machine.fails("systemctl", "reload", NAME)
+        load.wait_for(3, 20)
+        assert unit.ask("who")["generation"] == 3
+    assert load.counts.failures == Counter()
 
 
 def test_a_program_that_is_gone_fails_the_reload_at_once(unit: Unit) -> None:

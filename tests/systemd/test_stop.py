@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.systemd.harness import NAME, Client, Unit, free_port
-from tests.systemd.load import Load
+from tests.systemd.load import MIX, Load
+from tests.systemd.phases import PHASES, Standstill
+
+
+def socket_unit(port: int) -> str:
+    return f"[Unit]\nDefaultDependencies=no\n[Socket]\nListenStream=127.0.0.1:{port}\nService={NAME}\n"
 
 
 @pytest.mark.parametrize("kill_mode", ["control-group", "mixed"])
@@ -45,59 +51,82 @@ def test_a_stop_in_probation_drains_both(unit: Unit, kill_mode: str) -> None:
     assert (unit.show("Result"), unit.show("ActiveState")) == ("success", "inactive")
 
 
-def test_a_stop_while_the_successor_starts_calls_it_off(unit: Unit) -> None:
-    unit.start()
-    unit.configure(at_start="import signal; print('waiting', flush=True); signal.pause()")
-    reload = unit.machine.begin("systemctl", "reload", NAME)
-    unit.wait_until(lambda: "waiting\n" in unit.log)
-    unit.systemctl("stop")
-    assert reload.wait() != 0
-    # Although systemd has ended ExecReload= by SIGTERM.
-    assert (unit.show("Result"), unit.show("ActiveState")) == ("success", "inactive")
+@pytest.mark.parametrize("keeper", ["socket unit", "descriptor store"])
+def test_a_kill_and_a_stop_while_the_first_generation_starts(unit: Unit, keeper: str) -> None:
+    restart = ("Restart=always", "RestartSec=0")
+    if keeper == "socket unit":
+        port = free_port()
+        unit.configure(sockets=[["listen_tcp", ["127.0.0.1", port], {}]], hold="ready")
+        unit.machine.install("app.socket", socket_unit(port))
+        unit.install("Sockets=app.socket", *restart)
+        unit.machine.systemctl("start", "app.socket")
+        # The first client starts it.
+        client = Client(("127.0.0.1", port)).say("echo patience")
+    else:
+        unit.start("FileDescriptorStoreMax=8", *restart)
+        unit.configure(hold="ready")
+        unit.machine.kill(unit.main_pid, signal.SIGSTOP)
+        client = Client(unit.addresses[0]).say("echo patience")
+        unit.machine.kill(unit.main_pid, signal.SIGKILL)
+    with client:
+        for number in range(1, 3):
+            unit.wait_until(lambda: unit.log.count("held\n") == number)  # noqa: B023 - it is called at once
+            assert (unit.show("ActiveState"), unit.show("SubState")) == ("activating", "start")
+            unit.wait_until(lambda: unit.show("StatusText").startswith("generation 1 is starting"))
+            # Of those that were killed nothing is left.
+            assert unit.processes == [unit.main_pid]
+            if number == 1:
+                unit.machine.kill(unit.main_pid, signal.SIGKILL)
+        if keeper == "descriptor store":
+            assert unit.show("NFileDescriptorStore") == "2"
+            unit.release()
+            assert client.hear() == "1 patience"
+            return
+        unit.configure(hold="")
+        unit.systemctl("stop")
+        assert "serving on" not in unit.log.split("this generation ends")[0]
+        # Who waits starts it anew.
+        assert client.hear() == "1 patience"
 
 
-def test_a_stop_and_a_kill_while_the_first_generation_starts(unit: Unit) -> None:
-    unit.configure(before_ready=60)
-    unit.install("Restart=on-failure", "RestartSec=0")
+def test_a_stop_while_the_only_generation_starts_leaves_nothing_behind(unit: Unit) -> None:
+    path = unit.machine.directory / "app.sock"
+    unit.configure(sockets=[["listen_unix", [str(path)], {}]], hold="ready")
+    unit.install("FileDescriptorStoreMax=8", "Restart=always")
     unit.systemctl("start", "--no-block")
-    unit.wait_until(lambda: unit.main_pid != 0 and Path(unit.settings_path.parent / "addresses").exists())
-    unit.machine.kill(unit.main_pid, signal.SIGKILL)
-    unit.wait_until(lambda: unit.show("NRestarts") == "1" and unit.main_pid != 0)
-    unit.wait_until(lambda: unit.show("StatusText").startswith("generation 1 is starting"))
-    # The application's own start is cut short, and nothing is accepted.
+    unit.wait_until(lambda: "held\n" in unit.log)
+    assert path.exists()
+    # At once, and not when the application has prepared itself.
     unit.systemctl("stop")
-    assert "serving on" not in unit.log
     assert (unit.show("Result"), unit.show("ActiveState")) == ("success", "inactive")
+    assert "serving on" not in unit.log
+    assert (unit.processes, unit.show("NFileDescriptorStore")) == ([], "0")
+    assert not [each for each in (path, Path(unit.control), unit.machine.directory / "app.pid") if each.exists()]
 
 
-@pytest.mark.parametrize("phase", ["initialising", "probation", "draining"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_stop_in_any_phase_under_load_loses_nothing(unit: Unit, phase: str) -> None:
     port = free_port()
-    socket = f"[Unit]\nDefaultDependencies=no\n[Socket]\nListenStream=127.0.0.1:{port}\nService={NAME}\n"
-    unit.machine.install("app.socket", socket)
-    unit.configure(
-        sockets=[["listen_tcp", ["127.0.0.1", port], {}]],
-        ecdysis={"drain_timeout": 2, "probation": 60 if phase == "probation" else 0.05},
-    )
+    unit.machine.install("app.socket", socket_unit(port))
+    unit.configure(sockets=[["listen_tcp", ["127.0.0.1", port], {}]], ecdysis={"drain_timeout": 30})
+    # Without clients that are silent, for whom a drain waits to its deadline.
+    mix = dataclasses.replace(MIX, silent=0)
+    restart = Standstill(unit, phase)
     unit.install("Sockets=app.socket", "KillMode=mixed")
     unit.machine.systemctl("start", "app.socket")
-    with Load(port) as load:
-        if phase == "initialising":
-            unit.configure(at_start="print('waiting', flush=True); import time; time.sleep(60)")
-        reload = unit.machine.begin("systemctl", "reload", NAME)
-        if phase == "initialising":
-            unit.wait_until(lambda: "waiting\n" in unit.log)
-            unit.configure(at_start="")
-        else:
-            load.wait_for(2)
-        if phase == "draining":
-            assert reload.wait() == 0
-        unit.systemctl("stop")
+    with restart, Load(port, mix) as load:
+        restart.reach(load)
+        stop = unit.machine.begin("systemctl", "stop", NAME)
+        unit.wait_until(lambda: " stopping\n" in unit.log)
+        restart.go_on()
+        assert stop.wait() == 0
+        # Although systemd has ended ExecReload= by SIGTERM.
+        if phase != "draining":
+            assert restart.reload.wait() != 0
         # The next client starts it anew; those who come before that wait.
         load.wait_for(1, 30)
-        if phase != "draining":
-            assert reload.wait() != 0
     assert load.counts.failures == Counter()
+    assert unit.show("NRestarts") == "0"
 
 
 def test_a_drain_may_take_longer_than_the_unit_says(unit: Unit) -> None:

@@ -45,7 +45,7 @@ class PrintedUnit:
             *(f"--env-file={self.variables}", "--probation=0.05", "--drain-timeout=2", f"--workers={workers}"),
         ]
         subprocess.run(
-            [*command, *options, f"--output={self.directory}"],
+            [*command, *options, f"--output={unit.machine.units}"],
             check=True,
             cwd=PROJECT,
             env={**os.environ, "PYTHONPATH": str(PROJECT)},
@@ -62,10 +62,10 @@ class PrintedUnit:
         draft.replace(self.variables)
 
 
-@pytest.mark.parametrize(("has_socket", "reloads"), [(False, 10), (True, 2)], ids=["service", "socket"])
+@pytest.mark.parametrize(("has_socket", "reloads"), [(False, 4), (True, 2)], ids=["service", "socket"])
 def test_it_starts_reloads_and_stops_as_printed(unit: Unit, has_socket: bool, reloads: int) -> None:
     printed = PrintedUnit(unit, *(["--socket"] if has_socket else []))
-    files = [str(printed.directory / name) for name in (NAME, *(["app.socket"] if has_socket else []))]
+    files = [str(unit.machine.units / name) for name in (NAME, *(["app.socket"] if has_socket else []))]
     assert unit.machine.run("systemd-analyze", "verify", "--man=no", *files) == ""
     if has_socket:
         # The first client starts it.
@@ -122,11 +122,11 @@ def test_a_dynamic_user_serves_a_port_of_root_with_next_to_no_rights(unit: Unit)
     machine.run("sh", "-c", f"echo ADDRESS={address[0]}:80 >/srv/ecdysis/app/variables")
     command = [
         *("/usr/bin/python3", "-m", "ecdysis_async.cli", "unit", "app:main", f"--bind={address[0]}:{address[1]}"),
-        *("--env-file=variables", "--probation=0.05", "--drain-timeout=2", f"--output={machine.directory}"),
+        *("--env-file=variables", "--probation=0.05", "--drain-timeout=2", f"--output={machine.units}"),
     ]
     machine.run("env", "-C", "/srv/ecdysis/app", "PWD=/srv/ecdysis/app", "PYTHONPATH=/srv/ecdysis/packages", *command)
     unit.keep_log()
-    assert "DynamicUser=yes\n" in (machine.directory / NAME).read_text()
+    assert "DynamicUser=yes\n" in (machine.units / NAME).read_text()
     unit.systemctl("start")
     answer = unit.ask("who", address)
     assert answer["uid"] > 60000
