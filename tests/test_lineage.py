@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 
 import anyio
+import pytest
 
-from ecdysis_async.channel import Channel
+from ecdysis_async.channel import Channel, Frame
 from ecdysis_async.lineage import Ancestor, Lineage
 from ecdysis_async.peer import Peer
 from ecdysis_async.protocol import Farewell
@@ -65,3 +67,27 @@ async def test_log_files_that_moved_before_it_is_followed_are_told_of_then(backe
     finally:
         lineage.close()
         heard.close()
+
+
+@pytest.mark.backends("asyncio")
+async def test_the_way_of_connections_is_taken_over_where_no_descriptor_is_left(backend: str) -> None:
+    # A duplicate was made of it: at the limit the newest generation died of that, in the middle of its service.
+    ours, theirs = socket.socketpair()
+    taken: list[socket.socket] = []
+    lineage = Lineage()
+    lineage.on_transfer = taken.append
+    ancestor = Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid())))
+    frame = Frame(Farewell.TRANSFER, {}, (theirs.detach(), os.dup(ours.fileno())))
+    expected = frame.descriptors[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            os.pipe()
+        lineage.deliver(ancestor, frame)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        ancestor.peer.close()
+    (sock,) = taken
+    with sock:
+        assert sock.fileno() == expected
