@@ -1395,34 +1395,57 @@ class Ecdysis:
             # The successor is being ended; where the commit had failed, it may accept until it is dead.
             await self._handover.over.wait()
         async with self._generation.gate_lock:
-            if self._has_heir:
-                assert self._handover is not None
-                for entry in self._handover.unclaimed:
-                    # Unless the application was faster, and has closed its server.
-                    if entry in self._registry.entries:
-                        await self._finish_queue(entry)
-                await self._gate.end()
+            if self._has_heir or not self._is_last():
+                await self._finish_unclaimed()
             else:
-                if self._is_last():
-                    await self._answer_queues()
-                await self._gate.end(spare=lambda entry: entry.until is Until.EXIT)
+                await self._answer_queues()
+            await self._gate.end(spare=lambda entry: entry.until is Until.EXIT and not self._has_heir)
 
     def _is_last(self) -> bool:
-        """Say whether no generation of this slot will accept after this one; where in doubt, another one will (G2)."""
+        """Say whether no generation of this slot will accept after this one; where in doubt, another one will (G2).
+
+        An heir that died after it had settled may have had an heir of its own, and cannot be asked any more. So nobody
+        answers who waits on what it had inherited, if it was the last one: they are reset when this generation ends.
+        """
         if not self._has_served:
             return False
         if self._inheritance is not None and self._inheritance.state not in (Successor.SETTLED, Successor.STOPPED):
             return False
-        # A successor that has stopped by itself during its probation answers, for as long as it lives.
-        return self._handover is None or self._handover.successor_is_dead
+        # A successor that has stopped by itself during its probation answers, for as long as it lives; one that was
+        # called back accepts no more.
+        return (
+            self._handover is None
+            or self._handover.state is Predecessor.ROLLED_BACK
+            or self._handover.successor_is_dead
+        )
 
     async def _answer_queues(self) -> None:
         acceptors = [each for each in self._gate.acceptors if each.entry.until is Until.DRAIN and each.entry.has_queue]
-        # Newcomers are the others', or the next start's, where there are other workers, or systemd keeps the sockets.
-        if not (self._generation.shares_sockets or self._store.is_there):
-            for acceptor in acceptors:
-                acceptor.entry.refuse_newcomers()
+        for acceptor in acceptors:
+            self._refuse_newcomers(acceptor.entry)
         await self._empty(acceptors)
+
+    def _refuse_newcomers(self, entry: Entry) -> None:
+        # They are the others', or the next start's, where there are other workers, or systemd keeps the sockets.
+        if not (self._generation.shares_sockets or self._store.is_there):
+            entry.refuse_newcomers()
+
+    async def _finish_unclaimed(self) -> None:
+        """Answer everyone who waits on what the successor did not claim, and close it: nobody else can.
+
+        Whoever comes only now, to one of several sockets of a port (SO_REUSEPORT), finds another one when it asks again
+        (DESIGN.md, trap 11).
+        """
+        for entry in self._handover.unclaimed if self._handover is not None else ():
+            # Unless the application was faster, and has closed its server.
+            if entry not in self._registry.entries:
+                continue
+            self._refuse_newcomers(entry)
+            acceptors = [acceptor for acceptor in self._gate.acceptors if acceptor.entry is entry]
+            await self._empty(acceptors)
+            for acceptor in acceptors:
+                await self._gate.remove(acceptor)
+            self._registry.release(entry, unlink=True)
 
     async def _drain(self) -> None:
         begun = anyio.current_time()
@@ -1476,14 +1499,6 @@ class Ecdysis:
         while self._has_heir and self._handover is not None:
             await self._handover.tell(Farewell.PROGRESS, {"connections": len(self._tracker)})
             await anyio.sleep(PROGRESS_SECONDS)
-
-    async def _finish_queue(self, entry: Entry) -> None:
-        """Answer everyone who waits on a socket that nobody inherited, and close it."""
-        acceptors = [acceptor for acceptor in self._gate.acceptors if acceptor.entry is entry]
-        await self._empty(acceptors)
-        for acceptor in acceptors:
-            await self._gate.remove(acceptor)
-        self._registry.release(entry, unlink=True)
 
     async def _empty(self, acceptors: Collection[Acceptor]) -> None:
         """Accept whatever waits, and then no more; after a while, or in a hurry, though somebody waits."""

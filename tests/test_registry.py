@@ -5,6 +5,7 @@ A successor is a second registry with duplicates of the first one's descriptors,
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -296,6 +297,51 @@ def test_equal_sockets_are_claimed_in_order_each_once(
     assert all(map(is_same_socket, old_ephemeral, new_ephemeral))
     assert [entry.inherited for entry in new] == [True, True, True, False]
     assert [entry.inherited for entry in new_ephemeral] == [True, True, False]
+
+
+def test_a_second_socket_of_a_port_takes_its_queue_along_and_an_inherited_one_does_not(
+    registry: Registry, succeed: Callable[[Registry], Registry]
+) -> None:
+    # Trap 11: why a successor inherits every socket, also of a port that it could bind once more.
+    port = registry.listen_tcp("127.0.0.1", 0, reuse_port=True).sock.getsockname()[1]
+    registry.listen_tcp("127.0.0.1", port, reuse_port=True)
+    registry.start_listening()
+    successor = succeed(registry)
+    sockets = [successor.listen_tcp("127.0.0.1", wanted, reuse_port=True).sock for wanted in (0, port)]
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> list[socket.socket]:
+            address = ("127.0.0.1", port)
+            return [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(200)]
+
+        def answer() -> int:
+            count = 0
+            for sock in sockets:
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        connection, _ = sock.accept()
+                        with connection:
+                            connection.send(b"x")
+                        count += 1
+            return count
+
+        # The kernel spreads connections over the sockets of a port, and moves none.
+        with socket.socket() as rival:
+            rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            rival.bind(("127.0.0.1", port))
+            rival.listen(200)
+            clients = connect()
+        answered, lost = answer(), 0
+        for client in clients:
+            try:
+                assert client.recv(1) == b"x"
+            except ConnectionResetError:
+                lost += 1
+        assert 0 < lost < len(clients) == lost + answered
+        clients = connect()
+        registry.close(unlink=False)
+        assert answer() == len(clients)
+        assert {client.recv(1) for client in clients} == {b"x"}
 
 
 def test_it_goes_on_over_many_generations(registry: Registry, succeed: Callable[[Registry], Registry]) -> None:

@@ -96,6 +96,27 @@ def test_a_stop_after_the_commit_leaves_the_queue_to_the_successor(loop: str, wh
 
 
 @pytest.mark.backends("asyncio", "trio")
+def test_a_stop_after_the_commit_answers_what_the_successor_does_not_claim(backend: str, run_service: Run) -> None:
+    listeners = [["listen_tcp", ["127.0.0.1", 0], {"name": name}] for name in ("new", "old")]
+    service = run_service(backend, ecdysis={"probation": 60}, listeners=listeners)
+    first = service.pids[0]
+    service.configure(listeners=listeners[:1])
+    with contextlib.ExitStack() as stack:
+        control = stack.enter_context(service.begin("hello"))
+        control.answer()
+        assert service.restart()["unclaimed"] == ["old"]
+        control.say("run", code=STOP_WITHOUT_LOOKING)
+        service.wait_for("blocked", pid=first)
+        waiting = queue(stack, service.addresses[1], 120 if backend == "asyncio" else 5)
+        service.release()
+        control.answer()
+        for conversation in waiting:
+            assert conversation.answer()["pid"] == first
+            conversation.close()
+    service.wait_for_end()
+
+
+@pytest.mark.backends("asyncio", "trio")
 def test_a_stop_while_the_successor_starts_leaves_the_queue_to_this_generation(backend: str, run_service: Run) -> None:
     service = run_service(backend)
     first = service.pids[0]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import select
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.handoff.harness import Clients, Conversation, Refused, Service
+from tests.handoff.harness import PATIENCE_SECONDS, Clients, Conversation, Refused, Service
 
 Run = Callable[..., Service]
 
@@ -52,6 +55,51 @@ def test_what_nobody_claims_is_answered_to_the_end_and_named(backend: str, run_s
     service.wait_for_death(first)
     with pytest.raises(Refused):
         Conversation(old)
+
+
+# A second socket of the first one's port, and what holds its end up until the test has seen that nobody waits on it.
+SHARED_PORT = """
+port = listeners[0].getsockname()[1]
+listeners.append(ecdysis.listen_tcp("127.0.0.1", port, reuse_port=True))
+async def remove_later(acceptor):
+    if held and acceptor.entry in held.pop()._handover.unclaimed:
+        await wait()
+    await remove(acceptor)
+remove, held = ecdysis._gate.remove, [ecdysis]
+ecdysis._gate.remove = remove_later
+"""
+
+
+@pytest.mark.backends("asyncio", "uvloop", "trio")
+def test_two_sockets_of_a_port_are_inherited_and_one_goes_without_a_loss(backend: str, run_service: Run) -> None:
+    """Trap 11: the second socket of a port takes its queue along when it is closed."""
+    first = ["listen_tcp", ["127.0.0.1", 0], {"reuse_port": True}]
+    service = run_service(backend, listeners=[first], at_start=SHARED_PORT)
+    inodes = "[os.fstat(each.fileno()).st_ino for each in listeners]"
+    before = service.run(inodes)
+    with Clients(service.address) as clients:
+        report = service.restart("settled")
+        assert (len(report["inherited"]), report["created"], report["unclaimed"]) == (2, [], [])
+        assert service.run(inodes) == before
+        service.configure(at_start="")
+        assert len(service.restart("settled")["unclaimed"]) == 1
+        service.wait_for("waiting")
+        # The kernel gives half of them the socket that is about to be closed; they ask again in a second.
+        with contextlib.ExitStack() as stack:
+            late = [stack.enter_context(socket.socket()) for _ in range(20)]
+            for each in late:
+                each.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    each.connect(tuple(service.address))
+            service.release()
+            for each in late:
+                each.settimeout(PATIENCE_SECONDS)
+                # Writable once it is connected, or refused.
+                select.select([], [each], [], PATIENCE_SECONDS)
+                each.sendall(b'{"do": "hello"}\n')
+                assert json.loads(each.recv(100))["generation"] == 3
+        clients.wait_for(service.newest())
+    assert (clients.refused, clients.lost) == ([], [])
 
 
 @pytest.mark.backends("asyncio", "trio")
