@@ -106,17 +106,22 @@ class Conversation:
 class Clients:
     """A client in a thread of its own, who connects, asks who is there, and leaves, again and again.
 
+    Args:
+        address: of the service.
+        pause: between two connections, seconds.
+
     Attributes:
         answers: the pids that answered, in their order.
         refused: errors of connections that could not be made: there must never be any.
         lost: errors of connections that were made. One at a time is open, so a killed process can only cost one.
     """
 
-    def __init__(self, address: Any) -> None:
+    def __init__(self, address: Any, *, pause: float = CLIENT_PAUSE_SECONDS) -> None:
         self.answers: list[int] = []
         self.refused: list[str] = []
         self.lost: list[str] = []
         self._address = address
+        self._pause = pause
         self._condition = threading.Condition()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -130,7 +135,7 @@ class Clients:
             )
 
     def _run(self) -> None:
-        while not self._stopping.wait(CLIENT_PAUSE_SECONDS):
+        while not self._stopping.wait(self._pause):
             try:
                 with Conversation(self._address) as conversation:
                     pid = conversation.say("hello").answer()["pid"]
@@ -301,6 +306,11 @@ class Service:
             ready, _, _ = select.select([self._fifo], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"{wanted} did not happen, but {self._events}"
             self._read_events()
+
+    def forget_events(self) -> None:
+        """Wait for nothing that has happened until now."""
+        self._read_events()
+        self._events.clear()
 
     def wait_for_death(self, pid: int) -> int | None:
         """Wait until a generation has ended; return its exit status, or None where another process has reaped it."""
