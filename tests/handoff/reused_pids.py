@@ -115,7 +115,8 @@ def dead_group(directory: Path, loop: str) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        process = spawn(Launch(("true",), None, dict(os.environ)), theirs, 2, is_kept=True)
+        process = spawn(Launch(("sleep", "600"), None, dict(os.environ)), theirs, 2, is_kept=True)
+    assert process.send_signal(signal.SIGKILL)
     assert select.select([process.pidfd], [], [], PATIENCE_SECONDS)[0]
     with stranger_with(process.pid):
         assert not process.send_signal(signal.SIGTERM)
