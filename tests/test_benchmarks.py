@@ -17,7 +17,10 @@ TIMEOUT = 100
 # What each one has a row for.
 SUBJECTS = {
     "restart": {"asyncio", "trio"},
-    "stash": {"copy in one process", "stash, read in place", "stash, copied there", "pipe", "Unix socket"},
+    "stash": {
+        *("copy in one process", "copy to new memory"),
+        *("stash, read in place", "stash, copied there", "pipe", "Unix socket"),
+    },
     "peers": {"ecdysis run (uvicorn), ecdysis restart", "uvicorn, stop and start"},
     "tracking": {"streams on asyncio", "protocol on uvloop", "trio on trio"},
     "transfer": {"asyncio, with transfer", "asyncio, without", "uvloop, with transfer", "uvloop, without"},
