@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import logging
@@ -144,7 +143,7 @@ class _Service(Ecdysis):
         """Learn what is about to be served."""
         scheme = {"main": "", "websockets": "ws"}.get(server, "http")
         self.scheme = f"{scheme}s" if scheme and options.is_tls else scheme
-        version = "" if server == "main" else f" {importlib.metadata.version(server)}"
+        version = "" if server == "main" else f" {_find_version(server)}"
         self.description = f"{options.target} by {server}{version} on {_name_loop(options)}"
 
     def _describe_serving(self) -> str:
@@ -158,6 +157,16 @@ class _Service(Ecdysis):
         if entry.kind is SocketKind.UNIX:
             return f"unix:{address}"
         return f"{self.scheme}://{address}" if self.scheme and entry.kind is SocketKind.TCP else address
+
+
+def _find_version(server: str) -> str:
+    # Most say it themselves. Else the machinery of packages is loaded, which takes a tenth of the whole start.
+    told = getattr(importlib.import_module(server), "__version__", None)
+    if told is not None:
+        return str(told)
+    from importlib.metadata import version
+
+    return version(server)
 
 
 def _name_loop(options: Options) -> str:

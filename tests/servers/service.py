@@ -24,7 +24,6 @@ from socket import AF_INET
 from typing import Any
 
 import anyio
-import trio
 
 import ecdysis_async
 from ecdysis_async import Ecdysis, RestartError
@@ -33,7 +32,7 @@ from ecdysis_async.asyncio_servers import ServerConnection
 from ecdysis_async.drain import current_connection
 from ecdysis_async.servers import departure
 
-TICK_SECONDS = 0.02
+TICK_SECONDS = 0.05
 
 # Its notes come one after the other, each with the errors of those before it.
 PAGE = """<!doctype html>
@@ -278,6 +277,8 @@ async def main() -> None:
 if __name__ == "__main__":
     warnings.simplefilter("error")
     if sys.argv[2] == "trio":
+        import trio
+
         trio.run(main)
     else:
         ecdysis_async.run(main, loop=sys.argv[2])  # type: ignore[arg-type]
