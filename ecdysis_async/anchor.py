@@ -103,6 +103,9 @@ UPGRADE_PAUSE_SECONDS = 0.02
 # How often systemd is told how things are, seconds.
 STATUS_SECONDS = 5.0
 
+# How often it is looked whether the control socket is still there, seconds.
+CONTROL_SECONDS = 1.0
+
 # A channel and a stderr.
 SPAWN_DESCRIPTORS = 2
 
@@ -365,6 +368,7 @@ class Anchor:
             self._control_registry.start_listening()
             await plane.gate.open()
             self._tasks.start_soon(self._control.run)
+            self._begin(self._keep_control, self._control)
         # Another anchor's, whose place was elsewhere.
         self._control_registry.close_unclaimed(unlink=True)
         if self._plan.health is not None:
@@ -376,6 +380,12 @@ class Anchor:
             await run_in_thread(self._pid_file.prepare)
             resources.callback(self._pid_file.remove)
         await run_in_thread(functools.partial(self._plan.open_sockets, self._registry))
+
+    async def _keep_control(self, control: ControlServer) -> None:
+        """See that commands find the service, also after somebody has cleared the directory."""
+        while not self._is_stopping:
+            await control.renew()
+            await anyio.sleep(CONTROL_SECONDS)
 
     async def _run(self) -> int:
         if self._systemd.is_there:
@@ -506,7 +516,11 @@ class Anchor:
             starter = functools.partial(self._spawn, slot, generation, None)
             predecessor = Generation(generation - 1, settings, self._plane, self.log)
             handover = Handover(
-                predecessor, lambda handover: self.changes.announce(), spawner=starter, number=generation
+                predecessor,
+                lambda handover: self.changes.announce(),
+                spawner=starter,
+                number=generation,
+                title=f"worker {slot.index}",
             )
             self._fillings[slot] = handover
             if self._is_stopping:
@@ -604,7 +618,7 @@ class Anchor:
         worker.process.close()
         slot.note_end(worker, anyio.current_time())
         if worker.state in (WorkerState.SERVING, WorkerState.PAUSED) and not worker.is_told_to_leave:
-            self.log.warning("worker %d (pid %d) has ended with %s", slot.index, worker.pid, describe_exit(status))
+            self.log.warning("worker %d (pid %d) has died: %s", slot.index, worker.pid, describe_exit(status))
         for other in self.crew:
             if other is worker.starter:
                 other.line.tell(FromAnchor.EXITED, {"pid": worker.process.pid, "status": status})
@@ -1258,7 +1272,8 @@ class Anchor:
         """Stop the service: workers accept no more, drain, and end; then this process does."""
         if self._is_stopping:
             return
-        self.log.info("stopping")
+        seconds = self._plan.settings.drain_timeout
+        self.log.info("stopping: connections get %g seconds to end, and a second signal hurries them", seconds)
         self._is_stopping = True
         self._stopped.set()
         if self._roll_out is not None:
@@ -1370,7 +1385,7 @@ class Anchor:
             case TurnState.SERVED:
                 return "the end of its probation"
             case TurnState.SETTLED if old is not None and old.is_alive:
-                return f"{_count(old.connections, 'connection')} of pid {old.pid}"
+                return f"{_count(old.connections, 'connection')} of pid {old.pid}" if old.connections else "its end"
         return None
 
     def _find_report(self, id: str) -> RestartReport | None:
@@ -1378,7 +1393,8 @@ class Anchor:
 
     def _waiting_for(self) -> str | None:
         if self._is_stopping:
-            return _count(sum(worker.connections for worker in self.crew), "connection")
+            connections = sum(worker.connections for worker in self.crew)
+            return _count(connections, "connection") if connections else "the workers to end"
         if self._is_upgrading:
             return "the new anchor to take over"
         if self._is_lame_duck and self._lame_duck is not None:
@@ -1400,7 +1416,7 @@ class Anchor:
             return "the former workers to take their places again"
         if roll_out is not None and not roll_out.drained.is_set():
             left = sum(turn.old.connections for turn in roll_out.turns if turn.old is not None and turn.old.is_alive)
-            return _count(left, "connection")
+            return _count(left, "connection") if left else "the former workers to end"
         if self.crew.serving < len(self.crew.slots):
             return f"{len(self.crew.slots) - self.crew.serving} of {_count(len(self.crew.slots), 'worker')} to serve"
         return None

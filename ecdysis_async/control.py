@@ -28,6 +28,7 @@ that leaves earlier changes nothing of what it has asked for.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -48,6 +49,7 @@ from .plane import Plane
 from .registry import Entry, Until
 from .report import RestartReport
 from .spawn import Child, Process
+from .threads import run_in_thread
 
 __all__ = ["Changes", "ControlServer", "Controlled", "Restart"]
 
@@ -181,6 +183,9 @@ class ControlServer:
         self._ending = anyio.Event()
         self._plane = plane
         self._lock = ControlLock(path)
+        # Where the path was removed: set once there is another socket, which is not used yet.
+        self._renewed: anyio.Event | None = None
+        self._is_missed = False
         self._clients = 0
         # Those that have not said what they want, the oldest first.
         self._silent: dict[_Client, anyio.CancelScope] = {}
@@ -200,17 +205,46 @@ class ControlServer:
 
     async def run(self) -> None:
         """Answer clients, between the commit and the pause those that come, to the end those that are there."""
-        listener = GatedSocket(self._entry, plane=self._plane)
+        self._listener = GatedSocket(self._entry, plane=self._plane)
         async with anyio.create_task_group() as clients:
             while True:
                 try:
-                    sock = await listener.take(_accept)
+                    sock = await self._listener.take(_accept)
                 except AcceptingEnded:
-                    return
+                    if self._renewed is None:
+                        return
+                    await self._renewed.wait()
+                    self._renewed = None
+                    self._listener = GatedSocket(self._entry, plane=self._plane)
+                    continue
                 except OSError:
                     logger.exception("the control socket %s is out of service", self.path)
                     return
                 clients.start_soon(self._serve, sock)
+
+    async def renew(self) -> None:
+        """Make the socket anew where somebody has removed it, as soon as that can be done. Only while ``run`` runs.
+
+        For a process that serves it for as long as the service lives; others do so with their next restart.
+        """
+        if self._entry.is_at_its_path() or (self._renewed is not None and self._renewed.is_set()):
+            return
+        try:
+            await run_in_thread(functools.partial(prepare_directory, self.path))
+            if self._renewed is None:
+                self._renewed = anyio.Event()
+                await self._listener.aclose()
+                self._lock.release()
+            self._entry = await run_in_thread(self._open)
+            self._entry.start_listening()
+        except OSError as error:
+            if not self._is_missed:
+                self._is_missed = True
+                logger.error("the control socket %s was removed: %s", self.path, error.strerror or error)  # noqa: TRY400
+            return
+        self._is_missed = False
+        self._renewed.set()
+        logger.warning("the control socket %s was removed by somebody, and is there again", self.path)
 
     async def finish(self) -> None:
         """Let those who wait for the end hear of it. They get a moment for that, and no more."""

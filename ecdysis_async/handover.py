@@ -87,6 +87,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         on_change: called after each change of the state.
         spawner: who brings the successor, where it is not started in the way of this generation.
         number: the successor's, where it is not the next one: a worker may be replaced within one generation.
+        title: what the log calls it, where it is no restart but a start.
 
     Attributes:
         report: what stands so far.
@@ -105,6 +106,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         *,
         spawner: Spawner | None = None,
         number: int | None = None,
+        title: str | None = None,
     ) -> None:
         super().__init__(Predecessor.SPAWNING, step_predecessor, generation)
         settings = generation.settings
@@ -120,6 +122,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             predecessor_pid=os.getpid(),
             started_at=time.time(),
         )
+        self._title = title or f"restart {self.report.id}"
         self.error: RestartError | None = None
         self.serving = anyio.Event()
         self.published = anyio.Event()
@@ -173,12 +176,12 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         Never raises what went wrong with the successor: that stands in ``error``.
         """
         log = self.generation.log
-        log.info("restart %s: starting generation %d", self.report.id, self.report.generation)
+        log.info("%s: starting generation %d", self._title, self.report.generation)
         try:
             await self._run()
         except Exception:
             # A defect of this library, or a machine in distress: it may cost the restart, never the service.
-            log.exception("restart %s broke down", self.report.id)
+            log.exception("%s broke down", self._title)
             with anyio.CancelScope(shield=True):
                 await self._break_off()
         finally:
@@ -373,8 +376,8 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         if event is PredecessorEvent.STOP:
             self.report.outcome = Outcome.STOPPED
         self.generation.log.info(
-            "restart %s: %s (generation %d, pid %s)",
-            self.report.id,
+            "%s: %s (generation %d, pid %s)",
+            self._title,
             self.report.outcome.value if self.state.final else self.state.value,
             self.report.generation,
             self.report.successor_pid,

@@ -205,7 +205,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
                 self.summary = str(cause) if is_told else traceback.format_exception_only(cause)[-1].strip()
             else:
                 self.reason = self.summary = _REASONS.get(event, event.value)
-            log.warning("the restart is called off, this generation leaves: %s", self.summary)
+            log.warning("this generation does not come to serve, and leaves: %s", self.summary)
         else:
             log.info("handoff: %s", self.state.value)
         self._on_change(self)

@@ -51,7 +51,7 @@ async def watch_files(control: str, paths: Sequence[str]) -> None:
         if os.read(told, 1):
             logger.info("watching %s: the service restarts when a file is saved", ", ".join(paths))
         status = await process.wait()
-        logger.error("nobody watches for changes any more: the watcher has ended with %s", describe_exit(status))
+        logger.error("nobody watches for changes any more: the watcher has ended (%s)", describe_exit(status))
     finally:
         # The child ends with this pipe.
         os.close(held)

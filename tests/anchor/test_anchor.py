@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -287,6 +290,21 @@ def test_more_and_fewer_workers(run_anchor: Run) -> None:
         service.wait_for_workers(lambda found: len(found) == 1)
         service.wait_until(lambda: len(service.status()["workers"]) == 1, "it does not leave")
     assert (clients.refused, clients.lost) == ([], [])
+
+
+def test_a_control_socket_that_somebody_removes_is_made_anew(run_anchor: Run) -> None:
+    service = run_anchor(workers=1)
+    directory = Path(service.control).parent
+    shutil.rmtree(directory)
+    service.wait_for_log("was removed: the directory of the control socket")
+    directory.mkdir(mode=0o700)
+    service.wait_for_log("is there again")
+    assert service.status()["state"] == "serving"
+    # And another time, the path alone.
+    os.unlink(service.control)
+    service.wait_until(lambda: service.log.count("is there again") == 2, "it is not made anew")
+    assert service.roll_out()["generation"] == 2
+    assert {each.name for each in directory.iterdir()} == {"control", "control.lock"}
 
 
 def test_workers_open_a_socket_between_them(run_anchor: Run) -> None:
