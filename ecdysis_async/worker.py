@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from .addresses import name_sockets
@@ -44,29 +44,20 @@ def run(options: Options) -> int:
     Raises:
         Exception: what broke the service while it served.
     """
-    try:
-        if options.env_file is not None:
-            os.environ.update(read_variables(options.env_file))
-        configure_logging(options)
-        _run_on(options.loop, functools.partial(_serve, options))
-    except OptionError as error:
-        _say(error)
-        return USAGE
-    except StartupError as error:
-        _say(error)
-        return STARTUP_FAILED
-    return 0
+    return _run(options, _serve)
 
 
 def check(options: Options) -> int:
     """Load what would be served, tell whoever has started this process what it is, and return the exit code."""
+    return _run(options, _check)
+
+
+def _run(options: Options, main: Callable[[Options], Coroutine[Any, Any, None]]) -> int:
     try:
         if options.env_file is not None:
             os.environ.update(read_variables(options.env_file))
         configure_logging(options)
-        # Before the application is there, which may set some of its own.
-        environment = dict(os.environ)
-        _run_on(options.loop, functools.partial(_check, options, environment))
+        _run_on(options.loop, functools.partial(main, options))
     except OptionError as error:
         _say(error)
         return USAGE
@@ -76,7 +67,9 @@ def check(options: Options) -> int:
     return 0
 
 
-async def _check(options: Options, environment: dict[str, str]) -> None:
+async def _check(options: Options) -> None:
+    # Before the application is there, which may set some of its own.
+    environment = dict(os.environ)
     try:
         app = await load(options.target, app_dir=options.app_dir, factory=options.factory)
         server = _choose_server(app, options)
