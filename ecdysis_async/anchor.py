@@ -66,7 +66,7 @@ from .rollout import RollOut, Turn, TurnState, replace, wait_until
 from .settings import Settings
 from .signals import SignalReceiver, handled_signals
 from .spawn import Child, Launch, Process, describe_exit, describe_launch, find_process, spawn
-from .status import describe_listeners
+from .status import counted, describe_failed_restart, describe_listeners
 from .succession import ask_for_service, pass_service_on
 from .systemd import check_unit, find_systemd
 from .threads import run_in_thread
@@ -465,7 +465,7 @@ class Anchor:
             verb = f"taken over from pid {self._former_pid}: "
             # So far its workers are those of the other one: of its command line, its environment and its code.
             self._begin(self._restart_by_signal)
-        self.log.info("%s%s %s%s", verb, _count(len(self.crew.slots), "worker"), self._description, control)
+        self.log.info("%s%s %s%s", verb, counted(len(self.crew.slots), "worker"), self._description, control)
         self._store.park(self._registry.entries)
         self._systemd.tell_status(self._describe())
         self._systemd.tell("READY=1")
@@ -1246,7 +1246,7 @@ class Anchor:
         if self._is_stopping or self._is_lame_duck:
             return "the service is about to stop"
         if not self._is_serving:
-            return f"the service is starting: {self.crew.serving} of {_count(self.crew.target, 'worker')} serving"
+            return f"the service is starting: {self.crew.serving} of {counted(self.crew.target, 'worker')} serving"
         # Between a pause and a commit nobody accepts, and clients wait a moment in the kernel's queue: that is no news.
         if not any(worker.is_alive and worker.state in _ACCEPTING for worker in self.crew):
             return "no worker serves: clients wait for one"
@@ -1314,7 +1314,7 @@ class Anchor:
                 self.changes, lambda: all(not worker.is_alive or worker.reopened[0] >= number for worker in asked)
             )
         count += sum(worker.reopened[1] for worker in asked if worker.reopened[0] >= number)
-        self.log.info("reopened %s", _count(count, "log file"))
+        self.log.info("reopened %s", counted(count, "log file"))
         return count
 
     def _reap_orphans(self) -> None:
@@ -1385,7 +1385,7 @@ class Anchor:
             case TurnState.SERVED:
                 return "the end of its probation"
             case TurnState.SETTLED if old is not None and old.is_alive:
-                return f"{_count(old.connections, 'connection')} of pid {old.pid}" if old.connections else "its end"
+                return f"{counted(old.connections, 'connection')} of pid {old.pid}" if old.connections else "its end"
         return None
 
     def _find_report(self, id: str) -> RestartReport | None:
@@ -1394,7 +1394,7 @@ class Anchor:
     def _waiting_for(self) -> str | None:
         if self._is_stopping:
             connections = sum(worker.connections for worker in self.crew)
-            return _count(connections, "connection") if connections else "the workers to end"
+            return counted(connections, "connection") if connections else "the workers to end"
         if self._is_upgrading:
             return "the new anchor to take over"
         if self._is_lame_duck and self._lame_duck is not None:
@@ -1416,9 +1416,9 @@ class Anchor:
             return "the former workers to take their places again"
         if roll_out is not None and not roll_out.drained.is_set():
             left = sum(turn.old.connections for turn in roll_out.turns if turn.old is not None and turn.old.is_alive)
-            return _count(left, "connection") if left else "the former workers to end"
+            return counted(left, "connection") if left else "the former workers to end"
         if self.crew.serving < len(self.crew.slots):
-            return f"{len(self.crew.slots) - self.crew.serving} of {_count(len(self.crew.slots), 'worker')} to serve"
+            return f"{len(self.crew.slots) - self.crew.serving} of {counted(len(self.crew.slots), 'worker')} to serve"
         return None
 
     def _status(self) -> dict[str, Any]:
@@ -1474,17 +1474,13 @@ class Anchor:
         """Say in one line what `systemctl status` shows."""
         crew = self.crew
         connections = sum(worker.connections for worker in crew)
-        serving = f"{crew.serving} of {_count(len(crew.slots), 'worker')} serving"
-        parts = [f"generation {self.generation}: {serving}, {_count(connections, 'connection')}"]
+        serving = f"{crew.serving} of {counted(len(crew.slots), 'worker')} serving"
+        parts = [f"generation {self.generation}: {serving}, {counted(connections, 'connection')}"]
         if (roll_out := self._roll_out) is not None and not roll_out.over.is_set():
             parts.append(f"rolling out generation {roll_out.generation}")
         elif roll_out is not None and roll_out.error is not None:
-            parts.append(f"the last restart failed: {str(roll_out.error.args[0]).splitlines()[0]}")
+            parts.append(describe_failed_restart(roll_out.error))
         return "; ".join(parts)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _say(text: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .check import describe_place
+from .errors import RestartError
 from .handover import Handover
 from .inheritance import Inheritance
 from .lineage import Ancestor
@@ -18,7 +19,9 @@ from .registry import Entry, Kind
 from .report import Outcome, RestartReport
 
 __all__ = [
+    "counted",
     "describe_ancestors",
+    "describe_failed_restart",
     "describe_listeners",
     "describe_process",
     "describe_restart",
@@ -36,6 +39,18 @@ _WAITS = {
     Predecessor.REVERTING: "{successor} to end, because it has failed",
     Predecessor.STOPPING: "{successor} to end, because the service stops",
 }
+
+
+def counted(number: int, noun: str) -> str:
+    """Say how many there are of something."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def describe_failed_restart(error: RestartError) -> str:
+    """Say in one line why the last restart failed, for `systemctl status`."""
+    # Of a traceback, and of what the successor has written, the last line says what happened.
+    lines = [*str(error).splitlines()[:1], *f"{error}\n{error.stderr}".strip().splitlines()[-1:]]
+    return "the last restart failed: " + " … ".join(dict.fromkeys(lines))
 
 
 def describe_wait(
@@ -56,8 +71,7 @@ def describe_wait(
         deadline_seconds: how long they still get, where it drains.
     """
     if deadline_seconds is not None:
-        noun = "connection" if connections == 1 else "connections"
-        return f"{connections} {noun}, deadline in {max(0.0, deadline_seconds):.0f} s"
+        return f"{counted(connections, 'connection')}, deadline in {max(0.0, deadline_seconds):.0f} s"
     if handover is not None and not handover.state.final:
         report = handover.report
         successor = f"generation {report.generation}"

@@ -57,7 +57,9 @@ from .signals import SignalReceiver, can_handle_signals, handled_signals, is_han
 from .spawn import claim_channel, supported
 from .stash import At, InheritedStash, Producer, Stashes, Version
 from .status import (
+    counted,
     describe_ancestors,
+    describe_failed_restart,
     describe_listeners,
     describe_process,
     describe_restart,
@@ -1256,20 +1258,14 @@ class Ecdysis:
         """Say in one line what `systemctl status` shows."""
         if self._failure is not None:
             return self._failure
-
-        def count(connections: int | None) -> str:
-            return "1 connection" if connections == 1 else f"{connections} connections"
-
-        parts = [f"generation {self.generation} is {self._state.value}, {count(self.connections)}"]
+        parts = [f"generation {self.generation} is {self._state.value}, {counted(self.connections, 'connection')}"]
         parts += [
-            f"generation {each.generation} drains, {count(each.connections)}"
+            f"generation {each.generation} drains, {counted(each.connections, 'connection')}"
             for each in self._generation.lineage.ancestors
             if each.connections is not None
         ]
         if self._handover is not None and (error := self._handover.error) is not None:
-            # Of a traceback, and of what the successor has written, the last line says what happened.
-            lines = [*str(error).splitlines()[:1], *f"{error}\n{error.stderr}".strip().splitlines()[-1:]]
-            parts.append("the last restart failed: " + " … ".join(dict.fromkeys(lines)))
+            parts.append(describe_failed_restart(error))
         return "; ".join(parts)
 
     # What the control socket is told
