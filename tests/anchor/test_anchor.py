@@ -40,51 +40,49 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
 ROOM = "resource.setrlimit(resource.RLIMIT_NOFILE, limits)"
 
 
-def test_roll_outs_under_load_lose_nothing(run_anchor: Run) -> None:
-    service = run_anchor()
+@pytest.mark.timeout(300)  # some fifty interpreters start, one after the other
+def test_ten_roll_outs_under_load_with_a_kill_and_an_upgrade_in_between(run_anchor: Run) -> None:
+    """They lose nothing, and leave nothing behind; and the anchor stays small."""
+    service = run_anchor(workers=4, handoffs={"probation": 0})
     anchor = service.anchor
     assert service.pid_file.read_text() == f"{anchor}\n"
-    with Clients(service.address) as clients:
+    descriptors = 0
+    with Clients(service.address, pause=0.01) as clients:
         before = service.workers()
-        assert len(before) == 3
-        for generation in (2, 3):
-            report = service.roll_out("drained")
-            after = service.workers()
-            assert (report["outcome"], report["generation"]) == ("settled", generation)
-            assert [each["outcome"] for each in report["workers"]] == ["settled"] * 3
-            assert {each["successor_pid"] for each in report["workers"]} == set(after.values())
-            assert not set(after.values()) & set(before.values())
-            assert report["drain"]["cut"] == 0
-            for pid in after.values():
-                clients.wait_for(pid)
-            before = after
-    assert (clients.refused, clients.lost) == ([], [])
-    assert service.anchor == anchor
-    assert service.status()["generation"] == 3
-
-
-@pytest.mark.timeout(300)  # 48 interpreters start, one after the other
-def test_ten_roll_outs_with_a_kill_and_an_upgrade_in_between(run_anchor: Run) -> None:
-    service = run_anchor(workers=4, handoffs={"probation": 0})
-    with Clients(service.address) as clients:
         for number in range(2, 12):
             if number == 4:
                 # Whoever is asked for its successor first, in the middle of it.
                 service.arm("predecessor", "pausing", "kill-self")
             if number == 7:
                 client.upgrade(service.control, lambda event: None)
-            report = service.roll_out("serving" if number % 2 else "settled")
-            assert (report["generation"], len(report["workers"])) == (number, 4)
-            service.wait_until(lambda: service.status()["restart"] is None, "it does not settle")
-        for pid in service.workers().values():
+            report = service.roll_out("drained" if number % 2 else "settled")
+            after = service.workers()
+            assert (report["outcome"], report["generation"]) == ("settled", number)
+            assert len(after) == len(report["workers"]) == 4
+            assert not set(after.values()) & set(before.values())
+            if number != 4:
+                assert {each["outcome"] for each in report["workers"]} == {"settled"}
+                assert {each["successor_pid"] for each in report["workers"]} == set(after.values())
+                assert report["drain"]["cut"] == 0
+            before = after
+            if number == 3:
+                service.wait_until(lambda: len(service.status()["workers"]) == 4, "the old ones do not leave")
+                descriptors = service.descriptors()
+        for pid in before.values():
             clients.wait_for(pid)
     assert clients.refused == []
     # The killed one may have had a connection.
     assert len(clients.lost) <= 1
+    service.configure(at_start="os._exit(1)")
+    service.fail_to_roll_out()
     service.wait_until(lambda: len(service.status()["workers"]) == 4, "the old ones do not leave")
     found = service.status()
-    assert (found["generation"], found["anchor"]["upgrades"]) == (11, 1)
+    assert (found["generation"], found["anchor"]["upgrades"], found["pid"]) == (11, 1, anchor)
     assert {each["generation"] for each in found["workers"]} == {11}
+    # The connection of the last command may not be closed on the anchor's side yet.
+    service.wait_until(lambda: service.descriptors() <= descriptors, "descriptors are left")
+    assert {child.pid for child in psutil.Process(anchor).children()} == set(before.values())
+    assert service.proportional_bytes() < 25_000_000
 
 
 def test_a_release_that_fails_in_one_slot_is_taken_back_in_all(run_anchor: Run) -> None:
@@ -159,9 +157,9 @@ def test_a_release_that_does_not_start_changes_nothing_and_a_defect_of_the_ancho
 
 
 def test_a_request_handler_restarts_the_service_and_is_answered(run_anchor: Run) -> None:
-    service = run_anchor(workers=2)
+    service = run_anchor(workers=1)
     report = service.ask("restart", until="serving")
-    assert (report["outcome"], len(report["workers"])) == ("serving", 2)
+    assert (report["outcome"], len(report["workers"])) == ("serving", 1)
     service.wait_until(lambda: service.status()["restart"] is None, "it does not settle")
     service.expected_blemishes = ("Traceback (most",)
     service.configure(at_start='raise RuntimeError("a broken release")')
@@ -229,7 +227,7 @@ def test_a_worker_that_crashes_at_every_start_is_retried_ever_more_slowly(run_an
 
 @pytest.mark.parametrize("state", ["initialising", "pausing", "probation"])
 def test_the_old_worker_is_killed_in_the_middle_of_a_roll_out(state: str, run_anchor: Run) -> None:
-    service = run_anchor(workers=2)
+    service = run_anchor(workers=1)
     service.arm("predecessor", state, "kill-self")
     before = service.workers()
     with Clients(service.address) as clients:
@@ -256,16 +254,16 @@ def test_a_hung_worker_is_replaced_and_a_stopped_one_too(run_anchor: Run) -> Non
 
 
 def test_a_slow_request_is_no_hang(run_anchor: Run) -> None:
-    service = run_anchor(workers=1, plan={"hang_timeout": 1})
+    service = run_anchor(workers=1, plan={"hang_timeout": 2})
     before = service.workers()
-    # Longer than the limit, in a thread and in the loop.
-    service.run("import time; await anyio.to_thread.run_sync(time.sleep, 2)")
+    # Longer than the limit: a busy thread, and a request that waits.
+    service.run("import time; await anyio.to_thread.run_sync(time.sleep, 3)")
     service.run("await anyio.sleep(1)")
     assert service.workers() == before
 
 
 def test_a_worker_is_recycled_after_so_many_requests(run_anchor: Run) -> None:
-    service = run_anchor(workers=2, plan={"max_requests": 200, "max_requests_jitter": 20})
+    service = run_anchor(workers=2, plan={"max_requests": 60, "max_requests_jitter": 20})
     before = service.workers()
     with Clients(service.address) as clients:
         service.wait_for_workers(lambda found: len(found) == 2 and not set(found.values()) & set(before.values()))
@@ -414,7 +412,7 @@ def test_the_anchor_is_upgraded_in_place(run_anchor: Run) -> None:
 
 
 def test_an_upgrade_that_fails_changes_nothing(run_anchor: Run) -> None:
-    service = run_anchor(workers=2)
+    service = run_anchor(workers=1)
     before = service.workers()
     plan = service._settings["plan"]
     service.configure(plan={**plan, "no_such_thing": 1})
@@ -452,23 +450,6 @@ def test_a_stop_in_the_moment_of_an_upgrade_is_not_lost(run_anchor: Run) -> None
         busy.say("go on").answer()
     service.wait_for_end()
     assert service.statuses[service.anchor] == 0
-
-
-def test_the_anchor_is_small_and_leaks_nothing(run_anchor: Run) -> None:
-    service = run_anchor(workers=2)
-    service.roll_out("drained")
-    service.wait_until(lambda: len(service.status()["workers"]) == 2, "the old ones do not leave")
-    before = service.descriptors()
-    for _ in range(3):
-        service.roll_out("drained")
-    service.configure(at_start="os._exit(1)")
-    service.fail_to_roll_out()
-    service.wait_until(lambda: len(service.status()["workers"]) == 2, "the old ones do not leave")
-    # The connection of the last command may not be closed on the anchor's side yet.
-    service.wait_until(lambda: service.descriptors() <= before, "descriptors are left")
-    children = psutil.Process(service.anchor).children()
-    assert {child.pid for child in children} == set(service.workers().values())
-    assert service.proportional_bytes() < 25_000_000
 
 
 def test_who_queues_at_a_stop_is_answered(run_anchor: Run) -> None:
