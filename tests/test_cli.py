@@ -209,10 +209,11 @@ def test_a_service_that_hangs(backend: str, run_service: Run) -> None:
     service = run_service(backend)
     service.signal(service.pids[0], signal.SIGSTOP)
     service.wait_until_stopped(service.pids[0])
-    for command in ("status", "stop", "restart"):
-        done = call(command, command=IMPATIENT)
-        assert done.returncode == UNKNOWN, command
-        assert "it has said nothing for " in done.stderr
+    processes = {name: begin(name, command=IMPATIENT) for name in ("status", "stop", "restart")}
+    for name, process in processes.items():
+        code, _, errors = end(process)
+        assert code == UNKNOWN, name
+        assert "it has said nothing for " in errors
     # What waited in its queue is heard now: it stops.
     service.signal(service.pids[0], signal.SIGCONT)
     service.wait_for_end()

@@ -12,7 +12,7 @@ from tests.handoff.harness import Service
 Run = Callable[..., Service]
 
 FAILED_RESTARTS = 200
-GENERATIONS = 31
+GENERATIONS = 16
 
 # Far more than wait for work at any time, and far fewer than there were if one was left by each restart.
 IDLE_THREADS = 10
@@ -58,7 +58,7 @@ for _ in range({FAILED_RESTARTS // 10}):
     assert psutil.Process(first).memory_info().rss - memory < 4 * 1024 * 1024
 
 
-@pytest.mark.timeout(600)  # half a minute on an idle machine
+@pytest.mark.timeout(600)  # a quarter of a minute on an idle machine
 @pytest.mark.backends("trio")  # the load test counts on all loops
 def test_generations_leave_nothing(backend: str, run_service: Run) -> None:
     service = run_service(backend)

@@ -24,7 +24,7 @@ async def app(scope, receive, send):
 """
 
 
-@pytest.mark.parametrize(("server", "loop"), [("uvicorn", "uvloop"), ("hypercorn", "asyncio"), ("hypercorn", "trio")])
+@pytest.mark.parametrize(("server", "loop"), [("uvicorn", "uvloop"), ("hypercorn", "trio")])
 def test_a_broken_release_is_told_and_the_old_one_serves(server: str, loop: str, tmp_path: Path) -> None:
     release = tmp_path / "release.py"
     release.write_text(GOOD.format(start_up="pass"))

@@ -14,7 +14,7 @@ from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, PingFr
 from tests.servers.clients import HOST
 from tests.servers.harness import PATIENCE_SECONDS, find_blemishes, running
 
-RESTARTS = 5
+RESTARTS = 3
 CLIENTS = 6
 PAUSE_SECONDS = 0.1
 SETTINGS = {"probation": 0.05, "drain_timeout": 5}

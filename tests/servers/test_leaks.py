@@ -11,7 +11,7 @@ import pytest
 from tests.servers.clients import fetch
 from tests.servers.harness import PATIENCE_SECONDS, Service, find_blemishes, running
 
-RESTARTS = 8
+RESTARTS = 5
 SETTINGS = {"probation": 0.05, "drain_timeout": 1}
 
 

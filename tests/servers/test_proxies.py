@@ -98,7 +98,6 @@ def haproxy(directory: Path, port: int) -> list[str]:
         (nginx, "uvicorn", "uvloop"),
         (nginx, "uvicorn-moving", "asyncio"),
         (nginx, "hypercorn", "asyncio"),
-        (nginx, "aiohttp", "asyncio"),
         (haproxy, "uvicorn", "uvloop"),
         (haproxy, "aiohttp", "uvloop"),
     ],
