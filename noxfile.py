@@ -95,7 +95,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what a restart, a stash and tracking cost, and other servers; best on an idle machine."""
+    """Measure what a restart, a transfer, a stash and tracking cost, and other servers; best on an idle machine."""
     install(session, "bench")
-    for benchmark in ("restart", "stash", "tracking", "peers"):
+    for benchmark in ("restart", "transfer", "stash", "tracking", "peers"):
         session.run("python", "-m", f"benchmarks.{benchmark}", "--output", ".nox/benchmarks", *session.posargs)

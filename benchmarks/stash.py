@@ -188,7 +188,7 @@ def tabulate(times: dict[str, list[float]], size: int) -> Table:
     table = Table(
         "What a stash passes",
         ["way", "seconds", "GB/s", "of a copy", "times a pipe"],
-        f"{size / 1e9:.2f} GB, from one process to another; {len(next(iter(times.values())))} rounds; medians.",
+        f"{size / 1e9:.2f} GB, from process to process; {max(map(len, times.values()), default=0)} rounds, medians.",
     )
 
     def ratio(name: str, other: str) -> str:
