@@ -116,6 +116,34 @@ def test_a_stop_after_the_commit_answers_what_the_successor_does_not_claim(backe
     service.wait_for_end()
 
 
+@pytest.mark.backends("trio")
+def test_a_stop_after_the_successor_was_called_back_leaves_the_queue_to_this_generation(
+    backend: str, run_service: Run
+) -> None:
+    service = run_service(backend, ecdysis={"probation": 60})
+    first = service.pids[0]
+    recall = "from ecdysis_async.protocol import PredecessorEvent\necdysis._handover.post(PredecessorEvent.RECALL)"
+    with contextlib.ExitStack() as stack:
+        control = stack.enter_context(service.begin("hello"))
+        control.answer()
+        service.restart()
+        busy = stack.enter_context(service.begin("hold"))
+        service.wait_for("holding")
+        control.say("run", code=recall).answer()
+        # The other one accepts no more, and lives on for what it has.
+        service.wait_for("predecessor", state="rolled back")
+        control.say("run", code=STOP_WITHOUT_LOOKING)
+        service.wait_for("blocked", pid=first)
+        waiting = queue(stack, service.address)
+        service.release()
+        control.answer()
+        for conversation in waiting:
+            assert conversation.answer()["pid"] == first
+            conversation.close()
+        assert busy.say("go on").answer()["generation"] == 2
+    service.wait_for_end()
+
+
 @pytest.mark.backends("asyncio", "trio")
 def test_a_stop_while_the_successor_starts_leaves_the_queue_to_this_generation(backend: str, run_service: Run) -> None:
     service = run_service(backend)
