@@ -42,7 +42,7 @@ from .errors import (
     RestartUnsupported,
     RestartWhileDraining,
 )
-from .gate import Acceptor, Gate
+from .gate import Gate
 from .generation import Generation, Numbered, Spawner
 from .handover import Handover
 from .inheritance import Inheritance
@@ -50,6 +50,7 @@ from .line import FromWorker
 from .lineage import Ancestor
 from .pid_file import PidFile
 from .protocol import Farewell, Predecessor, PredecessorEvent, Successor, SuccessorEvent
+from .queues import Queues
 from .registry import BACKLOG, Entry, Registry, Until
 from .report import Outcome, Phase, RestartReport
 from .settings import Settings, StrPath, read_signals
@@ -95,10 +96,6 @@ LEEWAY_SECONDS = 60.0
 
 # How long the connections of "exit" listeners get once everything else has drained, seconds.
 EXIT_SECONDS = 1.0
-
-# How long a queue that nobody inherited is answered before its socket closes all the same, seconds.
-FLUSH_SECONDS = 5.0
-FLUSH_POLL_SECONDS = 0.001
 
 
 class State(enum.Enum):
@@ -348,6 +345,7 @@ class Ecdysis:
             stashes=self._stashes,
             inherited_stash=self._inherited_stash,
         )
+        self._queues = Queues(self._entered, self._store)
         planes.activate(plane)
         _current = self
         try:
@@ -1392,9 +1390,9 @@ class Ecdysis:
             await self._handover.over.wait()
         async with self._generation.gate_lock:
             if self._has_heir or not self._is_last():
-                await self._finish_unclaimed()
+                await self._queues.finish(self._handover.unclaimed if self._handover is not None else ())
             else:
-                await self._answer_queues()
+                await self._queues.answer()
             await self._gate.end(spare=lambda entry: entry.until is Until.EXIT and not self._has_heir)
 
     def _is_last(self) -> bool:
@@ -1415,34 +1413,6 @@ class Ecdysis:
             or self._handover.successor_is_dead
         )
 
-    async def _answer_queues(self) -> None:
-        acceptors = [each for each in self._gate.acceptors if each.entry.until is Until.DRAIN and each.entry.has_queue]
-        for acceptor in acceptors:
-            self._refuse_newcomers(acceptor.entry)
-        await self._empty(acceptors)
-
-    def _refuse_newcomers(self, entry: Entry) -> None:
-        # They are the others', or the next start's, where there are other workers, or systemd keeps the sockets.
-        if not (self._generation.shares_sockets or self._store.is_there):
-            entry.refuse_newcomers()
-
-    async def _finish_unclaimed(self) -> None:
-        """Answer everyone who waits on what the successor did not claim, and close it: nobody else can.
-
-        Whoever comes only now, to one of several sockets of a port (SO_REUSEPORT), finds another one when it asks again
-        (DESIGN.md, trap 11).
-        """
-        for entry in self._handover.unclaimed if self._handover is not None else ():
-            # Unless the application was faster, and has closed its server.
-            if entry not in self._registry.entries:
-                continue
-            self._refuse_newcomers(entry)
-            acceptors = [acceptor for acceptor in self._gate.acceptors if acceptor.entry is entry]
-            await self._empty(acceptors)
-            for acceptor in acceptors:
-                await self._gate.remove(acceptor)
-            self._registry.release(entry, unlink=True)
-
     async def _drain(self) -> None:
         begun = anyio.current_time()
         log, timeout = self._generation.log, self._settings.drain_timeout
@@ -1458,7 +1428,7 @@ class Ecdysis:
             task_group.cancel_scope.cancel()
         async with self._generation.gate_lock:
             if self._is_last():
-                await self._empty([each for each in self._gate.acceptors if each.entry.has_queue])
+                await self._queues.empty([each for each in self._gate.acceptors if each.entry.has_queue])
             await self._gate.end()
         await self._tracker.drain(min(EXIT_SECONDS, timeout))
         count = self._tracker.count
@@ -1495,31 +1465,6 @@ class Ecdysis:
         while self._has_heir and self._handover is not None:
             await self._handover.tell(Farewell.PROGRESS, {"connections": len(self._tracker)})
             await anyio.sleep(PROGRESS_SECONDS)
-
-    async def _empty(self, acceptors: Collection[Acceptor]) -> None:
-        """Accept whatever waits, and then no more; after a while, or in a hurry, though somebody waits."""
-        deadline = anyio.current_time() + min(FLUSH_SECONDS, self._settings.drain_timeout)
-
-        def is_time() -> bool:
-            return anyio.current_time() < deadline and not self._tracker.is_hurried
-
-        while True:
-            is_open = self._gate.open_acceptors
-            while is_time() and any(each in is_open and each.entry.is_waited_for() for each in acceptors):  # noqa: ASYNC110
-                # The kernel's queue has no event for "empty".
-                await anyio.sleep(FLUSH_POLL_SECONDS)
-            for acceptor in acceptors:
-                await self._gate.pause_one(acceptor)
-            # One may come between the last look and the pause: then once more.
-            waiting = [each for each in acceptors if each in self._gate.acceptors and each.entry.is_waited_for()]
-            if not waiting or not is_time():
-                return
-            try:
-                for acceptor in waiting:
-                    await self._gate.open_one(acceptor)
-            except OSError:
-                self._generation.log.exception("those who wait to be accepted cannot be answered")
-                return
 
 
 def _require_asyncio() -> None:

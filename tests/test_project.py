@@ -33,6 +33,7 @@ TOP_TO_BOTTOM = (
     "takeover",
     "control",
     "health",
+    "queues",
     "handover",
     "inheritance",
     "side",
