@@ -1209,7 +1209,7 @@ class Ecdysis:
 
     def _become_main(self, ancestor: Ancestor) -> None:
         # The predecessor's own predecessor may still drain, and die, while that one has yet to hand its role on.
-        if ancestor.pid == self.predecessor_pid:
+        if self._inheritance is not None and ancestor is self._inheritance.predecessor:
             self._systemd.begin()
             self._park()
             self._systemd.tell_status(self._describe())
