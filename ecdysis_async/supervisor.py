@@ -1127,6 +1127,9 @@ class Ecdysis:
                 self._state = State.PAUSED
             case _:
                 self._state = State.SERVING
+        if self._stopping and handover.state.final:
+            # The restart was over before it could hear of the stop, and may now wait until this side accepts again.
+            self._leave()
         if self._duty is not None:
             self._duty.tell_handover()
         self._note_change()

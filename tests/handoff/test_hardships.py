@@ -211,11 +211,25 @@ ecdysis._gate.open = cannot_open
 """
 
 
+# The stop comes when the restart is about to be over, and not yet.
+STOP_AT_THE_DEATH = """
+from ecdysis_async.handover import Handover
+
+async def bury_and_stop(self):
+    await bury(self)
+    ecdysis.stop()
+
+bury = Handover._bury
+Handover._bury = bury_and_stop
+"""
+
+
 @pytest.mark.backends("asyncio", "trio")
-def test_a_stop_is_heard_while_a_generation_cannot_accept_again(backend: str, run_service: Run) -> None:
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_stop_is_heard_while_a_generation_cannot_accept_again(backend: str, is_late: bool, run_service: Run) -> None:
     service = run_service(backend)
     first = service.pids[0]
-    service.run(CANCELLABLE_RESTART % "serving" + SLOW_PAUSE + NO_WAY_BACK)
+    service.run(CANCELLABLE_RESTART % "serving" + SLOW_PAUSE + NO_WAY_BACK + ("" if is_late else STOP_AT_THE_DEATH))
     service.wait_for("waiting", pid=first)
     service.release()
     second = service.wait_for("successor", state="waiting")["pid"]
@@ -226,8 +240,10 @@ def test_a_stop_is_heard_while_a_generation_cannot_accept_again(backend: str, ru
     service.wait_for("cannot open", pid=first)
     # Nor does it keep the successor from being ended.
     service.wait_for_death(second)
-    service.wait_for("cannot open", pid=first)
-    service.signal(first, signal.SIGTERM)
+    if is_late:
+        service.wait_for("predecessor", state="failed", pid=first)
+        service.wait_for("cannot open", pid=first)
+        service.signal(first, signal.SIGTERM)
     assert service.wait_for_death(first) == 0
     assert service.log.count("cannot accept again yet") == 1
     service.expected_blemishes = ("Traceback (most",)
