@@ -27,10 +27,10 @@ from typing import Any
 
 import anyio
 
-from . import supervisor, upgrade
+from . import account, supervisor, upgrade
 from .addresses import Address, listen
 from .channel import Frame
-from .check import check_release, compare, describe_place, preflight
+from .check import check_release, compare, preflight
 from .control import Changes, Controlled, ControlServer, Restart
 from .control_path import locate
 from .crew import Crew, Handoff, Occupation, Recycling, Slot, Worker, WorkerState
@@ -62,11 +62,11 @@ from .protocol import Predecessor, PredecessorEvent
 from .registry import Registry
 from .reloading import require_watchfiles, watch_files
 from .report import Outcome, RestartReport
-from .rollout import RollOut, Turn, TurnState, replace, wait_until
+from .rollout import RollOut, TurnState, replace, wait_until
 from .settings import Settings
 from .signals import SignalReceiver, handled_signals
 from .spawn import Child, Launch, Process, describe_exit, describe_launch, find_process, spawn
-from .status import counted, describe_failed_restart, describe_listeners
+from .status import counted
 from .succession import ask_for_service, pass_service_on
 from .systemd import check_unit, find_systemd
 from .threads import run_in_thread
@@ -111,10 +111,6 @@ SPAWN_DESCRIPTORS = 2
 
 # The anchor's business, and not the workers'.
 ANCHORS_KEYS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
-
-
-# A worker that accepts, or is about to, or can again: one of a slot is.
-_ACCEPTING = (WorkerState.WAITING, WorkerState.SERVING, WorkerState.PAUSED)
 
 
 class AnchorLog(Numbered):
@@ -287,8 +283,8 @@ class Anchor:
         self.ready_timeout = plan.settings.ready_timeout
         self.generation = 1
         self._plan = plan
-        self._begun = time.monotonic()
-        self._registry = Registry()
+        self.begun = time.monotonic()
+        self.registry = Registry()
         # Of their own, because workers do not inherit them.
         self._control_registry = Registry()
         self._health_registry = Registry()
@@ -296,25 +292,25 @@ class Anchor:
         self._store = DescriptorStore(self._systemd, os.environ.get("FDSTORE", ""))
         self._pid_file = PidFile(plan.settings.pid_file) if plan.settings.pid_file is not None else None
         self._control: ControlServer | None = None
-        self._roll_out: RollOut | None = None
-        self._last_report: RestartReport | None = None
+        self.roll_out: RollOut | None = None
+        self.last_report: RestartReport | None = None
         # The handoffs of workers that follow nobody.
-        self._fillings: dict[Slot, Handover] = {}
+        self.fillings: dict[Slot, Handover] = {}
         # Worker and number of each who waits for a restart of the service.
         self._askers: dict[tuple[Worker, int], RollOut] = {}
         self._numbers = itertools.count(1)
         self._description = ""
-        self._is_serving = False
-        self._is_stopping = False
+        self.is_serving = False
+        self.is_stopping = False
         self._stop_signals = 0
         self._spawning = 0
         self._stop_deadline: anyio.CancelScope | None = None
         self._signals: SignalReceiver | None = None
         # Since it was told to stop, and is to go on for a while.
-        self._lame_duck: anyio.CancelScope | None = None
-        self._upgrades = 0
-        self._is_upgrading = False
-        self._upgrade_error: str | None = None
+        self.lame_duck: anyio.CancelScope | None = None
+        self.upgrades = 0
+        self.is_upgrading = False
+        self.upgrade_error: str | None = None
         self._signals_before = -1
         self._former_pid = former_pid
         if state is not None:
@@ -341,7 +337,7 @@ class Anchor:
                 try:
                     await self._open(resources)
                 except (OSError, LookupError, ValueError) as error:
-                    if not self._upgrades:
+                    if not self.upgrades:
                         _say(str(error))
                         self._systemd.begin()
                         await self._tell_failure(error)
@@ -356,10 +352,10 @@ class Anchor:
     async def _open(self, resources: ExitStack) -> None:
         """Open what the service needs, before the first worker."""
         if self._plan.systemd is not False:
-            self._registry.activate(self._store.recover(supervisor.take_activation(), self._registry))
+            self.registry.activate(self._store.recover(supervisor.take_activation(), self.registry))
             if (complaint := check_unit()) is not None:
                 self.log.warning("%s", complaint)
-        self._plane = Plane(self._registry, Gate(), Tracker(), self._tasks)
+        self._plane = Plane(self.registry, Gate(), Tracker(), self._tasks)
         if self._plan.control_path is not None:
             plane = Plane(self._control_registry, Gate(), Tracker(), self._tasks)
             self._control = ControlServer(self._plan.control_path, plane, self._controlled())
@@ -374,16 +370,16 @@ class Anchor:
         if self._plan.health is not None:
             for entry in await run_in_thread(functools.partial(listen, self._health_registry, self._plan.health)):
                 entry.start_listening()
-                self._tasks.start_soon(HealthServer(entry.sock, self._why_not_ready).run)
+                self._tasks.start_soon(HealthServer(entry.sock, functools.partial(account.why_not_ready, self)).run)
         self._health_registry.close_unclaimed(unlink=True)
         if self._pid_file is not None:
             await run_in_thread(self._pid_file.prepare)
             resources.callback(self._pid_file.remove)
-        await run_in_thread(functools.partial(self._plan.open_sockets, self._registry))
+        await run_in_thread(functools.partial(self._plan.open_sockets, self.registry))
 
     async def _keep_control(self, control: ControlServer) -> None:
         """See that commands find the service, also after somebody has cleared the directory."""
-        while not self._is_stopping:
+        while not self.is_stopping:
             await control.renew()
             await anyio.sleep(CONTROL_SECONDS)
 
@@ -396,33 +392,33 @@ class Anchor:
         if self._plan.reload_paths and self._plan.control_path is not None:
             # Before the workers load what is watched: nothing that is saved meanwhile is missed.
             self._begin(watch_files, self._plan.control_path, self._plan.reload_paths)
-        if self._upgrades:
+        if self.upgrades:
             error = None
-            self._store.inherit(self._registry.entries)
+            self._store.inherit(self.registry.entries)
             for slot in self.crew.slots:
                 for worker in slot.workers:
                     self._employ(slot, worker)
         else:
             self._systemd.ask_for_time(self.ready_timeout + LEEWAY_SECONDS)
             error = await self._start_first()
-        if error is None and not self._is_stopping:
+        if error is None and not self.is_stopping:
             await self._announce_serving()
             self._tasks.start_soon(self._manage)
             await self._stopped.wait()
         elif error is not None:
             await self._tell_failure(error)
-            self._is_stopping = True
-        if self._is_serving and not self._store.is_there:
+            self.is_stopping = True
+        if self.is_serving and not self._store.is_there:
             # Workers answer who queues by now; whoever came later would be reset where the last of them closes.
-            for entry in self._registry.entries:
+            for entry in self.registry.entries:
                 entry.refuse_newcomers()
         await self._end_all()
         if self._control is not None:
             await self._control.finish()
         if self._systemd.is_main:
-            if self._is_serving:
+            if self.is_serving:
                 # Nobody can come to those with a path any more, whatever systemd does next.
-                self._store.park(entry for entry in self._registry.entries if entry.inode is None)
+                self._store.park(entry for entry in self.registry.entries if entry.inode is None)
             await self._systemd.synchronize()
         if error is not None and not self._stopped.is_set():
             # What else it has written stands above.
@@ -441,7 +437,7 @@ class Anchor:
         """Start all workers: one alone, which may show that none can, then the others."""
         first = self.crew.enlarge()
         handover = await self.fill(first, self.generation)
-        if handover.error is not None or self._is_stopping:
+        if handover.error is not None or self.is_stopping:
             return handover.error
         self._drop_unclaimed([handover.report])
         others = [self.crew.enlarge() for _ in range(self.crew.target - len(self.crew.slots))]
@@ -456,18 +452,18 @@ class Anchor:
         return next((error for error in errors if error is not None), None)
 
     async def _announce_serving(self) -> None:
-        self._is_serving = True
+        self.is_serving = True
         if self._pid_file is not None:
             await run_in_thread(self._pid_file.publish)
         control = f", control socket {self._plan.control_path}" if self._plan.control_path is not None else ""
-        verb = f"upgraded (pid {os.getpid()} as before): " if self._upgrades else ""
+        verb = f"upgraded (pid {os.getpid()} as before): " if self.upgrades else ""
         if self._former_pid is not None:
             verb = f"taken over from pid {self._former_pid}: "
             # So far its workers are those of the other one: of its command line, its environment and its code.
             self._begin(self._restart_by_signal)
         self.log.info("%s%s %s%s", verb, counted(len(self.crew.slots), "worker"), self._description, control)
-        self._store.park(self._registry.entries)
-        self._systemd.tell_status(self._describe())
+        self._store.park(self.registry.entries)
+        self._systemd.tell_status(account.describe(self))
         self._systemd.tell("READY=1")
         self.changes.announce()
 
@@ -479,14 +475,14 @@ class Anchor:
         with anyio.move_on_after(self._plan.settings.drain_timeout + EXIT_SECONDS) as self._stop_deadline:
             if self._stop_signals > 1:
                 self._hurry()
-            await wait_until(self.changes, lambda: not any(self.crew) and not self._fillings)
+            await wait_until(self.changes, lambda: not any(self.crew) and not self.fillings)
         for worker in tuple(self.crew):
             self.log.error("worker pid %d has not ended in time: it is killed", worker.pid)
             worker.process.send_signal(signal.SIGKILL)
-        await wait_until(self.changes, lambda: not any(self.crew) and not self._fillings)
+        await wait_until(self.changes, lambda: not any(self.crew) and not self.fillings)
 
     def _tell_all_to_leave(self) -> None:
-        for handover in self._fillings.values():
+        for handover in self.fillings.values():
             handover.post(PredecessorEvent.STOP)
         for worker in self.crew:
             worker.is_told_to_leave = True
@@ -522,8 +518,8 @@ class Anchor:
                 number=generation,
                 title=f"worker {slot.index}",
             )
-            self._fillings[slot] = handover
-            if self._is_stopping:
+            self.fillings[slot] = handover
+            if self.is_stopping:
                 handover.post(PredecessorEvent.STOP)
             async with anyio.create_task_group() as task_group:
                 task_group.start_soon(handover.run)
@@ -537,7 +533,7 @@ class Anchor:
                 lambda: all(worker.state is not WorkerState.STARTING for worker in set(slot.workers) - before),
             )
         finally:
-            del self._fillings[slot]
+            del self.fillings[slot]
             slot.occupation = Occupation.NONE
             self.changes.announce()
         return handover
@@ -594,7 +590,7 @@ class Anchor:
     def _employ(self, slot: Slot, worker: Worker) -> None:
         """Welcome a worker, and look after it."""
         worker.line.tell(FromAnchor.WELCOME, {"beat_seconds": self._beat_seconds})
-        if self._is_stopping:
+        if self.is_stopping:
             worker.is_told_to_leave = True
             worker.line.tell(FromAnchor.STOP, {})
         self._begin(self._attend, slot, worker)
@@ -745,7 +741,7 @@ class Anchor:
 
     def _take_created(self, descriptions: list[dict[str, Any]], descriptors: Sequence[int]) -> None:
         """Hold what a worker has created, for the other ones and for ever."""
-        known = {(entry.name, entry.address) for entry in self._registry.entries}
+        known = {(entry.name, entry.address) for entry in self.registry.entries}
         fresh = []
         for description, descriptor in zip(descriptions, descriptors, strict=True):
             if (description["name"], description["address"]) in known:
@@ -753,7 +749,7 @@ class Anchor:
             else:
                 fresh.append((description, descriptor))
         try:
-            self._registry.inherit([description for description, _ in fresh], [descriptor for _, descriptor in fresh])
+            self.registry.inherit([description for description, _ in fresh], [descriptor for _, descriptor in fresh])
         except (ChannelError, OSError) as error:
             # It has closed them all.
             self.log.error("what a worker has opened cannot be held: %s", error)  # noqa: TRY400 - it says it all
@@ -762,7 +758,7 @@ class Anchor:
 
     async def _manage(self) -> None:
         """See that there are as many workers as there shall be, and none that should be replaced."""
-        while not self._is_stopping:
+        while not self.is_stopping:
             change = self.changes.next()
             try:
                 pause = self._reconcile()
@@ -774,7 +770,7 @@ class Anchor:
 
     def _reconcile(self) -> float:
         """Begin what has to be done; return after how many seconds there is more to do."""
-        if self._is_stopping or self._is_upgrading or (self._roll_out is not None and not self._roll_out.over.is_set()):
+        if self.is_stopping or self.is_upgrading or (self.roll_out is not None and not self.roll_out.over.is_set()):
             return math.inf
         crew, now = self.crew, anyio.current_time()
         while len(crew.slots) < crew.target:
@@ -805,7 +801,7 @@ class Anchor:
 
     async def _refill(self, slot: Slot) -> None:
         handover = await self.fill(slot, self.generation)
-        if handover.error is not None and not self._is_stopping:
+        if handover.error is not None and not self.is_stopping:
             slot.note_crash(anyio.current_time())
             self.log.error(
                 "worker %d does not start (again in %.1f s): %s",
@@ -848,7 +844,7 @@ class Anchor:
                 error = worker.handoff.error if worker.handoff is not None else None
         finally:
             slot.occupation = Occupation.NONE
-        if error is not None and not self._is_stopping:
+        if error is not None and not self.is_stopping:
             slot.note_crash(anyio.current_time())
             self.log.error("worker %d could not be replaced, and goes on: %s", slot.index, error)
         self.changes.announce()
@@ -878,7 +874,7 @@ class Anchor:
                     if hang is not None and worker.silence > hang:
                         worker.silence = -math.inf
                         self._begin(self._end_hanging, worker)
-            self._systemd.tell_status(self._describe())
+            self._systemd.tell_status(account.describe(self))
 
     def _has_sound_worker(self) -> bool:
         """Say whether a worker's loop turns, if there is one: what systemd's watchdog asks, while this loop turns."""
@@ -904,8 +900,8 @@ class Anchor:
         worker.successor_generation = generation
         given: list[int] = []
         # Those that this anchor opened itself, and all that existed when it started, the worker has.
-        shared = [entry for entry in self._registry.entries if entry.inherited and entry.number is None]
-        descriptions, descriptors = self._registry.describe(shared)
+        shared = [entry for entry in self.registry.entries if entry.inherited and entry.number is None]
+        descriptions, descriptors = self.registry.describe(shared)
         with contextlib.ExitStack() as duplicates:
             try:
                 for descriptor in descriptors:
@@ -933,16 +929,16 @@ class Anchor:
         Raises:
             RestartError: not now.
         """
-        if self._is_stopping or self._is_lame_duck:
+        if self.is_stopping or self.is_lame_duck:
             raise RestartWhileDraining("the service is being stopped")
-        if self._roll_out is not None and not self._roll_out.over.is_set():
-            raise RestartInProgress(f"restart {self._roll_out.report.id} is in progress; await that one")
-        if self._is_upgrading:
+        if self.roll_out is not None and not self.roll_out.over.is_set():
+            raise RestartInProgress(f"restart {self.roll_out.report.id} is in progress; await that one")
+        if self.is_upgrading:
             raise RestartInProgress("the anchor is being upgraded; try again in a moment")
-        if not self._is_serving:
+        if not self.is_serving:
             raise NotReady("the service is starting: a restart is possible once all workers serve")
-        roll_out = self._roll_out = RollOut(self, self.generation + 1, self._plan.settings.probation)
-        self._last_report = roll_out.report
+        roll_out = self.roll_out = RollOut(self, self.generation + 1, self._plan.settings.probation)
+        self.last_report = roll_out.report
         # Not as well where ExecReload= has asked; see Ecdysis._begin_restart.
         tell = self._systemd.ask_for_time if is_told else self._systemd.tell_reloading
         tell(len(self.crew.slots) * self.ready_timeout + self._plan.settings.probation + LEEWAY_SECONDS)
@@ -951,7 +947,7 @@ class Anchor:
         return roll_out
 
     async def _carry_out(self, roll_out: RollOut) -> None:
-        entries = set(self._registry.entries)
+        entries = set(self.registry.entries)
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(roll_out.run)
             await roll_out.over.wait()
@@ -959,26 +955,26 @@ class Anchor:
                 self.generation = roll_out.generation
                 self._drop_unclaimed([turn.report for turn in roll_out.turns])
             elif not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
-                for entry in set(self._registry.entries) - entries:
-                    self._registry.release(entry, unlink=True)
-            self._store.park(self._registry.entries)
-            self._systemd.tell_status(self._describe())
+                for entry in set(self.registry.entries) - entries:
+                    self.registry.release(entry, unlink=True)
+            self._store.park(self.registry.entries)
+            self._systemd.tell_status(account.describe(self))
             self._systemd.tell("READY=1")
             self.changes.announce()
 
     def _close_sockets(self) -> None:
-        for entry in self._registry.entries:
+        for entry in self.registry.entries:
             # What a crash has left is the next start's, where this one has failed.
-            self._registry.release(entry, unlink=self._is_serving or not entry.inherited)
+            self.registry.release(entry, unlink=self.is_serving or not entry.inherited)
 
     def _drop_unclaimed(self, reports: Sequence[RestartReport | None]) -> None:
         """Close what no worker of a release wants; the service manager's own stay, as it passes them but once."""
-        for entry in self._registry.entries:
+        for entry in self.registry.entries:
             if not reports or not all(report is not None and entry.name in report.unclaimed for report in reports):
                 continue
             if entry.number is None:
                 self.log.warning("no worker wants %s: it is closed", entry)
-                self._registry.release(entry, unlink=True)
+                self.registry.release(entry, unlink=True)
             else:
                 self.log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
 
@@ -1019,7 +1015,7 @@ class Anchor:
 
     @property
     def _registries(self) -> dict[str, Registry]:
-        return {"service": self._registry, "control": self._control_registry, "health": self._health_registry}
+        return {"service": self.registry, "control": self._control_registry, "health": self._health_registry}
 
     async def upgrade(self) -> Callable[[], None]:
         """See that the new code takes over from this one; return what then makes it do so.
@@ -1028,8 +1024,8 @@ class Anchor:
             RestartError: it does not, or not now.
         """
         self._check_at_rest()
-        self._is_upgrading = True
-        self._upgrade_error = None
+        self.is_upgrading = True
+        self.upgrade_error = None
         # Nobody else may reap the child that tries the state.
         self._spawning += 1
         try:
@@ -1041,7 +1037,7 @@ class Anchor:
             finally:
                 os.close(memory)
         except BaseException as error:
-            self._is_upgrading = False
+            self.is_upgrading = False
             if isinstance(error, OSError):
                 raise upgrade.UpgradeFailed(f"the state cannot be written: {error}") from error
             raise
@@ -1060,11 +1056,11 @@ class Anchor:
         Raises:
             RestartError: it cannot.
         """
-        if self._is_stopping or self._is_lame_duck:
+        if self.is_stopping or self.is_lame_duck:
             raise RestartWhileDraining("the service is being stopped")
-        if not self._is_serving:
+        if not self.is_serving:
             raise NotReady("the service is starting: an upgrade is possible once all workers serve")
-        if self._is_busy or self._is_upgrading:
+        if self._is_busy or self.is_upgrading:
             raise RestartInProgress("workers are being started or replaced: upgrade the anchor when that is done")
 
     async def pass_all_on(self, channel: socket.socket, accept: Callable[[], None]) -> None:
@@ -1085,10 +1081,10 @@ class Anchor:
                 "this service belongs to systemd, or to a container, which would end it with its first process: "
                 "upgrade it by `ecdysis restart --anchor`"
             )
-        self._is_upgrading = True
+        self.is_upgrading = True
         try:
             with anyio.move_on_after(UPGRADE_SECONDS):
-                while not self._is_stopping:
+                while not self.is_stopping:
                     if self._is_at_rest():
                         accept()
                         state, descriptors = self._describe_state()
@@ -1103,7 +1099,7 @@ class Anchor:
                     await anyio.sleep(UPGRADE_PAUSE_SECONDS)
             raise RestartInProgress("there was always something under way: try again later")
         finally:
-            self._is_upgrading = False
+            self.is_upgrading = False
             self.changes.announce()
 
     def _is_at_rest(self) -> bool:
@@ -1112,12 +1108,12 @@ class Anchor:
             for worker in slot.workers:
                 self._hear_rest(slot, worker)
         # What was heard may have been a stop, which the new code would know nothing of; so may a signal, meanwhile.
-        is_leaving = self._is_stopping or self._is_lame_duck
+        is_leaving = self.is_stopping or self.is_lame_duck
         return not (is_leaving or self._is_busy) and all(worker.line.is_idle for worker in self.crew)
 
     @property
     def _is_busy(self) -> bool:
-        is_rolling = self._roll_out is not None and not self._roll_out.over.is_set()
+        is_rolling = self.roll_out is not None and not self.roll_out.over.is_set()
         return (
             is_rolling
             or bool(self._spawning)
@@ -1135,7 +1131,7 @@ class Anchor:
             worker.line.tell(FromAnchor.VERDICT, {"number": number, "report": roll_out.report.to_json()})
         error: Exception | None = None
         with anyio.move_on_after(UPGRADE_SECONDS):
-            while error is None and not self._is_stopping:
+            while error is None and not self.is_stopping:
                 with upgrade.blocked_signals():
                     if self._is_at_rest():
                         try:
@@ -1149,10 +1145,10 @@ class Anchor:
                             error = failure
                 await anyio.sleep(UPGRADE_PAUSE_SECONDS)
         # Still here: it goes on as it was.
-        why = "the service is being stopped" if self._is_stopping else "there was always something under way"
-        self._upgrade_error = str(error or why)
-        self.log.error("the anchor was not upgraded, and goes on: %s", self._upgrade_error)
-        self._is_upgrading = False
+        why = "the service is being stopped" if self.is_stopping else "there was always something under way"
+        self.upgrade_error = str(error or why)
+        self.log.error("the anchor was not upgraded, and goes on: %s", self.upgrade_error)
+        self.is_upgrading = False
         self.changes.announce()
 
     def _describe_state(self) -> tuple[dict[str, Any], list[int]]:
@@ -1170,10 +1166,10 @@ class Anchor:
             "signals": self._signals.fileno(),
             "generation": self.generation,
             "planned_workers": self._plan.workers,
-            "begun": self._begun,
-            "upgrades": self._upgrades + 1,
+            "begun": self.begun,
+            "upgrades": self.upgrades + 1,
             "description": self._description,
-            "last_report": self._last_report.to_json() if self._last_report is not None else None,
+            "last_report": self.last_report.to_json() if self.last_report is not None else None,
         }
         return state, [*descriptors, self._signals.fileno()]
 
@@ -1186,13 +1182,13 @@ class Anchor:
         if self._plan.workers != state["planned_workers"]:
             self.crew.target = self._plan.workers
         self.generation = int(state["generation"])
-        self._begun = float(state["begun"])
-        self._upgrades = int(state["upgrades"])
+        self.begun = float(state["begun"])
+        self.upgrades = int(state["upgrades"])
         # They have served all the while.
-        self._is_serving = True
+        self.is_serving = True
         self._description = str(state["description"])
         if state["last_report"] is not None:
-            self._last_report = RestartReport.from_json(state["last_report"])
+            self.last_report = RestartReport.from_json(state["last_report"])
         self._signals_before = int(state["signals"])
         os.set_inheritable(self._signals_before, False)
 
@@ -1214,14 +1210,14 @@ class Anchor:
 
     @property
     def _reaps_others(self) -> bool:
-        return os.getpid() == 1 or self._upgrades > 0
+        return os.getpid() == 1 or self.upgrades > 0
 
     def _on_term_signal(self) -> None:
-        if self._lame_duck is None and self._plan.lame_duck and self._is_serving and not self._is_stopping:
-            self._lame_duck = anyio.CancelScope()
-            self._begin(self._be_lame_duck, self._lame_duck)
-        elif self._is_lame_duck and self._lame_duck is not None:
-            self._lame_duck.cancel()
+        if self.lame_duck is None and self._plan.lame_duck and self.is_serving and not self.is_stopping:
+            self.lame_duck = anyio.CancelScope()
+            self._begin(self._be_lame_duck, self.lame_duck)
+        elif self.is_lame_duck and self.lame_duck is not None:
+            self.lame_duck.cancel()
         else:
             self._on_stop_signal()
 
@@ -1234,23 +1230,12 @@ class Anchor:
         self.changes.announce()
         with scope:
             await anyio.sleep_forever()
-        if not self._is_stopping:
+        if not self.is_stopping:
             self._on_stop_signal()
 
     @property
-    def _is_lame_duck(self) -> bool:
-        return self._lame_duck is not None and not self._is_stopping
-
-    def _why_not_ready(self) -> str | None:
-        """Say why a load balancer shall send nobody here; None where it shall."""
-        if self._is_stopping or self._is_lame_duck:
-            return "the service is about to stop"
-        if not self._is_serving:
-            return f"the service is starting: {self.crew.serving} of {counted(self.crew.target, 'worker')} serving"
-        # Between a pause and a commit nobody accepts, and clients wait a moment in the kernel's queue: that is no news.
-        if not any(worker.is_alive and worker.state in _ACCEPTING for worker in self.crew):
-            return "no worker serves: clients wait for one"
-        return None
+    def is_lame_duck(self) -> bool:
+        return self.lame_duck is not None and not self.is_stopping
 
     def _on_stop_signal(self) -> None:
         assert self._signals is not None
@@ -1270,15 +1255,15 @@ class Anchor:
 
     def stop(self) -> None:
         """Stop the service: workers accept no more, drain, and end; then this process does."""
-        if self._is_stopping:
+        if self.is_stopping:
             return
         seconds = self._plan.settings.drain_timeout
         self.log.info("stopping: connections get %g seconds to end, and a second signal hurries them", seconds)
-        self._is_stopping = True
+        self.is_stopping = True
         self._stopped.set()
-        if self._roll_out is not None:
-            self._roll_out.stop()
-        for handover in self._fillings.values():
+        if self.roll_out is not None:
+            self.roll_out.stop()
+        for handover in self.fillings.values():
             handover.post(PredecessorEvent.STOP)
         self.changes.announce()
 
@@ -1336,15 +1321,15 @@ class Anchor:
 
     def _controlled(self) -> Controlled:
         return Controlled(
-            status=self._status,
-            waiting_for=self._waiting_for,
+            status=lambda: account.describe_status(self),
+            waiting_for=lambda: account.describe_wait(self),
             begin_restart=self._restart,
             find_report=self._find_report,
             stop=self.stop,
             reopen_logs=self.reopen_logs,
             check=self._check,
             compare=self._compare,
-            workers=self._waits,
+            workers=lambda: account.describe_waits(self),
             upgrade=self.upgrade,
             pass_all_on=self.pass_all_on,
             changes=self.changes,
@@ -1355,132 +1340,19 @@ class Anchor:
         return Restart(roll_out.report, functools.partial(self.see_through, roll_out))
 
     @property
-    def _environment(self) -> Mapping[str, str]:
+    def environment(self) -> Mapping[str, str]:
         """What the workers were started with, of which one stands for all."""
         worker = next((worker for worker in self.crew if worker.serves), None)
         return worker.environment if worker is not None else os.environ
 
     async def _check(self) -> dict[str, Any]:
-        return await check_release(self._plan.settings, (), self._registry.entries, self._environment)
+        return await check_release(self._plan.settings, (), self.registry.entries, self.environment)
 
     def _compare(self, release: dict[str, Any]) -> dict[str, Any]:
-        return compare(release, self._registry.entries, self._environment)
-
-    def _waits(self) -> list[dict[str, Any]]:
-        """Say of each worker what its restart, or its drain, waits for."""
-        roll_out = self._roll_out
-        if self._is_stopping or roll_out is None or len(roll_out.turns) < 2:  # noqa: PLR2004 - one is no list
-            return []
-        return [{"slot": turn.slot.index, "waiting_for": self._wait_of(turn)} for turn in roll_out.turns]
-
-    def _wait_of(self, turn: Turn) -> str | None:
-        old = turn.old
-        match turn.state:
-            case TurnState.PENDING:
-                return "its turn"
-            case TurnState.UNDER_WAY if old is not None and old.handoff is not None and old.handoff.state is not None:
-                return f"its successor: {old.handoff.state.value}"
-            case TurnState.UNDER_WAY:
-                return "its successor to start"
-            case TurnState.SERVED:
-                return "the end of its probation"
-            case TurnState.SETTLED if old is not None and old.is_alive:
-                return f"{counted(old.connections, 'connection')} of pid {old.pid}" if old.connections else "its end"
-        return None
+        return compare(release, self.registry.entries, self.environment)
 
     def _find_report(self, id: str) -> RestartReport | None:
-        return self._last_report if self._last_report is not None and self._last_report.id == id else None
-
-    def _waiting_for(self) -> str | None:
-        if self._is_stopping:
-            connections = sum(worker.connections for worker in self.crew)
-            return counted(connections, "connection") if connections else "the workers to end"
-        if self._is_upgrading:
-            return "the new anchor to take over"
-        if self._is_lame_duck and self._lame_duck is not None:
-            seconds = max(0.0, self._lame_duck.deadline - anyio.current_time())
-            return f"load balancers to look elsewhere, for {seconds:.1f} s more"
-        roll_out = self._roll_out
-        if roll_out is not None and not roll_out.over.is_set():
-            if (turn := roll_out.current) is not None:
-                place = f"worker {roll_out.turns.index(turn) + 1} of {len(roll_out.turns)}"
-                filling = self._fillings.get(turn.slot)
-                handoff = turn.old.handoff if turn.old is not None else None
-                state = filling.state if filling is not None else handoff.state if handoff is not None else None
-                return f"{place}: {state.value if state is not None else 'its turn'}"
-            if roll_out.probation_ends is not None:
-                seconds = max(0.0, roll_out.probation_ends - anyio.current_time())
-                return f"generation {roll_out.generation}, on probation for {seconds:.1f} s more"
-            if all(turn.state is TurnState.PENDING for turn in roll_out.turns):
-                return "the first worker's turn"
-            return "the former workers to take their places again"
-        if roll_out is not None and not roll_out.drained.is_set():
-            left = sum(turn.old.connections for turn in roll_out.turns if turn.old is not None and turn.old.is_alive)
-            return counted(left, "connection") if left else "the former workers to end"
-        if self.crew.serving < len(self.crew.slots):
-            return f"{len(self.crew.slots) - self.crew.serving} of {counted(len(self.crew.slots), 'worker')} to serve"
-        return None
-
-    def _status(self) -> dict[str, Any]:
-        roll_out = self._roll_out
-        draining = [worker for worker in self.crew if worker.state in (WorkerState.PAUSED, WorkerState.DRAINING)]
-        now = anyio.current_time()
-        return {
-            "generation": self.generation,
-            "pid": os.getpid(),
-            "state": self._state(),
-            "uptime": time.monotonic() - self._begun,
-            "connections": sum(worker.connections for worker in self.crew),
-            "listeners": describe_listeners(self._registry.entries),
-            "waiting_for": self._waiting_for(),
-            "restart": None
-            if roll_out is None or roll_out.over.is_set()
-            else {
-                "id": roll_out.report.id,
-                "generation": roll_out.generation,
-                "pid": None,
-                "phase": self._waiting_for(),
-                "seconds": time.time() - roll_out.report.started_at,
-            },
-            "last_report": self._last_report.to_json() if self._last_report is not None else None,
-            "anchor": {"upgrades": self._upgrades, "error": self._upgrade_error},
-            "process": {**describe_place(), "environment": sorted(self._environment)},
-            "draining": [
-                {"generation": worker.generation, "pid": worker.pid, "connections": worker.connections}
-                for worker in draining
-            ],
-            "workers": [
-                {
-                    "slot": slot.index,
-                    "pid": worker.pid,
-                    "generation": worker.generation,
-                    "state": worker.state.value,
-                    "connections": worker.connections,
-                    "requests": worker.requests,
-                    "rss": worker.rss,
-                    "uptime": now - worker.born,
-                }
-                for slot in self.crew.slots
-                for worker in slot.workers
-            ],
-        }
-
-    def _state(self) -> WorkerState:
-        if self._is_stopping:
-            return WorkerState.DRAINING
-        return WorkerState.SERVING if self._is_serving else WorkerState.STARTING
-
-    def _describe(self) -> str:
-        """Say in one line what `systemctl status` shows."""
-        crew = self.crew
-        connections = sum(worker.connections for worker in crew)
-        serving = f"{crew.serving} of {counted(len(crew.slots), 'worker')} serving"
-        parts = [f"generation {self.generation}: {serving}, {counted(connections, 'connection')}"]
-        if (roll_out := self._roll_out) is not None and not roll_out.over.is_set():
-            parts.append(f"rolling out generation {roll_out.generation}")
-        elif roll_out is not None and roll_out.error is not None:
-            parts.append(describe_failed_restart(roll_out.error))
-        return "; ".join(parts)
+        return self.last_report if self.last_report is not None and self.last_report.id == id else None
 
 
 def _say(text: str) -> None:
