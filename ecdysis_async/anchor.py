@@ -21,18 +21,15 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import anyio
 
 from . import account, supervisor, upgrade
-from .addresses import Address, listen
+from .addresses import listen
 from .channel import Frame
 from .check import check_release, compare, preflight
 from .control import Changes, Controlled, ControlServer, Restart
-from .control_path import locate
 from .crew import Crew, Handoff, Occupation, Recycling, Slot, Worker, WorkerState
 from .descriptor_store import DescriptorStore
 from .drain import Tracker
@@ -55,15 +52,15 @@ from .health import HealthServer
 from .line import FromAnchor, FromWorker, Line, describe_loss, error_from_json, error_to_json
 from .logging_setup import configure_logging
 from .logs import reopen_logs
-from .options import DEFAULT_BIND, OptionError, Options, find_control_path
+from .options import OptionError, Options, find_control_path
 from .pid_file import PidFile
+from .plan import Plan, make_plan
 from .plane import Plane
 from .protocol import Predecessor, PredecessorEvent
 from .registry import Registry
 from .reloading import require_watchfiles, watch_files
 from .report import Outcome, RestartReport
 from .rollout import RollOut, TurnState, replace, wait_until
-from .settings import Settings
 from .signals import SignalReceiver, handled_signals
 from .spawn import Child, Launch, Process, describe_exit, describe_launch, find_process, spawn
 from .status import counted
@@ -93,8 +90,6 @@ REOPEN_SECONDS = 5.0
 EXIT_SECONDS = 15.0
 # The same once it was told to hurry.
 HURRY_SECONDS = 5.0
-# With --reload, the longest probation, seconds.
-RELOAD_PROBATION_SECONDS = 0.2
 # What a restart may take besides its own limits, as systemd is told, seconds.
 LEEWAY_SECONDS = 60.0
 # How long an upgrade waits for a moment in which nothing is under way, and between two looks, seconds.
@@ -119,43 +114,6 @@ class AnchorLog(Numbered):
     def __init__(self) -> None:
         super().__init__(0)
         self._prefix = f"[anchor, pid {os.getpid()}] "
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What an anchor is to run. Times are in seconds.
-
-    Attributes:
-        open_sockets: asks the registry for the service's sockets; it may block.
-        workers: how many.
-        settings: of the workers' handoffs; pid file and command are the anchor's.
-        control_path: absolute.
-        systemd: as in ``Ecdysis``.
-        hang_timeout: a worker whose loop does not turn for so long is replaced.
-        max_requests: after so many requests a worker is replaced, ...
-        max_requests_jitter: ... and a random number up to this more.
-        max_rss: a worker with more bytes resident is replaced.
-        health: where /live and /ready answer.
-        reload_paths: files and directories to watch, whose changes restart the service.
-        takeover: the control socket of the anchor to take the place of.
-        is_checked_first: whether its command line has a check mode, in which it is run before a takeover.
-        lame_duck: how long a service that was told to stop by SIGTERM goes on, while /ready says that it is not.
-    """
-
-    open_sockets: Callable[[Registry], None]
-    workers: int = 1
-    settings: Settings = field(default_factory=Settings)
-    control_path: str | None = None
-    systemd: bool | None = None
-    hang_timeout: float | None = None
-    max_requests: int | None = None
-    max_requests_jitter: int = 0
-    max_rss: int | None = None
-    health: Address | None = None
-    lame_duck: float = 0.0
-    reload_paths: tuple[str, ...] = ()
-    takeover: str | None = None
-    is_checked_first: bool = False
 
 
 class _CrewsChild:
@@ -190,43 +148,7 @@ def run(options: Options) -> int:
             _say("--reload restarts the service by its control socket: give it one (--control PATH)")
             return STARTUP_FAILED
 
-    def open_sockets(registry: Registry) -> None:
-        # What nobody has asked for is opened by the first worker, if its target wants that: an `async def main` may
-        # listen elsewhere.
-        for address in options.bind if options.bind != DEFAULT_BIND else ():
-            listen(registry, address, backlog=options.backlog, mode=options.unix_mode)
-
-    return serve(
-        Plan(
-            open_sockets,
-            workers=options.workers,
-            settings=Settings(
-                ready_timeout=options.ready_timeout,
-                drain_timeout=options.drain_timeout,
-                # Who saves a file again does not want to wait.
-                probation=min(options.probation, RELOAD_PROBATION_SECONDS) if options.reload else options.probation,
-                pid_file=Path(options.pid_file) if options.pid_file is not None else None,
-                env_file=Path(options.env_file).absolute() if options.env_file is not None else None,
-            ),
-            control_path=control_path,
-            hang_timeout=options.hang_timeout,
-            max_requests=options.max_requests,
-            max_requests_jitter=options.max_requests_jitter,
-            max_rss=options.max_rss,
-            health=options.health_bind,
-            lame_duck=options.lame_duck,
-            reload_paths=_find_reload_paths(options),
-            takeover=locate(options.takeover) if options.takeover is not None else None,
-            is_checked_first=True,
-        )
-    )
-
-
-def _find_reload_paths(options: Options) -> tuple[str, ...]:
-    if not options.reload:
-        return ()
-    files = [os.path.abspath(path) for path in (options.env_file, options.config) if path is not None]
-    return (*map(os.path.abspath, options.reload_dirs or (options.app_dir,)), *files)
+    return serve(make_plan(options, control_path))
 
 
 def serve(plan: Plan) -> int:
