@@ -556,7 +556,8 @@ class Anchor:
             error = broken
         # Without a line it leaves, if it lives: its place is free from now on.
         worker.line.close()
-        if worker.state is not WorkerState.DRAINING:
+        is_leaving = worker.is_told_to_leave or worker.state in (WorkerState.DRAINING, WorkerState.ENDED)
+        if not is_leaving:
             self.log.error("worker pid %d can be told nothing any more, and has to leave: %s", worker.pid, error)
             worker.state = WorkerState.DRAINING
             self.changes.announce()

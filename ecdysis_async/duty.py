@@ -260,19 +260,25 @@ class Duty:
     def _hear(self, frame: Frame) -> None:
         try:
             if frame.is_bereft:
-                raise RestartError(describe_loss(frame))
-            self._obey(frame)
+                self._miss(frame)
+            else:
+                self._obey(frame)
         except Exception as error:
             # Of another release, or no descriptors left: it costs what was ordered, and never those who are served.
-            failure = error if isinstance(error, RestartError) else RestartError(f"pid {os.getpid()} failed: {error!r}")
-            is_defect = failure is not error
-            logger.exception("the anchor's %r is not carried out: %s", frame.type, failure.args[0], exc_info=is_defect)
+            logger.exception("the anchor's %r could not be carried out", frame.type)
             if frame.type == FromAnchor.RESTART:
-                self._refuse(failure)
-            elif frame.type == FromAnchor.SPAWNED and (answer := self._answers.get(frame.body["number"])):
-                # Nobody could watch it.
-                self._discard(frame)
-                answer.give(Frame(FromAnchor.SPAWN_FAILED, {"error": error_to_json(failure)}))
+                self._refuse(RestartError(f"the worker (pid {os.getpid()}) could not do it: {error!r}"))
+
+    def _miss(self, frame: Frame) -> None:
+        """Say that this process has no room for what an order came with."""
+        loss = describe_loss(frame)
+        logger.error("the anchor cannot be obeyed: %s", loss)
+        if frame.type == FromAnchor.RESTART:
+            self._refuse(RestartError(loss))
+        elif frame.type == FromAnchor.SPAWNED and (answer := self._answers.get(frame.body["number"])) is not None:
+            # Nobody could watch it.
+            self._discard(frame)
+            answer.give(Frame(FromAnchor.SPAWN_FAILED, {"error": error_to_json(SpawnFailed(loss))}))
 
     def _obey(self, frame: Frame) -> None:
         body = frame.body
