@@ -227,7 +227,7 @@ class ControlServer:
 
         For a process that serves it for as long as the service lives; others do so with their next restart.
         """
-        if self._entry.is_at_its_path() or (self._renewed is not None and self._renewed.is_set()):
+        if not self._is_removed() or (self._renewed is not None and self._renewed.is_set()):
             return
         try:
             await run_in_thread(functools.partial(prepare_directory, self.path))
@@ -245,6 +245,14 @@ class ControlServer:
         self._is_missed = False
         self._renewed.set()
         logger.warning("the control socket %s was removed by somebody, and is there again", self.path)
+
+    def _is_removed(self) -> bool:
+        try:
+            found = os.lstat(self.path)
+        except OSError as error:
+            # Where it cannot be seen, it may well be there.
+            return isinstance(error, FileNotFoundError)
+        return (found.st_dev, found.st_ino) != self._entry.inode
 
     async def finish(self) -> None:
         """Let those who wait for the end hear of it. They get a moment for that, and no more."""
