@@ -329,7 +329,9 @@ def _ask(path: str, request: Event, timeout: float) -> Iterator[Event]:
                 try:
                     line = lines.readline(MAX_ANSWER_BYTES)
                 except TimeoutError as error:
-                    raise NoAnswer(f"it has said nothing for {timeout:.0f} seconds") from error
+                    raise NoAnswer(
+                        f"it has said nothing for {timeout:.0f} seconds; is it stopped (SIGSTOP)?"
+                    ) from error
                 except OSError as error:
                     raise NoAnswer(f"the connection broke: {error.strerror}") from error
                 if not line.endswith(b"\n"):
