@@ -112,14 +112,14 @@ async def say_goodbye_to_each(server: str, loop: str, directory: Path) -> None:
             writer.write(b"GET /echo/one HTTP/1.1\r\nHost: localhost\r\n\r\n")
             headers = await read_head(reader)
             await reader.readexactly(int(headers["content-length"]))
-        # Whoever has hung up is not there any more to be told.
-        gone[1].close()
         busy[1].write(b"GET /slow/60/one HTTP/1.1\r\nHost: localhost\r\n\r\n")
         opened = asyncio.Semaphore(0)
         async with asyncio.timeout(PATIENCE_SECONDS), asyncio.TaskGroup() as task_group:
             talks = [task_group.create_task(talk()) for _ in range(WEBSOCKETS)]
             for _ in range(WEBSOCKETS):
                 await opened.acquire()
+            # Whoever has hung up is not there any more to be told.
+            gone[1].close()
             await service.restart()
         times = sorted(task.result() for task in talks)
         assert times[-1] - times[0] > SPREAD_SECONDS
