@@ -30,7 +30,7 @@ from .addresses import listen
 from .channel import Frame
 from .check import check_release, compare, preflight
 from .control import Changes, Controlled, ControlServer, Restart
-from .crew import Crew, Handoff, Occupation, Recycling, Slot, Worker, WorkerState
+from .crew import Crew, Handoff, Occupation, Slot, Worker, WorkerState
 from .descriptor_store import DescriptorStore
 from .drain import Tracker
 from .errors import (
@@ -49,6 +49,7 @@ from .gate import Gate
 from .generation import Generation, Numbered
 from .handover import Handover
 from .health import HealthServer
+from .keeper import Keeper
 from .line import FromAnchor, FromWorker, Line, describe_loss, error_from_json, error_to_json
 from .logging_setup import configure_logging
 from .logs import reopen_logs
@@ -60,7 +61,7 @@ from .protocol import Predecessor, PredecessorEvent
 from .registry import Registry
 from .reloading import require_watchfiles, watch_files
 from .report import Outcome, RestartReport
-from .rollout import RollOut, TurnState, replace, wait_until
+from .rollout import RollOut, TurnState, wait_until
 from .signals import SignalReceiver, handled_signals
 from .spawn import Child, Launch, Process, describe_exit, describe_launch, find_process, spawn
 from .status import counted
@@ -73,17 +74,9 @@ __all__ = ["Anchor", "Plan", "run", "serve"]
 USAGE = 2
 STARTUP_FAILED = 3
 
-# How often a worker tells of itself, seconds; more often where a hang is to be found sooner.
-BEAT_SECONDS = 1.0
-# How long to wait where that has failed, seconds.
-RETRY_SECONDS = 1.0
-# A worker is looked after at least so often in the time that it may be silent.
-BEATS_PER_HANG = 4
+# How long a worker that has hung up may take to be dead, seconds.
+HUNG_UP_SECONDS = 1.0
 
-# A worker that was silent for longer is none that systemd's watchdog counts, seconds: it tells of itself each second.
-SOUND_SECONDS = 15.0
-# What a worker that hangs gets to leave its traceback (faulthandler), before it is killed, seconds.
-ABORT_SECONDS = 1.0
 # How long a worker may take to open its log files anew, seconds.
 REOPEN_SECONDS = 5.0
 # What workers get at a stop besides the drain: for the application's own clean-up, seconds.
@@ -95,8 +88,6 @@ LEEWAY_SECONDS = 60.0
 # How long an upgrade waits for a moment in which nothing is under way, and between two looks, seconds.
 UPGRADE_SECONDS = 10.0
 UPGRADE_PAUSE_SECONDS = 0.02
-# How often systemd is told how things are, seconds.
-STATUS_SECONDS = 5.0
 
 # How often it is looked whether the control socket is still there, seconds.
 CONTROL_SECONDS = 1.0
@@ -204,7 +195,8 @@ class Anchor:
         self.log: Numbered = AnchorLog()
         self.ready_timeout = plan.settings.ready_timeout
         self.generation = 1
-        self._plan = plan
+        self.plan = plan
+        self._keeper = Keeper(self)
         self.begun = time.monotonic()
         self.registry = Registry()
         # Of their own, because workers do not inherit them.
@@ -273,31 +265,31 @@ class Anchor:
 
     async def _open(self, resources: ExitStack) -> None:
         """Open what the service needs, before the first worker."""
-        if self._plan.systemd is not False:
+        if self.plan.systemd is not False:
             self.registry.activate(self._store.recover(supervisor.take_activation(), self.registry))
             if (complaint := check_unit()) is not None:
                 self.log.warning("%s", complaint)
         self._plane = Plane(self.registry, Gate(), Tracker(), self._tasks)
-        if self._plan.control_path is not None:
+        if self.plan.control_path is not None:
             plane = Plane(self._control_registry, Gate(), Tracker(), self._tasks)
-            self._control = ControlServer(self._plan.control_path, plane, self._controlled())
+            self._control = ControlServer(self.plan.control_path, plane, self._controlled())
             resources.callback(self._control.close)
             await self._control.open()
             self._control_registry.start_listening()
             await plane.gate.open()
             self._tasks.start_soon(self._control.run)
-            self._begin(self._keep_control, self._control)
+            self.begin(self._keep_control, self._control)
         # Another anchor's, whose place was elsewhere.
         self._control_registry.close_unclaimed(unlink=True)
-        if self._plan.health is not None:
-            for entry in await run_in_thread(functools.partial(listen, self._health_registry, self._plan.health)):
+        if self.plan.health is not None:
+            for entry in await run_in_thread(functools.partial(listen, self._health_registry, self.plan.health)):
                 entry.start_listening()
                 self._tasks.start_soon(HealthServer(entry.sock, functools.partial(account.why_not_ready, self)).run)
         self._health_registry.close_unclaimed(unlink=True)
         if self._pid_file is not None:
             await run_in_thread(self._pid_file.prepare)
             resources.callback(self._pid_file.remove)
-        await run_in_thread(functools.partial(self._plan.open_sockets, self.registry))
+        await run_in_thread(functools.partial(self.plan.open_sockets, self.registry))
 
     async def _keep_control(self, control: ControlServer) -> None:
         """See that commands find the service, also after somebody has cleared the directory."""
@@ -309,11 +301,11 @@ class Anchor:
         if self._systemd.is_there:
             self._tasks.start_soon(self._systemd.run)
         self._systemd.begin()
-        self._systemd.is_sound = self._has_sound_worker
-        self._tasks.start_soon(self._watch)
-        if self._plan.reload_paths and self._plan.control_path is not None:
+        self._systemd.is_sound = self._keeper.has_sound_worker
+        self._tasks.start_soon(self._keeper.watch)
+        if self.plan.reload_paths and self.plan.control_path is not None:
             # Before the workers load what is watched: nothing that is saved meanwhile is missed.
-            self._begin(watch_files, self._plan.control_path, self._plan.reload_paths)
+            self.begin(watch_files, self.plan.control_path, self.plan.reload_paths)
         if self.upgrades:
             error = None
             self._store.inherit(self.registry.entries)
@@ -325,7 +317,7 @@ class Anchor:
             error = await self._start_first()
         if error is None and not self.is_stopping:
             await self._announce_serving()
-            self._tasks.start_soon(self._manage)
+            self._tasks.start_soon(self._keeper.manage)
             await self._stopped.wait()
         elif error is not None:
             await self._tell_failure(error)
@@ -377,24 +369,24 @@ class Anchor:
         self.is_serving = True
         if self._pid_file is not None:
             await run_in_thread(self._pid_file.publish)
-        control = f", control socket {self._plan.control_path}" if self._plan.control_path is not None else ""
+        control = f", control socket {self.plan.control_path}" if self.plan.control_path is not None else ""
         verb = f"upgraded (pid {os.getpid()} as before): " if self.upgrades else ""
         if self._former_pid is not None:
             verb = f"taken over from pid {self._former_pid}: "
             # So far its workers are those of the other one: of its command line, its environment and its code.
-            self._begin(self._restart_by_signal)
+            self.begin(self._restart_by_signal)
         self.log.info("%s%s %s%s", verb, counted(len(self.crew.slots), "worker"), self._description, control)
         self._store.park(self.registry.entries)
-        self._systemd.tell_status(account.describe(self))
+        self.tell_status()
         self._systemd.tell("READY=1")
         self.changes.announce()
 
     async def _end_all(self) -> None:
         """Let every worker leave, and end those that do not."""
-        self._systemd.ask_for_time(self._plan.settings.drain_timeout + LEEWAY_SECONDS)
+        self._systemd.ask_for_time(self.plan.settings.drain_timeout + LEEWAY_SECONDS)
         self._systemd.tell("STOPPING=1")
         self._tell_all_to_leave()
-        with anyio.move_on_after(self._plan.settings.drain_timeout + EXIT_SECONDS) as self._stop_deadline:
+        with anyio.move_on_after(self.plan.settings.drain_timeout + EXIT_SECONDS) as self._stop_deadline:
             if self._stop_signals > 1:
                 self._hurry()
             await wait_until(self.changes, lambda: not any(self.crew) and not self.fillings)
@@ -410,7 +402,11 @@ class Anchor:
             worker.is_told_to_leave = True
             worker.line.tell(FromAnchor.STOP, {})
 
-    def _begin(self, function: Callable[..., Coroutine[Any, Any, object]], *arguments: object) -> None:
+    def tell_status(self) -> None:
+        """Tell systemd how things are."""
+        self._systemd.tell_status(account.describe(self))
+
+    def begin(self, function: Callable[..., Coroutine[Any, Any, object]], *arguments: object) -> None:
         """Run something beside all else, whose defects cost that, and never the service."""
 
         async def run() -> None:
@@ -430,7 +426,7 @@ class Anchor:
         before = set(slot.workers)
         try:
             # The anchor could not serve in its place: there is nothing to keep a probation for.
-            settings = dataclasses.replace(self._plan.settings, probation=0, pid_file=None)
+            settings = dataclasses.replace(self.plan.settings, probation=0, pid_file=None)
             starter = functools.partial(self._spawn, slot, generation, None)
             predecessor = Generation(generation - 1, settings, self._plane, self.log)
             handover = Handover(
@@ -468,7 +464,7 @@ class Anchor:
         Raises:
             RestartError: it could not be started.
         """
-        settings = self._plan.settings
+        settings = self.plan.settings
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as error:
@@ -503,7 +499,7 @@ class Anchor:
 
     def _engage(self, slot: Slot, worker: Worker) -> None:
         """Take a worker into the crew."""
-        plan = self._plan
+        plan = self.plan
         if plan.max_requests is not None:
             worker.request_limit = plan.max_requests + random.randint(0, plan.max_requests_jitter)  # noqa: S311 - no secret
         slot.workers.append(worker)
@@ -511,17 +507,12 @@ class Anchor:
 
     def _employ(self, slot: Slot, worker: Worker) -> None:
         """Welcome a worker, and look after it."""
-        worker.line.tell(FromAnchor.WELCOME, {"beat_seconds": self._beat_seconds})
+        worker.line.tell(FromAnchor.WELCOME, {"beat_seconds": self.plan.beat_seconds})
         if self.is_stopping:
             worker.is_told_to_leave = True
             worker.line.tell(FromAnchor.STOP, {})
-        self._begin(self._attend, slot, worker)
+        self.begin(self._attend, slot, worker)
         self.changes.announce()
-
-    @property
-    def _beat_seconds(self) -> float:
-        hang = self._plan.hang_timeout
-        return BEAT_SECONDS if hang is None else min(BEAT_SECONDS, hang / BEATS_PER_HANG)
 
     async def _attend(self, slot: Slot, worker: Worker) -> None:
         """Hear a worker until it has died, and reap it."""
@@ -551,7 +542,7 @@ class Anchor:
         except ChannelClosed as ended:
             error: ChannelError = ended
             # It has died, as will be known in a moment; or it leaves, and has said so.
-            await anyio.sleep(RETRY_SECONDS)
+            await anyio.sleep(HUNG_UP_SECONDS)
         except ChannelError as broken:
             error = broken
         # Without a line it leaves, if it lives: its place is free from now on.
@@ -594,7 +585,7 @@ class Anchor:
             case FromWorker.SPAWN:
                 if len(frame.descriptors) != SPAWN_DESCRIPTORS:
                     raise ValueError(f"it came with {len(frame.descriptors)} descriptors")
-                self._begin(self._spawn_for, slot, worker, int(body["number"]), frame)
+                self.begin(self._spawn_for, slot, worker, int(body["number"]), frame)
                 return
             case FromWorker.CREATED:
                 self._take_created(body["sockets"], frame.descriptors)
@@ -612,7 +603,7 @@ class Anchor:
             case FromWorker.END:
                 for other in slot.workers:
                     if other.process.pid == body["pid"]:
-                        self._begin(other.process.end, float(body["grace"]))
+                        self.begin(other.process.end, float(body["grace"]))
             case FromWorker.RESTART:
                 self._restart_for(worker, int(body["number"]), str(body["until"]))
             case FromWorker.DESCRIPTION:
@@ -639,7 +630,7 @@ class Anchor:
         worker.rss = int(body["rss"]) if body["rss"] is not None else None
         if worker.serves and math.isnan(worker.served_since):
             worker.served_since = anyio.current_time()
-        if worker.state is not before or self._why_recycle(worker) is not None:
+        if worker.state is not before or self._keeper.why_recycle(worker) is not None:
             self.changes.announce()
 
     async def _spawn_for(self, slot: Slot, worker: Worker, number: int, frame: Frame) -> None:
@@ -676,144 +667,6 @@ class Anchor:
         except (ChannelError, OSError) as error:
             # It has closed them all.
             self.log.error("what a worker has opened cannot be held: %s", error)  # noqa: TRY400 - it says it all
-
-    # Keeping them
-
-    async def _manage(self) -> None:
-        """See that there are as many workers as there shall be, and none that should be replaced."""
-        while not self.is_stopping:
-            change = self.changes.next()
-            try:
-                pause = self._reconcile()
-            except Exception:
-                self.log.exception("the workers could not be looked after; trying on")
-                pause = RETRY_SECONDS
-            with anyio.move_on_after(pause):
-                await change.wait()
-
-    def _reconcile(self) -> float:
-        """Begin what has to be done; return after how many seconds there is more to do."""
-        if self.is_stopping or self.is_upgrading or (self.roll_out is not None and not self.roll_out.over.is_set()):
-            return math.inf
-        crew, now = self.crew, anyio.current_time()
-        while len(crew.slots) < crew.target:
-            crew.enlarge()
-        staying = [slot for slot in crew.slots if slot.occupation is not Occupation.RETIRING]
-        for slot in staying[crew.target :]:
-            if slot.occupation is Occupation.NONE:
-                slot.occupation = Occupation.RETIRING
-                self._begin(self._retire, slot)
-        pause = math.inf
-        for slot in staying[: crew.target]:
-            if slot.occupation is Occupation.NONE and slot.is_vacant:
-                if slot.retry_at <= now:
-                    slot.occupation = Occupation.FILLING
-                    self._begin(self._refill, slot)
-                else:
-                    pause = min(pause, slot.retry_at - now)
-        if not any(slot.occupation is Occupation.REPLACING for slot in staying):
-            for slot in staying[: crew.target]:
-                worker = slot.incumbent
-                if slot.occupation is Occupation.NONE and worker is not None and self._why_recycle(worker) is not None:
-                    if slot.retry_at <= now:
-                        slot.occupation = Occupation.REPLACING
-                        self._begin(self._recycle, slot, worker)
-                        break
-                    pause = min(pause, slot.retry_at - now)
-        return pause
-
-    async def _refill(self, slot: Slot) -> None:
-        handover = await self.fill(slot, self.generation)
-        if handover.error is not None and not self.is_stopping:
-            slot.note_crash(anyio.current_time())
-            self.log.error(
-                "worker %d does not start (again in %.1f s): %s",
-                slot.index,
-                max(0.0, slot.retry_at - anyio.current_time()),
-                handover.error.args[0],
-            )
-            self.changes.announce()
-
-    async def _retire(self, slot: Slot) -> None:
-        """Let a slot go with its worker."""
-        self.log.info("worker %d retires", slot.index)
-        for worker in slot.workers:
-            worker.is_told_to_leave = True
-            worker.line.tell(FromAnchor.STOP, {})
-        await wait_until(self.changes, lambda: not slot.workers)
-        self.crew.slots.remove(slot)
-        self.changes.announce()
-
-    async def _recycle(self, slot: Slot, worker: Worker) -> None:
-        """Replace one worker by another one of the same generation, as in a roll-out."""
-        why = self._why_recycle(worker)
-        assert why is not None
-        self.log.info(
-            "worker %d (pid %d) is replaced: %s",
-            slot.index,
-            worker.pid,
-            why.value.format(requests=worker.requests, megabytes=(worker.rss or 0) / 1e6),
-        )
-        try:
-            error = await replace(self, slot, worker, self.generation)
-            if error is None and worker.is_alive:
-                with anyio.move_on_after(self._plan.settings.probation):
-                    await wait_until(self.changes, lambda: worker.handoff is not None and worker.handoff.is_over)
-                self.settle(worker)
-                await wait_until(
-                    self.changes,
-                    lambda: not worker.is_alive or (worker.handoff is not None and worker.handoff.is_over),
-                )
-                error = worker.handoff.error if worker.handoff is not None else None
-        finally:
-            slot.occupation = Occupation.NONE
-        if error is not None and not self.is_stopping:
-            slot.note_crash(anyio.current_time())
-            self.log.error("worker %d could not be replaced, and goes on: %s", slot.index, error)
-        self.changes.announce()
-
-    def _why_recycle(self, worker: Worker) -> Recycling | None:
-        if not worker.serves:
-            return None
-        if worker.requests >= worker.request_limit:
-            return Recycling.REQUESTS
-        if self._plan.max_rss is not None and worker.rss is not None and worker.rss > self._plan.max_rss:
-            return Recycling.MEMORY
-        return None
-
-    async def _watch(self) -> None:
-        """Find the workers whose loop does not turn; tell systemd how things are."""
-        hang = self._plan.hang_timeout
-        tick = min(BEAT_SECONDS, hang / BEATS_PER_HANG) if hang is not None else STATUS_SECONDS
-        looked = anyio.current_time()
-        while True:
-            await anyio.sleep(tick)
-            # Not more than twice a tick at a time: where this process itself had no turn, nobody was silent.
-            elapsed, looked = min(anyio.current_time() - looked, 2 * tick), anyio.current_time()
-            for worker in tuple(self.crew):
-                # One that is starting may block for as long as ready_timeout allows.
-                if worker.state in (WorkerState.SERVING, WorkerState.PAUSED, WorkerState.DRAINING):
-                    worker.silence += elapsed
-                    if hang is not None and worker.silence > hang:
-                        worker.silence = -math.inf
-                        self._begin(self._end_hanging, worker)
-            self._systemd.tell_status(account.describe(self))
-
-    def _has_sound_worker(self) -> bool:
-        """Say whether a worker's loop turns, if there is one: what systemd's watchdog asks, while this loop turns."""
-        bound = [worker for worker in self.crew if worker.state in (WorkerState.SERVING, WorkerState.PAUSED)]
-        return not bound or any(worker.silence < SOUND_SECONDS for worker in bound)
-
-    async def _end_hanging(self, worker: Worker) -> None:
-        self.log.error(
-            "worker pid %d hangs: its loop has not turned for %g seconds (--hang-timeout); it is ended",
-            worker.pid,
-            self._plan.hang_timeout,
-        )
-        worker.process.send_signal(signal.SIGABRT)
-        with anyio.move_on_after(ABORT_SECONDS):
-            await worker.process.wait()
-        worker.process.send_signal(signal.SIGKILL)
 
     # Roll-outs
 
@@ -860,12 +713,12 @@ class Anchor:
             raise RestartInProgress("the anchor is being upgraded; try again in a moment")
         if not self.is_serving:
             raise NotReady("the service is starting: a restart is possible once all workers serve")
-        roll_out = self.roll_out = RollOut(self, self.generation + 1, self._plan.settings.probation)
+        roll_out = self.roll_out = RollOut(self, self.generation + 1, self.plan.settings.probation)
         self.last_report = roll_out.report
         # Not as well where ExecReload= has asked; see Ecdysis._begin_restart.
         tell = self._systemd.ask_for_time if is_told else self._systemd.tell_reloading
-        tell(len(self.crew.slots) * self.ready_timeout + self._plan.settings.probation + LEEWAY_SECONDS)
-        self._begin(self._carry_out, roll_out)
+        tell(len(self.crew.slots) * self.ready_timeout + self.plan.settings.probation + LEEWAY_SECONDS)
+        self.begin(self._carry_out, roll_out)
         self.changes.announce()
         return roll_out
 
@@ -881,7 +734,7 @@ class Anchor:
                 for entry in set(self.registry.entries) - entries:
                     self.registry.release(entry, unlink=True)
             self._store.park(self.registry.entries)
-            self._systemd.tell_status(account.describe(self))
+            self.tell_status()
             self._systemd.tell("READY=1")
             self.changes.announce()
 
@@ -922,7 +775,7 @@ class Anchor:
             worker.line.tell(FromAnchor.VERDICT, {"number": number, "error": error_to_json(error)})
             return
         self._askers[worker, number] = roll_out
-        self._begin(self._tell_verdict, worker, number, roll_out, until)
+        self.begin(self._tell_verdict, worker, number, roll_out, until)
 
     async def _tell_verdict(self, worker: Worker, number: int, roll_out: RollOut, until: str) -> None:
         try:
@@ -969,7 +822,7 @@ class Anchor:
             self.changes.announce()
 
         def begin() -> None:
-            self._begin(self._execute, launch)
+            self.begin(self._execute, launch)
 
         return begin
 
@@ -1088,7 +941,7 @@ class Anchor:
             "sockets": sockets,
             "signals": self._signals.fileno(),
             "generation": self.generation,
-            "planned_workers": self._plan.workers,
+            "planned_workers": self.plan.workers,
             "begun": self.begun,
             "upgrades": self.upgrades + 1,
             "description": self._description,
@@ -1102,8 +955,8 @@ class Anchor:
             sockets = state["sockets"][name]
             registry.inherit(sockets["descriptions"], sockets["descriptors"])
         self.crew = upgrade.restore_crew(state["crew"])
-        if self._plan.workers != state["planned_workers"]:
-            self.crew.target = self._plan.workers
+        if self.plan.workers != state["planned_workers"]:
+            self.crew.target = self.plan.workers
         self.generation = int(state["generation"])
         self.begun = float(state["begun"])
         self.upgrades = int(state["upgrades"])
@@ -1136,9 +989,9 @@ class Anchor:
         return os.getpid() == 1 or self.upgrades > 0
 
     def _on_term_signal(self) -> None:
-        if self.lame_duck is None and self._plan.lame_duck and self.is_serving and not self.is_stopping:
+        if self.lame_duck is None and self.plan.lame_duck and self.is_serving and not self.is_stopping:
             self.lame_duck = anyio.CancelScope()
-            self._begin(self._be_lame_duck, self.lame_duck)
+            self.begin(self._be_lame_duck, self.lame_duck)
         elif self.is_lame_duck and self.lame_duck is not None:
             self.lame_duck.cancel()
         else:
@@ -1146,9 +999,9 @@ class Anchor:
 
     async def _be_lame_duck(self, scope: anyio.CancelScope) -> None:
         """Go on while load balancers learn to look elsewhere; then stop."""
-        seconds = self._plan.lame_duck
+        seconds = self.plan.lame_duck
         self.log.info("stopping in %g seconds: until then it serves, and is not ready any more (--lame-duck)", seconds)
-        self._systemd.ask_for_time(seconds + self._plan.settings.drain_timeout + LEEWAY_SECONDS)
+        self._systemd.ask_for_time(seconds + self.plan.settings.drain_timeout + LEEWAY_SECONDS)
         scope.deadline = anyio.current_time() + seconds
         self.changes.announce()
         with scope:
@@ -1180,7 +1033,7 @@ class Anchor:
         """Stop the service: workers accept no more, drain, and end; then this process does."""
         if self.is_stopping:
             return
-        seconds = self._plan.settings.drain_timeout
+        seconds = self.plan.settings.drain_timeout
         self.log.info("stopping: connections get %g seconds to end, and a second signal hurries them", seconds)
         self.is_stopping = True
         self._stopped.set()
@@ -1191,10 +1044,10 @@ class Anchor:
         self.changes.announce()
 
     def _on_reopen_signal(self) -> None:
-        self._begin(self.reopen_logs)
+        self.begin(self.reopen_logs)
 
     def _on_restart_signal(self) -> None:
-        self._begin(self._restart_by_signal)
+        self.begin(self._restart_by_signal)
 
     async def _restart_by_signal(self) -> None:
         try:
@@ -1269,7 +1122,7 @@ class Anchor:
         return worker.environment if worker is not None else os.environ
 
     async def _check(self) -> dict[str, Any]:
-        return await check_release(self._plan.settings, (), self.registry.entries, self.environment)
+        return await check_release(self.plan.settings, (), self.registry.entries, self.environment)
 
     def _compare(self, release: dict[str, Any]) -> dict[str, Any]:
         return compare(release, self.registry.entries, self.environment)

@@ -15,6 +15,11 @@ from .settings import Settings
 
 __all__ = ["Plan", "make_plan"]
 
+# How often a worker tells of itself, seconds; more often where a hang is to be found sooner.
+BEAT_SECONDS = 1.0
+# A worker is looked after at least so often in the time that it may be silent.
+BEATS_PER_HANG = 4
+
 # With --reload, the longest probation, seconds.
 RELOAD_PROBATION_SECONDS = 0.2
 
@@ -54,6 +59,11 @@ class Plan:
     reload_paths: tuple[str, ...] = ()
     takeover: str | None = None
     is_checked_first: bool = False
+
+    @property
+    def beat_seconds(self) -> float:
+        """How often a worker tells of itself, seconds."""
+        return BEAT_SECONDS if self.hang_timeout is None else min(BEAT_SECONDS, self.hang_timeout / BEATS_PER_HANG)
 
 
 def make_plan(options: Options, control_path: str | None) -> Plan:
