@@ -205,6 +205,23 @@ def test_nobody_knows_the_outcome(backend: str, run_service: Run) -> None:
 
 
 @pytest.mark.backends("asyncio")
+def test_it_does_not_keep_systemd_from_starting_the_service_anew(
+    backend: str, run_service: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = run_service(backend)
+    service.configure(at_start="await wait()")
+    monkeypatch.setenv("MAINPID", str(service.pids[0]))
+    process = begin("restart", command=[each.replace("= 1.5", "= 3600") for each in IMPATIENT])
+    service.wait_for("waiting")
+    # The successor, which starts still, might serve some time; but systemd is going to end it.
+    service.signal(service.pids[0], signal.SIGKILL)
+    assert end(process)[0] == UNKNOWN
+    successor = service.newest()
+    service.signal(successor, signal.SIGKILL)
+    service.wait_for_death(successor)
+
+
+@pytest.mark.backends("asyncio")
 def test_a_service_that_hangs(backend: str, run_service: Run) -> None:
     service = run_service(backend)
     service.signal(service.pids[0], signal.SIGSTOP)

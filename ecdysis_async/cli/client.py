@@ -32,6 +32,10 @@ SILENCE_SECONDS = 15.0
 VERDICT_SECONDS = 10.0
 VERDICT_POLL_SECONDS = 0.05
 
+# The same where systemd runs this command (ExecReload=) and the unit's main process is dead: before systemd starts the
+# service anew, it waits for this command to end, and clients wait with it.
+FORSAKEN_SECONDS = 1.0
+
 # How long an anchor may take to be itself again, seconds.
 UPGRADE_SECONDS = 30.0
 
@@ -250,10 +254,11 @@ def stop(path: str, on_event: Callable[[Event], None]) -> None:
 
 def _seek_verdict(path: str, id: str, until: str) -> Event:
     """Find out what became of a restart from whoever serves now."""
-    deadline = time.monotonic() + VERDICT_SECONDS
-    while (left := deadline - time.monotonic()) > 0:
+    begun = time.monotonic()
+    while (left := begun + (FORSAKEN_SECONDS if _is_forsaken() else VERDICT_SECONDS) - time.monotonic()) > 0:
         try:
-            answer = _ask_once(path, {"command": "verdict", "id": id}, left)
+            # In turns: where systemd keeps the socket, one waits there also while there is no service.
+            answer = _ask_once(path, {"command": "verdict", "id": id}, min(left, FORSAKEN_SECONDS))
         except (NoAnswer, CommandFailed):
             # It is just leaving, or a successor is about to accept.
             answer = {"event": "unknown"}
@@ -273,12 +278,27 @@ def _seek_verdict(path: str, id: str, until: str) -> Event:
                     raise _failure(_failed("RestartWhileDraining", report))
                 case _:
                     # It goes on, bounded by the service's own limits.
-                    deadline = time.monotonic() + VERDICT_SECONDS
+                    begun = time.monotonic()
         time.sleep(VERDICT_POLL_SECONDS)
     raise CommandFailed(
         f"the generation that was asked is gone, and nobody knows what became of restart {id}: see `ecdysis status`",
         Exit.UNKNOWN,
     )
+
+
+def _is_forsaken() -> bool:
+    """Say whether systemd has run this command for a main process that is no more."""
+    pid = os.environ.get("MAINPID", "")
+    if not pid.isdecimal():
+        return False
+    try:
+        pidfd = os.pidfd_open(int(pid))
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    try:
+        return bool(select.select([pidfd], [], [], 0)[0])
+    finally:
+        os.close(pidfd)
 
 
 def _failed(error: str, report: Event) -> Event:
