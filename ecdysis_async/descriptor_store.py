@@ -4,12 +4,16 @@ The main process parks its listening sockets there. Clients then wait in the ker
 gets the sockets back as LISTEN_FDS, instead of being refused. It needs FileDescriptorStoreMax= in the unit, and a
 systemd that tells of it (FDSTORE in the environment, since 254).
 
+State of the application may be parked as well, which each start is given once only: state that a program cannot cope
+with must not keep it from starting for ever.
+
 All that a socket has to be recognised by stands in its FDNAME=, so that one datagram parks one socket, and a process
 that is killed at any moment leaves nothing that is half told. Names of the same socket are the same in all generations.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -17,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from urllib.parse import quote, unquote
 
 from .registry import Entry, Registry
+from .stash import Version
 from .systemd import SOCKET_PREFIX, STATE_PREFIX, Systemd
 
 __all__ = ["DescriptorStore"]
@@ -35,12 +40,12 @@ class DescriptorStore:
         limit: how many descriptors it takes, as FDSTORE says; "" or "0" where there is no store.
 
     Attributes:
-        state: descriptors of the application's state that were parked by a process that is no more, by name. Whoever
-            takes one out has to close it.
+        state: descriptors of the application's state that a process that is no more has parked, by name and version.
+            Whoever takes one out has to close it.
     """
 
     def __init__(self, systemd: Systemd, limit: str) -> None:
-        self.state: dict[str, int] = {}
+        self.state: dict[tuple[str, Version], int] = {}
         self._systemd = systemd
         self._limit = int(limit) if systemd.is_there and limit.isdecimal() else 0
         self._parked: set[str] = set()
@@ -68,9 +73,11 @@ class DescriptorStore:
             # The same name again: the kernel has not told systemd that these are the same (kcmp(2) is not allowed).
             is_known = name in self._inherited
             self._inherited.add(name)
-            if name.startswith(STATE_PREFIX) and not is_known:
-                self._parked.add(name)
-                self.state[unquote(name.removeprefix(STATE_PREFIX))] = descriptor
+            if name.startswith(STATE_PREFIX):
+                if (key := _parse_state(name)) is None or key in self.state:
+                    os.close(descriptor)
+                else:
+                    self.state[key] = descriptor
             elif (description := _parse(name)) is None or is_known:
                 # Of another release's making.
                 os.close(descriptor)
@@ -94,19 +101,24 @@ class DescriptorStore:
             if name not in self._parked:
                 self._store(name, entry.sock.fileno(), str(entry))
 
-    def keep(self, name: str, descriptor: int) -> None:
-        """Park a piece of the application's state, such as a memfd, until :meth:`drop`; the descriptor stays yours.
+    def inherit_state(self, versions: Mapping[str, Version]) -> None:
+        """Know what state the predecessor may have parked."""
+        self._inherited |= {_name_of_state(name, version) for name, version in versions.items()}
 
-        After a crash it is in ``state`` under that name. One that was parked under the same name before is replaced.
+    def keep(self, name: str, version: Version, descriptor: int) -> None:
+        """Park a piece of the application's state, such as a memfd; the descriptor stays yours.
+
+        After a crash it is in ``state``. What was parked under the same name before is replaced.
         """
-        full_name = STATE_PREFIX + _quote(name)
-        if full_name in self._parked:
-            self._remove(full_name)
-        self._store(full_name, descriptor, name)
+        self.drop(name)
+        self._store(_name_of_state(name, version), descriptor, name)
 
-    def drop(self, name: str) -> None:
-        """Let systemd close a piece of state."""
-        self._remove(STATE_PREFIX + _quote(name))
+    def drop(self, name: str | None = None) -> None:
+        """Let systemd close a piece of state, whatever its version; or all of them."""
+        prefix = STATE_PREFIX if name is None else f"{STATE_PREFIX}{_quote(name)};"
+        # What is not parked there after all, systemd does not mind.
+        for full_name in [each for each in self._parked | self._inherited if each.startswith(prefix)]:
+            self._remove(full_name)
 
     def close(self) -> None:
         """Close what nobody has taken out of ``state``; systemd's own copies stay."""
@@ -167,6 +179,20 @@ def _parse(full_name: str) -> tuple[str, str, tuple[int, int] | None] | None:
     address = unquote(address)
     # Most names have the address in them, which is not told twice: there is little room.
     return address.join(map(unquote, name.split("*"))), address, inode
+
+
+def _name_of_state(name: str, version: Version) -> str:
+    return f"{STATE_PREFIX}{_quote(name)};{_quote(json.dumps(version))}"
+
+
+def _parse_state(full_name: str) -> tuple[str, Version] | None:
+    """Return name and version of a parked piece of state; None where another release has named it."""
+    name, _, version = full_name.removeprefix(STATE_PREFIX).partition(";")
+    try:
+        found = json.loads(unquote(version))
+    except ValueError:
+        return None
+    return (unquote(name), found) if isinstance(found, str | int) else None
 
 
 def _quote(text: str) -> str:

@@ -32,6 +32,7 @@ Pieces: TypeAlias = Piece | Iterable[Piece] | AsyncIterable[Piece]
 Producer: TypeAlias = Callable[[], Pieces | Awaitable[Pieces]]
 
 Version: TypeAlias = str | int
+Keeper: TypeAlias = Callable[[str, Version, int], None]
 
 # A reader maps what it is given: without these seals, whoever wrote it could cut it short (SIGBUS), or change it.
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -61,15 +62,22 @@ class Order:
     producer: Producer
     at: At
     version: Version
+    is_kept: bool = False
 
 
 class Stashes:
-    """What a generation makes for each of its successors."""
+    """What a generation makes for each of its successors.
+
+    Attributes:
+        keep: called with the name, the version and the descriptor of each stash that is to be kept for the case of a
+            crash, when it is made.
+    """
 
     def __init__(self) -> None:
+        self.keep: Keeper = lambda name, version, descriptor: None
         self._orders: dict[str, Order] = {}
 
-    def add(self, name: str, producer: Producer, at: At | str, version: Version) -> None:
+    def add(self, name: str, producer: Producer, at: At | str, version: Version, *, keep: bool = False) -> None:
         """Let each restart make a stash.
 
         Raises:
@@ -87,15 +95,19 @@ class Stashes:
             raise TypeError(f"the version of the stash {name!r} is a string or a number, not {version!r}")
         if at not in set(At):
             raise ValueError(f'a stash is made at "start" or at "commit", not {at!r}')
-        self._orders[name] = Order(name, producer, At(at), version)
+        self._orders[name] = Order(name, producer, At(at), version, keep)
 
     def names(self, at: At) -> list[str]:
         """Return what is made then."""
         return [order.name for order in self._orders.values() if order.at is at]
 
+    def is_kept(self, name: str) -> bool:
+        """Say whether a stash is to be kept for the case of a crash."""
+        return name in self._orders and self._orders[name].is_kept
+
     def batch(self, at: At) -> Batch:
         """Return what has to be made for one restart."""
-        return Batch([order for order in self._orders.values() if order.at is at])
+        return Batch([order for order in self._orders.values() if order.at is at], self.keep)
 
 
 class Batch:
@@ -106,10 +118,11 @@ class Batch:
         descriptors: what was made, in the order of its description; they belong to the batch.
     """
 
-    def __init__(self, orders: Iterable[Order] = ()) -> None:
+    def __init__(self, orders: Iterable[Order] = (), keep: Keeper | None = None) -> None:
         self.making: str | None = None
         self.descriptors: list[int] = []
         self._orders = list(orders)
+        self._keep = keep
         self._sizes: list[int] = []
 
     async def make(self) -> None:
@@ -124,6 +137,8 @@ class Batch:
                 descriptor = os.memfd_create("ecdysis-stash", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
                 self.descriptors.append(descriptor)
                 self._sizes.append(await _fill(descriptor, order.producer))
+                if order.is_kept and self._keep is not None:
+                    self._keep(order.name, order.version, descriptor)
             except Exception as error:
                 raise StashFailed(f"the stash {order.name!r} could not be made: {error!r}") from error
         self.making = None
@@ -230,8 +245,8 @@ def _write(descriptor: int, octets: memoryview, position: int) -> None:
 class InheritedStash(Mapping[str, memoryview]):
     """What the predecessor has left to this generation, by name: read-only views of its bytes.
 
-    Empty in the first generation. The memory is given back when the block of the ``Ecdysis`` ends, or earlier by
-    :meth:`pop`, once nobody holds a view (or a slice of one) any more.
+    Empty in the first generation, unless a crash has left something. The memory is given back when the block of the
+    ``Ecdysis`` ends, or earlier by :meth:`pop`, once nobody holds a view (or a slice of one) any more.
     """
 
     def __init__(self) -> None:
@@ -301,6 +316,10 @@ class InheritedStash(Mapping[str, memoryview]):
             self._views[name] = _map(name, descriptor, size)
             self._versions[name] = version
         self._awaited -= self._views.keys()
+
+    def versions(self) -> Mapping[str, Version]:
+        """Return the versions of all that has come, by name."""
+        return self._versions
 
     def clear(self) -> None:
         """Let go of all views; those that somebody else holds stay valid."""

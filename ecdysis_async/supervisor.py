@@ -35,6 +35,7 @@ from .drain import Tracker, current_connection
 from .duty import Duty, Orders
 from .errors import (
     ChannelError,
+    GarbledFrame,
     HandoffAborted,
     NotReady,
     RestartError,
@@ -231,6 +232,7 @@ class Ecdysis:
         self._gate = Gate()
         self._tracker = Tracker()
         self._stashes = Stashes()
+        self._stashes.keep = self._store.keep
         self._inherited_stash = InheritedStash()
         self._inheritance: Inheritance | None = None
         self._handover: Handover | None = None
@@ -366,6 +368,7 @@ class Ecdysis:
                 self._store.inherit(self._registry.entries)
             elif self._takes_activation:
                 self._registry.activate(self._store.recover(take_activation(), self._registry))
+                self._recover_state()
                 self._unit_end = forbid_restart()
                 if (complaint := check_unit()) is not None:
                     self._generation.log.warning("%s", complaint)
@@ -393,6 +396,8 @@ class Ecdysis:
             # Also a newcomer: where there is a systemd, this is the main process of a unit of its own.
             self._systemd.begin()
             self._systemd.ask_for_time(self._settings.ready_timeout)
+            # If this start cannot cope with it, the next one does without.
+            self._store.drop()
         if self._control is not None:
             self._task_group.start_soon(self._control.run)
         self._body.__enter__()
@@ -511,7 +516,8 @@ class Ecdysis:
                 self._registry.release(entry, unlink=not entry.inherited)
         else:
             if not self._has_heir:
-                # Nobody can come to these any more, whatever systemd does next.
+                # Nobody can come to these any more, whatever systemd does next; and an orderly end is no crash.
+                self._store.drop()
                 self._store.park(entry for entry in self._registry.entries if entry.inode is None)
             self._registry.close(unlink=not self._has_heir)
         if self._control is not None:
@@ -763,7 +769,15 @@ class Ecdysis:
 
     # What is left to the next generation
 
-    def stash(self, name: str, producer: Producer, at: At | Literal["start", "commit"], version: Version = 0) -> None:
+    def stash(
+        self,
+        name: str,
+        producer: Producer,
+        at: At | Literal["start", "commit"],
+        version: Version = 0,
+        *,
+        keep: bool = False,
+    ) -> None:
         """Leave state to the next generation: at each restart it is made anew, and read in ``inherited_stash`` there.
 
         A restart that fails discards it. What the bytes mean is the application's business, and a release may be
@@ -780,17 +794,21 @@ class Ecdysis:
                 there after ``ready()``. New connections wait meanwhile, for 10 seconds at the most; what those of this
                 generation change later is not in it.
             version: travels with it.
+            keep: whether systemd keeps the last one that was made (``FileDescriptorStoreMax=``, systemd 254), so that
+                the start after a crash, or a kill, finds it in ``inherited_stash``. It is as old as the last restart,
+                and only one start is given it: one that it kills is followed by one without. An orderly stop drops it.
+                Not for workers of ``ecdysis run``.
 
         Raises:
             ValueError, TypeError: an argument is not what it should be, or there is a stash of this name.
 
         A producer that raises, or takes too long, fails the restart with ``StashFailed``; this generation goes on.
         """
-        self._stashes.add(name, producer, at, version)
+        self._stashes.add(name, producer, at, version, keep=keep)
 
     @property
     def inherited_stash(self) -> InheritedStash:
-        """What the predecessor has left to this generation, by name; empty in the first one."""
+        """What the predecessor has left to this generation, by name; empty in the first one, but for a crash's."""
         return self._inherited_stash
 
     # Sockets
@@ -1214,6 +1232,11 @@ class Ecdysis:
         # The predecessor's own predecessor may still drain, and die, while that one has yet to hand its role on.
         if self._inheritance is not None and ancestor is self._inheritance.predecessor:
             self._systemd.begin()
+            versions = self._inherited_stash.versions()
+            self._store.inherit_state(versions)
+            for name in versions:
+                if not self._stashes.is_kept(name):
+                    self._store.drop(name)
             self._park()
             self._systemd.tell_status(self._describe())
 
@@ -1254,6 +1277,20 @@ class Ecdysis:
         # the successor goes on with, or the next start, for which clients wait (`systemctl restart`).
         if self._state in (State.SERVING, State.PAUSED):
             self._store.park(self._registry.entries)
+            while self._store.state:
+                # What a crash has left, and this start has survived.
+                (name, version), descriptor = self._store.state.popitem()
+                if self._stashes.is_kept(name):
+                    self._store.keep(name, version, descriptor)
+                os.close(descriptor)
+
+    def _recover_state(self) -> None:
+        for (name, version), descriptor in self._store.state.items():
+            size = os.fstat(descriptor).st_size
+            try:
+                self._inherited_stash.receive([{"name": name, "version": version, "size": size}], [descriptor])
+            except (OSError, GarbledFrame) as error:
+                self._generation.log.warning("the stash %r that a crash has left cannot be read: %s", name, error)
 
     def _describe(self) -> str:
         """Say in one line what `systemctl status` shows."""

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from hypothesis import given
@@ -141,16 +142,24 @@ async def test_state_is_parked_replaced_and_dropped(manager: Manager, registry: 
     for content in (b"first", b"second"):
         descriptor = os.memfd_create("state")
         os.write(descriptor, content)
-        store.keep("a: state", descriptor)
+        store.keep("a: state", content.decode(), descriptor)
         os.close(descriptor)
     assert len(await manager.take()) == 1
     later = DescriptorStore(manager.systemd, "16")
     assert later.recover(manager.start(), registry) == {}
-    assert os.pread(later.state["a: state"], 10, 0) == b"second"
+    assert os.pread(later.state["a: state", "second"], 10, 0) == b"second"
     # Sockets come and go without it.
     later.park(registry.entries)
     assert len(await manager.take()) == 1
-    later.drop("a: state")
+    later.drop("another")
+    assert len(await manager.take()) == 1
+    # A successor knows what was left to it, and replaces it by another version.
+    heir = DescriptorStore(manager.systemd, "16")
+    heir.inherit_state({"a: state": "second"})
+    heir.keep("a: state", 3, later.state["a: state", "second"])
+    [name] = await manager.take()
+    assert unquote(name).endswith(";3")
+    heir.drop()
     assert await manager.take() == []
     later.close()
     assert later.state == {}

@@ -53,6 +53,7 @@ class Unit:
             "addresses": str(machine.directory / "addresses"),
             "at_start": "",
             "hold": "",
+            "keeps": False,
             "released": str(machine.directory / "released"),
             "before_ready": 0.0,
             "become": 0,

@@ -29,6 +29,7 @@ async def answer(ecdysis: Ecdysis, line: str) -> Any:
                 "uid": os.geteuid(),
                 "generation": ecdysis.generation,
                 "names": sorted(os.environ),
+                "stash": bytes(ecdysis.inherited_stash.get("who", b"")).decode(),
             }
         case ["stall", seconds]:
             time.sleep(float(seconds))
@@ -66,6 +67,8 @@ async def main(settings: dict[str, Any]) -> None:
     """Run one generation."""
     exec(settings["at_start"], {})
     async with Ecdysis(**settings["ecdysis"]) as ecdysis:
+        if settings["keeps"]:
+            ecdysis.stash("who", f"left by pid {os.getpid()}".encode, "start", 7, keep=True)
         if settings["hold"] == "commit":
             ecdysis.stash("held", lambda: hold(settings), "commit")
 

@@ -78,6 +78,36 @@ def test_generations_renew_what_is_kept(unit: Unit) -> None:
         pass
 
 
+def test_a_crash_leaves_the_last_stash_to_one_start(unit: Unit) -> None:
+    unit.configure(keeps=True)
+    unit.start(*STORE)
+    unit.reload()
+    former = unit.main_pid
+    unit.reload()
+    # The service's socket, its control socket, and the stash, of which the newer one took the older one's place.
+    unit.wait_until(lambda: stored(unit) == 3)
+    for number in (1, 2):
+        unit.machine.kill(unit.main_pid, signal.SIGKILL)
+        wait_for_start(unit, number)
+        # This start has come through with it: it is kept for the next crash.
+        assert unit.ask("who")["stash"] == f"left by pid {former}"
+        unit.wait_until(lambda: stored(unit) == 3)
+    # One that cannot cope with it is killed by it once, and not again and again.
+    unit.configure(hold="ready")
+    unit.machine.kill(unit.main_pid, signal.SIGKILL)
+    unit.wait_until(lambda: "held\n" in unit.log and stored(unit) == 2)
+    unit.configure(hold="")
+    unit.machine.kill(unit.main_pid, signal.SIGKILL)
+    wait_for_start(unit, 4)
+    assert unit.ask("who")["stash"] == ""
+    # Of a release that wants none nothing is left.
+    unit.reload()
+    unit.wait_until(lambda: stored(unit) == 3)
+    unit.configure(keeps=False)
+    unit.reload()
+    unit.wait_until(lambda: stored(unit) == 2)
+
+
 def test_a_start_that_fails_leaves_them_to_the_next_one(unit: Unit) -> None:
     path = str(unit.machine.directory / "app.sock")
     unit.configure(sockets=[TCP, ["listen_unix", [path], {}]])
