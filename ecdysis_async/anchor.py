@@ -66,7 +66,7 @@ from .signals import SignalReceiver, handled_signals
 from .spawn import Child, Launch, Process, describe_exit, describe_launch, find_process, spawn
 from .status import counted
 from .succession import ask_for_service, pass_service_on
-from .systemd import check_unit, find_systemd
+from .systemd import check_unit, find_shortcoming, find_systemd
 from .threads import run_in_thread
 
 __all__ = ["Anchor", "Plan", "run", "serve"]
@@ -300,6 +300,8 @@ class Anchor:
     async def _run(self) -> int:
         if self._systemd.is_there:
             self._tasks.start_soon(self._systemd.run)
+            if not self.upgrades:
+                self._tasks.start_soon(self._check_systemd)
         self._systemd.begin()
         self._systemd.is_sound = self._keeper.has_sound_worker
         self._tasks.start_soon(self._keeper.watch)
@@ -340,6 +342,10 @@ class Anchor:
             return STARTUP_FAILED
         self.log.info("the service has ended")
         return 0
+
+    async def _check_systemd(self) -> None:
+        if (complaint := await find_shortcoming()) is not None:
+            self.log.warning("%s", complaint)
 
     async def _tell_failure(self, error: Exception) -> None:
         self._systemd.tell_status(f"the start has failed: {error}")

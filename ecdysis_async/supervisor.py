@@ -68,7 +68,7 @@ from .status import (
     describe_wait,
     report_of,
 )
-from .systemd import check_unit, claim_activation, find_systemd, forbid_restart
+from .systemd import check_unit, claim_activation, find_shortcoming, find_systemd, forbid_restart
 from .takeover import ask_for_channel
 from .threads import run_in_thread
 from .transfer import Receiver, Sender
@@ -390,6 +390,8 @@ class Ecdysis:
         if self._systemd.is_there:
             self._task_group.start_soon(self._systemd.run)
             self._task_group.start_soon(self._tell_status)
+            if self._inheritance is None:
+                self._task_group.start_soon(self._check_systemd)
         if self._inheritance is not None:
             self._task_group.start_soon(self._inherit, self._inheritance)
         if not is_child:
@@ -1264,6 +1266,10 @@ class Ecdysis:
     def _tell_serving(self) -> None:
         self._systemd.tell_status(self._describe())
         self._systemd.tell("READY=1")
+
+    async def _check_systemd(self) -> None:
+        if (complaint := await find_shortcoming()) is not None:
+            self._generation.log.warning("%s", complaint)
 
     async def _tell_status(self) -> None:
         while True:

@@ -17,11 +17,18 @@ import anyio.to_thread
 import psutil
 import pytest
 
-from ecdysis_async import Ecdysis, RestartUnsupported, SpawnFailed, State
+from ecdysis_async import Ecdysis, RestartUnsupported, SpawnFailed, State, systemd
 from ecdysis_async.peer import wait_for_death
 from ecdysis_async.registry import Registry
 from ecdysis_async.spawn import Launch, Process, spawn
-from ecdysis_async.systemd import Systemd, check_unit, claim_activation, find_systemd, forbid_restart
+from ecdysis_async.systemd import (
+    Systemd,
+    check_unit,
+    claim_activation,
+    find_shortcoming,
+    find_systemd,
+    forbid_restart,
+)
 from tests.handoff.harness import set_subreaper
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -229,6 +236,42 @@ def test_a_unit_that_cannot_work_is_told_what_to_change(environment: Callable[..
     environment(SYSTEMD_EXEC_PID="1")
     assert "NotifyAccess=all" in (check_unit() or "")
     assert forbid_restart() is None
+
+
+OLD_SYSTEMD = """#!/bin/sh
+case "$*" in
+--version) echo "systemd VERSION (VERSION-1~deb12u1)"; echo "+PAM +AUDIT" ;;
+"show --value --property=FileDescriptorStoreMax app.service") echo SIZE ;;
+*) echo "what is $*?" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.backends("asyncio")
+@pytest.mark.parametrize(
+    ("version", "size", "complains"), [(252, 16, True), (252, 0, False), (254, 16, False), ("rolling", 16, False)]
+)
+async def test_a_systemd_that_is_too_old_for_the_unit_is_told(
+    environment: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str | int,
+    size: int,
+    *,
+    complains: bool,
+) -> None:
+    command = tmp_path / "systemctl"
+    command.write_text(OLD_SYSTEMD.replace("VERSION", str(version)).replace("SIZE", str(size)))
+    command.chmod(0o755)
+    environment(NOTIFY_SOCKET="@nobody", SYSTEMD_EXEC_PID=str(os.getpid()), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    # This machine runs another one, or none.
+    monkeypatch.setattr(systemd, "BOOTED", str(tmp_path))
+    monkeypatch.setattr(systemd, "_read_control_group", lambda: ["", "system.slice", "app.service"])
+    complaint = await find_shortcoming()
+    assert ("FileDescriptorStoreMax=16" in (complaint or "")) == complains
+    # One that tells of its store is new enough.
+    environment(FDSTORE="16")
+    assert await find_shortcoming() is None
 
 
 async def test_a_restart_that_would_end_the_unit_is_refused(backend: str, environment: Callable[..., None]) -> None:

@@ -180,6 +180,14 @@ class Machine:
         self._reload_if_due()
         self.run("systemctl", *arguments)
 
+    def execute_anew(self) -> None:
+        """Let systemd execute itself, and wait until it takes commands again."""
+        self._reload_if_due()
+        self.run("systemctl", "daemon-reexec")
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while "Version=" not in self.run("systemctl", "show", "--property=Version", check=False):
+            assert time.monotonic() < deadline, "systemd does not come back"
+
     def fails(self, *command: str) -> bool:
         """Run a command inside; say whether it fails."""
         self._reload_if_due()

@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+from ecdysis_async import systemd
 from tests.systemd.harness import NAME, Client, Unit
 from tests.systemd.load import Load
 from tests.systemd.machine import PROJECT
@@ -116,9 +117,8 @@ def test_systemd_is_executed_anew_under_load_and_knows_all_it_knew(unit: Unit) -
             # The service's socket and its control socket.
             unit.wait_until(lambda: unit.show("NFileDescriptorStore") == "2")
             main = unit.main_pid
-            # It returns when systemd answers again. The first reload is asked for at once, and the second one of a
-            # systemd that has been executed anew while the former generation drained.
-            unit.machine.systemctl("daemon-reexec")
+            # The second time the former generation drains.
+            unit.machine.execute_anew()
             assert (unit.main_pid, unit.show("NFileDescriptorStore")) == (main, "2")
             unit.reload()
             load.wait_for(generation)
@@ -128,7 +128,7 @@ def test_systemd_is_executed_anew_under_load_and_knows_all_it_knew(unit: Unit) -
     # What is kept is of use still.
     unit.machine.kill(unit.main_pid, signal.SIGSTOP)
     with Client(unit.addresses[0]).say("echo patience") as client:
-        unit.machine.systemctl("daemon-reexec")
+        unit.machine.execute_anew()
         unit.machine.kill(unit.main_pid, signal.SIGKILL)
         assert client.hear() == "1 patience"
     unit.systemctl("stop")
@@ -147,13 +147,13 @@ def test_it_survives_systemd_being_executed_anew_in_a_restart(unit: Unit, phase:
             unit.wait_until(lambda: "held\n" in unit.log)
         else:
             assert json.loads(client.hear())["outcome"] == "serving"
-        unit.machine.systemctl("daemon-reexec")
+        unit.machine.execute_anew()
         assert unit.main_pid == first
         unit.release()
         if phase == "initialising":
             assert json.loads(client.hear())["outcome"] == "serving"
-    # Another restart ends the probation.
-    unit.reload()
+    # The probation is ended by another restart; systemctl reload would wait, because the unit reloads already.
+    assert unit.ask("restart settled")["outcome"] == "settled"
     answer = unit.ask("who")
     assert (answer["generation"], answer["pid"]) == (3, unit.main_pid)
     assert unit.show("NRestarts") == "0"
@@ -197,12 +197,17 @@ def test_what_is_for_one_process_does_not_reach_the_next(unit: Unit) -> None:
     names = unit.ask("who")["names"]
     assert {"NOTIFY_SOCKET", "WATCHDOG_USEC"} <= set(names)
     assert not {"WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS"} & set(names)
+    # Without a descriptor store it was asked how old systemd is.
+    code = "from ecdysis_async import systemd; print(systemd._ask_systemctl('--version').split()[1])"
+    version = unit.machine.run("env", f"PYTHONPATH={PROJECT}", sys.executable, "-c", code).strip()
+    assert int(version) >= systemd.TELLS_OF_STORE
+    assert "too old" not in unit.log
 
 
 def test_without_a_notification_socket_it_says_what_to_change(unit: Unit) -> None:
     unit.start(kind="exec")
     unit.wait_until(lambda: "serving on" in unit.log)
-    assert unit.log.count("Type=notify") == 1
+    assert unit.log.count("Put Type=notify into") == 1
 
 
 def test_behind_a_wrapper_it_says_what_to_change(unit: Unit) -> None:
