@@ -97,10 +97,12 @@ class Unit:
             + "".join(f"{line}\n" for line in lines),
         )
 
-    def keep_log(self) -> None:
-        """Have a unit that somebody else has written, and log where the test looks."""
+    def keep_log(self, *lines: str) -> None:
+        """Have a unit that somebody else has written, with more lines in [Service], and log where the test looks."""
         self.machine.install(
-            f"{NAME}.d/log.conf", f"[Service]\nStandardOutput=append:{self._log}\nStandardError=append:{self._log}\n"
+            f"{NAME}.d/log.conf",
+            f"[Service]\nStandardOutput=append:{self._log}\nStandardError=append:{self._log}\n"
+            + "".join(f"{line}\n" for line in lines),
         )
 
     def start(self, *lines: str, kind: str = "notify") -> Self:

@@ -141,8 +141,8 @@ def test_a_drain_may_take_longer_than_the_unit_says(unit: Unit) -> None:
 
 def test_a_start_may_take_longer_than_the_unit_says(unit: Unit) -> None:
     # What is slow comes after the first word to systemd, and before ready().
-    unit.configure(ecdysis={"ready_timeout": 20}, before_ready=2.5)
-    unit.start("TimeoutStartSec=2")
+    unit.configure(ecdysis={"ready_timeout": 20}, before_ready=3.5)
+    unit.start("TimeoutStartSec=3")
     assert unit.ask("who")["pid"] == unit.main_pid
 
 
@@ -191,12 +191,12 @@ def test_a_kill_of_the_new_generation_is_noticed_while_the_old_one_drains(unit: 
 
 
 def test_the_watchdog_bites_a_stalled_loop_and_spares_a_sound_one(unit: Unit) -> None:
-    unit.configure(ecdysis={"probation": 0.7})
-    unit.start("WatchdogSec=500ms", "Restart=always", "RestartSec=0")
+    unit.configure(ecdysis={"probation": 1.3})
+    unit.start("WatchdogSec=1", "Restart=always", "RestartSec=0")
     with Client(unit.addresses[0]) as client:
         # Longer than the watchdog's time in each phase: the start, the probation, the drain, and after all of them.
-        client.say("linger 1 sound")
-        unit.configure(before_ready=0.7)
+        client.say("linger 1.3 sound")
+        unit.configure(before_ready=1.3)
         unit.reload()
         assert client.hear() == "1 sound bye"
     unit.configure(before_ready=0.0)

@@ -50,7 +50,8 @@ class PrintedUnit:
             cwd=PROJECT,
             env={**os.environ, "PYTHONPATH": str(PROJECT)},
         )
-        unit.keep_log()
+        # So that it can bite within the test; a reload takes longer than that.
+        unit.keep_log("WatchdogSec=2", "TimeoutAbortSec=1")
 
     def release(self, **variables: str) -> None:
         """Make the next generation another release."""
@@ -93,11 +94,12 @@ def test_it_starts_reloads_and_stops_as_printed(unit: Unit, has_socket: bool, re
     assert (unit.show("Result"), unit.show("ExecMainStatus"), unit.show("ActiveState")) == ("success", "0", "inactive")
 
 
-def test_a_kill_of_its_main_process_and_a_restart_refuse_nobody(unit: Unit) -> None:
+def test_the_watchdog_that_bites_it_and_a_restart_refuse_nobody(unit: Unit) -> None:
     printed = PrintedUnit(unit)
     unit.systemctl("start")
     with Load(printed.address[1]) as load:
-        unit.machine.kill(unit.main_pid, signal.SIGKILL)
+        # Its loop turns no more, while its workers serve on.
+        unit.machine.kill(unit.main_pid, signal.SIGSTOP)
         unit.wait_until(lambda: unit.show("NRestarts") == "1" and unit.show("ActiveState") == "active")
         load.wait_for(1, 30)
         unit.reload()
