@@ -15,7 +15,18 @@ from typing import NoReturn
 
 PROJECT = Path(__file__).resolve().parent
 PYTHONS = ("3.11", "3.12", "3.13")
-HANDOFF = ("chains", "control", "datagrams", "failed_restarts", "hardships", "leaks", "queues", "sockets", "stash")
+HANDOFF = (
+    "chains",
+    "control",
+    "datagrams",
+    "failed_restarts",
+    "hardships",
+    "leaks",
+    "queues",
+    "reused_pids",
+    "sockets",
+    "stash",
+)
 NEWEST_ONLY = (
     # Other people's servers, systemd and whole commands: they know nothing of Python's version, and take half the time.
     *("anchor", "run", "servers", "systemd", "transfer", "test_benchmarks.py", "test_cli.py"),
