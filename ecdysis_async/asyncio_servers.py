@@ -252,11 +252,12 @@ class GatedServer(asyncio.AbstractServer):
         self.moves = moves
         # The same: called with the protocol of a connection that the drain is about to close as idle.
         self.say_goodbye: Callable[[Any], None] | None = None
+        # The same, until it accepts.
         self.protocol_factory = protocol_factory
         self.is_secure = bool(tls_options)
         self._plane = plane
         self._loop = asyncio.get_running_loop()
-        self._acceptors = [_ServerAcceptor(self, entry, protocol_factory, tls_options) for entry in entries]
+        self._acceptors = [_ServerAcceptor(self, entry, tls_options) for entry in entries]
         # What the application passed, where that is a duplicate of what was registered: ours to close, as asyncio does.
         self._given = given
         self._is_started = False
@@ -657,15 +658,12 @@ class _BufferedDoorway(_Doorway, asyncio.BufferedProtocol):
 class _ServerAcceptor(Acceptor, Adopter):
     """One socket of a server: behind it, while the gate stands open, a server of the loop's own on a duplicate."""
 
-    def __init__(
-        self, server: GatedServer, entry: Entry, protocol_factory: ProtocolFactory, tls_options: dict[str, Any]
-    ) -> None:
+    def __init__(self, server: GatedServer, entry: Entry, tls_options: dict[str, Any]) -> None:
         self.entry = entry
         self.adopter = self
         self.server = server
         self._loop = server.get_loop()
         self._is_asyncio = isinstance(self._loop, asyncio.SelectorEventLoop)
-        self._protocol_factory = protocol_factory
         # Protocols run in the context of whoever asked for the server, also when somebody else opens the gate.
         self._context = contextvars.copy_context()
         # In use as long as there is an inner server; between two of those, kept for the next one.
@@ -775,7 +773,7 @@ class _ServerAcceptor(Acceptor, Adopter):
         connection = ServerConnection(self.server, self.entry, accepted.popleft() if accepted else None)
         self.server.plane.tracker.open(connection)
         try:
-            return _doorway(connection, self._protocol_factory())
+            return _doorway(connection, self.server.protocol_factory())
         except BaseException:
             connection.lose()
             raise

@@ -30,10 +30,11 @@ from ecdysis_async.settings import StrPath
 from ecdysis_async.supervisor import Ecdysis
 
 from . import own_options
+from .aiohttp_transfer import make_movable, stays
 from .departure import RESTARTING, STEP_SECONDS, Departure
 from .forwarded import Trusted
 from .listening import make_ssl_context, open_sockets
-from .moving import let_fresh_ones_move
+from .moving import servers_but
 
 __all__ = ["DRAINING", "run", "serve"]
 
@@ -80,8 +81,9 @@ async def serve(
         socks: more of these.
         ssl_context: serve TLS.
         backlog: how many connections may wait to be accepted.
-        transfer: let connections that nobody has read from yet move to the successor of a restart. Those that have had
-            a response cannot: aiohttp's parser does not show whether it has read half a request.
+        transfer: let connections that are idle move to the successor of a restart, with their clients none the wiser.
+            After a request with a body, they mostly cannot before the next one: aiohttp's parser does not show whether
+            it has read half a request.
         options: those of ``aiohttp.web.AppRunner``, such as ``access_log`` and ``keepalive_timeout``.
 
     Raises:
@@ -105,7 +107,8 @@ async def serve(
         for site in _make_sites(runner, host, port, path, all_socks, ssl_context=ssl_context, backlog=backlog):
             await site.start()
         if transfer:
-            let_fresh_ones_move(plane, others)
+            for server in set(servers_but(plane, others)):
+                make_movable(server)
         await ecdysis.ready()
         await clients.departure.see_off()
     finally:
@@ -190,7 +193,7 @@ class _Clients:
             dismiss = functools.partial(_dismiss, response)
             self.departure.websockets.add(dismiss)
             request.task.add_done_callback(lambda _: self.departure.websockets.discard(dismiss))
-        elif self.departure.ecdysis.draining.is_set():
+        elif self.departure.ecdysis.draining.is_set() and stays(request):
             response.force_close()
             if request.version.major == 1:
                 response.headers["Connection"] = "close"

@@ -12,7 +12,7 @@ import fcntl
 import socket
 import struct
 import termios
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, Final
 
 from ecdysis_async.asyncio_servers import GatedServer, Moves, ServerConnection
@@ -21,7 +21,7 @@ from ecdysis_async.gate import Acceptor
 from ecdysis_async.parcel import Refused, Release
 from ecdysis_async.plane import Plane
 
-__all__ = ["IDLE", "WEBSOCKET", "FreshMoves", "SelfMoving", "let_fresh_ones_move", "will_move"]
+__all__ = ["IDLE", "WEBSOCKET", "FreshMoves", "SelfMoving", "let_fresh_ones_move", "servers_but", "will_move"]
 
 IDLE: Final = "http/1.1"
 """The kind of what moves between two requests; any server of HTTP/1.1 goes on with it."""
@@ -64,12 +64,18 @@ class FreshMoves(Moves):
         return self._make()
 
 
-def let_fresh_ones_move(plane: Plane, others: Collection[Acceptor]) -> None:
-    """Let connections move, as long as nobody has read from them, of all servers but the other ones."""
+def servers_but(plane: Plane, others: Collection[Acceptor]) -> Iterator[GatedServer]:
+    """Return all servers but the other ones, each once for every socket."""
     for acceptor in plane.gate.acceptors:
         server = getattr(acceptor, "server", None)
         if acceptor not in others and isinstance(server, GatedServer):
-            server.moves = FreshMoves(server)
+            yield server
+
+
+def let_fresh_ones_move(plane: Plane, others: Collection[Acceptor]) -> None:
+    """Let connections move, as long as nobody has read from them, of all servers but the other ones."""
+    for server in servers_but(plane, others):
+        server.moves = FreshMoves(server)
 
 
 def will_move() -> bool:

@@ -15,10 +15,10 @@ from websockets.asyncio.client import ClientConnection, connect
 from tests.test_examples import EXAMPLES, Service
 from tests.transfer.subreaper import subreaper
 
-# A start of each takes a second; so many are asked of one loop for each implementation, and a few of the other.
+# A start of each takes a second; so many are asked of one loop for each implementation, and a few of the other: of
+# uvicorn on uvloop in test_run.py.
 RESTARTS = {
     ("websocket_echo", "asyncio"): 20,
-    ("websocket_echo", "uvloop"): 5,
     ("websockets_server", "asyncio"): 5,
     ("websockets_server", "uvloop"): 20,
 }
