@@ -8,6 +8,7 @@ with a fresh context, as it may at any message.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import base64
 import json
@@ -24,9 +25,9 @@ from websockets.http11 import Response
 from ecdysis_async.parcel import Refused, Release
 
 from .departure import RESTARTING
-from .moving import WEBSOCKET
+from .moving import WEBSOCKET, SelfMoving
 
-__all__ = ["GOODBYE", "TRANSFER", "Inbound", "Luggage", "Muted", "Transfer", "negotiated"]
+__all__ = ["GOODBYE", "TRANSFER", "Inbound", "Luggage", "MovingWebSocket", "Muted", "Transfer", "negotiated"]
 
 TRANSFER: Final = "ecdysis.transfer"
 """Where an application finds the :class:`Transfer` of a WebSocket: in the scope's state, or as an attribute."""
@@ -223,3 +224,152 @@ class Muted:
     def close(self) -> None:
         """Take it for the end, too."""
         self._give_up()
+
+
+class MovingWebSocket(SelfMoving, asyncio.Protocol):
+    """A WebSocket that moves while its application waits for a message, and has offered a state.
+
+    It stands in front of a server's own protocol, which has ``transport``, ``response`` and ``logger``.
+
+    Attributes:
+        ecdysis_transfer: where the application offers it.
+    """
+
+    transport: Any
+    response: Response
+    logger: Any
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.ecdysis_transfer = Transfer()
+        # What it has brought along, until its handshake is replayed and its application has accepted it again.
+        self._luggage: Luggage | None = None
+        # Set when it is known whether it moves; None while it is not on its way.
+        self._verdict: asyncio.Event | None = None
+        self._request_bytes = b""
+        self._inbound = Inbound()
+        self._is_followed = False
+        # What the client sends while the handshake is replayed.
+        self._unread: list[bytes] = []
+
+    # What differs from server to server
+
+    @property
+    @abc.abstractmethod
+    def _is_opening(self) -> bool:
+        """Whether the request of the handshake is still to come, or some of it."""
+
+    @property
+    @abc.abstractmethod
+    def _is_idle(self) -> bool:
+        """Whether it is open, its application waits for a message, and nothing was received for it or is being sent."""
+
+    @property
+    @abc.abstractmethod
+    def _is_read_paused(self) -> bool:
+        """Whether what was read has to be dealt with first."""
+
+    @property
+    @abc.abstractmethod
+    def _extensions(self) -> Sequence[Extension]:
+        """What was negotiated."""
+
+    # How it moves
+
+    def resume(self, release: Release) -> None:
+        """Go on with a WebSocket of the predecessor's, as soon as there is a transport.
+
+        Raises:
+            Refused: it is none that this release knows.
+        """
+        self._luggage = Luggage.unpack(release)
+        self.ecdysis_transfer = Transfer(self._luggage.state)
+
+    def release(self) -> Release | None:
+        """Give it away between two messages: nothing of the next one has come, and the last one was dealt with."""
+        if not self._is_idle or not self._inbound.is_between_messages:
+            return None
+        # One that is half taken over looks as if it was idle.
+        if self._luggage is not None or self._verdict is not None or not self.ecdysis_transfer.is_offered:
+            return None
+        settled, state = negotiated(self.response), self.ecdysis_transfer.state()
+        luggage = Luggage(self._request_bytes, settled, self._inbound.window, state)
+        self._verdict = asyncio.Event()
+        return luggage.release()
+
+    def keep(self) -> None:
+        """Go on: it has not moved."""
+        self._decide()
+
+    async def wait_for_verdict(self) -> None:
+        """Wait while it is on its way: what is sent after the successor has begun would be in its way."""
+        if self._verdict is not None:
+            await self._verdict.wait()
+
+    # What the loop calls
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if self._luggage is not None:
+            self.transport = Muted(transport, self._give_up)
+            self._request_bytes = self._luggage.request
+            super().data_received(self._request_bytes)
+
+    def data_received(self, data: bytes) -> None:
+        if self._luggage is not None:
+            # uvloop reads as soon as a connection is made, whatever it was told before.
+            self._unread.append(data)
+            self._real_transport.pause_reading()
+            return
+        if self._is_opening:
+            self._request_bytes += data
+        else:
+            if not self._is_followed:
+                self._is_followed = True
+                self._inbound.follow(self._extensions)
+            self._inbound.feed(data)
+        super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unmute()
+        self._decide()
+        super().connection_lost(exc)
+
+    # How it is resumed
+
+    @property
+    def _real_transport(self) -> Any:
+        return self.transport.real if isinstance(self.transport, Muted) else self.transport
+
+    def _unmute(self) -> None:
+        self._luggage = None
+        self.transport = self._real_transport
+
+    def _go_on(self) -> None:
+        """Let the client be heard, if the application has accepted it as the one before did."""
+        if self._luggage is None:
+            return
+        if negotiated(self.response) != self._luggage.settled:
+            self.logger.warning("a WebSocket of the predecessor's is accepted otherwise here: it has to come back")
+            self._give_up()
+            return
+        self._is_followed = True
+        self._inbound.restore(self._extensions, self._luggage.window)
+        self._unmute()
+        unread, self._unread = self._unread, []
+        for data in unread:
+            self.data_received(data)
+        if unread and not self._is_read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def _give_up(self) -> None:
+        """Close a WebSocket that was taken over, and that the application will not have, or not so."""
+        if self._luggage is not None:
+            self._unmute()
+            self.transport.write(GOODBYE)
+            self.transport.close()
+
+    def _decide(self) -> None:
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None:
+            verdict.set()
