@@ -17,7 +17,6 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from ecdysis_async.drain import FAREWELL_SECONDS, FAREWELL_SHARE
 from ecdysis_async.errors import DrainInterrupt
 from ecdysis_async.gate import GateState
 from ecdysis_async.plane import active
@@ -35,6 +34,11 @@ RESTARTING = 1012
 # connection ends without telling, because its protocol is no longer the one that was made for it; a drain, too, looks
 # for those this often.
 STEP_SECONDS = 0.05
+
+# How long before the deadline the last WebSocket is closed, seconds, and as a share of the whole time: its client has
+# to answer, and may be far away, or busy. Whoever has not by then is reset.
+ANSWER_SECONDS = 5.0
+ANSWER_SHARE = 0.25
 
 # What a server may take for its own shutdown, the application's included, if the drain has used up all of its time; and
 # what a drain may take beyond its deadline before it is not waited for any longer. Seconds.
@@ -79,11 +83,6 @@ class Departure:
         self._say_farewell = say_farewell
         self._timeout = ecdysis.drain_timeout
         self._deadline = -math.inf
-
-    @property
-    def seconds_to_farewell(self) -> float:
-        """How long, from when this generation begins to leave, until the drain closes connections that are idle."""
-        return self._timeout - min(FAREWELL_SECONDS, self._timeout * FAREWELL_SHARE)
 
     async def see_off(self) -> None:
         """Return when this generation has left and its last connection has ended, at the deadline at the latest.
@@ -132,7 +131,7 @@ class Departure:
 
     async def _close_one_by_one(self, closing: TaskGroup) -> None:
         """Close WebSockets evenly over the time there is: all at once, their clients would come back all at once."""
-        end = self._deadline - self._timeout + self.seconds_to_farewell
+        end = self._deadline - min(ANSWER_SECONDS, self._timeout * ANSWER_SHARE)
         due = 0.0
         while True:
             await anyio.sleep(STEP_SECONDS)
