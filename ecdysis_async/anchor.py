@@ -344,7 +344,8 @@ class Anchor:
         return 0
 
     async def _check_systemd(self) -> None:
-        if (complaint := await find_shortcoming()) is not None:
+        has_socket_unit = any(entry.number is not None for entry in self.registry.entries)
+        if (complaint := await find_shortcoming(has_socket_unit=has_socket_unit)) is not None:
             self.log.warning("%s", complaint)
 
     async def _tell_failure(self, error: Exception) -> None:

@@ -1268,7 +1268,8 @@ class Ecdysis:
         self._systemd.tell("READY=1")
 
     async def _check_systemd(self) -> None:
-        if (complaint := await find_shortcoming()) is not None:
+        has_socket_unit = any(entry.number is not None for entry in self._registry.entries)
+        if (complaint := await find_shortcoming(has_socket_unit=has_socket_unit)) is not None:
             self._generation.log.warning("%s", complaint)
 
     async def _tell_status(self) -> None:

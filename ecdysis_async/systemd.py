@@ -103,13 +103,18 @@ def _read_watchdog() -> float | None:
     return int(microseconds) / 1e6 if is_ours and microseconds.isdecimal() and int(microseconds) else None
 
 
-async def find_shortcoming() -> str | None:
+async def find_shortcoming(*, has_socket_unit: bool) -> str | None:
     """Return what the unit asks of a systemd that is too old for it, and what to do instead; None where it is not so.
 
     sd_notify(3) tells no version, and a systemd that does not understand a message says nothing. So systemctl is asked,
     and only where something may be amiss: this process has a systemd, has been executed by it and not in a container,
     and was told of no descriptor store, which is what those before 254 never tell of.
+
+    Args:
+        has_socket_unit: whether systemd itself listens, so that nothing has to be kept.
     """
+    if has_socket_unit:
+        return None
     is_executed = os.environ.get("SYSTEMD_EXEC_PID", str(os.getpid())) == str(os.getpid())
     if not (os.environ.get("NOTIFY_SOCKET") and is_executed) or "FDSTORE" in os.environ:
         return None

@@ -267,11 +267,12 @@ async def test_a_systemd_that_is_too_old_for_the_unit_is_told(
     # This machine runs another one, or none.
     monkeypatch.setattr(systemd, "BOOTED", str(tmp_path))
     monkeypatch.setattr(systemd, "_read_control_group", lambda: ["", "system.slice", "app.service"])
-    complaint = await find_shortcoming()
+    complaint = await find_shortcoming(has_socket_unit=False)
     assert ("FileDescriptorStoreMax=16" in (complaint or "")) == complains
+    assert await find_shortcoming(has_socket_unit=True) is None
     # One that tells of its store is new enough.
     environment(FDSTORE="16")
-    assert await find_shortcoming() is None
+    assert await find_shortcoming(has_socket_unit=False) is None
 
 
 async def test_a_restart_that_would_end_the_unit_is_refused(backend: str, environment: Callable[..., None]) -> None:
