@@ -243,6 +243,11 @@ def test_a_command_loads_nothing_of_a_service() -> None:
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"set()\n"
 
 
+def test_what_is_loaded_later_is_listed() -> None:
+    program = "import ecdysis_async; print({*ecdysis_async.__all__} - {*dir(ecdysis_async)})"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"set()\n"
+
+
 # Windows is not at hand: what it lacks is taken away before the import. The loop, which stays, is made before that.
 WITHOUT_THE_MEANS = """
 import asyncio, os, select, signal, socket
