@@ -163,6 +163,7 @@ def test_a_stopped_predecessor_stalls_the_restart(backend: str, run_service: Run
             report = asking.answer()
         assert report["outcome"] == "settled"
         turns.append(report["successor_pid"])
+        service.wait_for("successor", state="settled", pid=turns[-1])
         assert service.ask()["pid"] == turns[-1]
         assert service.accepting_turns() == turns
         assert service.wait_for_death(former) == 0
@@ -192,6 +193,7 @@ def test_a_predecessor_that_stops_after_the_commit_is_not_missed(backend: str, r
                 clients.wait_for(turns[-1])
                 service.signal(former, signal.SIGCONT)
                 assert asking.answer()["outcome"] == "settled"
+            service.wait_for("successor", state="settled", pid=turns[-1])
             assert service.wait_for_death(former) == 0
             clients.wait_for(turns[-1])
     assert (clients.refused, clients.lost) == ([], [])
@@ -220,6 +222,7 @@ def test_clients_wait_for_a_successor_that_stops(backend: str, run_service: Run)
             with service.begin("hello") as patient:
                 service.signal(turns[-1], signal.SIGCONT)
                 assert patient.answer() == {"generation": number, "pid": turns[-1]}
+            service.wait_for("successor", state="settled", pid=turns[-1])
             clients.wait_for(turns[-1])
     assert (clients.refused, clients.lost) == ([], [])
     assert service.accepting_turns() == turns
@@ -230,6 +233,8 @@ def armed(service: Service, side: str, state: str, action: str) -> Iterator[Conv
     """Ask for a restart in which that happens."""
     # A failure is the one of the last case that is printed.
     print(f"{side} {state} {action}")  # noqa: T201
+    # It tells of its last state, and then looks whether something shall happen there: which is over when it answers.
+    service.ask()
     service.forget_events()
     service.arm(side, state, action)
     with service.begin("restart", until="settled") as asking:
