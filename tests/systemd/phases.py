@@ -32,6 +32,8 @@ class Standstill:
     def reach(self, load: Load) -> None:
         """Begin a reload, and return when it stands still; from then on the settings are for whoever comes next."""
         unit = self._unit
+        # It answers before systemd has heard that it does, and until then there is nothing to reload.
+        unit.wait_until(lambda: unit.show("ActiveState") == "active")
         match self.phase:
             case "spawning":
                 # It hangs, so that nothing but a signal that cannot be caught ends it.
