@@ -113,6 +113,8 @@ class Unit:
 
     def reload(self) -> None:
         """Reload it, which must not fail."""
+        # One that a client has started may answer before systemd has heard that it is ready.
+        self.wait_until(lambda: self.show("ActiveState") != "activating")
         self.machine.systemctl("reload", NAME)
 
     def systemctl(self, command: str, *options: str) -> None:
