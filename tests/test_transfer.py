@@ -527,7 +527,7 @@ def test_a_transfer_ages_objects_and_thaws_none() -> None:
     gc.freeze()
     try:
         frozen = gc.get_freeze_count()
-        assert frozen
+        assert frozen >= transfer.FROZEN_BY_APPLICATION
         transfer._age_all_objects()
         assert gc.get_freeze_count() == frozen
     finally:
