@@ -118,7 +118,7 @@ def test_options_and_their_defaults() -> None:
 
 
 def test_members() -> None:
-    members = {name: member for name, member in vars(Ecdysis).items() if not name.startswith("_")}
+    members = {name: getattr(Ecdysis, name) for name in dir(Ecdysis) if not name.startswith("_")}
     assert {name for name, member in members.items() if inspect.iscoroutinefunction(member)} == COROUTINES
     assert {name for name, member in members.items() if isinstance(member, property)} == PROPERTIES
     assert set(members) == COROUTINES | AWAITABLES | PROPERTIES | FUNCTIONS

@@ -45,6 +45,7 @@ TOP_TO_BOTTOM = (
     "stderr_tail",
     "crew",
     "line",
+    "listeners",
     "loops",
     "asyncio_datagrams",
     "asyncio_servers",
