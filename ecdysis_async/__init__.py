@@ -7,6 +7,7 @@ accepting, and finishes what it has. Enter :class:`Ecdysis` and await :meth:`Ecd
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -83,3 +84,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# What was passed to this process it claims with the first import, before the application can start another one, which
+# would find the marker, or hold the descriptors, as well (DESIGN.md, trap 7). Commands are passed nothing.
+if os.environ.keys() & {"ECDYSIS_CHANNEL", "ECDYSIS_LINE", "LISTEN_PID"}:
+    importlib.import_module(".supervisor", __name__)

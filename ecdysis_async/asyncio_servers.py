@@ -247,12 +247,11 @@ class GatedServer(asyncio.AbstractServer):
         tls_options: dict[str, Any],
         moves: Moves | None = None,
     ) -> None:
-        # For adapters of other people's servers to set. Without effect where TLS is served: what a session is made of
-        # is in user space, and stays in this process.
+        # The next three are for adapters of other people's servers to set, the last one before it accepts.
+        # Without effect where TLS is served: what a session is made of is in user space, and stays in this process.
         self.moves = moves
-        # The same: called with the protocol of a connection that the drain is about to close as idle.
+        # Called with the protocol of a connection that the drain is about to close as idle.
         self.say_goodbye: Callable[[Any], None] | None = None
-        # The same, until it accepts.
         self.protocol_factory = protocol_factory
         self.is_secure = bool(tls_options)
         self._plane = plane

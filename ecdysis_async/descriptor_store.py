@@ -131,7 +131,7 @@ class DescriptorStore:
         reason = ""
         if len(name) > NAME_LENGTH:
             reason = "its name and its address are too long together: give it a shorter name="
-        elif len(self._parked) >= self._limit:
+        elif len((self._parked | self._inherited) - {name}) >= self._limit:
             reason = f"there is room for {self._limit}: raise FileDescriptorStoreMax= in the unit's [Service]"
         if reason:
             if not self._complained:

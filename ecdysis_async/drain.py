@@ -95,7 +95,18 @@ class Connection:
     than once, and none of them may raise or block.
     """
 
-    __slots__ = ("_idle_scopes", "interrupted", "invited", "moved", "offer", "over", "silent", "since", "until")
+    __slots__ = (
+        "_idle_scopes",
+        "interrupted",
+        "invited",
+        "moved",
+        "offer",
+        "over",
+        "refused",
+        "silent",
+        "since",
+        "until",
+    )
 
     # Whether a client is at the other end: only those can be lost.
     is_accepted: ClassVar[bool] = True
@@ -109,10 +120,12 @@ class Connection:
         # Whether the drain has asked it to close, and whether it was at a safe point then.
         self.interrupted = False
         self.silent = False
-        # Whether its handler shall offer it for transfer, as soon as it can; its offer; and whether it has moved.
+        # Whether its handler shall offer it for transfer, as soon as it can; its offer; whether it has moved;
+        # and whether the successor will never take it.
         self.invited = False
         self.offer: Offer | None = None
         self.moved = False
+        self.refused = False
         self._idle_scopes: list[anyio.CancelScope] = []
 
     def interrupt(self) -> None:

@@ -109,8 +109,8 @@ class State(enum.Enum):
 
 _current: Ecdysis | None = None
 
-# Claimed with the first import, before the application can start a process that would find the marker, or hold the
-# channel, as well (DESIGN.md, trap 7). Taken by the first Ecdysis that is entered.
+# Claimed with the first import of the package, before the application can start a process that would find the marker,
+# or hold the channel, as well (DESIGN.md, trap 7). Taken by the first Ecdysis that is entered.
 _channel: socket.socket | None = claim_channel()
 if _channel is not None:
     # A process that dies before it enters the block has nobody else who closes it.
@@ -514,8 +514,9 @@ class Ecdysis(Listeners):
                 self._registry.release(entry, unlink=not entry.inherited)
         else:
             if not self._has_heir:
-                # Nobody can come to these any more, whatever systemd does next; and an orderly end is no crash.
-                self._store.drop()
+                # Nobody can come to these any more, whatever systemd does next.
+                if orderly:
+                    self._store.drop()
                 self._store.park(entry for entry in self._registry.entries if entry.inode is None)
             self._registry.close(unlink=not self._has_heir)
         if self._control is not None:
@@ -769,8 +770,9 @@ class Ecdysis(Listeners):
             version: travels with it.
             keep: whether systemd keeps the last one that was made (``FileDescriptorStoreMax=``, systemd 254), so that
                 the start after a crash, or a kill, finds it in ``inherited_stash``. It is as old as the last restart,
-                and only one start is given it: one that it kills is followed by one without. An orderly stop drops it.
-                Not for workers of ``ecdysis run``.
+                and only one start is given it: one that it kills is followed by one without. Ask for it before
+                ``ready()``: what a crash has left under a name that nobody keeps then is let go. An orderly stop drops
+                it. Not for workers of ``ecdysis run``.
 
         Raises:
             ValueError, TypeError: an argument is not what it should be, or there is a stash of this name.

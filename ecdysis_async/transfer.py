@@ -120,8 +120,6 @@ class Sender:
         self._sent: dict[int, list[Connection]] = {}
         self._number = 0
         self._batch = BATCH
-        # Those that the successor will never take.
-        self._refused: set[Connection] = set()
         self._no_room_until = 0.0
         self._no_room_seconds = NO_ROOM_SECONDS
         self._news = anyio.Event()
@@ -223,7 +221,7 @@ class Sender:
                 continue
             text = self._write(parcel)
             if text is None or len(text) > PARCEL_BYTES:
-                self._refused.add(connection)
+                connection.refused = True
                 self._keep(connection)
                 continue
             connections.append(connection)
@@ -251,7 +249,7 @@ class Sender:
         except Exception:
             # The application's side of it.
             self.log.exception("a connection cannot be released: it stays, and drains")
-            self._refused.add(connection)
+            connection.refused = True
             return None
 
     def _write(self, parcel: Parcel) -> str | None:
@@ -271,7 +269,7 @@ class Sender:
 
     def _enqueue(self, connection: Connection) -> None:
         """Let it be looked at, and sent if it can be."""
-        if connection.movable and connection not in self._refused and connection not in self._listed:
+        if connection.movable and not connection.refused and connection not in self._listed:
             self._listed.add(connection)
             self._queue.append(connection)
             self._news.set()
@@ -335,7 +333,7 @@ class Sender:
             if index in later:
                 self._enqueue(connection)
             else:
-                self._refused.add(connection)
+                connection.refused = True
         if later:
             self._no_room_until = time.monotonic() + self._no_room_seconds
             self._no_room_seconds = min(2 * self._no_room_seconds, NO_ROOM_MAX_SECONDS)

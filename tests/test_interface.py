@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from types import ModuleType
 import pytest
 
 import ecdysis_async
-from ecdysis_async import Ecdysis, RestartError, asyncio_datagrams, asyncio_servers
+from ecdysis_async import Ecdysis, RestartError, asyncio_datagrams, asyncio_servers, spawn
 from ecdysis_async.cli.client import Exit
 
 PUBLIC = {
@@ -241,6 +242,16 @@ def test_a_service_on_trio_never_loads_asyncio() -> None:
 def test_a_command_loads_nothing_of_a_service() -> None:
     program = "import sys, ecdysis_async.cli.commands; print({'anyio', 'asyncio', 'rich'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"set()\n"
+
+
+@pytest.mark.parametrize("key", [spawn.MARKER, spawn.LINE_MARKER, "LISTEN_PID"])
+def test_what_was_passed_is_claimed_with_the_package(key: str) -> None:
+    """Before the application can start a process that would find it as well (trap 7)."""
+    program = f"import os, ecdysis_async; print({key!r} in os.environ)"
+    outcome = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, key: "1:2:3"}, capture_output=True, check=True
+    )
+    assert outcome.stdout == b"False\n"
 
 
 def test_what_is_loaded_later_is_listed() -> None:

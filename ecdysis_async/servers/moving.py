@@ -84,7 +84,7 @@ def will_move() -> bool:
     Then there is nothing to say goodbye for.
     """
     connection = current_connection.get()
-    if not isinstance(connection, ServerConnection) or not connection.server.plane.tracker.moves:
+    if not isinstance(connection, ServerConnection) or connection.refused or not connection.server.plane.tracker.moves:
         return False
     moves = connection.server.moves
     return connection.movable and (not isinstance(moves, FreshMoves) or moves.keeps_alive)

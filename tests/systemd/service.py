@@ -63,8 +63,15 @@ async def hold(settings: dict[str, Any]) -> bytes:
     return b""
 
 
+async def fail(asked: asyncio.Event) -> None:
+    """Crash as services of Python mostly do: by an exception."""
+    await asked.wait()
+    raise RuntimeError("a defect")
+
+
 async def main(settings: dict[str, Any]) -> None:
     """Run one generation."""
+    is_to_fail = asyncio.Event()
     exec(settings["at_start"], {})
     async with Ecdysis(**settings["ecdysis"]) as ecdysis:
         if settings["keeps"]:
@@ -78,6 +85,8 @@ async def main(settings: dict[str, Any]) -> None:
                     line = await reader.readline()
                     if line == b"hold\n":
                         await hold(settings)
+                    if line == b"fail\n":
+                        is_to_fail.set()
                     if line.startswith(b"linger "):
                         return await linger(ecdysis, line)
                     reply = await answer(ecdysis, line.decode().strip())
@@ -113,7 +122,10 @@ async def main(settings: dict[str, Any]) -> None:
         if settings["hold"] == "ready":
             await hold(settings)
         await ecdysis.ready()
-        await ecdysis.finished()
+        async with asyncio.TaskGroup() as tasks:
+            failing = tasks.create_task(fail(is_to_fail))
+            await ecdysis.finished()
+            failing.cancel()
 
 
 if __name__ == "__main__":

@@ -86,8 +86,13 @@ def test_a_crash_leaves_the_last_stash_to_one_start(unit: Unit) -> None:
     unit.reload()
     # The service's socket, its control socket, and the stash, of which the newer one took the older one's place.
     unit.wait_until(lambda: stored(unit) == 3)
-    for number in (1, 2):
-        unit.machine.kill(unit.main_pid, signal.SIGKILL)
+    for number, is_killed in ((1, True), (2, False)):
+        if is_killed:
+            unit.machine.kill(unit.main_pid, signal.SIGKILL)
+        else:
+            with Client(unit.addresses[0]) as client:
+                client.say("fail")
+                client.hear()
         wait_for_start(unit, number)
         # This start has come through with it: it is kept for the next crash.
         assert unit.ask("who")["stash"] == f"left by pid {former}"

@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.run.harness import running
+import pytest
+
+from tests.run.harness import HERE, running
+from tests.servers.clients import read_head
 from tests.transfer.clients import Crowd
 from tests.transfer.test_websockets import Counting
 
@@ -47,3 +50,27 @@ async def restart_among(loop: str, directory: Path) -> None:
     assert (crowd.closed, crowd.failures) == (0, {})
     for websocket in websockets:
         assert max(websocket.generations) == RESTARTS + 1
+
+
+@pytest.mark.parametrize(("server", "target"), [("uvicorn", "apps:asgi"), ("aiohttp", "apps:make_aiohttp")])
+def test_what_the_new_release_refuses_is_told_to_come_back(server: str, target: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        config = tmp_path / "service.toml"
+        config.write_text(f"factory = {str(server == 'aiohttp').lower()}\n")
+        arguments = (target, "--app-dir", str(HERE), "--server", server, "--config", str(config), "--port", "0")
+        async with running(tmp_path, *arguments) as run:
+            reader, writer = await asyncio.open_connection("127.0.0.1", await run.find_port())
+            for is_last in (False, True):
+                writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+                head = await read_head(reader)
+                assert (head.get("connection") == "close") is is_last
+                await reader.readexactly(int(head["content-length"]))
+                if not is_last:
+                    config.write_text(f"{config.read_text()}transfer = false\n")
+                    code, output = await run.restart()
+                    assert code == 0, output
+                    await run.wait_for("the successor does not take some connections")
+            assert await reader.read() == b""
+            writer.close()
+
+    asyncio.run(test())
