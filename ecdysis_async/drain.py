@@ -385,6 +385,11 @@ class Tracker:
                 it has moved by then costs the drain no task.
         """
         self.draining.set()
+        # Those that ended before, without telling, are not what this drain has waited for.
+        if len(self._connections) <= ASKED_PER_TURN:
+            self.prune()
+        else:
+            await self.prune_gently()
         hurries = self._hurried
         if hurries:
             timeout = min(timeout, FAREWELL_SECONDS)
@@ -469,10 +474,10 @@ class Tracker:
         """Start the finishing of a batch."""
         for _ in range(min(BATCH, len(awaited))):
             connection = awaited.popleft()
+            if connection.is_over():
+                self.close(connection)
             if connection not in self._connections:
                 self._note_end(connection)
-            elif connection.is_over():
-                self.close(connection)
             else:
                 connection.over = anyio.Event()
                 self._unfinished += 1

@@ -993,6 +993,9 @@ class Ecdysis(Listeners):
             case Successor.PROBATION | Successor.SETTLED if self._state is State.WAITING:
                 self._state = State.SERVING
             case Successor.ABORTED:
+                if self._signals is not None:
+                    # The predecessor, who may be the reason, sends SIGTERM as well, perhaps on the way out.
+                    self._signals.keep_ignoring(self._settings.stop_signals)
                 self._body.cancel()
             case Successor.STOPPED | Successor.RETURNED:
                 self._leave()

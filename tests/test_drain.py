@@ -320,6 +320,22 @@ async def test_connections_that_end_without_telling_are_noticed() -> None:
     assert tracker.count == DrainCount(drained=1)
 
 
+async def test_who_ends_while_others_move_has_drained() -> None:
+    tracker = Tracker()
+    before, meanwhile = Untold(), Untold()
+    for connection in (before, meanwhile):
+        tracker.open(connection)
+    before.ended = True
+
+    async def move(on_swept: Callable[[], None]) -> None:
+        meanwhile.ended = True
+        on_swept()
+        await anyio.sleep_forever()
+
+    await tracker.drain(30, move=move)
+    assert tracker.count == DrainCount(drained=1)
+
+
 async def test_one_that_ended_just_before_the_deadline_is_not_counted_as_cut() -> None:
     tracker = Tracker()
     tracker.open(EndsWhenTold())
