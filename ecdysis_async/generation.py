@@ -59,7 +59,14 @@ class Generation:
 
     async def reopen_logs(self) -> int:
         """Open log files anew that were moved away; return how many. The older generations do so as well."""
-        count = await run_in_thread(reopen_logs)
+        count = 0
+        try:
+            count = await run_in_thread(reopen_logs)
+        except Exception:
+            # An application may hang whatever it likes at its loggers; that must not end a service that logs on.
+            self.log.exception(
+                "not all log files were opened anew, and no connection was harmed: mend what the traceback names"
+            )
         self.log.info("reopened %s", "1 log file" if count == 1 else f"{count} log files")
         await self.lineage.reopen_logs()
         return count

@@ -1,4 +1,4 @@
-"""Log files that were moved away, as logrotate(8) does it: closed, so that the next line opens the path anew."""
+"""Log files that were moved away, as logrotate(8) does it: their paths are opened anew, and those files closed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,29 @@ from collections.abc import Iterator
 
 __all__ = ["reopen_logs"]
 
+logger = logging.getLogger("ecdysis_async")
+
 
 def reopen_logs() -> int:
-    """Let each handler whose file was moved or removed open its path again; return how many there were.
+    """Let each handler whose file was moved or removed open its path again; return how many did.
 
     Those of :mod:`logging` that write to a file, wherever they hang: at a logger, behind a ``MemoryHandler``, or in the
-    listener of a ``QueueHandler``. It looks at files: call it in a thread.
+    listener of a ``QueueHandler``. One that cannot keeps the file that it has, and the log says so. It looks at files:
+    call it in a thread.
     """
-    return sum(_reopen(handler) for handler in _file_handlers())
+    count = 0
+    for handler in _file_handlers():
+        try:
+            count += _reopen(handler)
+        except Exception as error:  # noqa: BLE001 - an application's own kind of handler may raise whatever it likes
+            logger.warning(
+                "the log file %s cannot be opened anew, and what was its file is written to as before: %s; let uid %d "
+                "create and write it (logrotate.conf(5): create, su), and reopen the logs again",
+                handler.baseFilename,
+                error,
+                os.geteuid(),
+            )
+    return count
 
 
 def _file_handlers() -> Iterator[logging.FileHandler]:
@@ -41,15 +56,16 @@ def _reopen(handler: logging.FileHandler) -> bool:
     handler.acquire()
     try:
         stream = handler.stream
-        # None: nothing was logged yet (delay=True), or it waits for its next line already.
-        if stream is None or _is_at(stream.fileno(), handler.baseFilename):
+        # None: nothing was logged yet (delay=True). Closed: a rotation of its own has failed.
+        if stream is None or (not stream.closed and _is_at(stream.fileno(), handler.baseFilename)):
             return False
-        with contextlib.suppress(OSError):  # a full disk must not keep the descriptor of the file that is gone
-            stream.flush()
-        stream.close()
-        # As it stands after delay=True. Appending, because another process may have opened the new file before.
-        handler.stream = None
+        # Appending, because another process may have opened the new file before.
         handler.mode = handler.mode.replace("w", "a")
+        # Before the other is closed: a handler without a file opens it with its next line, and where that fails it
+        # raises at whoever logs, wherever that is. Where it fails here, the file that was moved is better than none.
+        handler.stream = handler._open()  # noqa: SLF001 - what the subclasses override, and a rotation calls
+        with contextlib.suppress(OSError):  # what a full disk does not take; it is closed all the same
+            stream.close()
         return True
     finally:
         handler.release()
@@ -58,5 +74,6 @@ def _reopen(handler: logging.FileHandler) -> bool:
 def _is_at(descriptor: int, path: str) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
+    except OSError:
+        # It was removed; or it cannot even be seen, by a process that is not root any more.
         return False

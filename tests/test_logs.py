@@ -49,6 +49,45 @@ def test_a_file_that_was_removed(logger: logging.Logger, tmp_path: Path) -> None
     assert path.read_text() == "two\n"
 
 
+def test_a_file_on_a_full_disk(logger: logging.Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its close raised, as it flushes once more: the service ended, or logged to a closed file from then on.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    path = tmp_path / "app.log"
+    path.symlink_to("/dev/full")
+    handler = logging.FileHandler(path)
+    logger.addHandler(handler)
+    logger.warning("one")
+    former = handler.stream
+    assert former is not None
+    path.unlink()
+    assert reopen_logs() == 1
+    assert former.closed
+    logger.warning("two")
+    assert path.read_text() == "two\n"
+
+
+def test_a_path_that_cannot_be_seen_any_more(
+    logger: logging.Logger, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # As it is for a service that was root when it opened it; here because a file stands where its directory was.
+    directory, moved = tmp_path / "logs", tmp_path / "moved"
+    directory.mkdir()
+    logger.addHandler(logging.FileHandler(directory / "app.log"))
+    logger.addHandler(logging.FileHandler(tmp_path / "other.log"))
+    directory.rename(moved)
+    directory.touch()
+    (tmp_path / "other.log").unlink()
+    assert reopen_logs() == 1, "one costs another its turn"
+    assert f"the log file {directory}/app.log cannot be opened anew" in caplog.text
+    logger.warning("two")
+    assert (moved / "app.log").read_text() == (tmp_path / "other.log").read_text() == "two\n"
+    directory.unlink()
+    directory.mkdir()
+    assert reopen_logs() == 1
+    logger.warning("three")
+    assert (directory / "app.log").read_text() == "three\n"
+
+
 def test_what_has_no_file_yet(logger: logging.Logger, tmp_path: Path) -> None:
     logger.addHandler(logging.FileHandler(tmp_path / "app.log", delay=True))
     logger.addHandler(logging.StreamHandler())
