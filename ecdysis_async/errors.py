@@ -126,7 +126,7 @@ class HandoffAborted(SystemExit):
 
 
 class ChannelError(EcdysisError):
-    """What came over a handoff channel breaks the protocol. The channel is of no further use."""
+    """What came over a handoff channel breaks the protocol; it is of no further use, except after DescriptorsLost."""
 
 
 class ChannelClosed(ChannelError):

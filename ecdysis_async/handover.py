@@ -271,7 +271,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         # The successor is dead. Its own successor has the other end as well, and may have to tell this one to hurry.
         with contextlib.suppress(ChannelError):
             while True:
-                self._deliver(await peer.channel.receive())
+                self._deliver(await peer.receive())
         self._gone.set()
 
     def _deliver(self, item: Frame | ChannelError | Death) -> None:

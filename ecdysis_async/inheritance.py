@@ -16,7 +16,7 @@ from typing import Any, Final
 import anyio
 
 from .channel import Channel, Frame
-from .errors import ChannelError, GarbledFrame, HandoffAborted, StartupError
+from .errors import ChannelError, DescriptorsLost, GarbledFrame, HandoffAborted, StartupError
 from .generation import Generation, Numbered
 from .lineage import Ancestor
 from .peer import Death, Peer
@@ -59,7 +59,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         predecessor: what is known of the predecessor, once its sockets are here.
         report: the predecessor's report, once the restart has settled.
         restart_id: what the restart is asked for by, also where the predecessor dies before it has reported.
-        farewells: frames about the predecessor's drain that have come already; for the lineage.
+        farewells: what has come of frames about the predecessor's drain already; for the lineage.
         reason: why it was aborted.
         summary: the same in one line.
     """
@@ -83,7 +83,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         self.restart_id = ""
         self.reason = self.summary = ""
         # What the predecessor has said of its drain before this side knew that it had settled.
-        self.farewells: list[Frame] = []
+        self.farewells: list[Frame | DescriptorsLost] = []
         self._on_change = on_change
         self._channel = Channel(sock)
         # In the predecessor's order.
@@ -134,7 +134,8 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         """Let go of the descriptors; harmless if done already."""
         self._channel.close()
         while self.farewells:
-            self.farewells.pop().close()
+            if isinstance(item := self.farewells.pop(), Frame):
+                item.close()
         if self.predecessor is not None:
             self.predecessor.peer.close()
         for descriptor in (self._stderr, self._stderr_read_end):
@@ -152,10 +153,10 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         match item:
             case Death():
                 self.post(SuccessorEvent.DIED)
+            case Frame() | DescriptorsLost() if item.type in set(Farewell):
+                self.farewells.append(item)
             case ChannelError():
                 self.post(SuccessorEvent.BROKEN, item)
-            case Frame() if item.type in set(Farewell):
-                self.farewells.append(item)
             case Frame():
                 try:
                     event = successor_event(item.type)

@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 
 from .channel import Frame
-from .errors import ChannelError
+from .errors import ChannelError, DescriptorsLost
 from .peer import Death, Peer
 from .protocol import Farewell
 
@@ -124,6 +124,11 @@ class Lineage:
                 return
             case Frame(type=Farewell.MAIN):
                 self.on_main(ancestor)
+            case DescriptorsLost():
+                # It finds the way of its connections closed, and serves them to their end itself.
+                logger.warning(
+                    "generation %d (pid %d) keeps what it was to pass on: %s", ancestor.generation, ancestor.pid, item
+                )
             case Death():
                 # Also if it could not say so: who is dead is the main process no more.
                 self.on_main(ancestor)

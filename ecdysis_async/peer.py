@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import anyio
 
 from .channel import Channel, Frame
-from .errors import ChannelClosed, ChannelError
+from .errors import ChannelClosed, ChannelError, DescriptorsLost
 
 __all__ = ["Death", "Peer", "is_dead", "wait_for_death"]
 
@@ -79,7 +79,7 @@ class Peer:
         self._watching.cancel()
 
     async def run(self, deliver: Callable[[Frame | ChannelError | Death], None]) -> None:
-        """Deliver each frame, at most one error of the channel, and at the end the death.
+        """Deliver each frame, or that its descriptors are lost; at most one other error; and at the end the death.
 
         ``deliver`` owns the frames. Cancellation loses nothing: a later run goes on where this one ended.
         """
@@ -88,20 +88,35 @@ class Peer:
             task_group.start_soon(self._wait_and_cancel, task_group.cancel_scope)
             try:
                 while True:
-                    deliver(await self.channel.receive())
+                    deliver(await self.receive())
             except ChannelError as error:
                 heard_all = True
                 if isinstance(error, ChannelClosed):
                     await anyio.sleep(DEATH_GRACE_SECONDS)
                 deliver(error)
             await anyio.sleep(math.inf)
-        try:
-            while not heard_all and (frame := self.channel.receive_nowait()) is not None:
+        while not heard_all:
+            try:
+                if (frame := self.channel.receive_nowait()) is None:
+                    break
                 deliver(frame)
-        except ChannelError:
-            # The end of the stream, or half a frame that its death cut short: nothing that it had said is lost.
-            pass
+            except DescriptorsLost as error:
+                deliver(error)
+            except ChannelError:
+                # The end of the stream, or half a frame that its death cut short: nothing that it had said is lost.
+                break
         deliver(Death())
+
+    async def receive(self) -> Frame | DescriptorsLost:
+        """Wait for the next frame, or for what is left of it: the one error after which the channel goes on.
+
+        Raises:
+            ChannelError: nothing can be received any more.
+        """
+        try:
+            return await self.channel.receive()
+        except DescriptorsLost as error:
+            return error
 
     def close(self) -> None:
         """Let go of all descriptors; harmless if done already. Not while ``run`` runs: cancel that first."""

@@ -971,8 +971,8 @@ class Ecdysis(Listeners):
             inheritance.close()
         lineage.on_drained = self._note_drained
         lineage.on_transfer = self._receive_transfers
-        for frame in inheritance.farewells:
-            lineage.deliver(inheritance.predecessor, frame)
+        for item in inheritance.farewells:
+            lineage.deliver(inheritance.predecessor, item)
         inheritance.farewells.clear()
         self._inherited.set()
         if self._last_report is None:
