@@ -28,6 +28,7 @@ that leaves earlier changes nothing of what it has asked for.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -185,7 +186,8 @@ class ControlServer:
         self._lock = ControlLock(path)
         # Where the path was removed: set once there is another socket, which is not used yet.
         self._renewed: anyio.Event | None = None
-        self._is_missed = False
+        # Why it could not be made anew, as far as that was said.
+        self._told = ""
         self._clients = 0
         # Those that have not said what they want, the oldest first.
         self._silent: dict[_Client, anyio.CancelScope] = {}
@@ -227,22 +229,30 @@ class ControlServer:
 
         For a process that serves it for as long as the service lives; others do so with their next restart.
         """
-        if not self._is_removed() or (self._renewed is not None and self._renewed.is_set()):
+        # Where it is being renewed the former socket is closed, and its inode's number may be another one's by now.
+        if not self._is_removed() if self._renewed is None else self._renewed.is_set():
             return
         try:
             await run_in_thread(functools.partial(prepare_directory, self.path))
             if self._renewed is None:
                 self._renewed = anyio.Event()
                 await self._listener.aclose()
+            if self._lock.is_removed():
                 self._lock.release()
             self._entry = await run_in_thread(self._open)
             self._entry.start_listening()
         except OSError as error:
-            if not self._is_missed:
-                self._is_missed = True
-                logger.error("the control socket %s was removed: %s", self.path, error.strerror or error)  # noqa: TRY400
+            why = error.strerror or str(error)
+            if error.errno == errno.EADDRINUSE:
+                why = (
+                    "another service has it now, which is left alone: until that one ends, no command reaches this one "
+                    f"(pid {os.getpid()}); give one of them another control_socket"
+                )
+            if why != self._told:
+                self._told = why
+                logger.warning("the control socket %s was removed: %s", self.path, why)
             return
-        self._is_missed = False
+        self._told = ""
         self._renewed.set()
         logger.warning("the control socket %s was removed by somebody, and is there again", self.path)
 

@@ -159,6 +159,10 @@ class ControlLock:
                 if self._descriptor != descriptor:
                     os.close(descriptor)
 
+    def is_removed(self) -> bool:
+        """Say whether somebody has removed the file, or put another in its place: who comes next is not kept out."""
+        return self._descriptor >= 0 and not _is_file_at(self._descriptor, self._path)
+
     def release(self) -> None:
         """Give the share back, and remove the file if nobody else has one; harmless if done already."""
         import fcntl
@@ -168,7 +172,9 @@ class ControlLock:
         descriptor, self._descriptor = self._descriptor, -1
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(self._path)
+            # Where somebody has cleared the directory, it may be another service's by now.
+            if _is_file_at(descriptor, self._path):
+                os.unlink(self._path)
         except (BlockingIOError, FileNotFoundError, PermissionError):
             # Another generation goes on; or somebody has cleared the directory; or this process is not root any more.
             pass

@@ -159,6 +159,7 @@ class Keeper:
         self._anchor.changes.announce()
 
     def why_recycle(self, worker: Worker) -> Recycling | None:
+        """Say what a worker that serves has reached the limit of, so that another is to take its place."""
         if not worker.serves:
             return None
         if worker.requests >= worker.request_limit:

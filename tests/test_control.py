@@ -385,6 +385,56 @@ async def test_reopen_logs(tmp_path: Path) -> None:
     assert (tmp_path / "app.log").read_text() == "two\n"
 
 
+async def test_reopening_logs_ends_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Unready(logging.NullHandler):
+        @property
+        def listener(self) -> object:
+            raise RuntimeError("it has not begun to listen")
+
+    handler, logger = Unready(), logging.getLogger("an application")
+    logger.addHandler(handler)
+    try:
+        async with serving(tmp_path) as (ecdysis, path):
+            # What SIGUSR1 does, which is another's where the tests run.
+            ecdysis._on_reopen_signal()
+            await until(lambda: "it has not begun to listen" in caplog.text)
+            assert [each["event"] for each in await ask(path, command="status")] == ["status"]
+    finally:
+        logger.removeHandler(handler)
+
+
+async def test_another_service_in_the_place_of_a_removed_one_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Its lock file was removed, and so could a third service have begun beside it.
+    async with serving(tmp_path) as (ecdysis, path):
+        server = ecdysis._control
+        assert server is not None
+        for each in tmp_path.iterdir():
+            each.unlink()
+        other = ControlLock(path)
+        other.acquire(is_family=False)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(path)
+            sock.listen()
+            for _ in range(2):
+                await server.renew()
+                assert caplog.text.count("another service has it now") == 1
+            assert {each.name for each in tmp_path.iterdir()} == {"control", "control.lock"}
+            assert not other.is_removed()
+        # It ends, and as it was killed, all of it stays.
+        os.close(other._descriptor)
+        await server.renew()
+        assert [each["event"] for each in await ask(path, command="status")] == ["status"]
+        # The socket alone: the lock is held all the while.
+        os.unlink(path)
+        inode = os.stat(f"{path}.lock").st_ino
+        await server.renew()
+        assert os.stat(f"{path}.lock").st_ino == inode
+        assert [each["event"] for each in await ask(path, command="status")] == ["status"]
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_workers_are_told_of(tmp_path: Path) -> None:
     """Whoever speaks for several processes tells of each of them, on the way to the end of a restart."""
     workers: list[Json] = [{"slot": 1, "waiting_for": "generation 2 to get ready"}, {"slot": 2, "waiting_for": None}]

@@ -164,10 +164,17 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_who_clears_the_directory_harms_nobody(tmp_path: Path) -> None:
-    lock = ControlLock(str(tmp_path / "control"))
+    lock, other = (ControlLock(str(tmp_path / "control")) for _ in range(2))
     lock.acquire(is_family=False)
+    assert not lock.is_removed()
     (tmp_path / "control.lock").unlink()
+    assert lock.is_removed()
+    other.acquire(is_family=False)
+    assert lock.is_removed()
     lock.release()
+    assert (tmp_path / "control.lock").exists(), "it is another service's"
+    other.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_live_sockets_are_found(default: Path) -> None:
