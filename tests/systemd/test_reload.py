@@ -49,18 +49,22 @@ def test_a_reload_that_fails_says_so_and_the_old_generation_serves(
     unit: Unit, code: str, ready_timeout: int, reason: str
 ) -> None:
     # Also what a good release has for its start at the end.
-    unit.configure(ecdysis={"ready_timeout": ready_timeout})
+    unit.configure(ecdysis={"ready_timeout": ready_timeout, "probation": 0.05, "drain_timeout": 2})
     unit.start()
     first = unit.main_pid
-    with Client(unit.addresses[0]) as client:
-        unit.configure(at_start=code)
-        assert unit.machine.fails("systemctl", "reload", NAME)
-        assert client.ask("who")["pid"] == unit.ask("who")["pid"] == unit.main_pid == first
-    assert (unit.show("ActiveState"), unit.show("SubState")) == ("active", "running")
-    assert reason in unit.show("StatusText")
-    assert "generation 1 is serving" in unit.show("StatusText")
-    unit.configure(at_start="")
-    unit.reload()
+    with Load(unit.port) as load:
+        with Client(unit.addresses[0]) as client:
+            unit.configure(at_start=code)
+            assert unit.machine.fails("systemctl", "reload", NAME)
+            assert client.ask("who")["pid"] == unit.ask("who")["pid"] == unit.main_pid == first
+        load.wait_for(1)
+        assert (unit.show("ActiveState"), unit.show("SubState")) == ("active", "running")
+        assert reason in unit.show("StatusText")
+        assert "generation 1 is serving" in unit.show("StatusText")
+        unit.configure(at_start="")
+        unit.reload()
+        load.wait_for(2)
+    assert load.counts.failures == Counter()
     assert unit.ask("who")["pid"] == unit.main_pid != first
 
 
