@@ -250,8 +250,9 @@ class GatedServer(asyncio.AbstractServer):
         # The next three are for adapters of other people's servers to set, the last one before it accepts.
         # Without effect where TLS is served: what a session is made of is in user space, and stays in this process.
         self.moves = moves
-        # Called with the protocol of a connection that the drain is about to close as idle.
-        self.say_goodbye: Callable[[Any], None] | None = None
+        # Called with the protocol of a connection that the drain is about to close as idle; True where it is on its way
+        # out by itself, and has until the deadline.
+        self.say_goodbye: Callable[[Any], bool] | None = None
         self.protocol_factory = protocol_factory
         self.is_secure = bool(tls_options)
         self._plane = plane
@@ -474,10 +475,10 @@ class ServerConnection(Connection):
         super().interrupt()
         self._wake()
         if not is_known and self.transport is not None and not self.transport.is_closing():
-            self.silent = self.transport.get_write_buffer_size() == 0
-            if self.server.say_goodbye is not None:
-                self.server.say_goodbye(protocol_of(self.transport))
-            self.transport.close()
+            is_silent = self.transport.get_write_buffer_size() == 0
+            if self.server.say_goodbye is None or not self.server.say_goodbye(protocol_of(self.transport)):
+                self.silent = is_silent
+                self.transport.close()
 
     def cancel(self) -> None:
         if self.handler is not None:

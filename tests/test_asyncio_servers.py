@@ -659,6 +659,30 @@ async def test_an_idle_protocol_is_closed_shortly_before_the_deadline() -> None:
         assert (plane.tracker.count.silent, plane.tracker.count.cut) == (2, 0)
 
 
+async def test_an_idle_protocol_that_ends_by_itself_is_left_to_do_so() -> None:
+    async with an_open_plane() as plane:
+        server = await create_server(plane, Echo, LOCALHOST, 0)
+        asked: list[Any] = []
+
+        def say_goodbye(protocol: Echo) -> bool:
+            asked.append(protocol)
+            return True
+
+        server.say_goodbye = say_goodbye
+        with a_client(server) as client:
+            assert await answers(client)
+            plane.tracker.hurry()
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(plane.tracker.drain, 30.0)
+                while not asked:
+                    await turn()
+                # Within the second that a hurried drain has.
+                assert await answers(client)
+                client.close()
+        assert asked == [asked[0]]
+        assert (plane.tracker.count.drained, plane.tracker.count.silent, plane.tracker.count.cut) == (1, 0, 0)
+
+
 async def test_a_connection_with_a_full_buffer_is_cut_at_the_deadline() -> None:
     class Flooding(Echo):
         def data_received(self, data: bytes) -> None:

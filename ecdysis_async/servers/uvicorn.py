@@ -2,7 +2,7 @@
 
 Seams, as seen in uvicorn 0.54: ``Config.load``, ``.loaded_app`` and ``.http_protocol_class``; of ``Server`` the methods
 ``startup``, ``on_tick``, ``main_loop``, ``shutdown`` and ``capture_signals``, ``should_exit`` and ``server_state``; of
-a protocol of HTTP/2 ``cycles`` and ``shutdown``.
+a protocol of HTTP/2 ``cycles`` and ``shutdown``; of one of WebSockets ``close_timer``.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class _Server(uvicorn.Server):
             raise self._application.failure or error.__context__ or error from None
         for server in self.servers:
             if isinstance(server, GatedServer):
-                server.say_goodbye = _send_goaway
+                server.say_goodbye = _say_goodbye
                 if self._transfers:
                     server.moves = moves_of(server, self.config.http_protocol_class)
         # Makes the headers of the first responses, which may be asked for before the main loop's first turn.
@@ -218,6 +218,16 @@ def _keep_context(protocol_class: type[asyncio.Protocol]) -> type[asyncio.Protoc
                 transport.set_protocol(protocol)
 
     return Switching if "h2" in getattr(protocol_class, "alpn_protocols", ()) else InContext
+
+
+def _say_goodbye(protocol: Any) -> bool:
+    """Say goodbye to a connection that is about to be closed; return whether it ends by itself."""
+    if getattr(protocol, "close_timer", None) is not None:
+        # A WebSocket whose client has yet to answer the close, of which uvicorn's application has heard already. What
+        # the client has sent before would meet a closed socket, and reset it: the client would never see why.
+        return True
+    _send_goaway(protocol)
+    return False
 
 
 def _send_goaway(protocol: Any) -> None:

@@ -59,7 +59,7 @@ async def restart_under_load(server: str, loop: str, directory: Path, *, is_main
                     (directory / "broken").touch()
                     assert "this release is broken" in (await service.restart())["error"]
                     (directory / "broken").unlink()
-                await service.wait_for_ends(number - DRAINING)
+                await service.wait_for_ends(number + 1 - DRAINING)
                 report = await service.restart()
                 assert report.get("outcome") == "settled", report
                 await service.wait_for_generations(number + 2)
