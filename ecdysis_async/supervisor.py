@@ -1301,13 +1301,15 @@ class Ecdysis(Listeners):
             self._tracker.moves = False
             self._generation.log.warning("no connection can be passed on: %s", error)
             return
-        with theirs:
-            await handover.tell(Farewell.TRANSFER, {}, [theirs.fileno()])
-        try:
-            await Sender(ours, self._tracker, self._generation.log).run(handover.successor_died, on_swept)
-        except Exception:
-            # A defect of this library, or no memory: it may cost the transfer, never the drain.
-            self._generation.log.exception("the transfer broke down; what is left drains here")
+        # Also where the goodbyes begin before the successor could be told.
+        with ours:
+            with theirs:
+                await handover.tell(Farewell.TRANSFER, {}, [theirs.fileno()])
+            try:
+                await Sender(ours, self._tracker, self._generation.log).run(handover.successor_died, on_swept)
+            except Exception:
+                # A defect of this library, or no memory: it may cost the transfer, never the drain.
+                self._generation.log.exception("the transfer broke down; what is left drains here")
 
     async def _tell_progress(self) -> None:
         while self._has_heir and self._handover is not None:

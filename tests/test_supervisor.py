@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
 
+import anyio
 import pytest
 
 from ecdysis_async import Ecdysis, State
 from ecdysis_async.asyncio_servers import GatedServer
+from ecdysis_async.channel import Channel
+from ecdysis_async.handover import Handover
+from ecdysis_async.peer import Peer
+
+from .planes import turn
 
 
 @pytest.mark.backends("asyncio", "uvloop")
@@ -75,3 +84,33 @@ async def test_before_the_block_there_is_a_clear_error(backend: str) -> None:
     async with ecdysis:
         await ecdysis.ready()
         assert ecdysis.generation == 1
+
+
+@pytest.mark.backends("uvloop", "trio")
+async def test_goodbyes_begin_before_the_successor_is_told_of_the_transfer(backend: str) -> None:
+    """Both ends of it are closed, and not by the garbage collector, whose warning fails this test."""
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    ours, theirs = socket.socketpair()
+    with theirs:
+        async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
+            await ecdysis.ready()
+            ecdysis._handover = handover = Handover(ecdysis._generation, lambda handover: None)
+            handover._peer = Peer(Channel(ours), os.pidfd_open(os.getpid()))
+            handover.over.set()
+            # It does not read.
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    ours.send(bytes(4096))
+            before = descriptors()
+            with anyio.fail_after(10):
+                async with anyio.create_task_group() as task_group:
+                    task_group.start_soon(ecdysis._move_connections, lambda: None)
+                    while descriptors() < before + 2:
+                        await turn()
+                    task_group.cancel_scope.cancel()
+            assert descriptors() == before
+            handover._peer.close()
+            ecdysis._handover = None
