@@ -106,13 +106,27 @@ def test_the_running_one_dies(backend: str, run_service: Run, path: str) -> None
     assert status(path)["pid"] == second
 
 
+# The SIGTERM that the predecessor sends beside its word comes once the block has been left, and not a moment earlier.
+LATE_SIGTERM = """
+import atexit, signal
+
+def be_told():
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+atexit.register(be_told)
+"""
+
+
 @pytest.mark.backends("asyncio", "trio")
 def test_a_stop_ends_both(backend: str, run_service: Run, path: str) -> None:
     service = run_service(backend, ecdysis={"control_socket": path})
-    service.configure(at_start="await wait()")
+    service.configure(at_import=LATE_SIGTERM, at_start="await wait()")
     second = take_over(service, path)
     service.wait_for("waiting", pid=second)
     assert ask(path, command="stop") == {"event": "done"}
+    # Its own status, and not that of a process that the signal has killed on its way out.
     assert service.wait_for_death(second) == 1
     service.wait_for_end()
 
