@@ -16,6 +16,7 @@ from .check import describe_place
 from .crew import Crew, Slot, WorkerState
 from .handover import Handover
 from .registry import Registry
+from .renewal import Renewal
 from .report import RestartReport
 from .rollout import RollOut, Turn, TurnState
 from .status import counted, describe_failed_restart, describe_listeners
@@ -40,9 +41,7 @@ class Told(Protocol):
         is_serving: whether all its workers have served.
         is_stopping: whether it was told to stop.
         lame_duck: where it was told to stop, and goes on for a while: until when.
-        is_upgrading: whether it is about to be executed anew.
-        upgrades: how often it was.
-        upgrade_error: why the last time failed.
+        renewal: how it is followed, by itself or another one.
     """
 
     crew: Crew
@@ -55,9 +54,7 @@ class Told(Protocol):
     is_serving: bool
     is_stopping: bool
     lame_duck: anyio.CancelScope | None
-    is_upgrading: bool
-    upgrades: int
-    upgrade_error: str | None
+    renewal: Renewal
 
     @property
     def is_lame_duck(self) -> bool:
@@ -93,7 +90,7 @@ def describe_wait(anchor: Told) -> str | None:
     if anchor.is_stopping:
         connections = sum(worker.connections for worker in anchor.crew)
         return counted(connections, "connection") if connections else "the workers to end"
-    if anchor.is_upgrading:
+    if anchor.renewal.is_under_way:
         return "the new anchor to take over"
     if anchor.is_lame_duck and anchor.lame_duck is not None:
         seconds = max(0.0, anchor.lame_duck.deadline - anyio.current_time())
@@ -143,7 +140,7 @@ def describe_status(anchor: Told) -> dict[str, Any]:
             "seconds": time.time() - roll_out.report.started_at,
         },
         "last_report": anchor.last_report.to_json() if anchor.last_report is not None else None,
-        "anchor": {"upgrades": anchor.upgrades, "error": anchor.upgrade_error},
+        "anchor": {"upgrades": anchor.renewal.count, "error": anchor.renewal.error},
         "process": {**describe_place(), "environment": sorted(anchor.environment)},
         "draining": [
             {"generation": worker.generation, "pid": worker.pid, "connections": worker.connections}

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import logging
 import math
 import os
 import random
@@ -19,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -39,7 +38,6 @@ from .errors import (
     NotReady,
     RestartError,
     RestartInProgress,
-    RestartUnsupported,
     RestartWhileDraining,
     SpawnFailed,
     StartupError,
@@ -60,12 +58,13 @@ from .plane import Plane
 from .protocol import Predecessor, PredecessorEvent
 from .registry import Registry
 from .reloading import require_watchfiles, watch_files
+from .renewal import Renewal
 from .report import Outcome, RestartReport
 from .rollout import RollOut, TurnState, wait_until
 from .signals import SignalReceiver, handled_signals
-from .spawn import Child, Launch, Process, describe_exit, describe_launch, find_process, spawn
+from .spawn import Child, Process, describe_exit, describe_launch, find_process, spawn
 from .status import counted
-from .succession import ask_for_service, pass_service_on
+from .succession import ask_for_service
 from .systemd import check_unit, find_shortcoming, find_systemd
 from .threads import run_in_thread
 
@@ -85,9 +84,6 @@ EXIT_SECONDS = 15.0
 HURRY_SECONDS = 5.0
 # What a restart may take besides its own limits, as systemd is told, seconds.
 LEEWAY_SECONDS = 60.0
-# How long an upgrade waits for a moment in which nothing is under way, and between two looks, seconds.
-UPGRADE_SECONDS = 10.0
-UPGRADE_PAUSE_SECONDS = 0.02
 
 # How often it is looked whether the control socket is still there, seconds.
 CONTROL_SECONDS = 1.0
@@ -222,9 +218,7 @@ class Anchor:
         self._signals: SignalReceiver | None = None
         # Since it was told to stop, and is to go on for a while.
         self.lame_duck: anyio.CancelScope | None = None
-        self.upgrades = 0
-        self.is_upgrading = False
-        self.upgrade_error: str | None = None
+        self.renewal = Renewal(self)
         self._signals_before = -1
         self._former_pid = former_pid
         if state is not None:
@@ -251,7 +245,7 @@ class Anchor:
                 try:
                     await self._open(resources)
                 except (OSError, LookupError, ValueError) as error:
-                    if not self.upgrades:
+                    if not self.renewal.count:
                         _say(str(error))
                         self._systemd.begin()
                         await self._tell_failure(error)
@@ -300,7 +294,7 @@ class Anchor:
     async def _run(self) -> int:
         if self._systemd.is_there:
             self._tasks.start_soon(self._systemd.run)
-            if not self.upgrades:
+            if not self.renewal.count:
                 self._tasks.start_soon(self._check_systemd)
         self._systemd.begin()
         self._systemd.is_sound = self._keeper.has_sound_worker
@@ -308,7 +302,7 @@ class Anchor:
         if self.plan.reload_paths and self.plan.control_path is not None:
             # Before the workers load what is watched: nothing that is saved meanwhile is missed.
             self.begin(watch_files, self.plan.control_path, self.plan.reload_paths)
-        if self.upgrades:
+        if self.renewal.count:
             error = None
             self._store.inherit(self.registry.entries)
             for slot in self.crew.slots:
@@ -377,7 +371,7 @@ class Anchor:
         if self._pid_file is not None:
             await run_in_thread(self._pid_file.publish)
         control = f", control socket {self.plan.control_path}" if self.plan.control_path is not None else ""
-        verb = f"upgraded (pid {os.getpid()} as before): " if self.upgrades else ""
+        verb = f"upgraded (pid {os.getpid()} as before): " if self.renewal.count else ""
         if self._former_pid is not None:
             verb = f"taken over from pid {self._former_pid}: "
             # So far its workers are those of the other one: of its command line, its environment and its code.
@@ -487,18 +481,14 @@ class Anchor:
             environment = launch.environment
             return spawn(launch, channel, stderr, line=theirs)
 
-        self._spawning += 1
         try:
-            process = await run_in_thread(start)
+            with self.spawning():
+                process = await run_in_thread(start)
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
-            self._spawning -= 1
-            # What it has put off meanwhile.
-            if self._reaps_others:
-                self._reap_orphans()
         worker = Worker(generation, process, Line(ours), anyio.current_time(), starter, pid=process.pid)
         worker.environment = environment
         self._engage(slot, worker)
@@ -559,6 +549,12 @@ class Anchor:
             self.log.error("worker pid %d can be told nothing any more, and has to leave: %s", worker.pid, error)
             worker.state = WorkerState.DRAINING
             self.changes.announce()
+
+    def hear_all(self) -> None:
+        """Hear what the workers have said until now."""
+        for slot in self.crew.slots:
+            for worker in slot.workers:
+                self._hear_rest(slot, worker)
 
     def _hear_rest(self, slot: Slot, worker: Worker) -> None:
         """Hear what a worker has said until now."""
@@ -716,7 +712,7 @@ class Anchor:
             raise RestartWhileDraining("the service is being stopped")
         if self.roll_out is not None and not self.roll_out.over.is_set():
             raise RestartInProgress(f"restart {self.roll_out.report.id} is in progress; await that one")
-        if self.is_upgrading:
+        if self.renewal.is_under_way:
             raise RestartInProgress("the anchor is being upgraded; try again in a moment")
         if not self.is_serving:
             raise NotReady("the service is starting: a restart is possible once all workers serve")
@@ -784,6 +780,12 @@ class Anchor:
         self._askers[worker, number] = roll_out
         self.begin(self._tell_verdict, worker, number, roll_out, until)
 
+    def dismiss_askers(self) -> None:
+        """Tell those who wait for a drain what there is to tell."""
+        for worker, number in tuple(self._askers):
+            roll_out = self._askers.pop((worker, number))
+            worker.line.tell(FromAnchor.VERDICT, {"number": number, "report": roll_out.report.to_json()})
+
     async def _tell_verdict(self, worker: Worker, number: int, roll_out: RollOut, until: str) -> None:
         try:
             report = await self.see_through(roll_out, until)
@@ -794,148 +796,14 @@ class Anchor:
         if self._askers.pop((worker, number), None) is not None:
             worker.line.tell(FromAnchor.VERDICT, verdict)
 
-    # Its own upgrade
+    # What is left to the code that follows
 
     @property
     def _registries(self) -> dict[str, Registry]:
         return {"service": self.registry, "control": self._control_registry, "health": self._health_registry}
 
-    async def upgrade(self) -> Callable[[], None]:
-        """See that the new code takes over from this one; return what then makes it do so.
-
-        Raises:
-            RestartError: it does not, or not now.
-        """
-        self._check_at_rest()
-        self.is_upgrading = True
-        self.upgrade_error = None
-        # Nobody else may reap the child that tries the state.
-        self._spawning += 1
-        try:
-            launch, _ = await run_in_thread(functools.partial(describe_launch, None, None, None))
-            state, _ = self._describe_state()
-            memory = upgrade.seal(state)
-            try:
-                await run_in_thread(functools.partial(upgrade.check, launch, memory, self.ready_timeout))
-            finally:
-                os.close(memory)
-        except BaseException as error:
-            self.is_upgrading = False
-            if isinstance(error, OSError):
-                raise upgrade.UpgradeFailed(f"the state cannot be written: {error}") from error
-            raise
-        finally:
-            self._spawning -= 1
-            self.changes.announce()
-
-        def begin() -> None:
-            self.begin(self._execute, launch)
-
-        return begin
-
-    def _check_at_rest(self) -> None:
-        """See that the anchor can be followed now.
-
-        Raises:
-            RestartError: it cannot.
-        """
-        if self.is_stopping or self.is_lame_duck:
-            raise RestartWhileDraining("the service is being stopped")
-        if not self.is_serving:
-            raise NotReady("the service is starting: an upgrade is possible once all workers serve")
-        if self._is_busy or self.is_upgrading:
-            raise RestartInProgress("workers are being started or replaced: upgrade the anchor when that is done")
-
-    async def pass_all_on(self, channel: socket.socket, accept: Callable[[], None]) -> None:
-        """Let another anchor go on with everything, in the first moment in which nothing is under way.
-
-        Does not return: this process ends then.
-
-        Args:
-            channel: to that one.
-            accept: tells it that it is about to be used.
-
-        Raises:
-            RestartError: not now, or that one does not go on.
-        """
-        self._check_at_rest()
-        if self._systemd.is_there or os.getpid() == 1:
-            raise RestartUnsupported(
-                "this service belongs to systemd, or to a container, which would end it with its first process: "
-                "upgrade it by `ecdysis restart --anchor`"
-            )
-        self.is_upgrading = True
-        try:
-            with anyio.move_on_after(UPGRADE_SECONDS):
-                while not self.is_stopping:
-                    if self._is_at_rest():
-                        accept()
-                        state, descriptors = self._describe_state()
-                        try:
-                            pass_service_on(channel, state, descriptors)
-                        except TakeoverFailed as error:
-                            raise RestartError(str(error)) from error
-                        self.log.info("another process has taken the service over; this one ends")
-                        logging.shutdown()
-                        # As an exec would: nothing is told to anybody, nothing is removed, everything is the other's.
-                        os._exit(0)
-                    await anyio.sleep(UPGRADE_PAUSE_SECONDS)
-            raise RestartInProgress("there was always something under way: try again later")
-        finally:
-            self.is_upgrading = False
-            self.changes.announce()
-
-    def _is_at_rest(self) -> bool:
-        """Hear what the workers have said until now; say whether nothing is under way."""
-        for slot in self.crew.slots:
-            for worker in slot.workers:
-                self._hear_rest(slot, worker)
-        # What was heard may have been a stop, which the new code would know nothing of; so may a signal, meanwhile.
-        is_leaving = self.is_stopping or self.is_lame_duck
-        return not (is_leaving or self._is_busy) and all(worker.line.is_idle for worker in self.crew)
-
-    @property
-    def _is_busy(self) -> bool:
-        is_rolling = self.roll_out is not None and not self.roll_out.over.is_set()
-        return (
-            is_rolling
-            or bool(self._spawning)
-            or any(slot.occupation is not Occupation.NONE for slot in self.crew.slots)
-            # Its line is broken, and it is about to leave.
-            or any(worker.line.fileno() == -1 for worker in self.crew)
-        )
-
-    async def _execute(self, launch: Launch) -> None:
-        """Become the new code, in the first moment in which nothing is under way."""
-        self.log.info("upgrading: executing %s", " ".join(launch.arguments))
-        for worker, number in tuple(self._askers):
-            # They wait for a drain, of which the new code knows nothing.
-            roll_out = self._askers.pop((worker, number))
-            worker.line.tell(FromAnchor.VERDICT, {"number": number, "report": roll_out.report.to_json()})
-        error: Exception | None = None
-        with anyio.move_on_after(UPGRADE_SECONDS):
-            while error is None and not self.is_stopping:
-                with upgrade.blocked_signals():
-                    if self._is_at_rest():
-                        try:
-                            state, descriptors = self._describe_state()
-                            memory = upgrade.seal(state)
-                            try:
-                                upgrade.execute(launch, memory, descriptors)
-                            finally:
-                                os.close(memory)
-                        except (OSError, upgrade.UpgradeFailed) as failure:
-                            error = failure
-                await anyio.sleep(UPGRADE_PAUSE_SECONDS)
-        # Still here: it goes on as it was.
-        why = "the service is being stopped" if self.is_stopping else "there was always something under way"
-        self.upgrade_error = str(error or why)
-        self.log.error("the anchor was not upgraded, and goes on: %s", self.upgrade_error)
-        self.is_upgrading = False
-        self.changes.announce()
-
-    def _describe_state(self) -> tuple[dict[str, Any], list[int]]:
-        """Return what the new code has to know, and the descriptors that it names."""
+    def describe_state(self) -> tuple[dict[str, Any], list[int]]:
+        """Return what the next code has to know, and the descriptors that it names."""
         assert self._signals is not None
         crew, descriptors = upgrade.describe_crew(self.crew)
         sockets = {}
@@ -950,7 +818,7 @@ class Anchor:
             "generation": self.generation,
             "planned_workers": self.plan.workers,
             "begun": self.begun,
-            "upgrades": self.upgrades + 1,
+            "upgrades": self.renewal.count + 1,
             "description": self._description,
             "last_report": self.last_report.to_json() if self.last_report is not None else None,
         }
@@ -966,7 +834,7 @@ class Anchor:
             self.crew.target = self.plan.workers
         self.generation = int(state["generation"])
         self.begun = float(state["begun"])
-        self.upgrades = int(state["upgrades"])
+        self.renewal.count = int(state["upgrades"])
         # They have served all the while.
         self.is_serving = True
         self._description = str(state["description"])
@@ -993,7 +861,7 @@ class Anchor:
 
     @property
     def _reaps_others(self) -> bool:
-        return os.getpid() == 1 or self.upgrades > 0
+        return os.getpid() == 1 or self.renewal.count > 0
 
     def _on_term_signal(self) -> None:
         if self.lame_duck is None and self.plan.lame_duck and self.is_serving and not self.is_stopping:
@@ -1085,6 +953,28 @@ class Anchor:
         self.log.info("reopened %s", counted(count, "log file"))
         return count
 
+    @contextlib.contextmanager
+    def spawning(self) -> Iterator[None]:
+        """Let nobody else reap the processes that are started meanwhile."""
+        self._spawning += 1
+        try:
+            yield
+        finally:
+            self._spawning -= 1
+            # What was put off.
+            if self._reaps_others:
+                self._reap_orphans()
+
+    @property
+    def is_spawning(self) -> bool:
+        """Whether a process is being started."""
+        return self._spawning > 0
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the service ends with this process, by systemd's will or a container's."""
+        return self._systemd.is_there or os.getpid() == 1
+
     def _reap_orphans(self) -> None:
         """Reap those whose parent has died, and what the former code of this process has started."""
         while not self._spawning:
@@ -1113,8 +1003,8 @@ class Anchor:
             check=self._check,
             compare=self._compare,
             workers=lambda: account.describe_waits(self),
-            upgrade=self.upgrade,
-            pass_all_on=self.pass_all_on,
+            upgrade=self.renewal.upgrade,
+            pass_all_on=self.renewal.pass_all_on,
             changes=self.changes,
         )
 

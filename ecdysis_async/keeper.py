@@ -12,6 +12,7 @@ import anyio
 from .crew import Occupation, Recycling, Slot, Worker, WorkerState
 from .line import FromAnchor
 from .plan import Plan
+from .renewal import Renewal
 from .rollout import Foreman, RollOut, replace, wait_until
 
 __all__ = ["Keeper", "Kept"]
@@ -37,14 +38,14 @@ class Kept(Foreman, Protocol):
         generation: what its workers are.
         roll_out: the last one, which keeps the workers itself.
         is_stopping: whether it was told to stop.
-        is_upgrading: whether it is about to be executed anew.
+        renewal: how it is followed, by itself or another one.
     """
 
     plan: Plan
     generation: int
     roll_out: RollOut | None
     is_stopping: bool
-    is_upgrading: bool
+    renewal: Renewal
 
     def begin(self, function: Callable[..., Coroutine[Any, Any, object]], *arguments: object) -> None:
         """Run something beside all else, whose defects cost that, and never the service."""
@@ -75,7 +76,7 @@ class Keeper:
         """Begin what has to be done; return after how many seconds there is more to do."""
         if (
             self._anchor.is_stopping
-            or self._anchor.is_upgrading
+            or self._anchor.renewal.is_under_way
             or (self._anchor.roll_out is not None and not self._anchor.roll_out.over.is_set())
         ):
             return math.inf

@@ -24,6 +24,7 @@ TOP_TO_BOTTOM = (
     "anchor",
     "account",
     "keeper",
+    "renewal",
     "plan",
     "succession",
     "reloading",

@@ -427,6 +427,7 @@ def test_an_upgrade_that_fails_changes_nothing(run_anchor: Run) -> None:
 # The new code is executed only when a worker has said something that is not heard yet.
 WAITS_FOR_A_WORD = """
 import os, time
+from ecdysis_async.renewal import Renewal
 
 def is_at_rest(self):
     open("executing", "w").close()
@@ -434,7 +435,7 @@ def is_at_rest(self):
         time.sleep(0.01)
     return look(self)
 
-look, anchor.Anchor._is_at_rest = anchor.Anchor._is_at_rest, is_at_rest
+look, Renewal._is_at_rest = Renewal._is_at_rest, is_at_rest
 """
 
 
