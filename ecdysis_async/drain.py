@@ -12,7 +12,7 @@ import enum
 import json
 import math
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -46,9 +46,10 @@ CANCEL_GRACE_SECONDS = 1.0
 # that are still being served, and each costs 50 microseconds.
 BATCH = 50
 
-# How often a drain looks for connections that ended without telling. It asks them in batches as well, and takes no
-# more than this share of the CPU for it: to ask 10,000 costs some 13 ms.
+# Connections that ended without telling are looked for in batches as well: to ask 10,000 costs some 13 ms.
 ASKED_PER_TURN = 200
+ASKED_PER_NEWCOMER = 8
+# How often a drain does that, and which share of the CPU it takes for it at the most.
 PRUNE_SECONDS = 0.05
 PRUNE_SHARE = 0.02
 
@@ -250,10 +251,12 @@ class Tracker:
         # shall know when one reaches a safe point.
         self.moves = False
         self.on_ripe: Callable[[Connection], None] | None = None
-        self._connections: set[Connection] = set()
+        # In the order in which they are asked whether they have ended without telling: who was asked goes to the end.
+        self._connections: OrderedDict[Connection, None] = OrderedDict()
+        # How many are still to be asked since the table had doubled, and how many there were when all had been.
+        self._unasked = self._asked_size = 0
         # Everyone outside a connection who waits at a safe point: a background task, a handler of the user's own.
         self._bystander = Connection()
-        self._pruned_size = 0
         # While a drain runs: whom it still has to start a finishing task for. It does that itself, because connections
         # are opened in callbacks of asyncio, where there is no task, and anyio can start none.
         self._awaited: deque[Connection] | None = None
@@ -286,22 +289,22 @@ class Tracker:
         self._cells = cells
 
     def connections(self) -> tuple[Connection, ...]:
-        """Those that are open at this moment."""
-        self.prune()
-        return tuple(self._connections)
-
-    def snapshot(self) -> tuple[Connection, ...]:
-        """The same without looking at each one: some may have ended."""
+        """Those that are open; of very many, some may have ended without telling: not all are asked at one time."""
+        self.prune(ASKED_PER_TURN)
         return tuple(self._connections)
 
     def open(self, connection: Connection) -> None:
         """Count a connection from now on. Call it before anything can fail after the accept."""
-        self._connections.add(connection)
+        self._connections[connection] = None
         if connection.is_accepted:
             self._cells[0] += 1
-        # Amortised: those that ended without telling are looked for each time the table has doubled.
-        if len(self._connections) > 2 * self._pruned_size + 256:
-            self.prune()
+        # Amortised: all are asked each time the table has doubled, a few by each newcomer.
+        if self._unasked > 0:
+            self.prune(ASKED_PER_NEWCOMER)
+            self._unasked -= ASKED_PER_NEWCOMER
+            self._asked_size = len(self._connections)
+        elif len(self._connections) > 2 * self._asked_size + 256:
+            self._unasked = len(self._connections)
         if self._awaited is not None and connection.until in self._finishing:
             self._awaited.append(connection)
             self._call.set()
@@ -309,7 +312,7 @@ class Tracker:
     def close(self, connection: Connection) -> None:
         """Count it no more; harmless if it was closed already."""
         if connection in self._connections:
-            self._connections.remove(connection)
+            del self._connections[connection]
             if connection.is_accepted:
                 self._cells[1] += 1
             if connection.over is not None:
@@ -330,21 +333,21 @@ class Tracker:
         if self.on_ripe is not None:
             self.on_ripe(connection)
 
-    def prune(self) -> None:
-        """Close those that ended without telling."""
-        for connection in [connection for connection in self._connections if connection.is_over()]:
-            self.close(connection)
-        self._pruned_size = len(self._connections)
+    def prune(self, count: int) -> None:
+        """Ask so many, the next ones, and close those that ended without telling."""
+        for _ in range(min(count, len(self._connections))):
+            connection = next(iter(self._connections))
+            if connection.is_over():
+                self.close(connection)
+            else:
+                self._connections.move_to_end(connection)
 
-    async def prune_gently(self) -> float:
-        """The same, some of them in each turn of the loop: to ask 5,000 costs 7 ms. Return the seconds it took."""
+    async def prune_all(self) -> float:
+        """Ask all, some of them in each turn of the loop: to ask 5,000 costs 7 ms. Return the seconds it took."""
         spent = 0.0
-        connections = tuple(self._connections)
-        for start in range(0, len(connections), ASKED_PER_TURN):
+        for _ in range(0, len(self._connections), ASKED_PER_TURN):
             begun = time.perf_counter()
-            for connection in connections[start : start + ASKED_PER_TURN]:
-                if connection.is_over():
-                    self.close(connection)
+            self.prune(ASKED_PER_TURN)
             spent += time.perf_counter() - begun
             await anyio.lowlevel.checkpoint()
         return spent
@@ -387,9 +390,9 @@ class Tracker:
         self.draining.set()
         # Those that ended before, without telling, are not what this drain has waited for.
         if len(self._connections) <= ASKED_PER_TURN:
-            self.prune()
+            self.prune(ASKED_PER_TURN)
         else:
-            await self.prune_gently()
+            await self.prune_all()
         hurries = self._hurried
         if hurries:
             timeout = min(timeout, FAREWELL_SECONDS)
@@ -520,7 +523,7 @@ class Tracker:
         spent = 0.0
         while True:
             await anyio.sleep(max(PRUNE_SECONDS, spent / PRUNE_SHARE))
-            spent = await self.prune_gently()
+            spent = await self.prune_all()
 
 
 async def _wait_until(over: anyio.Event, deadline: float, waiting: set[anyio.CancelScope]) -> bool:

@@ -246,7 +246,7 @@ class Duty:
             with anyio.move_on_after(self._beat_seconds) as waiting:
                 await self._due.wait()
             if waiting.cancelled_caught:
-                await self._plane.tracker.prune_gently()
+                await self._plane.tracker.prune_all()
 
     def _describe(self) -> dict[str, Any]:
         return {

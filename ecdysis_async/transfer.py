@@ -161,7 +161,7 @@ class Sender:
         is_swept = False
         while True:
             spent = 0.0
-            connections = self._tracker.snapshot()
+            connections = self._tracker.connections()
             for start in range(0, len(connections), LOOKS_PER_TURN):
                 begun = time.perf_counter()
                 for connection in connections[start : start + LOOKS_PER_TURN]:
@@ -360,7 +360,7 @@ class Sender:
                     # It lives and does not answer; it may begin at any time, and two must never read.
                     connection.let_go()
         self._sent.clear()
-        for connection in self._tracker.snapshot():
+        for connection in self._tracker.connections():
             connection.decline()
 
 

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
 import pytest
@@ -346,14 +346,34 @@ async def test_one_that_ended_just_before_the_deadline_is_not_counted_as_cut() -
     assert len(tracker) == 0
 
 
-async def test_ended_connections_do_not_pile_up_in_the_table() -> None:
+class Ended(Untold):
+    """One that has ended, and tells it only to those who ask."""
+
+    __slots__ = ()
+    asked: ClassVar[int] = 0
+
+    def is_over(self) -> bool:
+        Ended.asked += 1
+        return True
+
+
+async def test_those_that_ended_without_telling_are_found_by_newcomers_a_few_by_each() -> None:
+    # One of 10,000 newcomers would stall the loop for milliseconds, if it asked all that were there before it.
     tracker = Tracker()
-    for _ in range(2000):
-        connection = Untold()
-        tracker.open(connection)
-        connection.ended = True
-        assert len(tracker) <= 260
-    assert tracker.opened == 2000
+    most = 0
+    for _ in range(5000):
+        before = Ended.asked
+        tracker.open(Ended())
+        most = max(most, Ended.asked - before)
+    assert most <= drain.ASKED_PER_NEWCOMER
+    assert len(tracker) < 600
+    for _ in range(1000):
+        tracker.open(Connection())
+    before = Ended.asked
+    assert 1000 <= len(tracker.connections()) < 1600
+    assert Ended.asked - before <= drain.ASKED_PER_TURN
+    await tracker.prune_all()
+    assert len(tracker) == 1000
 
 
 async def test_a_finished_result_is_returned_also_while_draining() -> None:

@@ -156,9 +156,9 @@ async def test_connections_go_on_in_the_successor_with_what_was_half_read() -> N
 @pytest.mark.backends("asyncio", "uvloop")
 async def test_an_adopted_connection_keeps_its_age_and_tcp_nodelay() -> None:
     async with a_pair(1) as pair:
-        (before,) = pair.old.plane.tracker.snapshot()
+        (before,) = pair.old.plane.tracker.connections()
         await move_all(pair)
-        (after,) = pair.new.plane.tracker.snapshot()
+        (after,) = pair.new.plane.tracker.connections()
         assert after.since == before.since
         (protocol,) = pair.new.protocols
         sock = protocol.transport.get_extra_info("socket")
@@ -301,7 +301,7 @@ async def test_a_client_that_leaves_meanwhile_is_missed_by_nobody() -> None:
 @pytest.mark.backends("asyncio", "uvloop")
 async def test_one_is_never_sent_twice() -> None:
     async with a_pair(1) as pair:
-        (connection,) = pair.old.plane.tracker.snapshot()
+        (connection,) = pair.old.plane.tracker.connections()
         with anyio.fail_after(10):
             async with anyio.create_task_group() as task_group:
                 task_group.start_soon(pair.send)
@@ -333,7 +333,7 @@ async def test_nothing_is_left_open() -> None:
 async def test_tls_does_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
     async with a_pair(1) as pair:
         pair.old.server.is_secure = True
-        (connection,) = pair.old.plane.tracker.snapshot()
+        (connection,) = pair.old.plane.tracker.connections()
         assert not connection.movable
         assert connection.pack() is None
 
@@ -341,7 +341,7 @@ async def test_tls_does_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.backends("asyncio", "uvloop")
 async def test_unflushed_writes_do_not_move() -> None:
     async with a_pair(1) as pair:
-        (connection,) = pair.old.plane.tracker.snapshot()
+        (connection,) = pair.old.plane.tracker.connections()
         pair.old.protocols[0].transport.write(b"x" * 10_000_000)
         assert pair.old.protocols[0].transport.get_write_buffer_size()
         assert connection.pack() is None
@@ -381,7 +381,7 @@ async def test_a_handler_that_offers_its_stream_ends_when_it_has_moved() -> None
             async with anyio.create_task_group() as task_group:
                 task_group.start_soon(Receiver(theirs, new, log).run)
                 task_group.start_soon(Sender(ours, old.tracker, log).run, anyio.Event(), lambda: None)
-                while not new.tracker.snapshot():
+                while not new.tracker.connections():
                     await turn()
                 client.send(b"o\n")
                 assert await read(client) == b"2 two\n"
@@ -407,7 +407,7 @@ async def test_a_handler_goes_on_when_nobody_takes_its_stream() -> None:
         ours, theirs = socketpair()
         plane.tracker.moves = True
         with connect(plane.registry.entries[0]) as client, anyio.fail_after(10):
-            while not plane.tracker.snapshot():
+            while not plane.tracker.connections():
                 await turn()
             async with anyio.create_task_group() as task_group:
                 task_group.start_soon(Sender(ours, plane.tracker, log).run, anyio.Event(), lambda: None)
@@ -462,7 +462,7 @@ async def test_streams_of_anyio_and_trio_go_on_in_the_successor(kind: str, backe
             old.tracker.moves = True
             task_group.start_soon(Receiver(theirs, new, log).run)
             task_group.start_soon(Sender(ours, old.tracker, log).run, anyio.Event(), lambda: None)
-            while not new.tracker.snapshot() or len(old.tracker):
+            while not new.tracker.connections() or len(old.tracker):
                 await turn()
             client.send(b"efgh")
             assert await read(client) == b"8 efgh\n"

@@ -94,8 +94,7 @@ class Departure:
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(self._say_goodbye)
             with anyio.CancelScope(deadline=self._deadline + GRACE_SECONDS):
-                # Before the gate has ended, one may still be accepted. Not `ecdysis.connections`, which asks each one
-                # whether it has ended, and costs 7 ms where there are 5,000: the drain asks them, in batches.
+                # Before the gate has ended, one may still be accepted.
                 while self._gate.state is not GateState.ENDED or len(self._tracker):
                     for say_goodbye in self.goodbyes:
                         say_goodbye(self._is_late)
