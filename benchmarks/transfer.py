@@ -87,18 +87,22 @@ class Watch:
         begun = time.perf_counter()
         left = 0.0
         moved: list[tuple[float, int]] = []
+        pause = TICK_SECONDS
         try:
             while True:
                 before, cpu, self._collection = time.perf_counter(), time.process_time(), 0.0
-                await asyncio.sleep(TICK_SECONDS)
+                await asyncio.sleep(pause)
                 now = time.perf_counter()
+                wall = now - before - pause
+                # From one turn of the loop to the very next, while turns are long. The end of a pause may have come
+                # after the first of two.
+                pause = 0 if wall > TICK_SECONDS else TICK_SECONDS
                 if ecdysis.draining.is_set():
                     kind, left = "old", left or before
                     moved.append((now - left, ecdysis._tracker.count.transferred))  # noqa: SLF001 - it is not told
                 else:
                     kind = "young" if now - begun < WATCH_SECONDS else "steady" if self.is_marked else ""
                 if kind:
-                    wall = now - before - TICK_SECONDS
                     self.stalls[kind].extend(wall, time.process_time() - cpu, self._collection)
         finally:
             if moved and moved[-1][1]:

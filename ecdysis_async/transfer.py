@@ -39,8 +39,8 @@ Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 # How many connections travel in one message, and how many bytes of what they had received. The kernel takes 253
 # descriptors; fewer keep both loops from stalling, and cost nothing that could be measured. In a turn of asyncio's loop
-# so many are packed, so many aborted and so many told of their end: 3 ms.
-BATCH = 32
+# so many are packed, so many aborted and so many told of their end: 1.5 ms.
+BATCH = 16
 BATCH_BYTES = 96 * 1024
 # What one connection may bring along at most, encoded. More stays, and drains.
 PARCEL_BYTES = 64 * 1024
@@ -51,7 +51,7 @@ TURN_SECONDS = 0.001
 # How many connections are looked at in one turn of the loop.
 LOOKS_PER_TURN = 128
 # How many are resumed at a time: each takes a few turns of the loop, and these are long while it serves others.
-RESUMED_AT_A_TIME = 16
+RESUMED_AT_A_TIME = 8
 
 MESSAGE_BYTES = 256 * 1024
 BUFFER_BYTES = 1024 * 1024
@@ -158,29 +158,33 @@ class Sender:
     # What is sent
 
     async def _send_all(self, on_swept: Callable[[], None]) -> None:
-        is_swept = False
+        with _out_of_sight_of_the_collector():
+            spent = await self._offer_all()
+            # Handlers that were woken by this offer their connections now.
+            await anyio.lowlevel.checkpoint()
+            await anyio.lowlevel.checkpoint()
+            await self._send_queue()
+            while self._sent:
+                await self._wait_for_news()
+        on_swept()
         while True:
-            spent = 0.0
-            connections = self._tracker.connections()
-            for start in range(0, len(connections), LOOKS_PER_TURN):
-                begun = time.perf_counter()
-                for connection in connections[start : start + LOOKS_PER_TURN]:
-                    self._enqueue(connection)
-                spent += time.perf_counter() - begun
-                await self._send_queue()
-            if not is_swept:
-                # Handlers that were woken by this offer their connections now.
-                await anyio.lowlevel.checkpoint()
-                await anyio.lowlevel.checkpoint()
-                await self._send_queue()
-                while self._sent:
-                    await self._wait_for_news()
-                is_swept = True
-                on_swept()
             with anyio.move_on_after(max(LOOK_AGAIN_SECONDS, spent / LOOK_AGAIN_SHARE)):
                 while True:
                     await self._wait_for_news()
                     await self._send_queue()
+            spent = await self._offer_all()
+
+    async def _offer_all(self) -> float:
+        """Look at each connection, and send those that are at a safe point; return the seconds that the looks took."""
+        spent = 0.0
+        connections = self._tracker.connections()
+        for start in range(0, len(connections), LOOKS_PER_TURN):
+            begun = time.perf_counter()
+            for connection in connections[start : start + LOOKS_PER_TURN]:
+                self._enqueue(connection)
+            spent += time.perf_counter() - begun
+            await self._send_queue()
+        return spent
 
     async def _send_queue(self) -> None:
         begun = time.monotonic()
@@ -496,6 +500,22 @@ class Receiver:
             self.log.exception("a connection of the predecessor's was taken over, and failed")
         else:
             self._taken += 1
+
+
+@contextlib.contextmanager
+def _out_of_sight_of_the_collector() -> Iterator[None]:
+    """Let a collection of garbage look only at what is made from now on, where the application has not frozen anything.
+
+    A full one looks through all connections otherwise: 80 ms for 5,000 on asyncio, while they move and others wait.
+    """
+    is_ours = gc.get_freeze_count() < FROZEN_BY_APPLICATION
+    if is_ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if is_ours:
+            gc.unfreeze()
 
 
 def _age_all_objects() -> None:

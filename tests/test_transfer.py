@@ -529,9 +529,21 @@ def test_a_transfer_ages_objects_and_thaws_none() -> None:
         frozen = gc.get_freeze_count()
         assert frozen >= transfer.FROZEN_BY_APPLICATION
         transfer._age_all_objects()
+        with transfer._out_of_sight_of_the_collector():
+            pass
         assert gc.get_freeze_count() == frozen
     finally:
         gc.unfreeze()
+
+
+def test_what_is_there_when_connections_are_offered_is_not_collected_meanwhile() -> None:
+    old = [[] for _ in range(10)]  # type: ignore[var-annotated]
+    with transfer._out_of_sight_of_the_collector():
+        assert not any(each is old for each in gc.get_objects())
+        new = [[] for _ in range(10)]  # type: ignore[var-annotated]
+        assert any(each is new for each in gc.get_objects())
+    assert any(each is old for each in gc.get_objects())
+    assert gc.get_freeze_count() < transfer.FROZEN_BY_APPLICATION
 
 
 def test_what_a_later_release_adds_is_left_out() -> None:
