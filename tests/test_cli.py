@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pty
 import re
@@ -20,6 +21,7 @@ import pytest
 
 from ecdysis_async.cli import client
 from ecdysis_async.cli.progress import Lines, Progress
+from ecdysis_async.report import Outcome, Phase, RestartReport
 from tests.handoff.harness import PATIENCE_SECONDS, PROJECT, Service, running
 
 Run = Callable[..., Service]
@@ -347,21 +349,50 @@ def test_watch_on_a_terminal(backend: str, run_service: Run, monkeypatch: pytest
     assert b"Traceback" not in output
 
 
-def test_a_worker_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(Lines())
-    told = [
-        {"slot": 1, "waiting_for": "generation 2 (pid 12) to get ready, for 0.1 s so far"},
-        {"slot": 2, "waiting_for": "3 connections, deadline in 30 s"},
-    ]
-    progress.show({"event": "phase", "waiting_for": "worker 1 of 2", "workers": told, "report": None})
-    told[0] = {"slot": 1, "waiting_for": "generation 2 (pid 12) to get ready, for 1.1 s so far"}
-    told[1] = {"slot": 2, "waiting_for": "2 connections, deadline in 29 s"}
-    progress.show({"event": "phase", "waiting_for": "worker 1 of 2", "workers": told, "report": None})
+def phase(waiting_for: str, report: RestartReport | None = None, *waits: str) -> dict[str, Any]:
+    """Make an event as a service tells it while it restarts, or stops."""
+    workers = [{"slot": slot, "waiting_for": wait} for slot, wait in enumerate(waits)]
+    told = report.to_json() if report is not None else None
+    return {"event": "phase", "waiting_for": waiting_for, "workers": workers, "report": told}
+
+
+def test_a_roll_out_is_told_in_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a log nobody wants each step of each worker; and what all of them took is a sum, which has to be complete."""
+    progress, report = Progress(Lines()), RestartReport("1d", 2, 10)
+    progress.show({"event": "accepted", "id": "1d", "pid": 10})
+    for number in (1, 2):
+        for step in ("its turn", "initialising", "pausing", "committing", "probation"):
+            progress.show(phase(f"worker {number} of 2: {step}", report, f"its successor: {step}", "its turn"))
+        report.phases = {Phase.START: number * 0.1, Phase.COMMIT: number * 0.001}
+    report.outcome = Outcome.SERVING
+    for left in ("1.0", "0.5", "0.0"):
+        progress.show(phase(f"generation 2, on probation for {left} s more", report, *["the end of its probation"] * 2))
+    report.outcome, report.phases[Phase.PROBATION] = Outcome.SETTLED, 1.0
+    progress.show(phase("the former workers to end", report, "its end", "its end"))
     assert capsys.readouterr().out.splitlines() == [
+        "restart 1d, asked of pid 10",
         "  waiting for worker 1 of 2",
-        "  worker 1: waiting for generation 2 (pid 12) to get ready, for 0.1 s so far",
-        "  worker 2: waiting for 3 connections, deadline in 30 s",
-        "  worker 2: waiting for 2 connections, deadline in 29 s",
+        "  waiting for worker 2 of 2",
+        "  start           200.0 ms",
+        "  commit            2.0 ms",
+        "  waiting for generation 2, on probation for 1.0 s more",
+        "  probation      1000.0 ms",
+        "  waiting for the former workers to end",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "counts"), [(math.inf, [3]), (0.0, [3, 2, 1])])
+def test_a_drain_counts_down_now_and_then(
+    seconds: float, counts: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress(Lines(seconds))
+    progress.show(phase("generation 2 to start, for 0.0 s so far"))
+    progress.show(phase("generation 2 (pid 12) to start, for 0.1 s so far"))
+    for left in (3, 3, 2, 1):
+        progress.show(phase(f"{left} connection{'s' * (left > 1)}, deadline in {left} s"))
+    assert capsys.readouterr().out.splitlines() == [
+        "  waiting for generation 2 to start, for 0.0 s so far",
+        *(f"  waiting for {left} connection{'s' * (left > 1)}, deadline in {left} s" for left in counts),
     ]
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
+import re
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from ecdysis_async.report import Phase, RestartReport
+from ecdysis_async.report import Outcome, Phase, RestartReport
 
 __all__ = [
     "Lines",
@@ -23,6 +26,14 @@ __all__ = [
     "showing",
     "watching",
 ]
+
+# How often a line tells how many connections a drain has left, where lines stay, seconds.
+COUNT_SECONDS = 5.0
+
+# Parts of what a service waits for (status.py, account.py).
+_STEP = re.compile(r"(worker \d+ of \d+): .*")
+_PID = re.compile(r" \(pid \d+\)")
+_COUNT = re.compile(r"\d+ connections?")
 
 MINUTE = 60
 HOUR = 60 * MINUTE
@@ -60,7 +71,10 @@ class Progress:
         elif event["event"] == "accepted":
             self._display.write(f"pid {event['pid']} stops")
         if event.get("report") is not None:
-            self._show_report(RestartReport.from_json(event["report"]))
+            report = RestartReport.from_json(event["report"])
+            # What several workers took is a sum, which stands once all of them serve.
+            if not event.get("workers") or report.outcome is not Outcome.IN_PROGRESS:
+                self._show_report(report)
         waits = {"": event.get("waiting_for")}
         waits |= {f"worker {each['slot']}": each["waiting_for"] for each in event.get("workers", ())}
         if any(waits.values()):
@@ -74,10 +88,16 @@ class Progress:
 
 
 class Lines:
-    """Plain lines, for logs and pipes."""
+    """Plain lines, for logs and pipes: one for each thing that is waited for, and now and then one for a drain's count.
 
-    def __init__(self) -> None:
-        self._last: dict[str, str] = {}
+    Args:
+        count_seconds: how often.
+    """
+
+    def __init__(self, count_seconds: float = COUNT_SECONDS) -> None:
+        self._count_seconds = count_seconds
+        self._counted = -math.inf
+        self._last: str | None = None
 
     def write(self, line: str) -> None:
         """Write a line, at once: it may be read by somebody who waits."""
@@ -85,12 +105,19 @@ class Lines:
         sys.stdout.flush()
 
     def move(self, waits: dict[str, str]) -> None:
-        """Write a line where it tells more than the time that has passed."""
-        for name, text in waits.items():
-            what = text.partition(",")[0]
-            if what != self._last.get(name):
-                self._last[name] = what
-                self.write(f"  {_wait_line(name, text)}")
+        """Write a line where the service waits for something else; what its workers do about it is told elsewhere."""
+        if "" not in waits:
+            return
+        # The steps of a worker's handoff follow each other within milliseconds, and each worker has as many.
+        text = _STEP.sub(r"\1", waits[""])
+        what = _PID.sub("", text.partition(",")[0])
+        is_new = what != self._last
+        if is_new and _COUNT.fullmatch(what):
+            is_new = time.monotonic() - self._counted >= self._count_seconds
+            self._counted = time.monotonic() if is_new else self._counted
+        if is_new:
+            self._last = what
+            self.write(f"  {_wait_line('', text)}")
 
     def show(self, status: dict[str, Any]) -> None:
         """Write a status."""
