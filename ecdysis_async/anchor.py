@@ -192,13 +192,13 @@ class Anchor:
         self.ready_timeout = plan.settings.ready_timeout
         self.generation = 1
         self.plan = plan
-        self._keeper = Keeper(self)
         self.begun = time.monotonic()
         self.registry = Registry()
         # Of their own, because workers do not inherit them.
         self._control_registry = Registry()
         self._health_registry = Registry()
         self._systemd = find_systemd(plan.systemd)
+        self._keeper = Keeper(self, self._systemd.watchdog)
         self._store = DescriptorStore(self._systemd, os.environ.get("FDSTORE", ""))
         self._pid_file = PidFile(plan.settings.pid_file) if plan.settings.pid_file is not None else None
         self._control: ControlServer | None = None
@@ -504,7 +504,7 @@ class Anchor:
 
     def _employ(self, slot: Slot, worker: Worker) -> None:
         """Welcome a worker, and look after it."""
-        worker.line.tell(FromAnchor.WELCOME, {"beat_seconds": self.plan.beat_seconds})
+        worker.line.tell(FromAnchor.WELCOME, {"beat_seconds": self._keeper.beat_seconds})
         if self.is_stopping:
             worker.is_told_to_leave = True
             worker.line.tell(FromAnchor.STOP, {})

@@ -20,8 +20,11 @@ __all__ = ["Keeper", "Kept"]
 # How long to wait where the workers could not be looked after, seconds.
 RETRY_SECONDS = 1.0
 
-# A worker that was silent for longer is none that systemd's watchdog counts, seconds: it tells of itself each second.
-SOUND_SECONDS = 15.0
+# Of the time that systemd's watchdog has: how often a worker tells of itself at least, and for how long all of them may
+# be silent until it is left unfed; and how many beats that has to be, because one may be late.
+BEATS_PER_WATCHDOG = 4
+SILENT_SHARE = 0.5
+SILENT_BEATS = 3
 
 # What a worker that hangs gets to leave its traceback (faulthandler), before it is killed, seconds.
 ABORT_SECONDS = 1.0
@@ -55,10 +58,22 @@ class Kept(Foreman, Protocol):
 
 
 class Keeper:
-    """What keeps the workers of an anchor."""
+    """What keeps the workers of an anchor.
 
-    def __init__(self, anchor: Kept) -> None:
+    Args:
+        anchor: whose.
+        watchdog: within how many seconds systemd wants to hear of a sound service, if it does.
+
+    Attributes:
+        beat_seconds: how often a worker has to tell of itself.
+    """
+
+    def __init__(self, anchor: Kept, watchdog: float | None = None) -> None:
         self._anchor = anchor
+        self._watchdog = watchdog
+        self.beat_seconds = anchor.plan.beat_seconds
+        if watchdog is not None:
+            self.beat_seconds = min(self.beat_seconds, watchdog / BEATS_PER_WATCHDOG)
 
     async def manage(self) -> None:
         """See that there are as many workers as there shall be, and none that should be replaced."""
@@ -172,7 +187,7 @@ class Keeper:
     async def watch(self) -> None:
         """Find the workers whose loop does not turn; tell systemd how things are."""
         hang = self._anchor.plan.hang_timeout
-        tick = self._anchor.plan.beat_seconds if hang is not None else STATUS_SECONDS
+        tick = STATUS_SECONDS if hang is None and self._watchdog is None else self.beat_seconds
         looked = anyio.current_time()
         while True:
             await anyio.sleep(tick)
@@ -188,9 +203,16 @@ class Keeper:
             self._anchor.tell_status()
 
     def has_sound_worker(self) -> bool:
-        """Say whether a worker's loop turns, if there is one: what systemd's watchdog asks, while this loop turns."""
+        """Say whether a worker's loop turns, if there is one: what systemd's watchdog asks, while this loop turns.
+
+        Where it was said how long a loop may stand still, a worker that hangs is replaced, and the service is not
+        started anew for it.
+        """
+        if self._watchdog is None or self._anchor.plan.hang_timeout is not None:
+            return True
+        limit = max(self._watchdog * SILENT_SHARE, self.beat_seconds * SILENT_BEATS)
         bound = [worker for worker in self._anchor.crew if worker.state in (WorkerState.SERVING, WorkerState.PAUSED)]
-        return not bound or any(worker.silence < SOUND_SECONDS for worker in bound)
+        return not bound or any(worker.silence < limit for worker in bound)
 
     async def _end_hanging(self, worker: Worker) -> None:
         self._anchor.log.error(

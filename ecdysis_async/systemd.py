@@ -213,6 +213,7 @@ class Systemd:
         watchdog: within how many seconds systemd wants to hear of a sound loop, if it does.
 
     Attributes:
+        watchdog: within how many seconds systemd wants to hear of a sound loop; None if it does not.
         begun: set once this process is the unit's main one.
         is_sound: says whether the service is as it should be besides this loop; while it is not, the watchdog is left
             unfed.
@@ -225,7 +226,7 @@ class Systemd:
         if address and not address.startswith(("/", "@")):
             raise ValueError(f"NOTIFY_SOCKET={address} is neither a path nor an abstract address: set systemd=False")
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._watchdog = watchdog
+        self.watchdog = watchdog if address else None
         self._is_main = False
         self._is_deaf = False
         self._status = ""
@@ -252,7 +253,7 @@ class Systemd:
         if self.is_there and not self.begun.is_set():
             self._is_main = True
             self.begun.set()
-            if self._watchdog is not None:
+            if self.watchdog is not None:
                 self.tell("WATCHDOG=1")
 
     def tell(self, *assignments: str, descriptors: Iterable[int] = ()) -> None:
@@ -294,8 +295,8 @@ class Systemd:
     async def run(self) -> None:
         """Send what is told, and pet the watchdog as often as it takes, as long as the loop turns."""
         async with anyio.create_task_group() as task_group:
-            if self._watchdog is not None:
-                task_group.start_soon(self._pet, self._watchdog / 2)
+            if self.watchdog is not None:
+                task_group.start_soon(self._pet, self.watchdog / 2)
             while True:
                 await self.flush()
                 self._wakeup = anyio.Event()

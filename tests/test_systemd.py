@@ -223,7 +223,7 @@ def test_the_watchdog_holds_for_this_process(
     environment(NOTIFY_SOCKET="@x", WATCHDOG_USEC=usec)
     if pid is not None:
         environment(WATCHDOG_PID=str(os.getpid()) if pid == "own" else pid)
-    assert find_systemd(None)._watchdog == seconds
+    assert find_systemd(None).watchdog == seconds
 
 
 def test_a_unit_that_cannot_work_is_told_what_to_change(environment: Callable[..., None]) -> None:

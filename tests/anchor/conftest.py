@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.anchor.harness import AnchoredService, anchored
+from tests.anchor.harness import AnchoredService, Watchdog, anchored
 
 
 @pytest.fixture
@@ -21,3 +21,12 @@ def run_anchor(tmp_path: Path) -> Iterator[Callable[..., AnchoredService]]:
             return stack.enter_context(anchored(tmp_path, **settings))
 
         yield run
+
+
+@pytest.fixture
+def watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watchdog]:
+    """Systemd's watchdog for what is run next: it wants to be fed each 0.4 seconds."""
+    with contextlib.closing(Watchdog(tmp_path)) as watchdog:
+        monkeypatch.setenv("NOTIFY_SOCKET", watchdog.address)
+        monkeypatch.setenv("WATCHDOG_USEC", "400000")
+        yield watchdog

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,6 +147,34 @@ class AnchoredService(Service):
         rollup = Path(f"/proc/{self.anchor}/smaps_rollup").read_text()
         (line,) = [line for line in rollup.splitlines() if line.startswith("Pss:")]
         return int(line.split()[1]) * 1024
+
+
+class Watchdog:
+    """What systemd would hear of a service on NOTIFY_SOCKET.
+
+    Attributes:
+        address: where.
+        count: how often its watchdog was fed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.address = str(directory / "notify")
+        self.count = 0
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sock.bind(self.address)
+        # Who is not read by anybody waits.
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while message := self._sock.recv(65536):
+            self.count += message == b"WATCHDOG=1"
+
+    def close(self) -> None:
+        """Hear no more."""
+        self._sock.sendto(b"", self.address)
+        self._thread.join()
+        self._sock.close()
 
 
 @contextlib.contextmanager
