@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from . import asyncio_datagrams, asyncio_servers
 from .plane import Plane, active
+from .standard_descriptors import occupy_standard_descriptors
 
 __all__ = ["loop_factory", "run"]
 
@@ -38,6 +39,7 @@ def run(
     Raises:
         ModuleNotFoundError: uvloop was asked for and is not installed.
     """
+    occupy_standard_descriptors()
     with asyncio.Runner(debug=debug, loop_factory=loop_factory(loop)) as runner:
         return runner.run(main() if callable(main) else main)
 

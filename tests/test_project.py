@@ -69,6 +69,7 @@ TOP_TO_BOTTOM = (
     "logs",
     "signals",
     "threads",
+    "standard_descriptors",
     "tracebacks",
     "peer",
     "spawn",

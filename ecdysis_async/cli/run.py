@@ -12,6 +12,7 @@ import click
 
 from ecdysis_async import check, line
 from ecdysis_async.options import Option, OptionError, Options, Shape, command_line_options, gather
+from ecdysis_async.standard_descriptors import occupy_standard_descriptors
 
 from .client import Exit
 
@@ -28,6 +29,7 @@ def serve(options: Options) -> int:
 
     This is the one place where it is decided which part of the service this process is.
     """
+    occupy_standard_descriptors()
     # Imported here: none needs the others, and the anchor shall stay small.
     if check.is_check():
         from ecdysis_async import worker
