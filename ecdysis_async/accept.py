@@ -34,6 +34,7 @@ __all__ = [
     "GatedSocket",
     "SocketAcceptor",
     "StreamAdopter",
+    "accept_connection",
     "confining_cancellation",
     "handling",
     "largest_datagram",
@@ -322,21 +323,30 @@ class SocketAcceptor(GatedSocket):
         return await self.take(self._accept)
 
     def _accept(self, listener: socket.socket) -> tuple[socket.socket, AcceptedConnection]:
-        while True:
-            try:
-                sock, _ = listener.accept()
-            except OSError as error:
-                if error.errno in BROKEN_CONNECTION:
-                    continue
-                raise
-            break
+        sock = accept_connection(listener)
         connection = AcceptedConnection(sock, self.entry.until, self.entry.name, is_resumable=self.is_resumable)
         self.plane.tracker.open(connection)
-        sock.setblocking(False)
         if self.entry.kind is Kind.TCP:
             # Whatever wraps the socket does it only if the protocol number is right (DESIGN.md, trap 19).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock, connection
+
+
+def accept_connection(listener: socket.socket) -> socket.socket:
+    """Return the next connection that waits, non-blocking; those that broke while they waited are nobody's.
+
+    Raises:
+        OSError: there is none (BlockingIOError), or no room for one.
+    """
+    while True:
+        try:
+            sock, _ = listener.accept()
+        except OSError as error:
+            if error.errno not in BROKEN_CONNECTION:
+                raise
+        else:
+            sock.setblocking(False)
+            return sock
 
 
 def require_streams(acceptor: SocketAcceptor) -> None:

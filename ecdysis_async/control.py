@@ -37,12 +37,12 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
 
-from .accept import BROKEN_CONNECTION, AcceptingEnded, GatedSocket
+from .accept import AcceptingEnded, GatedSocket, accept_connection
 from .control_path import ControlLock, prepare_directory
 from .errors import RestartError, RestartUnsupported, SpawnFailed
 from .generation import Spawner
@@ -53,6 +53,8 @@ from .spawn import Child, Process
 from .threads import run_in_thread
 
 __all__ = ["Changes", "ControlServer", "Controlled", "Restart"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger("ecdysis_async")
 
@@ -211,7 +213,8 @@ class ControlServer:
         async with anyio.create_task_group() as clients:
             while True:
                 try:
-                    sock = await self._listener.take(_accept)
+                    # Not tracked, because who looks on (`ecdysis status --watch`) must not hold a drain.
+                    sock = await self._listener.take(accept_connection)
                 except AcceptingEnded:
                     if self._renewed is None:
                         return
@@ -375,51 +378,33 @@ class ControlServer:
                 )
 
     async def _restart(self, client: _Client, until: str) -> None:
-        failure: RestartError | None = None
         try:
             restart = self.controlled.begin_restart()
         except RestartError as error:
             await client.send("failed", **_describe(error), report=None)
             return
-
-        async def wait() -> None:
-            nonlocal failure
-            try:
-                await restart.wait(until)
-            except RestartError as error:
-                failure = error
-
         with self._until_told():
             await client.send("accepted", id=restart.report.id, pid=os.getpid())
-            await self._accompany(client, wait, restart.report)
-            if failure is None:
-                await client.send("done", report=restart.report.to_json())
+            try:
+                await self._accompany(client, functools.partial(restart.wait, until), restart.report)
+            except RestartError as error:
+                await client.send("failed", **_describe(error), report=restart.report.to_json())
             else:
-                await client.send("failed", **_describe(failure), report=restart.report.to_json())
+                await client.send("done", report=restart.report.to_json())
 
     async def _check(self, client: _Client) -> None:
-        comparison: dict[str, Any] = {}
-        failure: RestartError | None = None
         if self._is_checking:
             await client.send("error", message="another check is in progress: try again later")
             return
-
-        async def check() -> None:
-            nonlocal comparison, failure
-            try:
-                comparison = await self.controlled.check()
-            except RestartError as error:
-                failure = error
-
         self._is_checking = True
+        facts: dict[str, Any]
         try:
-            await self._accompany(client, check, None)
+            event, facts = "checked", {"comparison": await self._accompany(client, self.controlled.check, None)}
+        except RestartError as error:
+            event, facts = "failed", {**_describe(error), "report": None}
         finally:
             self._is_checking = False
-        if failure is None:
-            await client.send("checked", comparison=comparison)
-        else:
-            await client.send("failed", **_describe(failure), report=None)
+        await client.send(event, **facts)
 
     async def _pass_on(self, client: _Client) -> None:
         """Let the process at the other end be the successor."""
@@ -465,23 +450,18 @@ class ControlServer:
 
     async def _upgrade(self, client: _Client) -> None:
         begin: Callable[[], None] | None = None
-        failure: RestartError | None = None
 
         async def wait() -> None:
-            nonlocal begin, failure
-            try:
-                begin = await self.controlled.upgrade()
-            except RestartError as error:
-                failure = error
+            nonlocal begin
+            begin = await self.controlled.upgrade()
 
         upgrades = self.controlled.status().get("anchor", {}).get("upgrades", 0)
         try:
             await self._accompany(client, wait, None)
-            if failure is not None:
-                await client.send("failed", **_describe(failure), report=None)
-            else:
-                # The connection ends with the exec; what has become of it, the status tells.
-                await client.send("accepted", pid=os.getpid(), upgrades=upgrades)
+            # The connection ends with the exec; what has become of it, the status tells.
+            await client.send("accepted", pid=os.getpid(), upgrades=upgrades)
+        except RestartError as error:
+            await client.send("failed", **_describe(error), report=None)
         finally:
             # Whether or not the client is still there to hear of it: as with a restart.
             if begin is not None:
@@ -495,21 +475,27 @@ class ControlServer:
             await self._accompany(client, self._ending.wait, None)
             await client.send("done")
 
-    async def _accompany(
-        self, client: _Client, wait: Callable[[], Awaitable[object]], report: RestartReport | None
-    ) -> None:
+    async def _accompany(self, client: _Client, wait: Callable[[], Awaitable[T]], report: RestartReport | None) -> T:
         """Tell a client how it goes on, at each change and now and then, until what it waits for has happened.
+
+        Returns:
+            What has come of it.
 
         Raises:
             ClientGone: the client has left, or does not read.
+            RestartError: what it has waited for has failed.
         """
         is_over = False
-        failure: ClientGone | None = None
+        failure: ClientGone | RestartError | None = None
+        results: list[T] = []
         changes = self.controlled.changes
 
         async def wait_and_announce() -> None:
-            nonlocal is_over
-            await wait()
+            nonlocal is_over, failure
+            try:
+                results.append(await wait())
+            except RestartError as error:
+                failure = error
             is_over = True
             changes.announce()
 
@@ -531,6 +517,7 @@ class ControlServer:
                 task_group.cancel_scope.cancel()
         if failure is not None:
             raise failure
+        return results[0]
 
     @contextlib.contextmanager
     def _until_told(self) -> Iterator[None]:
@@ -649,19 +636,6 @@ class _Client:
                         await anyio.wait_writable(self._sock)
         except OSError as error:
             raise ClientGone from error
-
-
-def _accept(listener: socket.socket) -> socket.socket:
-    while True:
-        try:
-            sock, _ = listener.accept()
-        except OSError as error:
-            if error.errno in BROKEN_CONNECTION:
-                continue
-            raise
-        # Not tracked, because who looks on (`ecdysis status --watch`) must not hold a drain.
-        sock.setblocking(False)
-        return sock
 
 
 def _describe(error: RestartError) -> dict[str, Any]:

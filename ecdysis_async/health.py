@@ -15,7 +15,7 @@ from typing import Final
 import anyio
 import anyio.abc
 
-from .accept import BROKEN_CONNECTION, EXHAUSTED, EXHAUSTED_PAUSE_SECONDS
+from .accept import EXHAUSTED, EXHAUSTED_PAUSE_SECONDS, accept_connection
 
 __all__ = ["HealthServer"]
 
@@ -83,19 +83,16 @@ class HealthServer:
             while True:
                 await anyio.wait_readable(self._sock)
                 try:
-                    client, _ = self._sock.accept()
+                    client = accept_connection(self._sock)
                 except BlockingIOError:
                     continue  # another process, which shares the socket, was faster
                 except OSError as error:
-                    if error.errno in BROKEN_CONNECTION:
-                        continue
                     if error.errno not in EXHAUSTED:
                         raise
                     # A place of ours can be had at once, one of somebody else's later.
                     if not self._make_room():
                         await anyio.sleep(EXHAUSTED_PAUSE_SECONDS)
                     continue
-                client.setblocking(False)
                 if len(self._clients) >= MAX_CLIENTS:
                     self._make_room()
                 # Not in the task, which may have its first turn only after many more have come.
