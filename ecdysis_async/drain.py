@@ -34,10 +34,12 @@ T = TypeVar("T")
 current_connection: ContextVar[Connection | None] = ContextVar("ecdysis_current_connection", default=None)
 """The connection, or the tracked work, that the running task serves; data planes set it in each handler."""
 
-# An idle connection is told to close this long before the deadline, so that its goodbye still gets out: a tenth of the
-# drain, and a second at the most. Closing it any earlier races with the client's next request (DESIGN.md, trap 2).
+# An idle connection is told to close this long before the deadline, so that its goodbye still gets out: a second, and a
+# little for each connection, but no more than a tenth of the drain. Closing it any earlier races with the client's next
+# request (DESIGN.md, trap 2).
 FAREWELL_SHARE = 0.1
 FAREWELL_SECONDS = 1.0
+FAREWELL_SECONDS_EACH = 0.0003
 
 # How long a cancelled handler may take over its `finally` before its connection is aborted.
 CANCEL_GRACE_SECONDS = 1.0
@@ -45,6 +47,10 @@ CANCEL_GRACE_SECONDS = 1.0
 # Finishing tasks are started in batches of this many with a turn of the loop between: 10,000 at once would stall those
 # that are still being served, and each costs 50 microseconds.
 BATCH = 50
+# How many of these are told in one turn of the loop that a moment has come: to close one costs up to 200 microseconds.
+CALLED_PER_TURN = 20
+# How long one that is told to close only after the deadline has for it, seconds.
+LATE_SECONDS = 0.1
 
 # Connections that ended without telling are looked for in batches as well: to ask 10,000 costs some 13 ms.
 ASKED_PER_TURN = 200
@@ -101,8 +107,8 @@ class Connection:
         "interrupted",
         "invited",
         "moved",
+        "news",
         "offer",
-        "over",
         "refused",
         "silent",
         "since",
@@ -116,8 +122,8 @@ class Connection:
         self.until = until
         # When it was accepted, also where that was in another process.
         self.since = time.monotonic()
-        # Created by a drain that waits for this connection; most connections end without one.
-        self.over: anyio.Event | None = None
+        # What the drain that waits for this connection waits for: its end, or the next moment. Most end without one.
+        self.news: anyio.Event | None = None
         # Whether the drain has asked it to close, and whether it was at a safe point then.
         self.interrupted = False
         self.silent = False
@@ -241,6 +247,43 @@ class _Work(Connection):
         self._scope.cancel()
 
 
+class _Moment:
+    """A moment of a drain, which may be brought forward. It comes to the connections a few at a time."""
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+        self.has_come = anyio.Event()
+        # Ended at once, and all of them.
+        self.scopes: set[anyio.CancelScope] = set()
+        self._waiting: set[anyio.Event] = set()
+        self._asleep = anyio.CancelScope(deadline=at)
+
+    def bring_forward(self, at: float) -> None:
+        """Let it come then, if that is earlier."""
+        self.at = self._asleep.deadline = min(self.at, at)
+
+    async def run(self) -> None:
+        """Wait until it comes, and tell everybody."""
+        with self._asleep:
+            await anyio.sleep_forever()
+        self.has_come.set()
+        for scope in self.scopes:
+            scope.cancel()
+        while self._waiting:
+            for _ in range(min(CALLED_PER_TURN, len(self._waiting))):
+                self._waiting.pop().set()
+            await anyio.lowlevel.checkpoint()
+
+    async def wait(self, news: anyio.Event) -> None:
+        """Wait until it comes here, or somebody else sets the event."""
+        if not self.has_come.is_set():
+            self._waiting.add(news)
+            try:
+                await news.wait()
+            finally:
+                self._waiting.discard(news)
+
+
 class Tracker:
     """All connections of one generation, from their acceptance to their end, and the drain that ends them."""
 
@@ -264,10 +307,6 @@ class Tracker:
         self._unfinished = 0
         # Calls the drain: there is somebody to wait for, or nobody any more, or it shall hurry.
         self._call = anyio.Event()
-        # The moments, on the loop's clock, and who waits for each; `hurry` moves both.
-        self._farewell = self._deadline = math.inf
-        self._until_farewell: set[anyio.CancelScope] = set()
-        self._until_deadline: set[anyio.CancelScope] = set()
         self._hurried = False
         # Until when the drain leaves the connections to the transfer.
         self._sweep_end = -math.inf
@@ -315,8 +354,8 @@ class Tracker:
             del self._connections[connection]
             if connection.is_accepted:
                 self._cells[1] += 1
-            if connection.over is not None:
-                connection.over.set()
+            if connection.news is not None:
+                connection.news.set()
 
     def note_moved(self, connection: Connection) -> None:
         """Count one that a successor has taken over; it is closed when its last trace here has gone."""
@@ -397,15 +436,18 @@ class Tracker:
         if hurries:
             timeout = min(timeout, FAREWELL_SECONDS)
         self._finishing = kinds
-        self._deadline = anyio.current_time() + timeout
-        self._farewell = self._deadline - min(FAREWELL_SECONDS, timeout * FAREWELL_SHARE)
+        deadline = _Moment(anyio.current_time() + timeout)
+        lead = FAREWELL_SECONDS + FAREWELL_SECONDS_EACH * len(self._connections)
+        farewell = _Moment(deadline.at - min(lead, timeout * FAREWELL_SHARE))
         try:
             async with anyio.create_task_group() as housekeepers:
                 housekeepers.start_soon(self._prune_regularly)
-                housekeepers.start_soon(self._interrupt_bystanders)
+                housekeepers.start_soon(self._interrupt_bystanders, farewell)
+                for moment in (farewell, deadline):
+                    housekeepers.start_soon(moment.run)
                 if move is not None:
                     self._sweep_end = anyio.current_time() + min(SWEEP_SECONDS, timeout * SWEEP_SHARE)
-                    housekeepers.start_soon(self._move, move)
+                    housekeepers.start_soon(self._move, move, farewell)
                 async with anyio.create_task_group() as finishers:
                     self._awaited = deque(each for each in self._connections if each.until in kinds)
                     # Not left to the end of the task group: it refuses new tasks a moment before we would know, and
@@ -414,12 +456,13 @@ class Tracker:
                         self._call = anyio.Event()
                         if self._hurried and not hurries:
                             hurries = True
-                            self._bring_forward()
+                            farewell.bring_forward(anyio.current_time())
+                            deadline.bring_forward(anyio.current_time() + FAREWELL_SECONDS)
                         if self._awaited and not hurries and anyio.current_time() < self._sweep_end:
                             with anyio.CancelScope(deadline=self._sweep_end):
                                 await self._call.wait()
                             continue
-                        self._finish_some(finishers, self._awaited)
+                        self._finish_some(finishers, self._awaited, farewell, deadline)
                         if self._awaited:
                             await anyio.lowlevel.checkpoint()
                         elif self._unfinished:
@@ -443,28 +486,21 @@ class Tracker:
         self._hurried = True
         self._call.set()
 
-    def _bring_forward(self) -> None:
-        now = anyio.current_time()
-        self._farewell = min(self._farewell, now)
-        self._deadline = min(self._deadline, now + FAREWELL_SECONDS)
-        for scope in self._until_farewell:
-            scope.deadline = self._farewell
-        for scope in self._until_deadline:
-            scope.deadline = self._deadline
-
-    async def _move(self, move: Move) -> None:
+    async def _move(self, move: Move, farewell: _Moment) -> None:
         """Pass connections on, until it is time for the goodbyes."""
 
         def end_sweep() -> None:
             self._sweep_end = -math.inf
             self._call.set()
 
-        with anyio.CancelScope(deadline=self._farewell) as scope:
-            self._until_farewell.add(scope)
+        with anyio.CancelScope() as scope:
+            farewell.scopes.add(scope)
+            if farewell.has_come.is_set():
+                scope.cancel()
             try:
                 await move(end_sweep)
             finally:
-                self._until_farewell.discard(scope)
+                farewell.scopes.discard(scope)
                 end_sweep()
 
     def _note_end(self, connection: Connection) -> None:
@@ -473,50 +509,63 @@ class Tracker:
         elif not connection.moved:
             self.count.drained += 1
 
-    def _finish_some(self, finishers: TaskGroup, awaited: deque[Connection]) -> None:
+    def _finish_some(
+        self, finishers: TaskGroup, awaited: deque[Connection], farewell: _Moment, deadline: _Moment
+    ) -> None:
         """Start the finishing of a batch."""
-        for _ in range(min(BATCH, len(awaited))):
+        batch = CALLED_PER_TURN if farewell.has_come.is_set() else BATCH
+        for _ in range(min(batch, len(awaited))):
             connection = awaited.popleft()
             if connection.is_over():
                 self.close(connection)
             if connection not in self._connections:
                 self._note_end(connection)
             else:
-                connection.over = anyio.Event()
+                connection.news = anyio.Event()
                 self._unfinished += 1
-                finishers.start_soon(self._finish, connection, connection.over)
+                finishers.start_soon(self._finish, connection, connection.news, farewell, deadline)
 
-    async def _finish(self, connection: Connection, over: anyio.Event) -> None:
+    async def _finish(self, connection: Connection, news: anyio.Event, farewell: _Moment, deadline: _Moment) -> None:
         try:
-            await self._see_off(connection, over)
+            await self._see_off(connection, news, farewell, deadline)
         finally:
             # Where the drain was cancelled, the next one begins afresh.
-            connection.over = None
+            connection.news = None
             self._unfinished -= 1
             if not self._unfinished:
                 self._call.set()
 
-    async def _see_off(self, connection: Connection, over: anyio.Event) -> None:
+    async def _see_off(self, connection: Connection, news: anyio.Event, farewell: _Moment, deadline: _Moment) -> None:
         """See one connection to its end: first its own way, then politely, then by force."""
-        if await _wait_until(over, self._farewell, self._until_farewell):
+        await farewell.wait(news)
+        if connection not in self._connections:
             self._note_end(connection)
             return
+        news = connection.news = anyio.Event()
         connection.interrupt()
+        if deadline.has_come.is_set():
+            with anyio.move_on_after(LATE_SECONDS):
+                await news.wait()
+        else:
+            await deadline.wait(news)
         # It may have ended without telling, since the last time that such ones were looked for.
-        if await _wait_until(over, self._deadline, self._until_deadline) or connection.is_over():
+        if connection not in self._connections or connection.is_over():
             self.close(connection)
             self._note_end(connection)
             return
         self.count.cut += 1
         for force in (connection.cancel, connection.abort):
+            news = connection.news = anyio.Event()
             force()
-            if await _wait_until(over, anyio.current_time() + CANCEL_GRACE_SECONDS, set()):
+            with anyio.move_on_after(CANCEL_GRACE_SECONDS):
+                await news.wait()
+            if connection not in self._connections:
                 return
         # Its handler ignores cancellation, or its protocol never hears of the abort (a TLS handshake, trap 20).
         self.close(connection)
 
-    async def _interrupt_bystanders(self) -> None:
-        await _wait_until(anyio.Event(), self._farewell, self._until_farewell)
+    async def _interrupt_bystanders(self, farewell: _Moment) -> None:
+        await farewell.has_come.wait()
         self._bystander.interrupt()
 
     async def _prune_regularly(self) -> None:
@@ -524,14 +573,3 @@ class Tracker:
         while True:
             await anyio.sleep(max(PRUNE_SECONDS, spent / PRUNE_SHARE))
             spent = await self.prune_all()
-
-
-async def _wait_until(over: anyio.Event, deadline: float, waiting: set[anyio.CancelScope]) -> bool:
-    """Wait for the event until the deadline, which ``Tracker.hurry`` may move while the scope stands in ``waiting``."""
-    with anyio.CancelScope(deadline=deadline) as scope:
-        waiting.add(scope)
-        try:
-            await over.wait()
-        finally:
-            waiting.discard(scope)
-    return over.is_set()

@@ -573,7 +573,7 @@ async def test_the_drain_of_many_does_not_begin_in_one_turn_of_the_loop() -> Non
     async def watch() -> None:
         while begun[-1] < len(connections):
             await turn(1)
-            begun.append(sum(connection.over is not None for connection in connections))
+            begun.append(sum(connection.news is not None for connection in connections))
         for connection in connections:
             tracker.close(connection)
 
@@ -584,3 +584,39 @@ async def test_the_drain_of_many_does_not_begin_in_one_turn_of_the_loop() -> Non
     # A turn of this task is one or a few of the loop.
     assert max(after - before for before, after in itertools.pairwise(begun)) <= len(connections) / 2
     assert tracker.count == DrainCount(drained=2000)
+
+
+async def test_the_goodbyes_and_the_end_of_many_do_not_come_in_one_turn_of_the_loop() -> None:
+    # Closing 5,000 at once stood in the way of the others' requests for a second.
+    told, cut = 0, 0
+
+    class Stubborn(Untold):
+        __slots__ = ()
+
+        def interrupt(self) -> None:
+            nonlocal told
+            told += 1
+            super().interrupt()
+
+        def cancel(self) -> None:
+            nonlocal cut
+            cut += 1
+            tracker.close(self)
+
+    tracker = Tracker()
+    for _ in range(600):
+        tracker.open(Stubborn())
+    seen = [(0, 0)]
+
+    async def watch() -> None:
+        while cut < 600:
+            await turn(1)
+            seen.append((told, cut))
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(watch)
+            await tracker.drain(0.3)
+    for (told_before, cut_before), (told_after, cut_after) in itertools.pairwise(seen):
+        assert max(told_after - told_before, cut_after - cut_before) <= 300
+    assert tracker.count == DrainCount(cut=600)
