@@ -45,7 +45,7 @@ from .protocol import (
 from .registry import Entry
 from .report import Outcome, Phase, RestartReport
 from .side import COUNTERS, ERROR_BYTES, Side, as_channel_error
-from .spawn import Child, describe_exit, describe_launch, spawn
+from .spawn import Child, describe_end, describe_launch, spawn
 from .stash import At, Batch
 from .stderr_tail import StderrTail, duplicate_stderr
 from .threads import run_in_thread
@@ -609,6 +609,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         """Say what went wrong, and what to do about it."""
         assert self._stderr is not None
         pid = self.report.successor_pid
+        doing = "on probation" if before is Predecessor.PROBATION else before.value
         match event, cause:
             case _, RestartError():
                 return cause
@@ -636,26 +637,26 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                     what += "; where its start-up takes longer, raise ready_timeout"
                 return ReadyTimeout(what, phase=_PHASES[before], stderr=self._stderr.text)
             case PredecessorEvent.TIMED_OUT, _:
-                what = f"the successor (pid {pid}) did not answer in time while {before.value}"
+                what = f"the successor (pid {pid}) did not answer in time while {doing}"
             case PredecessorEvent.DIED, _:
-                what = f"the successor (pid {pid}) ended with {describe_exit(self._exit_status)} while {before.value}"
+                what = f"the successor (pid {pid}) {describe_end(self._exit_status)} while {doing}"
                 if before is Predecessor.SPAWNING:
                     what += ", before it entered `async with Ecdysis()`"
             case _, DescriptorsLost() | OSError():
                 # Not the successor's doing, and no change to it would help.
                 what = (
-                    f"this generation (pid {os.getpid()}) could not go on with the restart while {before.value}: "
+                    f"this generation (pid {os.getpid()}) could not go on with the restart while {doing}: "
                     f"{cause}; the successor (pid {pid}) was ended"
                 )
                 if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
                     what += "; raise the limit of open files (ulimit -n, LimitNOFILE=)"
             case _, Exception() if not isinstance(cause, ChannelError):
                 what = (
-                    f"this generation (pid {os.getpid()}) could not go on with the restart while {before.value}: "
+                    f"this generation (pid {os.getpid()}) could not go on with the restart while {doing}: "
                     f"{cause!r}; its log has the traceback"
                 )
             case _:
-                what = f"the successor (pid {pid}) broke the handoff while {before.value}: {cause}"
+                what = f"the successor (pid {pid}) broke the handoff while {doing}: {cause}"
         committed = before in (Predecessor.COMMITTING, Predecessor.PROBATION)
         kind = RolledBack if committed else SuccessorFailed
         error = kind(what, phase=_PHASES.get(before), stderr=self._stderr.text)

@@ -30,6 +30,7 @@ __all__ = [
     "Process",
     "claim_channel",
     "claim_socket",
+    "describe_end",
     "describe_exit",
     "describe_launch",
     "find_process",
@@ -385,8 +386,13 @@ def _require_program(launch: Launch) -> None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
 
 
+def describe_end(returncode: int) -> str:
+    """Say in a sentence's words how a process ended."""
+    return f"{'ended with' if returncode >= 0 else 'was'} {describe_exit(returncode)}"
+
+
 def describe_exit(returncode: int) -> str:
-    """Say in words how a process ended."""
+    """Say how a process ended."""
     if returncode >= 0:
         return f"exit status {returncode}"
     try:

@@ -28,6 +28,7 @@ from ecdysis_async.spawn import (
     Launch,
     Process,
     claim_channel,
+    describe_end,
     describe_exit,
     describe_launch,
     spawn,
@@ -618,6 +619,7 @@ def test_describe_exit() -> None:
     assert describe_exit(0) == "exit status 0"
     assert describe_exit(-signal.SIGKILL) == "killed by SIGKILL"
     assert describe_exit(-(signal.SIGRTMIN + 3)) == f"killed by signal {signal.SIGRTMIN + 3}"
+    assert (describe_end(7), describe_end(-signal.SIGKILL)) == ("ended with exit status 7", "was killed by SIGKILL")
 
 
 # --- the marker -------------------------------------------------------------------------------------------------------
