@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,10 +27,9 @@ import anyio
 from . import account, supervisor, upgrade
 from .addresses import listen
 from .channel import Frame
-from .check import check_release, compare, preflight
+from .check import check_release, compare
 from .control import Changes, Controlled, ControlServer, Restart
 from .crew import Crew, Handoff, Occupation, Slot, Worker, WorkerState
-from .descriptor_store import DescriptorStore
 from .drain import Tracker
 from .errors import (
     ChannelClosed,
@@ -40,37 +39,32 @@ from .errors import (
     RestartInProgress,
     RestartWhileDraining,
     SpawnFailed,
-    StartupError,
-    TakeoverFailed,
 )
 from .gate import Gate
 from .generation import Generation, Numbered
 from .handover import Handover
 from .health import HealthServer
+from .holdings import Holdings
 from .keeper import Keeper
 from .line import FromAnchor, FromWorker, Line, describe_loss, error_from_json, error_to_json
-from .logging_setup import configure_logging
 from .logs import reopen_logs
-from .options import OptionError, Options, find_control_path
 from .pid_file import PidFile
-from .plan import Plan, make_plan
+from .plan import Plan
 from .plane import Plane
 from .protocol import Predecessor, PredecessorEvent
-from .registry import Registry
-from .reloading import require_watchfiles, watch_files
+from .reloading import watch_files
 from .renewal import Renewal
 from .report import Outcome, RestartReport
 from .rollout import RollOut, TurnState, wait_until
 from .signals import SignalReceiver, handled_signals
 from .spawn import Child, Process, describe_exit, describe_launch, find_process, spawn
 from .status import counted
-from .succession import ask_for_service
 from .systemd import check_unit, find_shortcoming, find_systemd
 from .threads import run_in_thread
 
-__all__ = ["Anchor", "Plan", "run", "serve"]
+__all__ = ["STARTUP_FAILED", "Anchor", "say"]
 
-USAGE = 2
+# The exit status where the service does not start.
 STARTUP_FAILED = 3
 
 # How long a worker that has hung up may take to be dead, seconds.
@@ -117,64 +111,6 @@ class _CrewsChild:
         """Nothing: the crew does."""
 
 
-def run(options: Options) -> int:
-    """Run the service of `ecdysis run` until it is stopped; return the exit status."""
-    try:
-        configure_logging(options)
-    except OptionError as error:
-        _say(str(error))
-        return USAGE
-    control_path = find_control_path(options)
-    if options.reload:
-        try:
-            require_watchfiles()
-        except StartupError as error:
-            _say(str(error))
-            return STARTUP_FAILED
-        if control_path is None:
-            _say("--reload restarts the service by its control socket: give it one (--control PATH)")
-            return STARTUP_FAILED
-
-    return serve(make_plan(options, control_path))
-
-
-def serve(plan: Plan) -> int:
-    """Run a service until it is stopped; return the exit status of this process."""
-    try:
-        found = upgrade.claim()
-        if found is not None and found.is_check:
-            upgrade.try_state(found.state)
-            return 0
-        if found is None and plan.takeover is not None:
-            return _take_over(plan, plan.takeover)
-        anchor = Anchor(plan, found.state if found is not None else None)
-    except (KeyError, OSError, TypeError, ValueError, upgrade.UpgradeFailed) as error:
-        _say(f"this release does not take over from the one that runs: {error!r}")
-        return STARTUP_FAILED
-    return anyio.run(anchor.run)
-
-
-def _take_over(plan: Plan, path: str) -> int:
-    """Go on with the service of another anchor, and then replace its workers."""
-    try:
-        if plan.is_checked_first:
-            # Before anything has moved: its workers would not start anyway.
-            settings = plan.settings
-            launch, _ = describe_launch(settings.command, settings.environment, settings.env_file)
-            anyio.run(functools.partial(preflight, launch, settings.ready_timeout))
-        succession = ask_for_service(path)
-        anchor = Anchor(plan, succession.state, succession.former_pid)
-        succession.confirm()
-    except TakeoverFailed as error:
-        _say(str(error))
-        return STARTUP_FAILED
-    except RestartError as error:
-        # What it has written stands above.
-        _say(str(error.args[0]))
-        return STARTUP_FAILED
-    return anyio.run(anchor.run)
-
-
 class Anchor:
     """The anchor of one service.
 
@@ -193,13 +129,10 @@ class Anchor:
         self.generation = 1
         self.plan = plan
         self.begun = time.monotonic()
-        self.registry = Registry()
-        # Of their own, because workers do not inherit them.
-        self._control_registry = Registry()
-        self._health_registry = Registry()
         self._systemd = find_systemd(plan.systemd)
         self._keeper = Keeper(self, self._systemd.watchdog)
-        self._store = DescriptorStore(self._systemd, os.environ.get("FDSTORE", ""))
+        self._holdings = Holdings(self._systemd, self.log)
+        self.registry = self._holdings.service
         self._pid_file = PidFile(plan.settings.pid_file) if plan.settings.pid_file is not None else None
         self._control: ControlServer | None = None
         self.roll_out: RollOut | None = None
@@ -231,10 +164,8 @@ class Anchor:
         self._stopped = anyio.Event()
         with ExitStack() as resources:
             resources.callback(self._systemd.close)
-            resources.callback(self._store.close)
-            resources.callback(self._close_sockets)
-            for registry in (self._control_registry, self._health_registry):
-                resources.callback(registry.close, unlink=True)
+            # What a crash has left is the next start's, where this one has failed.
+            resources.callback(lambda: self._holdings.close(unlink=self.is_serving))
             self._signals = resources.enter_context(handled_signals(self._handlers()))
             if self._signals_before >= 0:
                 upgrade.repeat_signals(self._signals_before)
@@ -246,7 +177,7 @@ class Anchor:
                     await self._open(resources)
                 except (OSError, LookupError, ValueError) as error:
                     if not self.renewal.count:
-                        _say(str(error))
+                        say(str(error))
                         self._systemd.begin()
                         await self._tell_failure(error)
                         self._tasks.cancel_scope.cancel()
@@ -260,26 +191,26 @@ class Anchor:
     async def _open(self, resources: ExitStack) -> None:
         """Open what the service needs, before the first worker."""
         if self.plan.systemd is not False:
-            self.registry.activate(self._store.recover(supervisor.take_activation(), self.registry))
+            self._holdings.activate(supervisor.take_activation())
             if (complaint := check_unit()) is not None:
                 self.log.warning("%s", complaint)
         self._plane = Plane(self.registry, Gate(), Tracker(), self._tasks)
         if self.plan.control_path is not None:
-            plane = Plane(self._control_registry, Gate(), Tracker(), self._tasks)
+            plane = Plane(self._holdings.control, Gate(), Tracker(), self._tasks)
             self._control = ControlServer(self.plan.control_path, plane, self._controlled())
             resources.callback(self._control.close)
             await self._control.open()
-            self._control_registry.start_listening()
+            self._holdings.control.start_listening()
             await plane.gate.open()
             self._tasks.start_soon(self._control.run)
             self.begin(self._keep_control, self._control)
         # Another anchor's, whose place was elsewhere.
-        self._control_registry.close_unclaimed(unlink=True)
+        self._holdings.control.close_unclaimed(unlink=True)
         if self.plan.health is not None:
-            for entry in await run_in_thread(functools.partial(listen, self._health_registry, self.plan.health)):
+            for entry in await run_in_thread(functools.partial(listen, self._holdings.health, self.plan.health)):
                 entry.start_listening()
                 self._tasks.start_soon(HealthServer(entry.sock, functools.partial(account.why_not_ready, self)).run)
-        self._health_registry.close_unclaimed(unlink=True)
+        self._holdings.health.close_unclaimed(unlink=True)
         if self._pid_file is not None:
             await run_in_thread(self._pid_file.prepare)
             resources.callback(self._pid_file.remove)
@@ -304,7 +235,7 @@ class Anchor:
             self.begin(watch_files, self.plan.control_path, self.plan.reload_paths)
         if self.renewal.count:
             error = None
-            self._store.inherit(self.registry.entries)
+            self._holdings.know_parked()
             for slot in self.crew.slots:
                 for worker in slot.workers:
                     self._employ(slot, worker)
@@ -318,21 +249,19 @@ class Anchor:
         elif error is not None:
             await self._tell_failure(error)
             self.is_stopping = True
-        if self.is_serving and not self._store.is_there:
-            # Workers answer who queues by now; whoever came later would be reset where the last of them closes.
-            for entry in self.registry.entries:
-                entry.refuse_newcomers()
+        if self.is_serving and not self._holdings.are_kept:
+            # Workers answer who queues by now.
+            self._holdings.refuse_newcomers()
         await self._end_all()
         if self._control is not None:
             await self._control.finish()
         if self._systemd.is_main:
             if self.is_serving:
-                # Nobody can come to those with a path any more, whatever systemd does next.
-                self._store.park(entry for entry in self.registry.entries if entry.inode is None)
+                self._holdings.park_for_next_start()
             await self._systemd.synchronize()
         if error is not None and not self._stopped.is_set():
             # What else it has written stands above.
-            _say(f"the service does not start: {error.args[0]}")
+            say(f"the service does not start: {error.args[0]}")
             return STARTUP_FAILED
         self.log.info("the service has ended")
         return 0
@@ -354,7 +283,7 @@ class Anchor:
         handover = await self.fill(first, self.generation)
         if handover.error is not None or self.is_stopping:
             return handover.error
-        self._drop_unclaimed([handover.report])
+        self._holdings.drop_unclaimed([handover.report])
         others = [self.crew.enlarge() for _ in range(self.crew.target - len(self.crew.slots))]
         errors = []
 
@@ -377,7 +306,7 @@ class Anchor:
             # So far its workers are those of the other one: of its command line, its environment and its code.
             self.begin(self._restart_by_signal)
         self.log.info("%s%s %s%s", verb, counted(len(self.crew.slots), "worker"), self._description, control)
-        self._store.park(self.registry.entries)
+        self._holdings.park()
         self.tell_status()
         self._systemd.tell("READY=1")
         self.changes.announce()
@@ -591,7 +520,7 @@ class Anchor:
                 self.begin(self._spawn_for, slot, worker, int(body["number"]), frame)
                 return
             case FromWorker.CREATED:
-                self._take_created(body["sockets"], frame.descriptors)
+                self._holdings.take(body["sockets"], frame.descriptors)
                 return
             case FromWorker.BEAT:
                 self._note_beat(worker, body)
@@ -656,40 +585,17 @@ class Anchor:
         finally:
             os.close(stderr)
 
-    def _take_created(self, descriptions: list[dict[str, Any]], descriptors: Sequence[int]) -> None:
-        """Hold what a worker has created, for the other ones and for ever."""
-        known = {(entry.name, entry.address) for entry in self.registry.entries}
-        fresh = []
-        for description, descriptor in zip(descriptions, descriptors, strict=True):
-            if (description["name"], description["address"]) in known:
-                os.close(descriptor)
-            else:
-                fresh.append((description, descriptor))
-        try:
-            self.registry.inherit([description for description, _ in fresh], [descriptor for _, descriptor in fresh])
-        except (ChannelError, OSError) as error:
-            # It has closed them all.
-            self.log.error("what a worker has opened cannot be held: %s", error)  # noqa: TRY400 - it says it all
-
     # Roll-outs
 
     def begin_replacing(self, slot: Slot, worker: Worker, generation: int) -> None:
         """Let a worker make its successor."""
         worker.handoff = None
         worker.successor_generation = generation
-        given: list[int] = []
-        # Those that this anchor opened itself, and all that existed when it started, the worker has.
-        shared = [entry for entry in self.registry.entries if entry.inherited and entry.number is None]
-        descriptions, descriptors = self.registry.describe(shared)
-        with contextlib.ExitStack() as duplicates:
-            try:
-                for descriptor in descriptors:
-                    duplicates.callback(os.close, duplicate := os.dup(descriptor))
-                    given.append(duplicate)
-            except OSError as error:
-                raise RestartError(f"worker {slot.index} cannot be given its sockets: {error}") from error
-            duplicates.pop_all()
-        worker.line.tell(FromAnchor.RESTART, {"generation": generation, "sockets": descriptions}, given)
+        try:
+            descriptions, descriptors = self._holdings.share()
+        except OSError as error:
+            raise RestartError(f"worker {slot.index} cannot be given its sockets: {error}") from error
+        worker.line.tell(FromAnchor.RESTART, {"generation": generation, "sockets": descriptions}, descriptors)
 
     def settle(self, worker: Worker) -> None:
         """Tell a worker that its successor is there to stay."""
@@ -732,30 +638,13 @@ class Anchor:
             await roll_out.over.wait()
             if roll_out.report.outcome is Outcome.SETTLED:
                 self.generation = roll_out.generation
-                self._drop_unclaimed([turn.report for turn in roll_out.turns])
+                self._holdings.drop_unclaimed([turn.report for turn in roll_out.turns])
             elif not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
-                for entry in set(self.registry.entries) - entries:
-                    self.registry.release(entry, unlink=True)
-            self._store.park(self.registry.entries)
+                self._holdings.drop_newer(entries)
+            self._holdings.park()
             self.tell_status()
             self._systemd.tell("READY=1")
             self.changes.announce()
-
-    def _close_sockets(self) -> None:
-        for entry in self.registry.entries:
-            # What a crash has left is the next start's, where this one has failed.
-            self.registry.release(entry, unlink=self.is_serving or not entry.inherited)
-
-    def _drop_unclaimed(self, reports: Sequence[RestartReport | None]) -> None:
-        """Close what no worker of a release wants; the service manager's own stay, as it passes them but once."""
-        for entry in self.registry.entries:
-            if not reports or not all(report is not None and entry.name in report.unclaimed for report in reports):
-                continue
-            if entry.number is None:
-                self.log.warning("no worker wants %s: it is closed", entry)
-                self.registry.release(entry, unlink=True)
-            else:
-                self.log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
 
     async def see_through(self, roll_out: RollOut, until: str) -> RestartReport:
         """Wait until a roll-out is "serving", "settled" or "drained".
@@ -798,19 +687,11 @@ class Anchor:
 
     # What is left to the code that follows
 
-    @property
-    def _registries(self) -> dict[str, Registry]:
-        return {"service": self.registry, "control": self._control_registry, "health": self._health_registry}
-
     def describe_state(self) -> tuple[dict[str, Any], list[int]]:
         """Return what the next code has to know, and the descriptors that it names."""
         assert self._signals is not None
         crew, descriptors = upgrade.describe_crew(self.crew)
-        sockets = {}
-        for name, registry in self._registries.items():
-            descriptions, numbers = registry.describe()
-            sockets[name] = {"descriptions": descriptions, "descriptors": numbers}
-            descriptors += numbers
+        sockets, numbers = self._holdings.describe()
         state = {
             "crew": crew,
             "sockets": sockets,
@@ -822,13 +703,11 @@ class Anchor:
             "description": self._description,
             "last_report": self.last_report.to_json() if self.last_report is not None else None,
         }
-        return state, [*descriptors, self._signals.fileno()]
+        return state, [*descriptors, *numbers, self._signals.fileno()]
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Go on where the former code of this process has ended."""
-        for name, registry in self._registries.items():
-            sockets = state["sockets"][name]
-            registry.inherit(sockets["descriptions"], sockets["descriptors"])
+        self._holdings.restore(state["sockets"])
         self.crew = upgrade.restore_crew(state["crew"])
         if self.plan.workers != state["planned_workers"]:
             self.crew.target = self.plan.workers
@@ -1028,5 +907,6 @@ class Anchor:
         return self.last_report if self.last_report is not None and self.last_report.id == id else None
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Say why the command ends."""
     print(f"ecdysis: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the anchor is a command

@@ -39,9 +39,9 @@ def serve(options: Options) -> int:
         from ecdysis_async import worker
 
         return worker.run(options)
-    from ecdysis_async import anchor
+    from ecdysis_async import start
 
-    return anchor.run(options)
+    return start.run(options)
 
 
 def _run(**given: Any) -> None:

@@ -119,13 +119,14 @@ def test_a_release_that_fails_in_one_slot_is_taken_back_in_all(run_anchor: Run) 
 # A defect that shows with the second worker of a roll-out, while a file says so.
 DEFECT = """
 import os
+from ecdysis_async.anchor import Anchor
 
 def begin_replacing(self, slot, *arguments):
     if slot.index == 1 and os.path.exists("defect"):
         raise TypeError("a defect")
     begin(self, slot, *arguments)
 
-begin, anchor.Anchor.begin_replacing = anchor.Anchor.begin_replacing, begin_replacing
+begin, Anchor.begin_replacing = Anchor.begin_replacing, begin_replacing
 """
 
 
