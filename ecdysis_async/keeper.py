@@ -20,11 +20,12 @@ __all__ = ["Keeper", "Kept"]
 # How long to wait where the workers could not be looked after, seconds.
 RETRY_SECONDS = 1.0
 
-# Of the time that systemd's watchdog has: how often a worker tells of itself at least, and for how long all of them may
-# be silent until it is left unfed; and how many beats that has to be, because one may be late.
-BEATS_PER_WATCHDOG = 4
-SILENT_SHARE = 0.5
-SILENT_BEATS = 3
+# How often a worker tells of itself in the time that systemd's watchdog has; and for which share of it, and how many
+# seconds at the most, all of them may be silent until it is left unfed. Where this process had no turn for a while, a
+# sound one seems to have been silent for three beats.
+BEATS_PER_WATCHDOG = 8
+SILENT_SHARE = 0.75
+SILENT_SECONDS = 15.0
 
 # What a worker that hangs gets to leave its traceback (faulthandler), before it is killed, seconds.
 ABORT_SECONDS = 1.0
@@ -210,7 +211,7 @@ class Keeper:
         """
         if self._watchdog is None or self._anchor.plan.hang_timeout is not None:
             return True
-        limit = max(self._watchdog * SILENT_SHARE, self.beat_seconds * SILENT_BEATS)
+        limit = min(self._watchdog * SILENT_SHARE, SILENT_SECONDS)
         bound = [worker for worker in self._anchor.crew if worker.state in (WorkerState.SERVING, WorkerState.PAUSED)]
         return not bound or any(worker.silence < limit for worker in bound)
 
