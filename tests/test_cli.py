@@ -480,24 +480,16 @@ def test_usage(arguments: list[str]) -> None:
     assert call(*arguments).returncode == USAGE
 
 
-@pytest.mark.parametrize("command", ["restart", "stop", "status"])
-@pytest.mark.parametrize(
-    ("answer", "code"),
-    [
-        (b"HTTP/1.1 400\r\n", USAGE),
-        (b"[]\n", USAGE),
-        (b"", UNKNOWN),
-        (b'{"event": "error", "message": "no"}\n', FAILED),
-    ],
-)
-def test_somebody_else_listens(command: str, answer: bytes, code: int, tmp_path: Path) -> None:
-    """What answers is no service, ends without a word, or refuses: no traceback, and never "it serves"."""
-    path = tmp_path / "other"
+@contextlib.contextmanager
+def answering(path: Path, answers: list[bytes]) -> Iterator[None]:
+    """Listen there, and answer to each connection with the next of these, and nothing else."""
 
     def serve() -> None:
-        sock, _ = listener.accept()
-        with sock:
-            sock.sendall(answer)
+        for answer in answers:
+            sock, _ = listener.accept()
+            # Who has only looked whether somebody is there is gone already.
+            with sock, contextlib.suppress(OSError):
+                sock.sendall(answer)
 
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -505,11 +497,34 @@ def test_somebody_else_listens(command: str, answer: bytes, code: int, tmp_path:
         listener.settimeout(PATIENCE_SECONDS)
         thread = threading.Thread(target=serve)
         thread.start()
-        done = call(command, "--control", str(path))
+        yield
         thread.join()
+
+
+@pytest.mark.parametrize("command", ["restart", "stop", "status"])
+@pytest.mark.parametrize(
+    ("answers", "code"),
+    [
+        ([b"HTTP/1.1 400\r\n"], USAGE),
+        ([b"[]\n"], USAGE),
+        ([b"", b""], UNKNOWN),
+        ([b'{"event": "error", "message": "no"}\n'], FAILED),
+    ],
+)
+def test_somebody_else_listens(command: str, answers: list[bytes], code: int, tmp_path: Path) -> None:
+    """What answers is no service, ends without a word, or refuses: no traceback, and never "it serves"."""
+    with answering(tmp_path / "other", answers):
+        done = call(command, "--control", str(tmp_path / "other"))
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith("ecdysis: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_who_leaves_without_a_word_is_followed_by_somebody_who_is_asked(tmp_path: Path) -> None:
+    """An anchor that is executed anew drops whom it has accepted and not answered."""
+    with answering(tmp_path / "control", [b"", b'{"event": "reopened", "handlers": 3}\n']):
+        done = call("reopen-logs", "--control", str(tmp_path / "control"))
+    assert (done.returncode, done.stdout) == (SERVING, "reopened 3 log files\n"), done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

@@ -82,6 +82,10 @@ class NoAnswer(Exception):
     """The connection ended, or stayed silent, before there was an answer."""
 
 
+class ConnectionLost(NoAnswer):
+    """It ended: whoever was asked is no more, or was executed anew at that moment."""
+
+
 def find(control: str | None) -> str:
     """Return the path of the control socket that is meant: the named one, or the only one that is live.
 
@@ -186,7 +190,11 @@ def compare(path: str, release: Event) -> Event:
 
 def _ask_for(path: str, request: Event, wanted: str) -> Event:
     try:
-        answer = _ask_once(path, request, SILENCE_SECONDS)
+        try:
+            answer = _ask_once(path, request, SILENCE_SECONDS)
+        except ConnectionLost:
+            # Once more: there may be a successor, and these are questions that may be asked twice.
+            answer = _ask_once(path, request, SILENCE_SECONDS)
     except NoAnswer as error:
         raise CommandFailed(f"the service at {path} does not answer: {error}", Exit.UNKNOWN) from error
     if answer["event"] != wanted:
@@ -353,9 +361,9 @@ def _ask(path: str, request: Event, timeout: float) -> Iterator[Event]:
                         f"it has said nothing for {timeout:.0f} seconds; is it stopped (SIGSTOP)?"
                     ) from error
                 except OSError as error:
-                    raise NoAnswer(f"the connection broke: {error.strerror}") from error
+                    raise ConnectionLost(f"the connection broke: {error.strerror}") from error
                 if not line.endswith(b"\n"):
-                    raise NoAnswer("the connection ended")
+                    raise ConnectionLost("the connection ended")
                 yield _read_event(line, path)
 
 
