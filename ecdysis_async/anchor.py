@@ -375,10 +375,13 @@ class Anchor:
                 if handover.error is None:
                     # It would go on to the worker's death, which is learnt elsewhere.
                     task_group.cancel_scope.cancel()
-            # What it has said on its line before it began to serve has been heard then, too.
+            # What it says on its line comes on a way of its own: that it lives, and then that it serves. Without that,
+            # a service would say that it serves, and its status that one of its workers does not yet.
+            coming = (
+                {WorkerState.STARTING} if handover.error is not None else {WorkerState.STARTING, WorkerState.WAITING}
+            )
             await wait_until(
-                self.changes,
-                lambda: all(worker.state is not WorkerState.STARTING for worker in set(slot.workers) - before),
+                self.changes, lambda: all(worker.state not in coming for worker in set(slot.workers) - before)
             )
         finally:
             del self.fillings[slot]

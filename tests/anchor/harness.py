@@ -74,6 +74,7 @@ class AnchoredService(Service):
         """Wait for all workers, and learn where they are."""
         super().wait_until_serving()
         self.wait_until(self.pid_file.exists, "it does not serve")
+        assert len(self.workers()) == self.size
 
     def status(self) -> Json:
         """Return the anchor's status."""
