@@ -71,8 +71,7 @@ def why_not_ready(anchor: Told) -> str | None:
         return "the service is about to stop"
     if not anchor.is_serving:
         return f"the service is starting: {anchor.crew.serving} of {counted(anchor.crew.target, 'worker')} serving"
-    # Between a pause and a commit nobody accepts, and clients wait a moment in the kernel's queue: that is no news.
-    if not any(worker.is_alive and worker.state in _ACCEPTING for worker in anchor.crew):
+    if not _accepts(anchor):
         return "no worker serves: clients wait for one"
     return None
 
@@ -179,7 +178,15 @@ def describe(anchor: Told) -> str:
 def _state(anchor: Told) -> WorkerState:
     if anchor.is_stopping:
         return WorkerState.DRAINING
-    return WorkerState.SERVING if anchor.is_serving else WorkerState.STARTING
+    return WorkerState.SERVING if anchor.is_serving and _accepts(anchor) else WorkerState.STARTING
+
+
+def _accepts(anchor: Told) -> bool:
+    """Say whether a worker serves, or will in a moment.
+
+    Between a pause and a commit nobody accepts, and clients wait in the kernel's queue: that is no news.
+    """
+    return any(worker.is_alive and worker.state in _ACCEPTING for worker in anchor.crew)
 
 
 def _wait_of(turn: Turn) -> str | None:

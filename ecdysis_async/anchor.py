@@ -457,6 +457,13 @@ class Anchor:
         slot.note_end(worker, anyio.current_time())
         if worker.state in (WorkerState.SERVING, WorkerState.PAUSED) and not worker.is_told_to_leave:
             self.log.warning("worker %d (pid %d) has died: %s", slot.index, worker.pid, describe_exit(status))
+        elif worker.has_deserted and not worker.is_told_to_leave:
+            self.log.warning(
+                "worker %d (pid %d) has left, and nobody has told it to: %s",
+                slot.index,
+                worker.pid,
+                describe_exit(status),
+            )
         for other in self.crew:
             if other is worker.starter:
                 other.line.tell(FromAnchor.EXITED, {"pid": worker.process.pid, "status": status})
@@ -526,7 +533,7 @@ class Anchor:
                 self._holdings.take(body["sockets"], frame.descriptors)
                 return
             case FromWorker.BEAT:
-                self._note_beat(worker, body)
+                self._note_beat(slot, worker, body)
             case FromWorker.HANDOVER:
                 worker.handoff = Handoff(
                     Predecessor(body["state"]) if body["state"] is not None else None,
@@ -556,7 +563,7 @@ class Anchor:
                 self.log.debug("worker pid %d says %r", worker.pid, other)
         frame.close()
 
-    def _note_beat(self, worker: Worker, body: dict[str, Any]) -> None:
+    def _note_beat(self, slot: Slot, worker: Worker, body: dict[str, Any]) -> None:
         before = worker.state
         worker.pid = int(body["pid"])
         worker.state = WorkerState(body["state"])
@@ -565,6 +572,8 @@ class Anchor:
         worker.rss = int(body["rss"]) if body["rss"] is not None else None
         if worker.serves and math.isnan(worker.served_since):
             worker.served_since = anyio.current_time()
+        if worker.state is WorkerState.DRAINING and before is not WorkerState.DRAINING:
+            slot.note_leaving(worker, anyio.current_time())
         if worker.state is not before or self._keeper.why_recycle(worker) is not None:
             self.changes.announce()
 

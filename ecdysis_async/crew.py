@@ -74,6 +74,7 @@ class Worker:
         successor_generation: which one its successor is to be.
         reopened: the number of the last request to open its log files anew that it has answered, and how many it did.
         is_told_to_leave: whether it was told to stop, so that its end is no crash.
+        has_deserted: whether it leaves of its own accord, and nobody has taken its place.
         environment: what it was started with.
         exit_status: how it ended; None while it lives.
     """
@@ -94,6 +95,7 @@ class Worker:
     successor_generation: int = 0
     served_since: float = math.nan
     is_told_to_leave: bool = False
+    has_deserted: bool = False
     reopened: tuple[int, int] = (0, 0)
     environment: Mapping[str, str] = field(default_factory=dict)
     exit_status: int | None = None
@@ -141,10 +143,19 @@ class Slot:
         """Take a dead worker out; where it should have lived on, say when the next one may be started."""
         self.workers.remove(worker)
         # One that never served has failed to start: that counts whoever has started it.
-        if worker.is_told_to_leave or math.isnan(worker.served_since) or worker.state is WorkerState.DRAINING:
+        is_orderly = worker.is_told_to_leave or worker.has_deserted or worker.state is WorkerState.DRAINING
+        if is_orderly or math.isnan(worker.served_since):
             return
         if self.is_vacant:
             self.note_crash(now, now - worker.served_since)
+
+    def note_leaving(self, worker: Worker, now: float) -> None:
+        """Take note that a worker drains; where it should have served on, say when the next one may be started."""
+        is_followed = worker.handoff is not None and worker.handoff.is_over and worker.handoff.error is None
+        if worker.is_told_to_leave or math.isnan(worker.served_since) or is_followed or not self.is_vacant:
+            return
+        worker.has_deserted = True
+        self.note_crash(now, now - worker.served_since)
 
     def note_crash(self, now: float, served_seconds: float = 0.0) -> None:
         """Take note that a worker is to be started again, and when."""

@@ -14,6 +14,7 @@ from ecdysis_async.crew import (
     HEALTHY_SECONDS,
     LONGEST_BACKOFF_SECONDS,
     Crew,
+    Handoff,
     Slot,
     Worker,
     WorkerState,
@@ -78,6 +79,22 @@ def test_an_orderly_end_is_no_crash(reason: str, worker: Worker) -> None:
     worker.state = WorkerState.DRAINING if reason == "drained" else WorkerState.SERVING
     slot.note_end(worker, NOW)
     assert (slot.workers, slot.failures) == ([], 0)
+
+
+@pytest.mark.parametrize("reason", ["none", "told", "followed"])
+def test_a_worker_that_leaves_of_its_own_accord_has_to_wait(reason: str, worker: Worker) -> None:
+    slot = Slot(0, [worker])
+    worker.is_told_to_leave = reason == "told"
+    worker.handoff = Handoff(None, True, None, None) if reason == "followed" else None
+    worker.state = WorkerState.DRAINING
+    worker.served_since = NOW - 1
+    slot.note_leaving(worker, NOW)
+    worker.state = WorkerState.ENDED
+    failures = 1 if reason == "none" else 0
+    assert (worker.has_deserted, slot.failures) == (reason == "none", failures)
+    if worker.has_deserted:
+        slot.note_end(worker, NOW)
+        assert (slot.failures, slot.retry_at) == (1, NOW + FIRST_BACKOFF_SECONDS)
 
 
 def test_the_pauses_grow_and_end_growing() -> None:

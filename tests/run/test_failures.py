@@ -82,3 +82,26 @@ def test_an_address_that_is_taken(tmp_path: Path) -> None:
     assert code == 3, output
     assert f"cannot bind 127.0.0.1:{port}: Address already in use" in output
     assert "Traceback" not in output
+
+
+DESERTER = """
+async def main(ecdysis):
+    await ecdysis.ready()
+    # From now on it does not even start.
+    open("deserter.py", "w").write("1 / 0")
+"""
+
+
+def test_a_program_that_leaves_unasked_is_told_and_awaited(tmp_path: Path) -> None:
+    (tmp_path / "deserter.py").write_text(DESERTER)
+
+    async def test() -> None:
+        async with running(tmp_path, "deserter:main", "--port", "0") as run:
+            await run.wait_for(r"worker 0 \(pid \d+\) has left, and nobody has told it to: exit status 0")
+            # The first one waits for a moment; that it has been tried, and what for, is told as well.
+            await run.wait_for(r"worker 0 does not start \(again in [\d.]+ s\): .*ZeroDivisionError")
+            code, output = await asyncio.to_thread(run_command, "status", "--control", str(tmp_path / "control"))
+            assert code == 0
+            assert output.splitlines()[0].startswith(f"generation 1 (pid {run.process.pid}): starting, "), output
+
+    asyncio.run(test())
