@@ -21,9 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-__all__ = ["Counts", "Failure", "Http", "Kind", "Lines", "Load", "Mix", "percentile"]
+__all__ = ["Address", "Counts", "Failure", "Http", "Kind", "Lines", "Load", "Mix", "percentile"]
 
 HOST = "127.0.0.1"
+
+# A port of loopback, or one of another of its hosts, or the path of a Unix socket.
+Address = int | tuple[str, int] | str
 
 # Nothing here takes longer than a few seconds, also on a busy machine: whoever waits longer waits for ever.
 PATIENCE_SECONDS = 15.0
@@ -147,10 +150,10 @@ class Http(Lines):
 
 
 class Load:
-    """Clients of all kinds against one port, until told to end."""
+    """Clients of all kinds against one address, until told to end."""
 
-    def __init__(self, port: int, mix: Mix, dialect: Lines | None = None) -> None:
-        self.port = port
+    def __init__(self, address: Address, mix: Mix, dialect: Lines | None = None) -> None:
+        self.address = address
         self.mix = mix
         self.dialect = dialect or Lines()
         self.counts = Counts()
@@ -305,7 +308,13 @@ class Client:
             await self._close()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        self._streams = await asyncio.open_connection(HOST, self._load.port)
+        match self._load.address:
+            case str(path):
+                self._streams = await asyncio.open_unix_connection(path)
+            case (host, port):
+                self._streams = await asyncio.open_connection(host, port)
+            case port:
+                self._streams = await asyncio.open_connection(HOST, port)
         if self._has_been_dismissed:
             self._has_been_dismissed = False
             self._load.counts.reconnects += 1

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from typing import Self
 
 from benchmarks import load
-from benchmarks.load import Counts, Mix
+from benchmarks.load import Address, Counts, Failure, Mix
 from tests.systemd.machine import PATIENCE_SECONDS
 
 # Of all kinds, and not so many that they take the place of what they measure on a small machine.
 MIX = Mix(new_per_second=40, hasty=1, keep_alive=4, pause=0.06, slow=3, slow_seconds=(0.1, 0.5), silent=2)
+
+# Without clients that are silent, for whom a drain waits to its deadline.
+LOUD = dataclasses.replace(MIX, silent=0)
+
+# What may become of requests that a killed process had accepted, and of no others.
+LOST = {Failure.RESET, Failure.UNANSWERED}
 
 
 class Load:
@@ -22,8 +29,8 @@ class Load:
     the latter two kinds.
     """
 
-    def __init__(self, port: int, mix: Mix = MIX, *, first_generation: int = 1) -> None:
-        self._port = port
+    def __init__(self, address: Address, mix: Mix = MIX, *, first_generation: int = 1) -> None:
+        self._address = address
         self._mix = mix
         self._first_generation = first_generation
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
@@ -54,5 +61,5 @@ class Load:
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._load = load.Load(self._port, self._mix)
+        self._load = load.Load(self._address, self._mix)
         await self._load.run()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.systemd.harness import NAME, SERVICE, Client, Unit, free_port
+from tests.systemd.load import LOUD, Load
 from tests.systemd.machine import PROJECT
 
 
@@ -34,18 +35,27 @@ def test_tcp_and_unix_sockets_are_served_through_generations(unit: Unit, by: str
     unit.machine.systemctl("start", "tcp.socket", "local.socket")
     assert unit.show("ActiveState") == "inactive"
     # The first client starts it, and waits for that in the kernel's queue.
-    for generation in (1, 2, 3):
-        for address in (("127.0.0.1", port), path):
-            answer = unit.ask("who", address)
-            assert answer["generation"] == generation
-            assert not [name for name in answer["names"] if name.startswith("LISTEN_")]
-        assert answer["pid"] == unit.main_pid
-        unit.reload()
+    with Load(port) as web, Load(path) as near:
+        for generation in (1, 2, 3):
+            for load, address in ((web, ("127.0.0.1", port)), (near, path)):
+                load.wait_for(generation)
+                answer = unit.ask("who", address)
+                assert answer["generation"] == generation
+                assert not [name for name in answer["names"] if name.startswith("LISTEN_")]
+            assert answer["pid"] == unit.main_pid
+            unit.reload()
+    assert web.counts.failures == near.counts.failures == Counter()
+    with Load(port, LOUD, first_generation=4) as web, Load(path, LOUD, first_generation=4) as near:
+        unit.systemctl("stop")
+        # It is systemd's path, and systemd still listens there: the next client starts the service anew.
+        assert Path(path).is_socket()
+        web.wait_for(1, 30)
+        near.wait_for(1, 30)
+    assert web.counts.failures == near.counts.failures == Counter()
+    assert unit.show("NRestarts") == "0"
     unit.systemctl("stop")
     assert unit.show("Result") == "success"
-    # It is systemd's path, and systemd still listens there: the next client starts the service anew.
     assert Path(path).is_socket()
-    assert unit.ask("who", path)["generation"] == 1
 
 
 def test_several_sockets_of_one_name_and_one_that_nobody_asks_for(unit: Unit) -> None:
@@ -60,10 +70,18 @@ def test_several_sockets_of_one_name_and_one_that_nobody_asks_for(unit: Unit) ->
     unit.machine.systemctl("start", "app.socket")
     unit.systemctl("start")
     assert "nobody asks for it" in unit.log
-    unit.reload()
-    # A later release asks for it after all.
-    unit.configure(sockets=[*two, ["listen_fd", ["web"], {}]])
-    unit.reload()
+    with Load(ports[0]) as one, Load(ports[1]) as other, Client(("127.0.0.1", ports[2])) as early:
+        early.say("echo patience")
+        unit.reload()
+        for load in (one, other):
+            load.wait_for(2)
+        # A later release asks for it after all.
+        unit.configure(sockets=[*two, ["listen_fd", ["web"], {}]])
+        unit.reload()
+        for load in (one, other):
+            load.wait_for(3)
+        assert early.hear() == "3 patience"
+    assert one.counts.failures == other.counts.failures == Counter()
     assert {unit.ask("who", ("127.0.0.1", port))["generation"] for port in ports} == {3}
 
 
@@ -88,19 +106,22 @@ def test_systemd_socket_activate_starts_it_as_well(systemd: Path, unit: Unit) ->
         start_new_session=True,
     )
     try:
-        with contextlib.ExitStack() as stack:
-            unit.wait_until(lambda: Path(path).is_socket())
-            client = stack.enter_context(Client(("127.0.0.1", port)))
-            first = client.ask("who")
-            assert first["pid"] == process.pid
-            assert client.ask("restart settled")["outcome"] == "settled"
-        second = unit.ask("who", path)
-        assert (first["generation"], second["generation"]) == (1, 2)
+        unit.wait_until(lambda: Path(path).is_socket())
+        with Load(port) as web, Load(path) as near:
+            first = unit.ask("who", path)
+            assert (first["pid"], first["generation"]) == (process.pid, 1)
+            for generation, address in ((2, ("127.0.0.1", port)), (3, path)):
+                assert unit.ask("restart settled", address)["outcome"] == "settled"
+                web.wait_for(generation)
+                near.wait_for(generation)
+        assert web.counts.failures == near.counts.failures == Counter()
+        last = unit.ask("who", path)
+        assert last["generation"] == 3
         assert process.wait() == 0
-        pidfd = os.pidfd_open(second["pid"])
+        pidfd = os.pidfd_open(last["pid"])
         try:
             signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-            unit.wait_until(lambda: not Path(f"/proc/{second['pid']}/cwd").exists())
+            unit.wait_until(lambda: not Path(f"/proc/{last['pid']}/cwd").exists())
         finally:
             os.close(pidfd)
     finally:

@@ -12,7 +12,7 @@ import pytest
 
 from ecdysis_async import systemd
 from tests.systemd.harness import NAME, Client, Unit
-from tests.systemd.load import Load
+from tests.systemd.load import LOST, Load
 from tests.systemd.machine import PROJECT
 
 
@@ -72,31 +72,48 @@ def test_a_restart_that_is_rolled_back_fails_the_reload(unit: Unit) -> None:
     unit.configure(ecdysis={"probation": 30})
     unit.start()
     first = unit.main_pid
-    reload = unit.machine.begin("systemctl", "reload", NAME)
-    unit.wait_until(lambda: unit.ask("who")["pid"] != first)
-    unit.machine.kill(unit.ask("who")["pid"], signal.SIGKILL)
-    assert reload.wait() != 0
-    assert unit.ask("who")["pid"] == unit.main_pid == first
-    assert "SIGKILL" in unit.show("StatusText")
+    with Load(unit.port) as load:
+        reload = unit.machine.begin("systemctl", "reload", NAME)
+        load.wait_for(2, 20)
+        assert load.counts.failures == Counter()
+        unit.machine.kill(unit.ask("who")["pid"], signal.SIGKILL)
+        assert reload.wait() != 0
+        load.wait_for(1, 30)
+        assert unit.ask("who")["pid"] == unit.main_pid == first
+        assert "SIGKILL" in unit.show("StatusText")
+        # What the killed process had accepted; and nothing is lost from then on.
+        lost = load.counts.failures.copy()
+        assert set(lost) <= LOST
+        assert unit.ask("restart serving")["outcome"] == "serving"
+        load.wait_for(2, 20)
+    assert load.counts.failures == lost
 
 
 def test_a_reload_by_signal_that_fails_shows_in_the_status(unit: Unit) -> None:
     unit.start(kind="notify-reload")
     first = unit.main_pid
-    unit.configure(at_start="raise ValueError('a broken release')")
-    # systemd has no way to be told that it failed; but it must not wait for its timeout either.
-    unit.reload()
-    assert unit.ask("who")["pid"] == unit.main_pid == first
-    assert "a broken release" in unit.show("StatusText")
+    with Load(unit.port) as load:
+        unit.configure(at_start="raise ValueError('a broken release')")
+        # systemd has no way to be told that it failed; but it must not wait for its timeout either.
+        unit.reload()
+        load.wait_for(1, 20)
+        assert unit.ask("who")["pid"] == unit.main_pid == first
+        assert "a broken release" in unit.show("StatusText")
+        unit.configure(at_start="")
+        unit.reload()
+        load.wait_for(2)
+    assert load.counts.failures == Counter()
 
 
 def test_a_reload_by_signal_waits_for_the_restart_that_goes_on(unit: Unit) -> None:
     unit.configure(ecdysis={"probation": 1})
     unit.start(kind="notify-reload")
-    with Client(unit.addresses[0]) as client:
-        assert client.ask("restart serving")["outcome"] == "serving"
+    with Load(unit.port) as load:
+        assert unit.ask("restart serving")["outcome"] == "serving"
         # systemd signals the next main process in the very moment in which it learns of it.
         unit.reload()
+        load.wait_for(3)
+    assert load.counts.failures == Counter()
     answer = unit.ask("who")
     assert (answer["pid"], answer["generation"]) == (unit.main_pid, 3)
 
@@ -104,11 +121,14 @@ def test_a_reload_by_signal_waits_for_the_restart_that_goes_on(unit: Unit) -> No
 def test_the_pid_file_names_the_main_process_once_it_is_that(unit: Unit) -> None:
     path = unit.machine.directory / "app.pid"
     unit.start(f"PIDFile={path}")
-    for _ in range(3):
-        former = unit.main_pid
-        unit.reload()
-        # With PIDFile= systemd reads it when the reload has ended, and believes it.
-        assert int(path.read_text()) == unit.main_pid != former
+    with Load(unit.port) as load:
+        for generation in (2, 3):
+            former = unit.main_pid
+            unit.reload()
+            # With PIDFile= systemd reads it when the reload has ended, and believes it.
+            assert int(path.read_text()) == unit.main_pid != former
+            load.wait_for(generation)
+    assert load.counts.failures == Counter()
     unit.machine.systemctl("daemon-reload")
     assert int(path.read_text()) == unit.main_pid == unit.ask("who")["pid"]
 
@@ -145,19 +165,23 @@ def test_it_survives_systemd_being_executed_anew_in_a_restart(unit: Unit, phase:
     unit.start("WatchdogSec=5", "FileDescriptorStoreMax=8")
     first = unit.main_pid
     unit.configure(ecdysis={"probation": 0.1}, hold="ready" if phase == "initialising" else "")
-    with Client(unit.addresses[0]) as client:
-        client.say("restart serving")
-        if phase == "initialising":
-            unit.wait_until(lambda: "held\n" in unit.log)
-        else:
-            assert json.loads(client.hear())["outcome"] == "serving"
-        unit.machine.execute_anew()
-        assert unit.main_pid == first
-        unit.release()
-        if phase == "initialising":
-            assert json.loads(client.hear())["outcome"] == "serving"
-    # The probation is ended by another restart; systemctl reload would wait, because the unit reloads already.
-    assert unit.ask("restart settled")["outcome"] == "settled"
+    with Load(unit.port) as load:
+        with Client(unit.addresses[0]) as client:
+            client.say("restart serving")
+            if phase == "initialising":
+                unit.wait_until(lambda: "held\n" in unit.log)
+            else:
+                assert json.loads(client.hear())["outcome"] == "serving"
+            unit.machine.execute_anew()
+            assert unit.main_pid == first
+            unit.release()
+            if phase == "initialising":
+                assert json.loads(client.hear())["outcome"] == "serving"
+        load.wait_for(2)
+        # The probation is ended by another restart; systemctl reload would wait, because the unit reloads already.
+        assert unit.ask("restart settled")["outcome"] == "settled"
+        load.wait_for(3)
+    assert load.counts.failures == Counter()
     answer = unit.ask("who")
     assert (answer["generation"], answer["pid"]) == (3, unit.main_pid)
     assert unit.show("NRestarts") == "0"
@@ -190,8 +214,11 @@ def test_who_asks_by_the_control_socket_gets_the_new_pid_or_the_reason(unit: Uni
 def test_a_program_that_is_gone_fails_the_reload_at_once(unit: Unit) -> None:
     unit.configure(ecdysis={"command": ["/no/such/python", "service.py"]})
     unit.start()
-    assert unit.machine.fails("systemctl", "reload", NAME)
-    assert "cannot start '/no/such/python'" in unit.show("StatusText")
+    with Load(unit.port) as load:
+        assert unit.machine.fails("systemctl", "reload", NAME)
+        assert "cannot start '/no/such/python'" in unit.show("StatusText")
+        load.wait_for(1, 20)
+    assert load.counts.failures == Counter()
     assert unit.ask("who")["pid"] == unit.main_pid
 
 
