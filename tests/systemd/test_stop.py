@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.systemd.harness import NAME, Client, Unit, free_port
-from tests.systemd.load import MIX, Load
+from tests.systemd.load import LOST, LOUD, Load
 from tests.systemd.phases import PHASES, Standstill
 
 
@@ -18,10 +19,25 @@ def socket_unit(port: int) -> str:
     return f"[Unit]\nDefaultDependencies=no\n[Socket]\nListenStream=127.0.0.1:{port}\nService={NAME}\n"
 
 
+@contextlib.contextmanager
+def loaded(unit: Unit, *lines: str) -> Iterator[Load]:
+    """Start a service under a load that no stop ends: systemd listens, and who comes after it starts it anew."""
+    port = free_port()
+    unit.machine.install("app.socket", socket_unit(port))
+    unit.configure(sockets=[["listen_tcp", ["127.0.0.1", port], {}]])
+    unit.install("Sockets=app.socket", *lines)
+    unit.machine.systemctl("start", "app.socket")
+    with Load(port, LOUD) as load:
+        yield load
+    assert load.counts.failures == Counter()
+    assert unit.show("NRestarts") == "0"
+    unit.systemctl("stop")
+    assert (unit.show("Result"), unit.show("ActiveState")) == ("success", "inactive")
+
+
 @pytest.mark.parametrize("kill_mode", ["control-group", "mixed"])
 def test_a_stop_waits_for_every_generation_that_drains(unit: Unit, kill_mode: str) -> None:
-    unit.start(f"KillMode={kill_mode}")
-    with Client(unit.addresses[0]) as oldest:
+    with loaded(unit, f"KillMode={kill_mode}") as load, Client(unit.addresses[0]) as oldest:
         oldest.say("linger 2 oldest")
         unit.reload()
         with Client(unit.addresses[0]) as newest:
@@ -31,14 +47,13 @@ def test_a_stop_waits_for_every_generation_that_drains(unit: Unit, kill_mode: st
             unit.systemctl("stop")
             assert newest.hear() == "2 newest bye"
         assert oldest.hear() == "1 oldest bye"
-    assert (unit.show("Result"), unit.show("ActiveState")) == ("success", "inactive")
+        load.wait_for(1, 30)
 
 
 @pytest.mark.parametrize("kill_mode", ["control-group", "mixed"])
 def test_a_stop_in_probation_drains_both(unit: Unit, kill_mode: str) -> None:
     unit.configure(ecdysis={"probation": 30})
-    unit.start(f"KillMode={kill_mode}")
-    with Client(unit.addresses[0]) as old:
+    with loaded(unit, f"KillMode={kill_mode}") as load, Client(unit.addresses[0]) as old:
         old.say("linger 0.5 old")
         with Client(unit.addresses[0]) as asker:
             assert asker.ask("restart serving")["outcome"] == "serving"
@@ -48,7 +63,7 @@ def test_a_stop_in_probation_drains_both(unit: Unit, kill_mode: str) -> None:
             unit.systemctl("stop")
             assert new.hear() == "2 new bye"
         assert old.hear() == "1 old bye"
-    assert (unit.show("Result"), unit.show("ActiveState")) == ("success", "inactive")
+        load.wait_for(1, 30)
 
 
 @pytest.mark.parametrize("keeper", ["socket unit", "descriptor store"])
@@ -106,15 +121,9 @@ def test_a_stop_while_the_only_generation_starts_leaves_nothing_behind(unit: Uni
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_stop_in_any_phase_under_load_loses_nothing(unit: Unit, phase: str) -> None:
-    port = free_port()
-    unit.machine.install("app.socket", socket_unit(port))
-    unit.configure(sockets=[["listen_tcp", ["127.0.0.1", port], {}]], ecdysis={"drain_timeout": 30})
-    # Without clients that are silent, for whom a drain waits to its deadline.
-    mix = dataclasses.replace(MIX, silent=0)
+    unit.configure(ecdysis={"drain_timeout": 30})
     restart = Standstill(unit, phase)
-    unit.install("Sockets=app.socket", "KillMode=mixed")
-    unit.machine.systemctl("start", "app.socket")
-    with restart, Load(port, mix) as load:
+    with loaded(unit, "KillMode=mixed") as load, restart:
         restart.reach(load)
         stop = unit.machine.begin("systemctl", "stop", NAME)
         unit.wait_until(lambda: " stopping\n" in unit.log)
@@ -125,33 +134,32 @@ def test_a_stop_in_any_phase_under_load_loses_nothing(unit: Unit, phase: str) ->
             assert restart.reload.wait() != 0
         # The next client starts it anew; those who come before that wait.
         load.wait_for(1, 30)
-    assert load.counts.failures == Counter()
-    assert unit.show("NRestarts") == "0"
 
 
-def test_a_drain_may_take_longer_than_the_unit_says(unit: Unit) -> None:
-    unit.start("TimeoutStopSec=500ms")
-    with Client(unit.addresses[0]) as client:
-        client.say("linger 1.5 patience")
-        assert unit.ask("who")["generation"] == 1
-        unit.systemctl("stop")
-        assert client.hear() == "1 patience bye"
-    assert unit.show("Result") == "success"
-
-
-def test_a_start_may_take_longer_than_the_unit_says(unit: Unit) -> None:
-    # What is slow comes after the first word to systemd, and before ready().
-    unit.configure(ecdysis={"ready_timeout": 20}, before_ready=3.5)
-    unit.start("TimeoutStartSec=3")
-    assert unit.ask("who")["pid"] == unit.main_pid
+def test_start_restart_and_drain_may_take_longer_than_the_unit_says(unit: Unit) -> None:
+    # What is slow comes after the first word to systemd, and before ready(). Who comes meanwhile waits.
+    unit.configure(ecdysis={"ready_timeout": 20, "probation": 2}, before_ready=3.5)
+    with loaded(unit, "TimeoutStartSec=3", "TimeoutStopSec=1") as load:
+        unit.configure(before_ready=1.3)
+        unit.reload()
+        load.wait_for(2)
+        unit.configure(before_ready=0.0)
+        with Client(unit.addresses[0]) as client:
+            client.say("linger 1.5 patience")
+            assert unit.ask("who")["generation"] == 2
+            unit.systemctl("stop")
+            assert client.hear() == "2 patience bye"
+        load.wait_for(1, 30)
 
 
 def test_a_restart_of_the_unit_is_a_new_first_generation(unit: Unit) -> None:
-    unit.start()
-    unit.reload()
-    unit.systemctl("restart")
-    answer = unit.ask("who")
-    assert (answer["generation"], answer["pid"]) == (1, unit.main_pid)
+    with loaded(unit) as load:
+        unit.reload()
+        load.wait_for(2)
+        unit.systemctl("restart")
+        load.wait_for(1, 30)
+        answer = unit.ask("who")
+        assert (answer["generation"], answer["pid"]) == (1, unit.main_pid)
 
 
 def test_a_kill_before_a_restart_is_settled_ends_all_and_the_unit_comes_back(unit: Unit) -> None:
@@ -169,13 +177,20 @@ def test_a_kill_before_a_restart_is_settled_ends_all_and_the_unit_comes_back(uni
 def test_a_kill_of_the_old_generation_after_a_restart_is_settled_costs_nothing(unit: Unit) -> None:
     unit.start("Restart=always")
     first = unit.main_pid
-    with Client(unit.addresses[0]) as lost, Client(unit.addresses[0]) as kept:
+    with Load(unit.port) as load, Client(unit.addresses[0]) as lost:
         lost.say("linger 5 lost")
         unit.reload()
-        kept.say("linger 0.3 kept")
+        load.wait_for(2, 20)
         unit.machine.kill(first, signal.SIGKILL)
+        assert lost.hear() == ""
         assert unit.ask("who")["pid"] == unit.main_pid != first
+        load.wait_for(2, 30)
+        # What the killed process had not answered yet; and nothing is lost from then on.
+        failures = load.counts.failures.copy()
+        assert set(failures) <= LOST
         unit.reload()
+        load.wait_for(3)
+    assert load.counts.failures == failures
     assert (unit.show("NRestarts"), unit.ask("who")["generation"]) == ("0", 3)
 
 
@@ -191,33 +206,44 @@ def test_a_kill_of_the_new_generation_is_noticed_while_the_old_one_drains(unit: 
 
 
 def test_the_watchdog_bites_a_stalled_loop_and_spares_a_sound_one(unit: Unit) -> None:
-    unit.configure(ecdysis={"probation": 1.3})
-    unit.start("WatchdogSec=1", "Restart=always", "RestartSec=0")
-    with Client(unit.addresses[0]) as client:
-        # Longer than the watchdog's time in each phase: the start, the probation, the drain, and after all of them.
-        client.say("linger 1.3 sound")
-        unit.configure(before_ready=1.3)
+    unit.configure(ecdysis={"probation": 1.6})
+    unit.start("WatchdogSec=1500ms", "FileDescriptorStoreMax=8", "Restart=always", "RestartSec=0")
+    with Load(unit.port) as load:
+        with Client(unit.addresses[0]) as client:
+            # Longer than the watchdog's time in each phase: the start, the probation, the drain, and after all of them.
+            client.say("linger 1.6 sound")
+            unit.configure(before_ready=1.6)
+            unit.reload()
+            assert client.hear() == "1 sound bye"
+        load.wait_for(2)
+        unit.configure(before_ready=0.0)
+        assert unit.show("NRestarts") == "0"
+        assert unit.ask("who")["generation"] == 2
+        assert load.counts.failures == Counter()
+        with Client(unit.addresses[0]) as client:
+            client.say("stall 30")
+            unit.wait_until(lambda: unit.show("NRestarts") == "1" and unit.show("ActiveState") == "active")
+            assert client.hear() == ""
+        load.wait_for(1, 30)
+        # What the stalled process had accepted; and nobody is refused.
+        lost = load.counts.failures.copy()
+        assert set(lost) <= LOST
         unit.reload()
-        assert client.hear() == "1 sound bye"
-    unit.configure(before_ready=0.0)
-    assert unit.show("NRestarts") == "0"
-    assert unit.ask("who")["generation"] == 2
-    with Client(unit.addresses[0]) as client:
-        client.say("stall 30")
-        unit.wait_until(lambda: unit.show("NRestarts") == "1" and unit.show("ActiveState") == "active")
-        assert client.hear() == ""
-    assert unit.ask("who")["generation"] == 1
+        load.wait_for(2)
+    assert load.counts.failures == lost
 
 
 def test_a_partial_stop_leaves_the_word_to_the_application(unit: Unit) -> None:
-    unit.start()
-    with Client(unit.addresses[0]) as client, Client(unit.addresses[0]) as busy:
-        busy.say("linger 1 busy")
-        client.ask("stop partially")
-        assert unit.show("SubState") == "running"
-        assert busy.hear() == "1 busy bye"
-    unit.wait_until(lambda: unit.show("ActiveState") == "inactive")
-    assert unit.show("Result") == "success"
+    with loaded(unit) as load:
+        first = unit.main_pid
+        with Client(unit.addresses[0]) as client, Client(unit.addresses[0]) as busy:
+            busy.say("linger 1 busy")
+            client.ask("stop partially")
+            assert unit.show("SubState") == "running"
+            assert busy.hear() == "1 busy bye"
+        # Those who came meanwhile start it anew.
+        load.wait_for(1, 30)
+        assert unit.main_pid != first
 
 
 def test_a_start_that_fails_says_why(unit: Unit) -> None:
