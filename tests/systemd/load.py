@@ -34,12 +34,12 @@ class Load:
         self._mix = mix
         self._first_generation = first_generation
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
-        self._load: load.Load | None = None
+        self._begun = threading.Event()
 
     @property
     def counts(self) -> Counts:
         """What became of the requests so far."""
-        return self._load.counts if self._load is not None else Counts()
+        return self._load.counts
 
     def wait_for(self, generation: int, number: int = 1) -> None:
         """Wait until a generation has answered so many more requests."""
@@ -51,15 +51,24 @@ class Load:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self.wait_for(self._first_generation)
+        self._begun.wait()
+        try:
+            self.wait_for(self._first_generation)
+        except BaseException:
+            # The block's end does not come then, and a thread that goes on would keep the tests from theirs.
+            self._end()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        assert self._load is not None
+        self._end()
+
+    def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._load.end)
         self._thread.join()
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._load = load.Load(self._address, self._mix)
+        self._begun.set()
         await self._load.run()

@@ -15,9 +15,10 @@ import dockerfile
 import psutil
 import pytest
 
+from benchmarks.load import Failure
 from tests.systemd.container import Container, has_runc, running
 from tests.systemd.harness import Client, free_port
-from tests.systemd.load import Load
+from tests.systemd.load import LOUD, Load
 from tests.systemd.machine import PROJECT
 
 APP = Path(__file__).with_name("app")
@@ -75,12 +76,18 @@ def test_it_restarts_in_place_reaps_orphans_and_stops_in_time(container: Contain
     # The workers, and neither orphans nor zombies.
     container.wait_until(lambda: len(first.children()) == 2)
     assert psutil.STATUS_ZOMBIE not in [child.status() for child in first.children()]
-    with Client(("127.0.0.1", port)) as client, Client(("127.0.0.1", port)) as late:
+    with (
+        Load(port, LOUD, first_generation=3) as load,
+        Client(("127.0.0.1", port)) as client,
+        Client(("127.0.0.1", port)) as late,
+    ):
         client.say("slow 2 patience")
         # So that it is there before the signal is.
         assert late.ask("who")["generation"] == 3
         assert container.stop() == 0
         assert client.hear() == "3 patience bye"
+    # Who comes after the end; and whoever came before it has an answer.
+    assert set(load.counts.failures) <= {Failure.REFUSED}
 
 
 def test_a_start_that_fails_shows_in_the_status_of_the_container(kind: str, tmp_path: Path, port: int) -> None:
