@@ -249,7 +249,7 @@ class Anchor:
         elif error is not None:
             await self._tell_failure(error)
             self.is_stopping = True
-        if self.is_serving and not self._holdings.are_kept:
+        if self._refuses_newcomers:
             # Workers answer who queues by now.
             self._holdings.refuse_newcomers()
         await self._end_all()
@@ -311,14 +311,24 @@ class Anchor:
         self._systemd.tell("READY=1")
         self.changes.announce()
 
+    @property
+    def _refuses_newcomers(self) -> bool:
+        """Whether nobody comes after this service, with whom clients could wait."""
+        return self.is_serving and not self._holdings.are_kept
+
     async def _end_all(self) -> None:
-        """Let every worker leave, and end those that do not."""
+        """Let every worker leave, and end those that do not; nobody queues where none accepts any more."""
         self._systemd.ask_for_time(self.plan.settings.drain_timeout + LEEWAY_SECONDS)
         self._systemd.tell("STOPPING=1")
         self._tell_all_to_leave()
         with anyio.move_on_after(self.plan.settings.drain_timeout + EXIT_SECONDS) as self._stop_deadline:
             if self._stop_signals > 1:
                 self._hurry()
+            if self._refuses_newcomers:
+                await wait_until(
+                    self.changes, lambda: not self.fillings and all(worker.is_done_accepting for worker in self.crew)
+                )
+                self._holdings.stop_listening()
             await wait_until(self.changes, lambda: not any(self.crew) and not self.fillings)
         for worker in tuple(self.crew):
             self.log.error("worker pid %d has not ended in time: it is killed", worker.pid)
@@ -564,9 +574,11 @@ class Anchor:
         frame.close()
 
     def _note_beat(self, slot: Slot, worker: Worker, body: dict[str, Any]) -> None:
-        before = worker.state
+        before, was_done = worker.state, worker.is_done_accepting
         worker.pid = int(body["pid"])
         worker.state = WorkerState(body["state"])
+        # One of an earlier release does not say it.
+        worker.is_done_accepting = bool(body.get("is_done_accepting", False))
         worker.connections = int(body["connections"])
         worker.requests = int(body["requests"])
         worker.rss = int(body["rss"]) if body["rss"] is not None else None
@@ -574,7 +586,8 @@ class Anchor:
             worker.served_since = anyio.current_time()
         if worker.state is WorkerState.DRAINING and before is not WorkerState.DRAINING:
             slot.note_leaving(worker, anyio.current_time())
-        if worker.state is not before or self._keeper.why_recycle(worker) is not None:
+        has_changed = (worker.state, worker.is_done_accepting) != (before, was_done)
+        if has_changed or self._keeper.why_recycle(worker) is not None:
             self.changes.announce()
 
     async def _spawn_for(self, slot: Slot, worker: Worker, number: int, frame: Frame) -> None:

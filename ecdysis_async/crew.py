@@ -66,6 +66,7 @@ class Worker:
         starter: the worker that it follows, if that asked for it.
         pid: its own word for it, which is another one where a wrapper was spawned.
         state: its own word.
+        is_done_accepting: its own word, too: it accepts no more, and has answered who queued.
         connections, requests, rss: its own words; requests are connections where its server counts none.
         request_limit: after how many requests it is replaced.
         silence: for how many seconds it has said nothing, not counting those in which the anchor did not listen.
@@ -86,6 +87,7 @@ class Worker:
     starter: Worker | None = None
     pid: int = 0
     state: WorkerState = WorkerState.STARTING
+    is_done_accepting: bool = False
     connections: int = 0
     requests: int = 0
     rss: int | None = None

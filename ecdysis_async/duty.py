@@ -21,6 +21,7 @@ import anyio
 
 from .channel import Frame
 from .errors import ChannelError, RestartError, SpawnFailed
+from .gate import GateState
 from .handover import Handover
 from .line import FromAnchor, FromWorker, Line, counted_requests, describe_loss, error_from_json, error_to_json
 from .plane import Plane
@@ -249,9 +250,12 @@ class Duty:
                 await self._plane.tracker.prune_all()
 
     def _describe(self) -> dict[str, Any]:
+        gate = self._plane.gate
         return {
             "pid": os.getpid(),
             "state": self._orders.state(),
+            # Also on what it serves to the end.
+            "is_done_accepting": gate.state is GateState.ENDED and not gate.open_acceptors,
             "connections": len(self._plane.tracker),
             "requests": self._plane.tracker.opened if (counted := counted_requests()) is None else counted,
             "rss": _resident_bytes(),

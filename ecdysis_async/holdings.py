@@ -62,6 +62,11 @@ class Holdings:
         for entry in self.service.entries:
             entry.refuse_newcomers()
 
+    def stop_listening(self) -> None:
+        """Refuse whoever comes, now that no worker accepts any more."""
+        for entry in self.service.entries:
+            entry.stop_listening()
+
     def take(self, descriptions: list[dict[str, Any]], descriptors: Sequence[int]) -> None:
         """Hold what a worker has created, for the other ones and for ever."""
         known = {(entry.name, entry.address) for entry in self.service.entries}

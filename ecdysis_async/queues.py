@@ -40,6 +40,9 @@ class Queues:
         for acceptor in acceptors:
             self._refuse_newcomers(acceptor.entry)
         await self.empty(acceptors)
+        if self._is_nobody_elses:
+            for acceptor in acceptors:
+                acceptor.entry.stop_listening()
 
     async def finish(self, unclaimed: Iterable[Entry]) -> None:
         """Answer everyone who waits on what the successor did not claim, and close it: nobody else can.
@@ -86,6 +89,10 @@ class Queues:
                 return
 
     def _refuse_newcomers(self, entry: Entry) -> None:
-        # They are the others', or the next start's, where there are other workers, or systemd keeps the sockets.
-        if not (self._generation.shares_sockets or self._store.is_there):
+        if self._is_nobody_elses:
             entry.refuse_newcomers()
+
+    @property
+    def _is_nobody_elses(self) -> bool:
+        # Else they are the others', or the next start's: where there are other workers, or systemd keeps the sockets.
+        return not (self._generation.shares_sockets or self._store.is_there)

@@ -155,19 +155,38 @@ class Entry:
         again in a second (tcp(7), the SYN that is repeated), when the socket is closed. Nothing changes where somebody
         else may accept from this socket as well: what the service did not make itself.
         """
-        if not self.has_queue or self.adopted or self.number is not None:
+        if not self.has_queue or not self._is_ours_alone:
             return
         if self.is_at_its_path():
             os.unlink(self.address)
         elif self.kind is Kind.TCP and sys.platform == "linux":
             program = array.array("B", b"".join(_INSTRUCTION.pack(*each) for each in _NO_NEWCOMERS))
-            # A kernel without it: then they are reset where the time for the queue is up, as they always were.
-            with contextlib.suppress(OSError):
+            try:
                 self.sock.setsockopt(
                     socket.SOL_SOCKET,
                     _SO_ATTACH_FILTER,
                     _PROGRAM.pack(len(_NO_NEWCOMERS), program.buffer_info()[0]),
                 )
+            except OSError:
+                # There are kernels that want CAP_NET_ADMIN for it (6.18, seen). In a queue that is full nobody gets
+                # either, but for one when it is empty.
+                with contextlib.suppress(OSError):
+                    self.sock.listen(0)
+
+    def stop_listening(self) -> None:
+        """Refuse whoever comes to a TCP port, at once, though it is not closed yet: no process accepts here any more.
+
+        Else clients would wait as long as the drain takes, and be turned away all the same. Nothing changes where
+        somebody else may accept from this socket as well.
+        """
+        if self.kind is Kind.TCP and self._is_ours_alone:
+            # The application may have closed it.
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RD)
+
+    @property
+    def _is_ours_alone(self) -> bool:
+        return not self.adopted and self.number is None
 
     def is_at_its_path(self) -> bool:
         """Say whether its path still leads to this very socket."""

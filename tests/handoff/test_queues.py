@@ -52,13 +52,17 @@ def test_who_queues_at_a_stop_is_answered(loop: str, kind: str, run_service: Run
 @every_loop
 def test_newcomers_are_refused_and_not_reset_while_a_queue_is_answered(backend: str, run_service: Run) -> None:
     service = run_service(backend)
-    with Clients(service.address) as many, Clients(service.address) as more:
+    with service.begin("hold") as busy, Clients(service.address) as many, Clients(service.address) as more:
         for clients in (many, more):
             clients.wait_for(service.pids[0])
+        service.wait_for("holding")
         service.signal(service.pids[0], signal.SIGTERM)
-        assert service.wait_for_death(service.pids[0]) == 0
-        # Each has been refused by now, or is about to be, a second after its first attempt.
+        # Each is by now, or about to be, a second after its first attempt; and not only when all others have drained.
         service.wait_until(lambda: bool(many.refused and more.refused), "nobody is refused")
+        assert service.is_alive(service.pids[0])
+        assert busy.say("go on").answer()["pid"] == service.pids[0]
+        busy.close()
+        assert service.wait_for_death(service.pids[0]) == 0
     assert (many.lost, more.lost) == ([], [])
 
 
