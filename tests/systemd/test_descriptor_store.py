@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.systemd.harness import Client, Unit
-from tests.systemd.load import LOST, Load
+from tests.systemd.load import LOST, LOUD, Load
 from tests.systemd.phases import PHASES, Standstill
 
 STORE = ("FileDescriptorStoreMax=16", "Restart=always", "RestartSec=0")
@@ -67,7 +67,7 @@ def test_generations_renew_what_is_kept(unit: Unit) -> None:
     unit.start(*STORE)
     # Those two, and the control socket.
     unit.wait_until(lambda: stored(unit) == 3)
-    with Load(unit.port) as load:
+    with Load(unit.port, LOUD) as load:
         for generation in (2, 3, 4):
             unit.reload()
             load.wait_for(generation)
@@ -105,7 +105,7 @@ def test_a_crash_leaves_the_last_stash_to_one_start(unit: Unit) -> None:
     unit.reload()
     # The service's socket, its control socket, and the stash, of which the newer one took the older one's place.
     unit.wait_until(lambda: stored(unit) == 3)
-    with Load(unit.port, first_generation=3) as load:
+    with Load(unit.port, LOUD, first_generation=3) as load:
         for number, is_killed in ((1, True), (2, False)):
             if is_killed:
                 unit.machine.kill(unit.main_pid, signal.SIGKILL)
