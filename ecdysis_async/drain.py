@@ -22,6 +22,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
+from .collector import age_all_objects
 from .errors import DrainInterrupt
 from .parcel import Parcel
 from .registry import Until
@@ -463,6 +464,8 @@ class Tracker:
                                 await self._call.wait()
                             continue
                         self._finish_some(finishers, self._awaited, farewell, deadline)
+                        # Each of these tasks lives for as long as its connection.
+                        age_all_objects()
                         if self._awaited:
                             await anyio.lowlevel.checkpoint()
                         elif self._unfinished:

@@ -14,7 +14,6 @@ import array
 import contextlib
 import errno
 import fcntl
-import gc
 import itertools
 import json
 import logging
@@ -29,6 +28,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
+from .collector import age_all_objects, without_full_collections
 from .drain import Connection, Tracker
 from .parcel import Adopter, Parcel, Refused, Release, Transferable
 from .plane import Plane
@@ -75,9 +75,6 @@ RESERVE_SHARE = 0.05
 RESERVE_AT_LEAST = 16
 # A table for this many descriptors takes half a megabyte.
 ROOM_AT_MOST = 65536
-
-# An application that freezes what it began with freezes more objects than this. CPython 3.12 itself begins with 375.
-FROZEN_BY_APPLICATION = 1000
 
 
 def socketpair() -> tuple[socket.socket, socket.socket]:
@@ -158,7 +155,7 @@ class Sender:
     # What is sent
 
     async def _send_all(self, on_swept: Callable[[], None]) -> None:
-        with _out_of_sight_of_the_collector():
+        with without_full_collections():
             spent = await self._offer_all()
             # Handlers that were woken by this offer their connections now.
             await anyio.lowlevel.checkpoint()
@@ -388,7 +385,7 @@ class Receiver:
     async def run(self) -> None:
         """Take over connections until the predecessor has ended, or this is cancelled: then what is here is served."""
         # What the initialisation has left will live for long, too.
-        _age_all_objects()
+        age_all_objects()
         try:
             while (batch := await self._receive()) is not None:
                 await self._take(*batch)
@@ -460,7 +457,7 @@ class Receiver:
                         task_group.start_soon(self._begin, begin, sock)
         if self._taken >= self._aged + BATCH:
             self._aged = self._taken
-            _age_all_objects()
+            age_all_objects()
 
     def _prepare(self, fields: list[Any]) -> Callable[[socket.socket], Awaitable[None]]:
         try:
@@ -500,36 +497,6 @@ class Receiver:
             self.log.exception("a connection of the predecessor's was taken over, and failed")
         else:
             self._taken += 1
-
-
-@contextlib.contextmanager
-def _out_of_sight_of_the_collector() -> Iterator[None]:
-    """Let a collection of garbage look only at what is made from now on, where the application has not frozen anything.
-
-    A full one looks through all connections otherwise: 80 ms for 5,000 on asyncio, while they move and others wait.
-    """
-    is_ours = gc.get_freeze_count() < FROZEN_BY_APPLICATION
-    if is_ours:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if is_ours:
-            gc.unfreeze()
-
-
-def _age_all_objects() -> None:
-    """Put all objects into the oldest generation of the garbage collector, as the documentation says of ``unfreeze``.
-
-    Connections that were taken over will live for long. To CPython up to 3.13 they look like a quarter more of what
-    lives for long, again and again, and each time it looks through everything there is: 80 ms for 5,000 connections on
-    asyncio. So this costs what many objects at once cost anyway later, and garbage that is in a cycle at this moment
-    waits until then, for each batch no more than what was made since the one before.
-    """
-    # Not where the application has frozen what it began with: that would thaw.
-    if gc.get_freeze_count() < FROZEN_BY_APPLICATION:
-        gc.freeze()
-        gc.unfreeze()
 
 
 def _close(descriptors: Iterable[int]) -> None:

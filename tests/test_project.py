@@ -80,6 +80,7 @@ TOP_TO_BOTTOM = (
     "protocol",
     "report",
     "settings",
+    "collector",
     "errors",
 )
 

@@ -6,7 +6,6 @@ import array
 import asyncio
 import contextlib
 import functools
-import gc
 import json
 import logging
 import os
@@ -517,33 +516,6 @@ async def test_what_was_sent_before_an_end_that_left_something_unread_is_heard()
         with ours:
             assert sender._hear_now() is True
             assert sender._hear_now() is False
-
-
-def test_a_transfer_ages_objects_and_thaws_none() -> None:
-    """Each batch of a transfer would else begin a run through all there is, which stalls the loop."""
-    new = [[] for _ in range(10)]  # type: ignore[var-annotated]
-    transfer._age_all_objects()
-    assert any(each is new for each in gc.get_objects(generation=2))
-    gc.freeze()
-    try:
-        frozen = gc.get_freeze_count()
-        assert frozen >= transfer.FROZEN_BY_APPLICATION
-        transfer._age_all_objects()
-        with transfer._out_of_sight_of_the_collector():
-            pass
-        assert gc.get_freeze_count() == frozen
-    finally:
-        gc.unfreeze()
-
-
-def test_what_is_there_when_connections_are_offered_is_not_collected_meanwhile() -> None:
-    old = [[] for _ in range(10)]  # type: ignore[var-annotated]
-    with transfer._out_of_sight_of_the_collector():
-        assert not any(each is old for each in gc.get_objects())
-        new = [[] for _ in range(10)]  # type: ignore[var-annotated]
-        assert any(each is new for each in gc.get_objects())
-    assert any(each is old for each in gc.get_objects())
-    assert gc.get_freeze_count() < transfer.FROZEN_BY_APPLICATION
 
 
 def test_what_a_later_release_adds_is_left_out() -> None:
