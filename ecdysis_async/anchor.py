@@ -557,7 +557,7 @@ class Anchor:
                     if other.process.pid == body["pid"]:
                         self.begin(other.process.end, float(body["grace"]))
             case FromWorker.RESTART:
-                self._restart_for(worker, int(body["number"]), str(body["until"]))
+                self.begin(self._restart_for, worker, int(body["number"]), str(body["until"]))
             case FromWorker.DESCRIPTION:
                 self._description = str(body["text"])
             case FromWorker.REOPENED:
@@ -630,7 +630,28 @@ class Anchor:
         """Tell a worker to take the place of its successor again."""
         worker.line.tell(FromAnchor.REVERT, {"error": error_to_json(error)})
 
-    def begin_restart(self, *, is_told: bool = False) -> RollOut:
+    async def restart(self, *, is_told: bool = False) -> RollOut:
+        """Begin a roll-out; if another one is on probation, that ends first.
+
+        Args:
+            is_told: systemd may know of it already.
+
+        Raises:
+            RestartError: not now.
+        """
+        before = self.roll_out
+        if before is not None and before.end_probation():
+            # Settled, or failed in this very moment; and what follows from that is done.
+            await wait_until(
+                self.changes,
+                lambda: (
+                    before.over.is_set()
+                    and (before.report.outcome is not Outcome.SETTLED or self.generation == before.generation)
+                ),
+            )
+        return self._begin_restart(is_told=is_told)
+
+    def _begin_restart(self, *, is_told: bool = False) -> RollOut:
         """Begin a roll-out.
 
         Args:
@@ -684,10 +705,10 @@ class Anchor:
             raise roll_out.error
         return roll_out.report
 
-    def _restart_for(self, worker: Worker, number: int, until: str) -> None:
+    async def _restart_for(self, worker: Worker, number: int, until: str) -> None:
         """Restart the service because a worker's application asks for it."""
         try:
-            roll_out = self.begin_restart()
+            roll_out = await self.restart()
         except RestartError as error:
             worker.line.tell(FromAnchor.VERDICT, {"number": number, "error": error_to_json(error)})
             return
@@ -830,7 +851,7 @@ class Anchor:
 
     async def _restart_by_signal(self) -> None:
         try:
-            self.log.info("%s", await self.see_through(self.begin_restart(), "settled"))
+            self.log.info("%s", await self.see_through(await self.restart(), "settled"))
         except RestartWhileDraining as error:
             self.log.info("%s", error)
         except RestartError as error:
@@ -912,8 +933,8 @@ class Anchor:
             changes=self.changes,
         )
 
-    def _restart(self) -> Restart:
-        roll_out = self.begin_restart(is_told=True)
+    async def _restart(self) -> Restart:
+        roll_out = await self.restart(is_told=True)
         return Restart(roll_out.report, functools.partial(self.see_through, roll_out))
 
     @property

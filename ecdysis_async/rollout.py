@@ -163,6 +163,7 @@ class RollOut:
         self._probation = probation
         self._called_off: RestartError | None = None
         self._stopped = False
+        self._is_hurried = False
 
     @property
     def current(self) -> Turn | None:
@@ -205,6 +206,14 @@ class RollOut:
         if current is not None and current.old is not None:
             self._foreman.revert(current.old, self._called_off)
         self._foreman.changes.announce()
+
+    def end_probation(self) -> bool:
+        """Let the probation end now; False, if it has not begun, or is over."""
+        if self.over.is_set() or not self.serving.is_set():
+            return False
+        self._is_hurried = True
+        self._foreman.changes.announce()
+        return True
 
     def stop(self) -> None:
         """Take note that the service stops: there is nothing left to decide."""
@@ -265,11 +274,12 @@ class RollOut:
         """See that every slot goes on being served for a while."""
         self.report.outcome = Outcome.SERVING
         self.serving.set()
-        self.probation_ends = anyio.current_time() + self._probation
+        begun = anyio.current_time()
+        self.probation_ends = begun + self._probation
         self._foreman.changes.announce()
         with anyio.move_on_after(self._probation):
-            await self._wait_until(lambda: False)
-        self.report.phases[Phase.PROBATION] = self._probation
+            await self._wait_until(lambda: self._is_hurried)
+        self.report.phases[Phase.PROBATION] = min(self._probation, anyio.current_time() - begun)
         return self._find_failure()
 
     async def _wait_until(self, is_so: Callable[[], bool]) -> None:

@@ -116,6 +116,19 @@ def test_a_release_that_fails_in_one_slot_is_taken_back_in_all(run_anchor: Run) 
     assert service.roll_out()["generation"] == 2
 
 
+def test_a_restart_ends_the_probation_of_the_one_before(run_anchor: Run) -> None:
+    service = run_anchor(workers=2, handoffs={"probation": 3600})
+    with Clients(service.address) as clients:
+        assert service.roll_out("serving")["generation"] == 2
+        assert service.status()["restart"]["generation"] == 2
+        assert service.roll_out("serving")["generation"] == 3
+        assert service.status()["generation"] == 2
+        service.signal(service.anchor, signal.SIGHUP)
+        service.wait_until(lambda: service.status()["generation"] == 3, "the signal is not followed")
+        clients.wait_for(service.wait_for_workers(lambda found: len(found) == 2)[0])
+    assert (clients.refused, clients.lost) == ([], [])
+
+
 # A defect that shows with the second worker of a roll-out, while a file says so.
 DEFECT = """
 import os
