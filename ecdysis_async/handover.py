@@ -333,6 +333,9 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
     async def foresee(self, event: PredecessorEvent, cause: object) -> bool:
         if event is PredecessorEvent.DIED:
             await self._bury()
+        elif event is PredecessorEvent.FAILED:
+            assert self._stderr is not None
+            self._stderr.read_rest()
         elif self.state is Predecessor.PROBATION and event in (PredecessorEvent.TIMED_OUT, PredecessorEvent.SETTLE):
             # Never settle on a successor that is dead, or has just said that it fails: this side could not take over
             # again. Its death, or its word, is on its way here.

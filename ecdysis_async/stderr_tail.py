@@ -16,6 +16,8 @@ __all__ = ["StderrTail", "duplicate_stderr", "identity", "pass_on"]
 
 STDERR_LINES = 40
 STDERR_BYTES = 16 * 1024
+# What a pipe holds, pipe(7): one read takes all that is there.
+PIPE_BYTES = 64 * 1024
 
 # How long the last words of a dead successor may take to be written, seconds.
 REST_SECONDS = 1.0
@@ -44,23 +46,27 @@ class StderrTail:
     async def run(self) -> None:
         """Pass it on until every writer has closed it, or the successor passes it on itself."""
         with self._passing_on:
-            await pass_on(self.read_end, self._keep)
+            await pass_on(self.read_end, self._take)
 
     def stop(self) -> None:
         """Leave the rest to the successor, which is ready."""
         self._passing_on.cancel()
 
     def read_rest(self) -> None:
-        """Take what a dead successor has left, without waiting for those who may have inherited its stderr."""
+        """Take what a successor has written by now, without waiting for it, or for those who have inherited its stderr.
+
+        What it wrote before it said on the channel that it fails stands in the pipe, and may not have been read yet:
+        it is what the error is about.
+        """
         with contextlib.suppress(BlockingIOError):
-            while len(self._rest) < STDERR_BYTES and (data := os.read(self.read_end, STDERR_BYTES)):
-                self._keep(data)
-                self._rest += data
+            data = os.read(self.read_end, PIPE_BYTES)
+            self._keep(data)
+            self._rest += data
 
     async def pass_rest_on(self) -> None:
         """Pass on what :meth:`read_rest` took, unless nobody takes it off this process."""
         with anyio.move_on_after(REST_SECONDS):
-            await _write(self._rest)
+            await _write(self._take(b""))
 
     def close_write_end(self) -> None:
         """Leave the writing to the successor."""
@@ -70,23 +76,28 @@ class StderrTail:
         """Let go of the pipe."""
         os.close(self.read_end)
 
+    def _take(self, data: bytes) -> bytes:
+        """Keep what was read, and return what is to be passed on, in the order it was written in."""
+        self._keep(data)
+        rest, self._rest = self._rest, b""
+        return rest + data
+
     def _keep(self, data: bytes) -> None:
         self._tail = (self._tail + data)[-STDERR_BYTES:]
 
 
-async def pass_on(read_end: int, keep: Callable[[bytes], None] = lambda data: None) -> None:
-    """Write what comes out of a pipe to stderr, until its last writer is gone."""
+async def pass_on(read_end: int, take: Callable[[bytes], bytes] = lambda data: data) -> None:
+    """Write what comes out of a pipe to stderr, or what ``take`` makes of it, until its last writer is gone."""
     while True:
         await anyio.wait_readable(read_end)
         try:
-            data = os.read(read_end, 64 * 1024)
+            data = os.read(read_end, PIPE_BYTES)
         except BlockingIOError:
             # Another process, which shares the pipe, was faster.
             continue
         if not data:
             return
-        keep(data)
-        await _write(data)
+        await _write(take(data))
 
 
 async def _write(data: bytes) -> None:

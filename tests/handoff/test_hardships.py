@@ -131,9 +131,11 @@ def test_a_stuck_stderr_stops_neither_a_failure_nor_a_rollback(backend: str, run
 
         control.say("run", code=STUCK).answer()
         before = count()
-        service.configure(at_import=QUIET, at_start="raise OSError('no database')")
+        service.configure(at_import=QUIET, at_start="os.write(2, b'last word'); raise OSError('no database')")
         failure = control.say("restart", until="settled").answer()
         assert (failure["error"], failure["phase"]) == ("SuccessorFailed", "initialise")
+        # Which stands in the pipe behind what cannot be passed on.
+        assert "last word" in failure["text"]
         assert service.ask()["pid"] == first
         service.configure(at_start="os.write(2, b'y' * 10000)")
         control.say("restart", until="settled")
