@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import heapq
 import json
 import os
 import random
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ TRANSFER_SECONDS = 30.0
 # How long a process is watched that has begun to serve, and one that goes on serving.
 WATCH_SECONDS = 3.0
 TICK_SECONDS = 0.001
+# How many of the longest turns are remembered: one in a thousand of all there are.
+KEPT_TURNS = 100
 # What counts for the speed: the others were busy, and moved when they were answered.
 MOST = 0.9
 
@@ -55,16 +58,32 @@ class Stall:
         wall: that the loop did not turn.
         cpu: that this process computed in between two turns: what others took the processor for is not its fault.
         collection: that the garbage collector took.
+        turns: how many were seen.
+        longest: the computing of the longest ones, in descending order: a virtual machine counts what its host does
+            meanwhile as computing, now and then.
     """
 
     wall: float = 0.0
     cpu: float = 0.0
     collection: float = 0.0
+    turns: int = 0
+    longest: list[float] = field(default_factory=list)
 
-    def extend(self, wall: float, cpu: float, collection: float) -> None:
+    def note(self, wall: float, cpu: float, collection: float) -> None:
         """Take note of one more turn."""
-        self.wall, self.cpu = max(self.wall, wall), max(self.cpu, cpu)
-        self.collection = max(self.collection, collection)
+        self.merge(Stall(wall, cpu, collection, 1, [cpu]))
+
+    def merge(self, other: Stall) -> None:
+        """Take note of what another one has seen."""
+        self.wall, self.cpu = max(self.wall, other.wall), max(self.cpu, other.cpu)
+        self.collection = max(self.collection, other.collection)
+        self.turns += other.turns
+        self.longest = heapq.nlargest(KEPT_TURNS, [*self.longest, *other.longest])
+
+    def describe(self) -> list[str]:
+        """Return the cells of a table, in milliseconds; of the computing, also what one turn in a thousand exceeds."""
+        rare = self.longest[min(self.turns // 1000, len(self.longest) - 1)] if self.longest else 0.0
+        return [f"{seconds * 1000:.1f}" for seconds in (self.wall, self.cpu, rare, self.collection)]
 
 
 class Watch:
@@ -103,7 +122,7 @@ class Watch:
                 else:
                     kind = "young" if now - begun < WATCH_SECONDS else "steady" if self.is_marked else ""
                 if kind:
-                    self.stalls[kind].extend(wall, time.process_time() - cpu, self._collection)
+                    self.stalls[kind].note(wall, time.process_time() - cpu, self._collection)
         finally:
             if moved and moved[-1][1]:
                 seconds, count = next(each for each in moved if each[1] >= MOST * moved[-1][1])
@@ -306,7 +325,7 @@ async def measure(
             for kind, stall in ended["stalls"].items():
                 # The first generation was nobody's successor.
                 if number or kind != "young":
-                    stalls[kind].extend(**stall)
+                    stalls[kind].merge(Stall(**stall))
             speeds.append(ended["speed"])
             await restarting
         crowd.leave()
@@ -343,9 +362,10 @@ def run(options: Options) -> None:
     )
     loops = Table(
         "How long the loop stands still at most, ms",
-        ["service", *(kind for side in ("serving", "old", "new") for kind in (side, "its CPU", "its GC"))],
+        ["service", *(kind for side in ("serving", "old", "new") for kind in (side, "its CPU", "1 in 1000", "its GC"))],
         "The same service while it just serves these clients, and each side while connections move. CPU is what the "
-        "process itself computed between two turns, GC a single run of the garbage collector in there.",
+        "process itself computed between two turns, and what one turn in a thousand exceeds; GC a single run of the "
+        "garbage collector in there.",
     )
     for loop, transfer in SUBJECTS:
         name = f"{loop}, {'with transfer' if transfer else 'without'}"
@@ -362,8 +382,7 @@ def run(options: Options) -> None:
                 f"{found['accepted'] * 1024:.1f}",
                 f"{found['adopted'] * 1024:.1f}",
             )
-            stalls = [asdict(found["stalls"][kind]) for kind in ("steady", "old", "young")]
-            loops.add(name, *(f"{seconds * 1000:.1f}" for stall in stalls for seconds in stall.values()))
+            loops.add(name, *(cell for kind in ("steady", "old", "young") for cell in found["stalls"][kind].describe()))
     publish("transfer", [clients, loops], None, options, before)
 
 
