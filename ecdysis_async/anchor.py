@@ -390,9 +390,11 @@ class Anchor:
             coming = (
                 {WorkerState.STARTING} if handover.error is not None else {WorkerState.STARTING, WorkerState.WAITING}
             )
-            await wait_until(
-                self.changes, lambda: all(worker.state not in coming for worker in set(slot.workers) - before)
-            )
+            # One that blocks its loop just then says nothing.
+            with anyio.move_on_after(self.ready_timeout):
+                await wait_until(
+                    self.changes, lambda: all(worker.state not in coming for worker in set(slot.workers) - before)
+                )
         finally:
             del self.fillings[slot]
             slot.occupation = Occupation.NONE
@@ -557,7 +559,7 @@ class Anchor:
                     if other.process.pid == body["pid"]:
                         self.begin(other.process.end, float(body["grace"]))
             case FromWorker.RESTART:
-                self.begin(self._restart_for, worker, int(body["number"]), str(body["until"]))
+                self._restart_for(worker, int(body["number"]), str(body["until"]))
             case FromWorker.DESCRIPTION:
                 self._description = str(body["text"])
             case FromWorker.REOPENED:
@@ -640,7 +642,7 @@ class Anchor:
             RestartError: not now.
         """
         before = self.roll_out
-        if before is not None and before.end_probation():
+        if not (self.is_stopping or self.is_lame_duck) and before is not None and before.end_probation():
             # Settled, or failed in this very moment; and what follows from that is done.
             await wait_until(
                 self.changes,
@@ -705,10 +707,12 @@ class Anchor:
             raise roll_out.error
         return roll_out.report
 
-    async def _restart_for(self, worker: Worker, number: int, until: str) -> None:
+    def _restart_for(self, worker: Worker, number: int, until: str) -> None:
         """Restart the service because a worker's application asks for it."""
+        # At once: what is asked for in the moment of an upgrade must be refused, or stand in `_askers`, before the
+        # anchor is executed anew; and who calls it off must find it there.
         try:
-            roll_out = await self.restart()
+            roll_out = self._begin_restart()
         except RestartError as error:
             worker.line.tell(FromAnchor.VERDICT, {"number": number, "error": error_to_json(error)})
             return

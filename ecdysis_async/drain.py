@@ -464,8 +464,10 @@ class Tracker:
                                 await self._call.wait()
                             continue
                         self._finish_some(finishers, self._awaited, farewell, deadline)
-                        # Each of these tasks lives for as long as its connection.
-                        age_all_objects()
+                        if len(self._awaited) >= BATCH:
+                            # Each of these tasks lives for as long as its connection. Not for every single one that
+                            # comes later: young collections would never see any garbage again.
+                            age_all_objects()
                         if self._awaited:
                             await anyio.lowlevel.checkpoint()
                         elif self._unfinished:

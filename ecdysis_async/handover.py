@@ -333,7 +333,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
     async def foresee(self, event: PredecessorEvent, cause: object) -> bool:
         if event is PredecessorEvent.DIED:
             await self._bury()
-        elif event is PredecessorEvent.FAILED:
+        elif event is PredecessorEvent.FAILED and self.state is not Predecessor.STOPPING:
             assert self._stderr is not None
             self._stderr.read_rest()
         elif self.state is Predecessor.PROBATION and event in (PredecessorEvent.TIMED_OUT, PredecessorEvent.SETTLE):
