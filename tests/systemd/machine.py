@@ -240,6 +240,15 @@ class Machine:
         """Send a signal to a process, by its number inside."""
         self.run("kill", f"-{number.value}", str(pid))
 
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Let systemd itself do nothing, from outside: within its namespace nobody can stop it."""
+        os.kill(self._pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self._pid, signal.SIGCONT)
+
     def end(self) -> None:
         """End it, and everything that runs in it."""
         self._outer.kill()

@@ -246,6 +246,20 @@ def test_a_partial_stop_leaves_the_word_to_the_application(unit: Unit) -> None:
         assert unit.main_pid != first
 
 
+def test_a_service_ends_only_when_systemd_has_read_what_it_was_told(unit: Unit) -> None:
+    with loaded(unit) as load:
+        first = unit.main_pid
+        with unit.machine.standing_still():
+            unit.machine.kill(first, signal.SIGTERM)
+            unit.wait_until(lambda: "drained: " in unit.log)
+            # All that is left is to say BARRIER=1, and to wait for systemd to close what came with it.
+            unit.machine.run("kill", "-0", str(first))
+            assert "this generation ends" not in unit.log
+        unit.wait_until(lambda: "this generation ends" in unit.log)
+        load.wait_for(1, 30)
+        assert unit.main_pid != first
+
+
 def test_a_start_that_fails_says_why(unit: Unit) -> None:
     unit.configure(sockets=[["listen_tcp", ["192.0.2.1", 1], {}]])
     unit.install()
