@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -138,7 +139,10 @@ async def announce(ecdysis: Ecdysis, port: int) -> None:
 
 def tell(fact: dict[str, Any]) -> None:
     """Write a line for whoever has started the service. Far less than a pipe holds, so it does not block the loop."""
-    print(json.dumps(fact), flush=True)
+    # In one piece: with PYTHONUNBUFFERED print writes the end of the line by itself, after what another generation
+    # writes into the same pipe in that moment.
+    sys.stdout.write(json.dumps(fact) + "\n")
+    sys.stdout.flush()
 
 
 async def main(loop: str, port: int, probation: float, drain_timeout: float, max_draining: int) -> None:

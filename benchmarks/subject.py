@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
@@ -194,8 +195,9 @@ def settle_allocator() -> None:
 
 
 def tell(event: str, **facts: Any) -> None:
-    """Write a line for whoever runs the benchmark."""
-    print(json.dumps({"event": event, "at": time.monotonic(), "pid": os.getpid(), **facts}), flush=True)
+    """Write a line for whoever runs the benchmark, in one piece: several generations write into the same pipe."""
+    sys.stdout.write(json.dumps({"event": event, "at": time.monotonic(), "pid": os.getpid(), **facts}) + "\n")
+    sys.stdout.flush()
 
 
 def run_on(loop: str, main: Callable[[], Coroutine[Any, Any, None]], *, bare: bool) -> None:

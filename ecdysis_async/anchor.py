@@ -16,7 +16,6 @@ import os
 import random
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack
@@ -48,6 +47,7 @@ from .holdings import Holdings
 from .keeper import Keeper
 from .line import FromAnchor, FromWorker, Line, describe_loss, error_from_json, error_to_json
 from .logs import reopen_logs
+from .messages import say
 from .pid_file import PidFile
 from .plan import Plan
 from .plane import Plane
@@ -62,7 +62,7 @@ from .status import counted
 from .systemd import check_unit, find_shortcoming, find_systemd
 from .threads import run_in_thread
 
-__all__ = ["STARTUP_FAILED", "Anchor", "say"]
+__all__ = ["STARTUP_FAILED", "Anchor"]
 
 # The exit status where the service does not start.
 STARTUP_FAILED = 3
@@ -955,8 +955,3 @@ class Anchor:
 
     def _find_report(self, id: str) -> RestartReport | None:
         return self.last_report if self.last_report is not None and self.last_report.id == id else None
-
-
-def say(text: str) -> None:
-    """Say why the command ends."""
-    print(f"ecdysis: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the anchor is a command

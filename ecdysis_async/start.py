@@ -7,10 +7,11 @@ import functools
 import anyio
 
 from . import upgrade
-from .anchor import STARTUP_FAILED, Anchor, say
+from .anchor import STARTUP_FAILED, Anchor
 from .check import preflight
 from .errors import RestartError, StartupError, TakeoverFailed
 from .logging_setup import configure_logging
+from .messages import say
 from .options import OptionError, Options, find_control_path
 from .plan import Plan, make_plan
 from .reloading import require_watchfiles

@@ -19,6 +19,7 @@ from .addresses import name_sockets
 from .check import describe_release, tell
 from .errors import StartupError
 from .logging_setup import configure_logging
+from .messages import say, write_lines
 from .options import OptionError, Options, find_control_path, read_variables
 from .registry import Entry
 from .registry import Kind as SocketKind
@@ -59,10 +60,10 @@ def _run(options: Options, main: Callable[[Options], Coroutine[Any, Any, None]])
         configure_logging(options)
         _run_on(options.loop, functools.partial(main, options))
     except OptionError as error:
-        _say(error)
+        say(str(error))
         return USAGE
     except StartupError as error:
-        _say(error)
+        say(str(error))
         return STARTUP_FAILED
     return 0
 
@@ -80,7 +81,7 @@ async def _check(options: Options) -> None:
     except StartupError:
         raise
     except (Exception, SystemExit) as error:
-        print(describe_failure(error), file=sys.stderr, flush=True)  # noqa: T201 - this is the command
+        write_lines(describe_failure(error))
         raise StartupError(f"{options.target} cannot start: {type(error).__name__}: {error}") from error
     module = sys.modules[options.target.partition(":")[0]]
     file = getattr(module, "__file__", None)
@@ -102,10 +103,6 @@ async def _check(options: Options) -> None:
             control=options.control_path,
         ),
     )
-
-
-def _say(error: Exception) -> None:
-    print(f"ecdysis: {error}", file=sys.stderr, flush=True)  # noqa: T201 - this is the command
 
 
 def _run_on(loop: str, main: Callable[[], Any]) -> None:
@@ -194,7 +191,7 @@ async def _serve(options: Options) -> None:
             if ecdysis.state not in (State.STARTING, State.WAITING):
                 raise
             # Here and nowhere else: a predecessor reads it, and its restart answers with it.
-            print(describe_failure(error), file=sys.stderr, flush=True)  # noqa: T201 - as above
+            write_lines(describe_failure(error))
             raise StartupError(f"{options.target} cannot start: {type(error).__name__}: {error}") from error
 
 

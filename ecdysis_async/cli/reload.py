@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from ecdysis_async.control_path import is_live
+from ecdysis_async.messages import say
 
 from . import client
 from .client import CommandFailed, Exit
@@ -66,7 +67,7 @@ def _watch(control: str, paths: list[str]) -> None:
             os.write(1, b"!")
         if not changes:
             continue
-        _say(f"{_describe(path for _, path in changes)} changed: restarting")
+        say(f"{_describe(path for _, path in changes)} changed: restarting")
         if not _restart(control):
             return
 
@@ -84,17 +85,13 @@ def _restart(control: str) -> bool:
             if error.code is Exit.NO_SERVICE and not is_live(control):
                 return False
             # The whole traceback came with the stderr of the process that has failed.
-            _say(f"the code before goes on serving: {str(error).splitlines()[0]}")
+            say(f"the code before goes on serving: {str(error).splitlines()[0]}")
         return True
 
 
 def _describe(paths: Iterable[str]) -> str:
     names = sorted({os.path.relpath(path) for path in paths})
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more have"
-
-
-def _say(text: str) -> None:
-    print(f"ecdysis: {text}", file=sys.stderr, flush=True)  # noqa: T201 - this is its way to tell
 
 
 def _end_with_stdin(leave: Callable[[int], NoReturn] = os._exit) -> None:

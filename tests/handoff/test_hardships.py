@@ -40,7 +40,7 @@ def test_a_successor_writes_to_stderr_while_its_predecessor_dies(backend: str, r
 
 HELPER = """
 import subprocess
-code = "import sys; [print('helped', line, file=sys.stderr, flush=True) for line in sys.stdin]"
+code = "import sys; [print(f'helped {line}', file=sys.stderr, flush=True) for line in sys.stdin]"
 helper = subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, text=True)
 """
 

@@ -1,0 +1,25 @@
+"""What the command says: whole, wherever it goes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+PROGRAM = """
+from ecdysis_async import messages
+messages.say("two lines\\nof one message")
+messages.write_lines("another")
+"""
+
+
+def test_a_message_is_one_write() -> None:
+    """However Python's streams are buffered: several processes write there, each between two writes of another."""
+    reader, writer = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with reader:
+        with writer:
+            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            subprocess.run([sys.executable, "-c", PROGRAM], check=True, stderr=writer, env=environment)
+        # A record is what one write has written.
+        assert [reader.recv(1000) for _ in range(3)] == [b"ecdysis: two lines\nof one message\n", b"another\n", b""]
