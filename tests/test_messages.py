@@ -20,6 +20,6 @@ def test_a_message_is_one_write() -> None:
     with reader:
         with writer:
             environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-            subprocess.run([sys.executable, "-c", PROGRAM], check=True, stderr=writer, env=environment)
+            subprocess.run([sys.executable, "-c", PROGRAM], check=True, stderr=writer.fileno(), env=environment)
         # A record is what one write has written.
         assert [reader.recv(1000) for _ in range(3)] == [b"ecdysis: two lines\nof one message\n", b"another\n", b""]
