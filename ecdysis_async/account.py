@@ -105,6 +105,8 @@ def describe_wait(anchor: Told) -> str | None:
         if roll_out.probation_ends is not None:
             seconds = max(0.0, roll_out.probation_ends - anyio.current_time())
             return f"generation {roll_out.generation}, on probation for {seconds:.1f} s more"
+        if roll_out.before is not None:
+            return f"restart {roll_out.before.report.id} to settle, whose probation this one has ended"
         if all(turn.state is TurnState.PENDING for turn in roll_out.turns):
             return "the first worker's turn"
         return "the former workers to take their places again"

@@ -52,6 +52,7 @@ from .pid_file import PidFile
 from .plan import Plan
 from .plane import Plane
 from .protocol import Predecessor, PredecessorEvent
+from .registry import Entry
 from .reloading import watch_files
 from .renewal import Renewal
 from .report import Outcome, RestartReport
@@ -137,6 +138,8 @@ class Anchor:
         self._control: ControlServer | None = None
         self.roll_out: RollOut | None = None
         self.last_report: RestartReport | None = None
+        # The sockets there were before the last roll-out.
+        self._entries_before: set[Entry] = set()
         # The handoffs of workers that follow nobody.
         self.fillings: dict[Slot, Handover] = {}
         # Worker and number of each who waits for a restart of the service.
@@ -632,29 +635,8 @@ class Anchor:
         """Tell a worker to take the place of its successor again."""
         worker.line.tell(FromAnchor.REVERT, {"error": error_to_json(error)})
 
-    async def restart(self, *, is_told: bool = False) -> RollOut:
-        """Begin a roll-out; if another one is on probation, that ends first.
-
-        Args:
-            is_told: systemd may know of it already.
-
-        Raises:
-            RestartError: not now.
-        """
-        before = self.roll_out
-        if not (self.is_stopping or self.is_lame_duck) and before is not None and before.end_probation():
-            # Settled, or failed in this very moment; and what follows from that is done.
-            await wait_until(
-                self.changes,
-                lambda: (
-                    before.over.is_set()
-                    and (before.report.outcome is not Outcome.SETTLED or self.generation == before.generation)
-                ),
-            )
-        return self._begin_restart(is_told=is_told)
-
-    def _begin_restart(self, *, is_told: bool = False) -> RollOut:
-        """Begin a roll-out.
+    def restart(self, *, is_told: bool = False) -> RollOut:
+        """Begin a roll-out; if another one is on probation, that ends now, and this one waits for it.
 
         Args:
             is_told: systemd may know of it already.
@@ -664,35 +646,41 @@ class Anchor:
         """
         if self.is_stopping or self.is_lame_duck:
             raise RestartWhileDraining("the service is being stopped")
-        if self.roll_out is not None and not self.roll_out.over.is_set():
-            raise RestartInProgress(f"restart {self.roll_out.report.id} is in progress; await that one")
+        before = self.roll_out if self.roll_out is not None and not self.roll_out.over.is_set() else None
+        if before is not None and not before.end_probation():
+            raise RestartInProgress(f"restart {before.report.id} is in progress; await that one")
         if self.renewal.is_under_way:
             raise RestartInProgress("the anchor is being upgraded; try again in a moment")
         if not self.is_serving:
             raise NotReady("the service is starting: a restart is possible once all workers serve")
-        roll_out = self.roll_out = RollOut(self, self.generation + 1, self.plan.settings.probation)
+        # The number of the one before is its own, also if it fails in this very moment.
+        generation = (self.generation if before is None else before.generation) + 1
+        roll_out = self.roll_out = RollOut(
+            self, generation, self.plan.settings.probation, is_told=is_told, before=before
+        )
         self.last_report = roll_out.report
-        # Not as well where ExecReload= has asked; see Ecdysis._begin_restart.
-        tell = self._systemd.ask_for_time if is_told else self._systemd.tell_reloading
-        tell(len(self.crew.slots) * self.ready_timeout + self.plan.settings.probation + LEEWAY_SECONDS)
-        self.begin(self._carry_out, roll_out)
+        self.begin(roll_out.run)
         self.changes.announce()
         return roll_out
 
-    async def _carry_out(self, roll_out: RollOut) -> None:
-        entries = set(self.registry.entries)
-        async with anyio.create_task_group() as task_group:
-            task_group.start_soon(roll_out.run)
-            await roll_out.over.wait()
-            if roll_out.report.outcome is Outcome.SETTLED:
-                self.generation = roll_out.generation
-                self._holdings.drop_unclaimed([turn.report for turn in roll_out.turns])
-            elif not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
-                self._holdings.drop_newer(entries)
-            self._holdings.park()
-            self.tell_status()
-            self._systemd.tell("READY=1")
-            self.changes.announce()
+    def prepare(self, roll_out: RollOut) -> None:
+        """Tell systemd that a roll-out begins, now that no other is under way, whose end it was told."""
+        # Not as well where ExecReload= has asked; see Ecdysis._begin_restart.
+        tell = self._systemd.ask_for_time if roll_out.is_told else self._systemd.tell_reloading
+        tell(len(self.crew.slots) * self.ready_timeout + self.plan.settings.probation + LEEWAY_SECONDS)
+        self._entries_before = set(self.registry.entries)
+
+    def conclude(self, roll_out: RollOut) -> None:
+        """Draw the consequences of what a roll-out has come to, and tell systemd."""
+        if roll_out.report.outcome is Outcome.SETTLED:
+            self.generation = roll_out.generation
+            self._holdings.drop_unclaimed([turn.report for turn in roll_out.turns])
+        elif not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
+            self._holdings.drop_newer(self._entries_before)
+        self._holdings.park()
+        self.tell_status()
+        self._systemd.tell("READY=1")
+        self.changes.announce()
 
     async def see_through(self, roll_out: RollOut, until: str) -> RestartReport:
         """Wait until a roll-out is "serving", "settled" or "drained".
@@ -712,7 +700,7 @@ class Anchor:
         # At once: what is asked for in the moment of an upgrade must be refused, or stand in `_askers`, before the
         # anchor is executed anew; and who calls it off must find it there.
         try:
-            roll_out = self._begin_restart()
+            roll_out = self.restart()
         except RestartError as error:
             worker.line.tell(FromAnchor.VERDICT, {"number": number, "error": error_to_json(error)})
             return
@@ -855,7 +843,7 @@ class Anchor:
 
     async def _restart_by_signal(self) -> None:
         try:
-            self.log.info("%s", await self.see_through(await self.restart(), "settled"))
+            self.log.info("%s", await self.see_through(self.restart(), "settled"))
         except RestartWhileDraining as error:
             self.log.info("%s", error)
         except RestartError as error:
@@ -937,8 +925,8 @@ class Anchor:
             changes=self.changes,
         )
 
-    async def _restart(self) -> Restart:
-        roll_out = await self.restart(is_told=True)
+    def _restart(self) -> Restart:
+        roll_out = self.restart(is_told=True)
         return Restart(roll_out.report, functools.partial(self.see_through, roll_out))
 
     @property

@@ -139,7 +139,7 @@ class Controlled:
     Attributes:
         status: tells where it stands, as an object of JSON.
         waiting_for: tells what it waits for, in words; None if for nothing.
-        begin_restart: begins a restart, once another one is no longer on probation; or raises a ``RestartError``.
+        begin_restart: begins a restart, or raises a ``RestartError``.
         find_report: returns the report of a restart by its id, where it is known here.
         stop: stops the service.
         changes: announces each change of the status.
@@ -158,7 +158,7 @@ class Controlled:
 
     status: Callable[[], dict[str, Any]]
     waiting_for: Callable[[], str | None]
-    begin_restart: Callable[[], Awaitable[Restart]]
+    begin_restart: Callable[[], Restart]
     find_report: Callable[[str], RestartReport | None]
     stop: Callable[[], None]
     changes: Changes
@@ -379,7 +379,7 @@ class ControlServer:
 
     async def _restart(self, client: _Client, until: str) -> None:
         try:
-            restart = await self.controlled.begin_restart()
+            restart = self.controlled.begin_restart()
         except RestartError as error:
             await client.send("failed", **_describe(error), report=None)
             return

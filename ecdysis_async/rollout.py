@@ -41,6 +41,12 @@ class Foreman(Protocol):
     log: Numbered
     ready_timeout: float
 
+    def prepare(self, roll_out: RollOut) -> None:
+        """Tell whom it concerns that a roll-out begins, now that no other is under way."""
+
+    def conclude(self, roll_out: RollOut) -> None:
+        """Draw the consequences of what a roll-out has come to, and tell whom it concerns."""
+
     async def fill(self, slot: Slot, generation: int) -> Handover:
         """Start a worker where there is none; return once it serves, or has failed."""
 
@@ -131,17 +137,28 @@ async def wait_until(changes: Changes, is_so: Callable[[], bool]) -> None:
 class RollOut:
     """One roll-out.
 
+    Args:
+        foreman: the anchor.
+        generation: what its new workers are.
+        probation: how long every slot must be served by the new code before it is final, seconds.
+        is_told: systemd may know of it already.
+        before: another one that is on probation, or about to settle: it is waited for.
+
     Attributes:
         generation: what its new workers are.
         report: what stands so far, for all workers together, and for each.
         error: why it failed, once it has.
-        turns: its slots, in the order they are replaced.
+        turns: its slots, in the order they are replaced; none before it has begun.
+        is_told: whether systemd may know of it already.
+        before: the one that has to end first; None once it has.
         serving: set when every slot is served by the new code.
         over: set when it is final, or has failed and been undone.
         drained: set when no old worker is left.
     """
 
-    def __init__(self, foreman: Foreman, generation: int, probation: float) -> None:
+    def __init__(
+        self, foreman: Foreman, generation: int, probation: float, *, is_told: bool, before: RollOut | None
+    ) -> None:
         self.generation = generation
         self.report = RestartReport(
             id=uuid.uuid4().hex[:12],
@@ -152,13 +169,13 @@ class RollOut:
             started_at=time.time(),
         )
         self.error: RestartError | None = None
-        # Empty slots first: nobody serves there meanwhile.
-        slots = sorted(foreman.crew.slots, key=lambda slot: not slot.is_vacant)
-        self.turns = [Turn(slot) for slot in slots]
+        self.turns: list[Turn] = []
         self.serving = anyio.Event()
         self.over = anyio.Event()
         self.drained = anyio.Event()
         self.probation_ends: float | None = None
+        self.is_told = is_told
+        self.before = before
         self._foreman = foreman
         self._probation = probation
         self._called_off: RestartError | None = None
@@ -172,22 +189,22 @@ class RollOut:
 
     async def run(self) -> None:
         """Carry it out, to its very end: until the old workers have drained. Never raises what went wrong."""
-        log = self._foreman.log
-        log.info(
-            "restart %s: rolling generation %d out to %d workers", self.report.id, self.generation, len(self.turns)
-        )
         try:
-            error = await self._replace_all() or await self._watch_probation()
-            if self._stopped:
-                self._fail(RestartWhileDraining("the service was stopped while it restarted"), Outcome.STOPPED)
-            elif error is not None:
-                await self._undo(error)
-            else:
-                await self._settle()
-        except Exception as error:
-            # A defect of this library, or a machine in distress: it may cost the roll-out, never the service.
-            log.exception("restart %s broke down", self.report.id)
-            await self._undo_after(RestartError(f"the roll-out broke down in the anchor: {error!r}"))
+            try:
+                await self._begin()
+                error = await self._replace_all() or await self._watch_probation()
+                if self._stopped:
+                    self._fail(RestartWhileDraining("the service was stopped while it restarted"), Outcome.STOPPED)
+                elif error is not None:
+                    await self._undo(error)
+                else:
+                    await self._settle()
+            except Exception as error:
+                # A defect of this library, or a machine in distress: it may cost the roll-out, never the service.
+                self._foreman.log.exception("restart %s broke down", self.report.id)
+                await self._undo_after(RestartError(f"the roll-out broke down in the anchor: {error!r}"))
+            # Before anybody hears of it: what is said and done next may stand on it.
+            self._foreman.conclude(self)
         finally:
             self.over.set()
             self._foreman.changes.announce()
@@ -218,15 +235,28 @@ class RollOut:
     def stop(self) -> None:
         """Take note that the service stops: there is nothing left to decide."""
         self._stopped = True
+        if self.before is not None:
+            self.before.stop()
         self._foreman.changes.announce()
 
     # The way there
 
+    async def _begin(self) -> None:
+        if self.before is not None:
+            await self.before.over.wait()
+            self.before = None
+        self._foreman.prepare(self)
+        # Empty slots first: nobody serves there meanwhile.
+        self.turns = [Turn(slot) for slot in sorted(self._foreman.crew.slots, key=lambda slot: not slot.is_vacant)]
+        self._foreman.log.info(
+            "restart %s: rolling generation %d out to %d workers", self.report.id, self.generation, len(self.turns)
+        )
+
     async def _replace_all(self) -> RestartError | None:
         for turn in self.turns:
             await self._wait_until(lambda turn=turn: turn.slot.occupation is Occupation.NONE)  # type: ignore[misc]
-            if (error := self._find_failure()) is not None:
-                return error
+            if self._stopped or (error := self._find_failure()) is not None:
+                break
             if turn.slot not in self._foreman.crew.slots:
                 turn.state = TurnState.SETTLED
                 continue
@@ -272,6 +302,8 @@ class RollOut:
 
     async def _watch_probation(self) -> RestartError | None:
         """See that every slot goes on being served for a while."""
+        if self._stopped:
+            return None
         self.report.outcome = Outcome.SERVING
         self.serving.set()
         begun = anyio.current_time()

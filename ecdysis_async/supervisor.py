@@ -1130,7 +1130,7 @@ class Ecdysis(Listeners):
             compare=self._compare,
         )
 
-    async def _restart(self) -> Restart:
+    def _restart(self) -> Restart:
         handover = self._begin_restart(is_told=True)
         return Restart(handover.report, functools.partial(self._see_through, handover))
 

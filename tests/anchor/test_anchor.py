@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import shutil
 import signal
 import time
@@ -17,7 +18,7 @@ import pytest
 from ecdysis_async.cli import client
 from ecdysis_async.cli.client import Exit
 from tests.anchor.harness import AnchoredService, Watchdog
-from tests.handoff.harness import Clients, Conversation
+from tests.handoff.harness import PATIENCE_SECONDS, Clients, Conversation
 
 Run = Callable[..., AnchoredService]
 
@@ -125,8 +126,31 @@ def test_a_restart_ends_the_probation_of_the_one_before(run_anchor: Run) -> None
         assert service.status()["generation"] == 2
         service.signal(service.anchor, signal.SIGHUP)
         service.wait_until(lambda: service.status()["generation"] == 3, "the signal is not followed")
+        service.wait_until(lambda: service.status()["last_report"]["outcome"] == "serving", "the roll-out stands still")
+        # A worker that is on probation itself asks for the next.
+        assert service.ask("restart", until="serving")["generation"] == 5
+        assert service.status()["generation"] == 4
         clients.wait_for(service.wait_for_workers(lambda found: len(found) == 2)[0])
     assert (clients.refused, clients.lost) == ([], [])
+
+
+def test_a_restart_waits_for_a_worker_that_stands_still_on_probation_and_says_so(run_anchor: Run) -> None:
+    service = run_anchor(workers=1, handoffs={"probation": 3600})
+    (old,) = service.workers().values()
+    assert service.roll_out("serving")["generation"] == 2
+    service.signal(old, signal.SIGSTOP)
+    waits: queue.Queue[str] = queue.Queue()
+    with ThreadPoolExecutor(1) as executor:
+        restart = executor.submit(
+            client.restart, service.control, "serving", lambda event: waits.put(str(event.get("waiting_for")))
+        )
+        while "to settle, whose probation this one has ended" not in (wait := waits.get(timeout=PATIENCE_SECONDS)):
+            assert wait == "None", wait  # the first word says that it is accepted
+        with pytest.raises(client.CommandFailed, match="is in progress"):
+            service.roll_out()
+        service.signal(old, signal.SIGCONT)
+        assert restart.result(PATIENCE_SECONDS)["report"]["generation"] == 3
+    assert service.status()["generation"] == 2
 
 
 # A defect that shows with the second worker of a roll-out, while a file says so.
