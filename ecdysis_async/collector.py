@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Iterator
 
 __all__ = ["age_all_objects", "without_full_collections"]
@@ -18,6 +19,9 @@ FROZEN_BY_APPLICATION = 1000
 
 NEVER = 2**30
 
+# Set once it was seen to have done so: counting them takes a walk through all, which may be millions, each time.
+_application_freezes = threading.Event()
+
 
 def age_all_objects() -> None:
     """Put all objects into the oldest generation of the collector, as the documentation says of ``gc.unfreeze``.
@@ -26,7 +30,9 @@ def age_all_objects() -> None:
     collections, again and again. Garbage that is in a cycle at this moment waits for the next full collection.
     """
     # Not where the application has frozen what it began with: that would thaw.
-    if gc.get_freeze_count() < FROZEN_BY_APPLICATION:
+    if not _application_freezes.is_set() and gc.get_freeze_count() >= FROZEN_BY_APPLICATION:
+        _application_freezes.set()
+    if not _application_freezes.is_set():
         gc.freeze()
         gc.unfreeze()
 

@@ -254,8 +254,8 @@ class Duty:
         return {
             "pid": os.getpid(),
             "state": self._orders.state(),
-            # Also on what it serves to the end.
-            "is_done_accepting": gate.state is GateState.ENDED and not gate.open_acceptors,
+            # Also on what it serves to the end, whose queue it answers at last (Queues.answer).
+            "is_done_accepting": gate.state is GateState.ENDED and not gate.acceptors,
             "connections": len(self._plane.tracker),
             "requests": self._plane.tracker.opened if (counted := counted_requests()) is None else counted,
             "rss": _resident_bytes(),
