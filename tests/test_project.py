@@ -71,6 +71,7 @@ TOP_TO_BOTTOM = (
     "logs",
     "signals",
     "threads",
+    "messages",
     "standard_descriptors",
     "tracebacks",
     "peer",
