@@ -247,12 +247,14 @@ class GatedServer(asyncio.AbstractServer):
         tls_options: dict[str, Any],
         moves: Moves | None = None,
     ) -> None:
-        # The next three are for adapters of other people's servers to set, the last one before it accepts.
+        # The next four are for adapters of other people's servers to set, the last one before it accepts.
         # Without effect where TLS is served: what a session is made of is in user space, and stays in this process.
         self.moves = moves
         # Called with the protocol of a connection that the drain is about to close as idle; True where it is on its way
         # out by itself, and has until the deadline.
         self.say_goodbye: Callable[[Any], bool] | None = None
+        # Called when a peer has sent all it will, once the protocol has heard of it.
+        self.on_end_of_file: Callable[[ServerConnection], None] | None = None
         self.protocol_factory = protocol_factory
         self.is_secure = bool(tls_options)
         self._plane = plane
@@ -600,6 +602,9 @@ class _Doorway(asyncio.BaseProtocol):
 
     def eof_received(self) -> bool | None:
         is_kept: bool | None = self.protocol.eof_received()
+        connection = self._connection
+        if connection.server.on_end_of_file is not None:
+            connection.server.on_end_of_file(connection)
         return is_kept
 
     def __del__(self) -> None:

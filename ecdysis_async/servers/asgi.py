@@ -35,6 +35,10 @@ Send = Callable[[Message], Awaitable[None]]
 GOAWAY = struct.pack("!IBBIII", 8, 7, 0, 0, 2**31 - 1, 0)[1:]
 
 
+# How long after its client has hung up a connection without a request is closed, seconds.
+DESERTED_SECONDS = 0.05
+
+
 class Application:
     """What a server is given in place of the application.
 
@@ -63,6 +67,8 @@ class Application:
         self._draining = departure.ecdysis.draining
         # The requests that each connection has at this moment: with HTTP/2 that may be many.
         self._requests: dict[ServerConnection, set[asyncio.Task[Any]]] = {}
+        # Those whose client has hung up.
+        self._deserted: WeakSet[ServerConnection] = WeakSet()
         # Those of HTTP/2 that were not told of the drain, where the server has no way of its own.
         self._untold: WeakSet[ServerConnection] = WeakSet()
         departure.goodbyes.append(self._tell_http_2)
@@ -140,6 +146,23 @@ class Application:
             if connection.transport is not None and not connection.transport.is_closing():
                 connection.transport.write(GOAWAY)
 
+    def close_after_answer(self, connection: ServerConnection) -> None:
+        """Close a connection whose client will ask no more, once it has the answers to all it has asked.
+
+        For a server that would keep it, and its descriptor, until its time to be idle is over.
+        """
+        # The server may have read a request in this very turn, and has yet to begin with it.
+        asyncio.get_running_loop().call_later(DESERTED_SECONDS, self._close_deserted, connection)
+
+    def _close_deserted(self, connection: ServerConnection) -> None:
+        if connection in self._requests:
+            self._deserted.add(connection)
+            return
+        # There is no request, so this would be the server's own task for the connection: it may go on without one.
+        connection.handler = None
+        if connection.transport is not None and not connection.transport.is_closing():
+            connection.transport.close()
+
     @contextlib.contextmanager
     def _in_progress(self) -> Iterator[None]:
         """Let the drain know that this connection is busy, and whom to cancel at the deadline."""
@@ -168,6 +191,8 @@ class Application:
                 del self._requests[connection]
                 if connection.is_over():
                     connection.server.plane.tracker.close(connection)
+                elif connection in self._deserted:
+                    self.close_after_answer(connection)
                 elif self._send_goaway is not None and self._draining.is_set() and connection.transport is not None:
                     # In a turn of the loop: the server has yet to hear that this request is answered.
                     protocol = connection.transport.get_protocol()

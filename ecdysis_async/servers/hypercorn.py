@@ -26,7 +26,7 @@ from .asgi import Application
 from .departure import Departure, is_on_trio
 from .forwarded import Forwarded
 from .listening import CERT_REQS, make_ssl_context, open_sockets
-from .moving import let_fresh_ones_move
+from .moving import let_fresh_ones_move, servers_but
 
 __all__ = ["run", "serve"]
 
@@ -172,6 +172,9 @@ async def _serve_on_asyncio(
         )
 
         async def leave() -> None:
+            for server in servers_but(plane, others):
+                # It would be kept for `keep_alive_timeout`.
+                server.on_end_of_file = application.close_after_answer
             if transfer:
                 let_fresh_ones_move(plane, others)
             await ecdysis.ready()

@@ -132,9 +132,7 @@ async def say_goodbye_to_each(server: str, loop: str, directory: Path) -> None:
 
     report = service.reports[service.pids[0]]
     assert report is not None
-    # hypercorn's own loop over asyncio keeps who has hung up until their time to stay idle is over.
-    kept = (server, loop) == ("hypercorn", "asyncio")
-    assert (report.drain.silent, report.drain.cut) == (2 + kept, 1)
+    assert (report.drain.silent, report.drain.cut) == (2, 1)
 
 
 @pytest.mark.parametrize(("server", "loop"), EACH_SERVER)
