@@ -72,9 +72,13 @@ def test_a_second_signal_makes_the_deadline_now(backend: str, run_service: Run) 
     assert service.statuses == {first: 0}
 
 
+LAST_WORDS = "the database is left as it was"
+
 PHASES = {
     "spawning": {"at_import": "block()"},
-    "initialising": {"at_start": "await wait()"},
+    "initialising": {
+        "at_start": f"try:\n    await wait()\nfinally:\n    print({LAST_WORDS!r}, file=sys.stderr, flush=True)"
+    },
     "pausing": {},
     "committing": {"at_start": SLOW_OPENING},
     "probation": {},
@@ -121,6 +125,8 @@ def test_a_stop_during_a_restart(loop: str, phase: str, whom: str, run_service: 
     )
     service.wait_for_end()
     assert service.statuses[first] == 0
+    if phase == "initialising":
+        assert LAST_WORDS in service.log
 
 
 @every_loop

@@ -36,12 +36,14 @@ def ask(port: int, path: str) -> tuple[int, str] | None:
 
 def test_it_serves_on_and_is_not_ready(tmp_path: Path, health: int) -> None:
     options = ("--bind", "127.0.0.1:0", "--health-bind", f"127.0.0.1:{health}", "--lame-duck", "1000")
+    options += ("--probation", "1000")
     with running(tmp_path, *options) as run:
         # It lives before it is ready.
         wait_until(lambda: ask(health, "/live") == (200, "alive\n"), "it is not alive")
         with Visitors(run.find_port()) as visitors:
             visitors.wait_for("ok")
             wait_until(lambda: ask(health, "/ready") == (200, "ready\n"), "it is not ready")
+            assert call("restart", "--until", "serving", "--control", run.control, cwd=tmp_path).returncode == 0
             run.process.terminate()
             wait_until(lambda: ask(health, "/ready") == (503, "the service is about to stop\n"), "it is ready")
             assert ask(health, "/live") == (200, "alive\n")
@@ -50,6 +52,8 @@ def test_it_serves_on_and_is_not_ready(tmp_path: Path, health: int) -> None:
             assert (status["state"], status["waiting_for"][:14]) == ("serving", "load balancers")
             refused = call("restart", "--control", run.control, cwd=tmp_path)
             assert (refused.returncode, refused.stderr) == (3, "ecdysis: the service is being stopped\n")
+            # And the probation goes on as it did.
+            assert run.status()["restart"]["id"] == status["restart"]["id"]
             visitors.wait_for("ok")
             assert visitors.failures == []
         # A second signal ends the waiting, and hurries nobody.
