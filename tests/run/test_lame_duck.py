@@ -35,8 +35,8 @@ def ask(port: int, path: str) -> tuple[int, str] | None:
 
 
 def test_it_serves_on_and_is_not_ready(tmp_path: Path, health: int) -> None:
-    options = ("--bind", "127.0.0.1:0", "--health-bind", f"127.0.0.1:{health}", "--lame-duck", "1000")
-    options += ("--probation", "1000")
+    options = ["--bind", "127.0.0.1:0", "--health-bind", f"127.0.0.1:{health}"]
+    options += ["--lame-duck", "1000", "--probation", "1000"]
     with running(tmp_path, *options) as run:
         # It lives before it is ready.
         wait_until(lambda: ask(health, "/live") == (200, "alive\n"), "it is not alive")
