@@ -203,6 +203,7 @@ class RollOut:
                 # A defect of this library, or a machine in distress: it may cost the roll-out, never the service.
                 self._foreman.log.exception("restart %s broke down", self.report.id)
                 await self._undo_after(RestartError(f"the roll-out broke down in the anchor: {error!r}"))
+            self.over.set()
             # Before anybody hears of it: what is said and done next may stand on it.
             self._foreman.conclude(self)
         finally:

@@ -42,7 +42,9 @@ def test_no_full_collection_begins_meanwhile() -> None:
     try:
         with without_full_collections():
             kept = [[[]] for _ in range(len(gc.get_objects()))]  # type: ignore[var-annotated]
-        assert full == 0
+            begun = full
+        # Not later: one may begin as soon as it is allowed again.
+        assert begun == 0
         kept += [[[]] for _ in range(1000)]
         assert full > 0
         assert gc.get_threshold() == (100, 1, 1)
