@@ -39,6 +39,8 @@ __all__ = ["Renewal", "Renewed"]
 REST_SECONDS = 10.0
 REST_PAUSE_SECONDS = 0.02
 
+BUSY = "workers are being started or replaced: upgrade the anchor when that is done"
+
 
 class Renewed(Protocol):
     """What a renewal asks of the anchor.
@@ -110,17 +112,24 @@ class Renewal:
         Raises:
             RestartError: it does not, or not now.
         """
-        self._check_at_rest()
-        self.is_under_way = True
+        anchor = self._anchor
+        self._begin()
         self.error = None
         try:
+            # A worker may be about to leave, or on its way in another's place.
+            with anyio.move_on_after(REST_SECONDS):
+                while self._is_busy() and not anchor.is_stopping:  # noqa: ASYNC110 - not all of it is announced
+                    await anyio.sleep(REST_PAUSE_SECONDS)
+            self._check_possible()
+            if self._is_busy():
+                raise RestartInProgress(BUSY)
             # Nobody else may reap the child that tries the state.
-            with self._anchor.spawning():
+            with anchor.spawning():
                 launch, _ = await run_in_thread(functools.partial(describe_launch, None, None, None))
-                state, _ = self._anchor.describe_state()
+                state, _ = anchor.describe_state()
                 memory = upgrade.seal(state)
                 try:
-                    await run_in_thread(functools.partial(upgrade.check, launch, memory, self._anchor.ready_timeout))
+                    await run_in_thread(functools.partial(upgrade.check, launch, memory, anchor.ready_timeout))
                 finally:
                     os.close(memory)
         except BaseException as error:
@@ -129,10 +138,10 @@ class Renewal:
                 raise upgrade.UpgradeFailed(f"the state cannot be written: {error}") from error
             raise
         finally:
-            self._anchor.changes.announce()
+            anchor.changes.announce()
 
         def begin() -> None:
-            self._anchor.begin(self._execute, launch)
+            anchor.begin(self._execute, launch)
 
         return begin
 
@@ -177,13 +186,12 @@ class Renewal:
             RestartError: not now, or that one does not go on.
         """
         anchor = self._anchor
-        self._check_at_rest()
         if anchor.is_bound:
             raise RestartUnsupported(
                 "this service belongs to systemd, or to a container, which would end it with its first process: "
                 "upgrade it by `ecdysis restart --anchor`"
             )
-        self.is_under_way = True
+        self._begin()
         try:
             with anyio.move_on_after(REST_SECONDS):
                 while not anchor.is_stopping:
@@ -204,8 +212,19 @@ class Renewal:
             self.is_under_way = False
             anchor.changes.announce()
 
-    def _check_at_rest(self) -> None:
-        """See that the anchor can be followed now.
+    def _begin(self) -> None:
+        """Let nothing begin any more that would have to be waited for.
+
+        Raises:
+            RestartError: the anchor cannot be followed.
+        """
+        self._check_possible()
+        if self.is_under_way:
+            raise RestartInProgress("the anchor is being upgraded already")
+        self.is_under_way = True
+
+    def _check_possible(self) -> None:
+        """See that the anchor can be followed now, or in a moment.
 
         Raises:
             RestartError: it cannot.
@@ -215,8 +234,8 @@ class Renewal:
             raise RestartWhileDraining("the service is being stopped")
         if not anchor.is_serving:
             raise NotReady("the service is starting: an upgrade is possible once all workers serve")
-        if self._is_busy() or self.is_under_way:
-            raise RestartInProgress("workers are being started or replaced: upgrade the anchor when that is done")
+        if anchor.roll_out is not None and not anchor.roll_out.over.is_set():
+            raise RestartInProgress(BUSY)
 
     def _is_at_rest(self) -> bool:
         """Hear what the workers have said until now; say whether nothing is under way."""

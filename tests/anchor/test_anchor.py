@@ -7,6 +7,7 @@ import os
 import queue
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -400,7 +401,13 @@ def test_a_worker_whose_line_is_broken_leaves(run_anchor: Run) -> None:
         service.wait_for("holding")
         service.run("os.write(ecdysis._duty._line.fileno(), b'no frame at all')")
         after = service.wait_for_workers(lambda found: found.keys() == {0} and found[0] != before)
-        assert busy.say("go on").answer()["pid"] == before
+        # And an upgrade of the anchor waits until it has.
+        begun = threading.Event()
+        with ThreadPoolExecutor(1) as executor:
+            upgrade = executor.submit(client.upgrade, service.control, lambda event: begun.set())
+            assert begun.wait(PATIENCE_SECONDS)
+            assert busy.say("go on").answer()["pid"] == before
+            assert upgrade.result(PATIENCE_SECONDS)["anchor"]["upgrades"] == 1
     service.wait_for_death(before)
     assert service.workers() == after
 
