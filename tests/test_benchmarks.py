@@ -48,7 +48,8 @@ def run_quickly(name: str, *options: str) -> str:
         timeout=TIMEOUT,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     return done.stdout
 
 
