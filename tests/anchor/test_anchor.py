@@ -140,6 +140,7 @@ def test_a_restart_waits_for_a_worker_that_stands_still_on_probation_and_says_so
     (old,) = service.workers().values()
     assert service.roll_out("serving")["generation"] == 2
     service.signal(old, signal.SIGSTOP)
+    service.wait_until_stopped(old)
     waits: queue.Queue[str] = queue.Queue()
     with ThreadPoolExecutor(1) as executor:
         restart = executor.submit(
