@@ -254,7 +254,7 @@ class GatedServer(asyncio.AbstractServer):
         # out by itself, and has until the deadline.
         self.say_goodbye: Callable[[Any], bool] | None = None
         # Called when a peer has sent all it will, once the protocol has heard of it.
-        self.on_end_of_file: Callable[[ServerConnection], None] | None = None
+        self.on_hang_up: Callable[[ServerConnection], None] | None = None
         self.protocol_factory = protocol_factory
         self.is_secure = bool(tls_options)
         self._plane = plane
@@ -603,8 +603,8 @@ class _Doorway(asyncio.BaseProtocol):
     def eof_received(self) -> bool | None:
         is_kept: bool | None = self.protocol.eof_received()
         connection = self._connection
-        if connection.server.on_end_of_file is not None:
-            connection.server.on_end_of_file(connection)
+        if connection.server.on_hang_up is not None:
+            connection.server.on_hang_up(connection)
         return is_kept
 
     def __del__(self) -> None:

@@ -246,6 +246,8 @@ class RollOut:
         if self.before is not None:
             await self.before.over.wait()
             self.before = None
+        if self._stopped:
+            return
         self._foreman.prepare(self)
         # Empty slots first: nobody serves there meanwhile.
         self.turns = [Turn(slot) for slot in sorted(self._foreman.crew.slots, key=lambda slot: not slot.is_vacant)]

@@ -149,7 +149,7 @@ class Application:
     def close_after_answer(self, connection: ServerConnection) -> None:
         """Close a connection whose client will ask no more, once it has the answers to all it has asked.
 
-        For a server that would keep it, and its descriptor, until its time to be idle is over.
+        For a server that would keep it, and its descriptor, until its time to be idle is over. It may be lost already.
         """
         # The server may have read a request in this very turn, and has yet to begin with it.
         asyncio.get_running_loop().call_later(DESERTED_SECONDS, self._close_deserted, connection)
@@ -160,7 +160,9 @@ class Application:
             return
         # There is no request, so this would be the server's own task for the connection: it may go on without one.
         connection.handler = None
-        if connection.transport is not None and not connection.transport.is_closing():
+        if connection.is_over():
+            connection.server.plane.tracker.close(connection)
+        elif connection.transport is not None and not connection.transport.is_closing():
             connection.transport.close()
 
     @contextlib.contextmanager

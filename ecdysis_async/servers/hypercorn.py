@@ -174,7 +174,7 @@ async def _serve_on_asyncio(
         async def leave() -> None:
             for server in servers_but(plane, others):
                 # It would be kept for `keep_alive_timeout`.
-                server.on_end_of_file = application.close_after_answer
+                server.on_hang_up = application.close_after_answer
             if transfer:
                 let_fresh_ones_move(plane, others)
             await ecdysis.ready()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 from pathlib import Path
 
 import pytest
@@ -107,7 +109,7 @@ async def say_goodbye_to_each(server: str, loop: str, directory: Path) -> None:
             await say_goodbye(streams, payload)
             return closed
 
-        fresh, idle, gone, busy = [await connect() for _ in range(4)]
+        fresh, idle, gone, reset, busy = [await connect() for _ in range(5)]
         for reader, writer in (idle, gone):
             writer.write(b"GET /echo/one HTTP/1.1\r\nHost: localhost\r\n\r\n")
             headers = await read_head(reader)
@@ -120,6 +122,9 @@ async def say_goodbye_to_each(server: str, loop: str, directory: Path) -> None:
                 await opened.acquire()
             # Whoever has hung up is not there any more to be told.
             gone[1].close()
+            linger = struct.pack("ii", 1, 0)
+            reset[1].get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            reset[1].transport.abort()
             await service.restart()
         times = sorted(task.result() for task in talks)
         assert times[-1] - times[0] > SPREAD_SECONDS
