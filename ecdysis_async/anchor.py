@@ -672,15 +672,19 @@ class Anchor:
 
     def conclude(self, roll_out: RollOut) -> None:
         """Draw the consequences of what a roll-out has come to, and tell systemd."""
-        if roll_out.report.outcome is Outcome.SETTLED:
-            self.generation = roll_out.generation
-            self._holdings.drop_unclaimed([turn.report for turn in roll_out.turns])
-        elif not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
-            self._holdings.drop_newer(self._entries_before)
-        self._holdings.park()
-        self.tell_status()
-        self._systemd.tell("READY=1")
-        self.changes.announce()
+        outcome = roll_out.report.outcome
+        try:
+            if outcome is Outcome.SETTLED:
+                self.generation = roll_out.generation
+                self._holdings.drop_unclaimed([turn.report for turn in roll_out.turns])
+            # Of one that was stopped, the new workers may serve to the end of the service.
+            elif outcome is not Outcome.STOPPED and not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
+                self._holdings.drop_newer(self._entries_before)
+            self._holdings.park()
+        finally:
+            self.tell_status()
+            self._systemd.tell("READY=1")
+            self.changes.announce()
 
     async def see_through(self, roll_out: RollOut, until: str) -> RestartReport:
         """Wait until a roll-out is "serving", "settled" or "drained".

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TextIO
 
 __all__ = ["say", "write_lines"]
 
@@ -18,5 +19,8 @@ def write_lines(text: str) -> None:
     Not by print: with PYTHONUNBUFFERED, which containers like to set, that writes the end of the line by itself, after
     whatever another process writes there in that moment.
     """
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    stderr: TextIO | None = sys.stderr
+    # None where Python was started without.
+    if stderr is not None:
+        stderr.write(f"{text}\n")
+        stderr.flush()

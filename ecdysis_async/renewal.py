@@ -113,16 +113,16 @@ class Renewal:
             RestartError: it does not, or not now.
         """
         anchor = self._anchor
+        self._check_possible()
+        # A worker may be about to leave, or on its way in another's place.
+        with anyio.move_on_after(REST_SECONDS):
+            while self._is_busy() and not anchor.is_stopping:  # noqa: ASYNC110 - not all of it is announced
+                await anyio.sleep(REST_PAUSE_SECONDS)
+        if self._is_busy():
+            raise RestartInProgress(BUSY)
         self._begin()
         self.error = None
         try:
-            # A worker may be about to leave, or on its way in another's place.
-            with anyio.move_on_after(REST_SECONDS):
-                while self._is_busy() and not anchor.is_stopping:  # noqa: ASYNC110 - not all of it is announced
-                    await anyio.sleep(REST_PAUSE_SECONDS)
-            self._check_possible()
-            if self._is_busy():
-                raise RestartInProgress(BUSY)
             # Nobody else may reap the child that tries the state.
             with anchor.spawning():
                 launch, _ = await run_in_thread(functools.partial(describe_launch, None, None, None))

@@ -205,7 +205,10 @@ class RollOut:
                 await self._undo_after(RestartError(f"the roll-out broke down in the anchor: {error!r}"))
             self.over.set()
             # Before anybody hears of it: what is said and done next may stand on it.
-            self._foreman.conclude(self)
+            try:
+                self._foreman.conclude(self)
+            except Exception:
+                self._foreman.log.exception("restart %s is over, and not all that follows from it done", self.report.id)
         finally:
             self.over.set()
             self._foreman.changes.announce()

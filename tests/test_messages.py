@@ -23,3 +23,8 @@ def test_a_message_is_one_write() -> None:
             subprocess.run([sys.executable, "-c", PROGRAM], check=True, stderr=writer.fileno(), env=environment)
         # A record is what one write has written.
         assert [reader.recv(1000) for _ in range(3)] == [b"ecdysis: two lines\nof one message\n", b"another\n", b""]
+
+
+def test_a_message_that_has_no_place_to_go_ends_nothing() -> None:
+    command = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, "-c", PROGRAM]
+    subprocess.run(command, check=True)

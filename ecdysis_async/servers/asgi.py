@@ -35,8 +35,10 @@ Send = Callable[[Message], Awaitable[None]]
 GOAWAY = struct.pack("!IBBIII", 8, 7, 0, 0, 2**31 - 1, 0)[1:]
 
 
-# How long after its client has hung up a connection without a request is closed, seconds.
+# When a connection without a request is closed after its client has hung up: in seconds, and in turns of the loop after
+# that. A server may have read a request, and takes a few turns to begin with it, which may be long ones.
 DESERTED_SECONDS = 0.05
+DESERTED_TURNS = 20
 
 
 class Application:
@@ -151,10 +153,12 @@ class Application:
 
         For a server that would keep it, and its descriptor, until its time to be idle is over. It may be lost already.
         """
-        # The server may have read a request in this very turn, and has yet to begin with it.
-        asyncio.get_running_loop().call_later(DESERTED_SECONDS, self._close_deserted, connection)
+        asyncio.get_running_loop().call_later(DESERTED_SECONDS, self._close_deserted, connection, DESERTED_TURNS)
 
-    def _close_deserted(self, connection: ServerConnection) -> None:
+    def _close_deserted(self, connection: ServerConnection, turns: int) -> None:
+        if turns:
+            asyncio.get_running_loop().call_soon(self._close_deserted, connection, turns - 1)
+            return
         if connection in self._requests:
             self._deserted.add(connection)
             return
