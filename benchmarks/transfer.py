@@ -9,10 +9,12 @@ has accepted it, and in one that has taken it over.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import gc
 import heapq
 import json
+import operator
 import os
 import random
 import resource
@@ -37,8 +39,12 @@ TRANSFER_SECONDS = 30.0
 # How long a process is watched that has begun to serve, and one that goes on serving.
 WATCH_SECONDS = 3.0
 TICK_SECONDS = 0.001
-# How many of the longest turns are remembered: one in a thousand of all there are.
-KEPT_TURNS = 100
+# How many of the longest durations are remembered: one in a thousand of all there are.
+KEPT = 100
+# What the machine itself does to a loop: one that computes for so long in each turn, for so long, in so many processes.
+CONTROL_TURN_SECONDS = 0.002
+CONTROL_SECONDS = 20.0
+CONTROL_PROCESSES = (1, 3)
 # What counts for the speed: the others were busy, and moved when they were answered.
 MOST = 0.9
 
@@ -51,39 +57,64 @@ END = b"hello"
 
 
 @dataclass(slots=True)
-class Stall:
-    """The longest of what was seen, in seconds.
+class Longest:
+    """The longest of some durations, in seconds.
 
     Attributes:
-        wall: that the loop did not turn.
-        cpu: that this process computed in between two turns: what others took the processor for is not its fault.
-        collection: that the garbage collector took.
-        turns: how many were seen.
-        longest: the computing of the longest ones, in descending order: a virtual machine counts what its host does
-            meanwhile as computing, now and then.
+        count: how many there were.
+        kept: the longest ones, in descending order.
     """
 
-    wall: float = 0.0
-    cpu: float = 0.0
-    collection: float = 0.0
-    turns: int = 0
-    longest: list[float] = field(default_factory=list)
+    count: int = 0
+    kept: list[float] = field(default_factory=list)
 
-    def note(self, wall: float, cpu: float, collection: float) -> None:
-        """Take note of one more turn."""
-        self.merge(Stall(wall, cpu, collection, 1, [cpu]))
+    def note(self, seconds: float) -> None:
+        """Take note of one more."""
+        self.count += 1
+        if len(self.kept) < KEPT or seconds > self.kept[-1]:
+            bisect.insort(self.kept, seconds, key=operator.neg)
+            del self.kept[KEPT:]
+
+    def merge(self, other: Longest) -> None:
+        """Take note of all of another one."""
+        self.count += other.count
+        self.kept = heapq.nlargest(KEPT, [*self.kept, *other.kept])
+
+    def describe(self) -> list[str]:
+        """Return the longest one, and what one in a thousand reaches, in milliseconds."""
+        if not self.kept:
+            return ["-", "-"]
+        return [f"{self.kept[index] * 1000:.1f}" for index in (0, min(self.count // 1000, len(self.kept) - 1))]
+
+
+@dataclass(slots=True)
+class Stall:
+    """How long a loop stood still.
+
+    Attributes:
+        late: how late the loop came back to somebody.
+        computed: what this process computed in a single turn: what others took the processor for is not its fault.
+        collection: what the garbage collector took at most, in seconds.
+    """
+
+    late: Longest = field(default_factory=Longest)
+    computed: Longest = field(default_factory=Longest)
+    collection: float = 0.0
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Stall:
+        """Return what another process has seen."""
+        return cls(Longest(**found["late"]), Longest(**found["computed"]), found["collection"])
 
     def merge(self, other: Stall) -> None:
         """Take note of what another one has seen."""
-        self.wall, self.cpu = max(self.wall, other.wall), max(self.cpu, other.cpu)
+        self.late.merge(other.late)
+        self.computed.merge(other.computed)
         self.collection = max(self.collection, other.collection)
-        self.turns += other.turns
-        self.longest = heapq.nlargest(KEPT_TURNS, [*self.longest, *other.longest])
 
     def describe(self) -> list[str]:
-        """Return the cells of a table, in milliseconds; of the computing, also what one turn in a thousand exceeds."""
-        rare = self.longest[min(self.turns // 1000, len(self.longest) - 1)] if self.longest else 0.0
-        return [f"{seconds * 1000:.1f}" for seconds in (self.wall, self.cpu, rare, self.collection)]
+        """Return the cells of a table, in milliseconds."""
+        return [*self.late.describe(), *self.computed.describe(), f"{self.collection * 1000:.1f}"]
 
 
 class Watch:
@@ -112,17 +143,23 @@ class Watch:
                 before, cpu, self._collection = time.perf_counter(), time.process_time(), 0.0
                 await asyncio.sleep(pause)
                 now = time.perf_counter()
-                wall = now - before - pause
-                # From one turn of the loop to the very next, while turns are long. The end of a pause may have come
-                # after the first of two.
-                pause = 0 if wall > TICK_SECONDS else TICK_SECONDS
+                late = now - before - pause
+                # How late a pause ends is how long others wait, too. What is computed is measured from one turn of the
+                # loop to the very next, since a pause may span several: of one after each pause, and of those after a
+                # long one.
+                computed = None if pause else time.process_time() - cpu
+                pause = 0.0 if pause or late > TICK_SECONDS else TICK_SECONDS
                 if ecdysis.draining.is_set():
                     kind, left = "old", left or before
                     moved.append((now - left, ecdysis._tracker.count.transferred))  # noqa: SLF001 - it is not told
                 else:
                     kind = "young" if now - begun < WATCH_SECONDS else "steady" if self.is_marked else ""
                 if kind:
-                    self.stalls[kind].note(wall, time.process_time() - cpu, self._collection)
+                    stall = self.stalls[kind]
+                    stall.late.note(late)
+                    if computed is not None:
+                        stall.computed.note(computed)
+                    stall.collection = max(stall.collection, self._collection)
         finally:
             if moved and moved[-1][1]:
                 seconds, count = next(each for each in moved if each[1] >= MOST * moved[-1][1])
@@ -325,7 +362,7 @@ async def measure(
             for kind, stall in ended["stalls"].items():
                 # The first generation was nobody's successor.
                 if number or kind != "young":
-                    stalls[kind].merge(Stall(**stall))
+                    stalls[kind].merge(Stall.from_json(stall))
             speeds.append(ended["speed"])
             await restarting
         crowd.leave()
@@ -338,6 +375,48 @@ async def measure(
         "accepted": accepted,
         "adopted": adopted,
     }
+
+
+# What the machine does by itself
+
+CONTROL = "from benchmarks.transfer import control; control({turn}, {seconds})"
+
+
+def compute(rounds: int) -> None:
+    """Compute, and nothing else: no memory is taken, and no system call made."""
+    number = 1
+    for _ in range(rounds):
+        number = number * 5 % 1048573
+
+
+def control(turn: float, seconds: float) -> None:
+    """Compute ``turn`` seconds at a time for so many seconds, and tell how long that took."""
+    rounds, durations = 10000, []
+    for _ in range(50):
+        cpu = time.process_time()
+        compute(rounds)
+        durations.append(time.process_time() - cpu)
+    rounds = int(rounds * turn / sorted(durations)[len(durations) // 2])
+    stall = Stall()
+    end = time.perf_counter() + seconds
+    while (before := time.perf_counter()) < end:
+        cpu = time.process_time()
+        compute(rounds)
+        stall.computed.note(time.process_time() - cpu)
+        stall.late.note(time.perf_counter() - before)
+    sys.stdout.write(json.dumps(asdict(stall)))
+
+
+def measure_machine(processes: int, seconds: float) -> Stall:
+    """Let so many processes compute at a time, each of them the same in each turn."""
+    code = CONTROL.format(turn=CONTROL_TURN_SECONDS, seconds=seconds)
+    command = [sys.executable, "-c", code]
+    stall = Stall()
+    started = [subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE) for _ in range(processes)]
+    for process in started:
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
+        stall.merge(Stall.from_json(json.loads(output)))
+    return stall
 
 
 def run(options: Options) -> None:
@@ -361,11 +440,11 @@ def run(options: Options) -> None:
         note,
     )
     loops = Table(
-        "How long the loop stands still at most, ms",
-        ["service", *(kind for side in ("serving", "old", "new") for kind in (side, "its CPU", "1 in 1000", "its GC"))],
-        "The same service while it just serves these clients, and each side while connections move. CPU is what the "
-        "process itself computed between two turns, and what one turn in a thousand exceeds; GC a single run of the "
-        "garbage collector in there.",
+        "How long the loop stands still, ms",
+        ["loop", "longest", "1 in 1000", "computed in one turn, longest", "1 in 1000", "garbage collection"],
+        "The same service while it just serves these clients, and each side while connections move: how late the loop "
+        "comes back to somebody, and what its process computes in a single turn. At the end what this machine makes of "
+        f"processes that do nothing else than to compute {CONTROL_TURN_SECONDS * 1000:.0f} ms at a time.",
     )
     for loop, transfer in SUBJECTS:
         name = f"{loop}, {'with transfer' if transfer else 'without'}"
@@ -382,7 +461,11 @@ def run(options: Options) -> None:
                 f"{found['accepted'] * 1024:.1f}",
                 f"{found['adopted'] * 1024:.1f}",
             )
-            loops.add(name, *(cell for kind in ("steady", "old", "young") for cell in found["stalls"][kind].describe()))
+            for kind, side in (("steady", "serving"), ("old", "old"), ("young", "new")):
+                loops.add(f"{name}: {side}", *found["stalls"][kind].describe())
+    for processes in CONTROL_PROCESSES:
+        stall = measure_machine(processes, 0.1 if options.quick else CONTROL_SECONDS)
+        loops.add(f"arithmetic, {processes} at a time", *stall.describe())
     publish("transfer", [clients, loops], None, options, before)
 
 
