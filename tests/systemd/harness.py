@@ -188,8 +188,11 @@ class Client:
         return self
 
     def hear(self) -> str:
-        """Wait for a line; at the end "" comes."""
-        return self._file.readline().rstrip("\n")
+        """Wait for a line; at the end "" comes, also where a killed process had not read everything."""
+        try:
+            return self._file.readline().rstrip("\n")
+        except ConnectionResetError:
+            return ""
 
     def ask(self, line: str) -> Any:
         """Ask for something that is answered by an object."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from collections import Counter
 
 import pytest
 
-from ecdysis_async import systemd
 from tests.systemd.harness import NAME, Client, Unit
 from tests.systemd.load import LOST, Load
 from tests.systemd.machine import PROJECT
@@ -220,29 +218,3 @@ def test_a_program_that_is_gone_fails_the_reload_at_once(unit: Unit) -> None:
         load.wait_for(1, 20)
     assert load.counts.failures == Counter()
     assert unit.ask("who")["pid"] == unit.main_pid
-
-
-def test_what_is_for_one_process_does_not_reach_the_next(unit: Unit) -> None:
-    unit.start("WatchdogSec=5")
-    unit.reload()
-    names = unit.ask("who")["names"]
-    assert {"NOTIFY_SOCKET", "WATCHDOG_USEC"} <= set(names)
-    assert not {"WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS"} & set(names)
-    # Without a descriptor store it was asked how old systemd is.
-    code = "from ecdysis_async import systemd; print(systemd._ask_systemctl('--version').split()[1])"
-    version = unit.machine.run("env", f"PYTHONPATH={PROJECT}", sys.executable, "-c", code).strip()
-    assert int(version) >= systemd.TELLS_OF_STORE
-    assert "too old" not in unit.log
-
-
-def test_without_a_notification_socket_it_says_what_to_change(unit: Unit) -> None:
-    unit.start(kind="exec")
-    unit.wait_until(lambda: "serving on" in unit.log)
-    assert unit.log.count("Put Type=notify into") == 1
-
-
-def test_behind_a_wrapper_it_says_what_to_change(unit: Unit) -> None:
-    shell = f'/bin/sh -c "{unit.command()}; exit"'
-    unit.start(f"ExecStart=\nExecStart={shell}", "NotifyAccess=all")
-    assert unit.log.count("NotifyAccess=all") == 1
-    assert unit.ask("who")["pid"] != os.getpid()

@@ -136,7 +136,8 @@ def test_a_dynamic_user_serves_a_port_of_root_with_next_to_no_rights(unit: Unit)
         load.wait_for(2)
         assert load.counts.failures == Counter()
         with Client(address) as client:
-            client.say("slow 0.5 patience")
+            client.ask("who")
+            client.say("slow 30 patience")
             unit.machine.kill(unit.main_pid, signal.SIGKILL)
             assert client.hear() == ""
         load.wait_for(1, 20)

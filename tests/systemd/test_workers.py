@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 from tests.systemd.harness import Unit
+from tests.systemd.load import LOST, Load
 from tests.systemd.test_unit import PrintedUnit
 
 
@@ -13,7 +14,11 @@ def test_the_watchdog_bites_where_no_worker_turns(unit: Unit) -> None:
     printed = PrintedUnit(unit, workers=1)
     unit.systemctl("start")
     worker = unit.ask("who", printed.address)
-    unit.machine.kill(worker["pid"], signal.SIGSTOP)
-    unit.wait_until(lambda: unit.show("NRestarts") == "1" and unit.show("ActiveState") == "active")
+    with Load(printed.address[1]) as load:
+        unit.machine.kill(worker["pid"], signal.SIGSTOP)
+        unit.wait_until(lambda: unit.show("NRestarts") == "1" and unit.show("ActiveState") == "active")
+        load.wait_for(1, 30)
+    # What the worker had accepted; all others have waited.
+    assert set(load.counts.failures) <= LOST
     found = unit.ask("who", printed.address)
     assert found["parent"] == unit.main_pid != worker["parent"]
