@@ -47,9 +47,9 @@ PARCEL_BYTES = 64 * 1024
 # How many batches may be on their way: the next one is being packed while one is being resumed.
 WINDOW = 6
 # The next one is packed in the same turn of the loop, if they took no longer than this so far, seconds.
-TURN_SECONDS = 0.001
+TURN_SECONDS = 0.0005
 # How many connections are looked at in one turn of the loop.
-LOOKS_PER_TURN = 128
+LOOKS_PER_TURN = 64
 # How many are resumed at a time: each takes a few turns of the loop, and these are long while it serves others.
 RESUMED_AT_A_TIME = 8
 
