@@ -647,12 +647,14 @@ class Anchor:
         if self.is_stopping or self.is_lame_duck:
             raise RestartWhileDraining("the service is being stopped")
         before = self.roll_out if self.roll_out is not None and not self.roll_out.over.is_set() else None
-        if before is not None and not before.end_probation():
+        if before is not None and not before.serving.is_set():
             raise RestartInProgress(f"restart {before.report.id} is in progress; await that one")
         if self.renewal.is_under_way:
             raise RestartInProgress("the anchor is being upgraded; try again in a moment")
         if not self.is_serving:
             raise NotReady("the service is starting: a restart is possible once all workers serve")
+        if before is not None:
+            before.end_probation()
         # The number of the one before is its own, also if it fails in this very moment.
         generation = (self.generation if before is None else before.generation) + 1
         roll_out = self.roll_out = RollOut(

@@ -228,13 +228,10 @@ class RollOut:
             self._foreman.revert(current.old, self._called_off)
         self._foreman.changes.announce()
 
-    def end_probation(self) -> bool:
-        """Let the probation end now; False, if it has not begun, or is over."""
-        if self.over.is_set() or not self.serving.is_set():
-            return False
+    def end_probation(self) -> None:
+        """Let the probation end now, or as soon as it has begun."""
         self._is_hurried = True
         self._foreman.changes.announce()
-        return True
 
     def stop(self) -> None:
         """Take note that the service stops: there is nothing left to decide."""

@@ -523,3 +523,26 @@ def test_who_queues_at_a_stop_is_answered(run_anchor: Run) -> None:
             conversation.close()
     service.wait_for_end()
     assert service.statuses[service.anchor] == 0
+
+
+def test_who_queues_at_a_stop_on_what_a_new_release_has_opened_is_answered(run_anchor: Run) -> None:
+    """Although its roll-out is not final, and never will be."""
+    service = run_anchor(workers=1, handoffs={"probation": 3600})
+    another = ["listen_tcp", ["127.0.0.1", 0], {"name": "another"}]
+    service.configure(listeners=[["listen_tcp", ["127.0.0.1", 0], {}], another])
+    service.roll_out("serving")
+    address = service.wait_for("ready", generation=2)["addresses"][1]
+    (new,) = service.workers().values()
+    service.signal(new, signal.SIGSTOP)
+    service.wait_until_stopped(new)
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(Conversation(address).say("hello")) for _ in range(3)]
+        service.signal(service.anchor, signal.SIGTERM)
+        service.wait_until(lambda: service.status()["last_report"]["outcome"] == "stopped", "it goes on")
+        assert "another" in [each["name"] for each in service.status()["listeners"]]
+        service.signal(new, signal.SIGCONT)
+        for conversation in waiting:
+            assert conversation.answer()["pid"] == new
+            conversation.close()
+    service.wait_for_end()
+    assert service.statuses[service.anchor] == 0
