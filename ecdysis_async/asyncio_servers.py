@@ -380,6 +380,7 @@ class ServerConnection(Connection):
         "_sock",
         "_tracker",
         "handler",
+        "is_at_eof",
         "server",
         "transport",
     )
@@ -395,6 +396,8 @@ class ServerConnection(Connection):
         self._is_lost = False
         # Whether it is packed, and was read before.
         self._is_paused = False
+        # Whether the peer has said that it sends no more.
+        self.is_at_eof = False
         # Who waits at a safe point without a scope, and whether it was cancelled for that.
         self._idle_task: asyncio.Task[Any] | None = None
         self._is_woken = False
@@ -435,8 +438,12 @@ class ServerConnection(Connection):
             return None
         if transport.get_write_buffer_size():
             return None
+        doorway = transport.get_protocol()
+        if isinstance(doorway, _Doorway) and doorway.is_owing:
+            return None
         # Also effective for a read that the loop has queued in this very turn.
-        is_reading = transport.is_reading()
+        # After its end nothing is read; to resume that would have asyncio find the end, and tell of it, once more.
+        is_reading = transport.is_reading() and not self.is_at_eof
         transport.pause_reading()
         release = None
         try:
@@ -601,8 +608,10 @@ class _Doorway(asyncio.BaseProtocol):
         self.protocol.resume_writing()
 
     def eof_received(self) -> bool | None:
-        is_kept: bool | None = self.protocol.eof_received()
+        self._deliver()
         connection = self._connection
+        connection.is_at_eof = True
+        is_kept: bool | None = self.protocol.eof_received()
         if connection.server.on_hang_up is not None:
             connection.server.on_hang_up(connection)
         return is_kept
@@ -618,9 +627,37 @@ class _Doorway(asyncio.BaseProtocol):
         current_connection.set(self._connection)
         self.protocol.connection_made(transport)
         if self._unread:
-            # Before anything that the loop reads: it has not begun yet.
-            self._feed(self._unread)
-            self._unread = b""
+            # Not now: uvloop begins to read when this has returned, also where the protocol has said that it has more
+            # than enough.
+            self._connection.server.get_loop().call_soon(self._deliver)
+
+    @property
+    def is_owing(self) -> bool:
+        """Whether the protocol has not got yet what the predecessor had received."""
+        return bool(self._unread)
+
+    def _deliver(self) -> None:
+        """Give the protocol what the predecessor had received: before anything that is read here."""
+        if not self._unread:
+            return
+        data, self._unread = self._unread, b""
+        self._open()
+        transport: Any = self._connection.transport
+        if transport.is_closing():
+            return
+        # Both loops remember the methods of a protocol; and the application may have set another one.
+        if transport.get_protocol() is self:
+            transport.set_protocol(self)
+        try:
+            self._feed(data)
+        except BaseException:
+            # As where data that was just read is too much for a protocol.
+            transport.abort()
+            raise
+
+    @abc.abstractmethod
+    def _open(self) -> None:
+        """Let what is read here go to the protocol's own methods."""
 
     @abc.abstractmethod
     def _feed(self, data: bytes) -> None: ...
@@ -633,10 +670,17 @@ class _StreamDoorway(_Doorway, asyncio.Protocol):
         self._connection = connection
         self._unread = unread
         self.protocol = protocol
-        self.data_received = protocol.data_received  # type: ignore[method-assign]
+        self.data_received = self._receive_first if unread else protocol.data_received  # type: ignore[method-assign]
+
+    def _open(self) -> None:
+        self.data_received = self.protocol.data_received  # type: ignore[method-assign]
+
+    def _receive_first(self, data: bytes) -> None:
+        self._deliver()
+        self.protocol.data_received(data)
 
     def _feed(self, data: bytes) -> None:
-        self.data_received(data)
+        self.protocol.data_received(data)
 
 
 class _BufferedDoorway(_Doorway, asyncio.BufferedProtocol):
@@ -646,12 +690,19 @@ class _BufferedDoorway(_Doorway, asyncio.BufferedProtocol):
         self._connection = connection
         self._unread = unread
         self.protocol = protocol
-        self.get_buffer = protocol.get_buffer  # type: ignore[method-assign]
         self.buffer_updated = protocol.buffer_updated  # type: ignore[method-assign]
+        self.get_buffer = self._get_first_buffer if unread else protocol.get_buffer  # type: ignore[method-assign]
+
+    def _open(self) -> None:
+        self.get_buffer = self.protocol.get_buffer  # type: ignore[method-assign]
+
+    def _get_first_buffer(self, sizehint: int) -> Any:
+        self._deliver()
+        return self.protocol.get_buffer(sizehint)
 
     def _feed(self, data: bytes) -> None:
         while data:
-            buffer = memoryview(self.get_buffer(len(data))).cast("B")
+            buffer = memoryview(self.protocol.get_buffer(len(data))).cast("B")
             count = min(len(buffer), len(data))
             if not count:
                 raise RuntimeError("get_buffer() returned an empty buffer")

@@ -10,6 +10,7 @@ import array
 import contextlib
 import enum
 import errno
+import logging
 import os
 import select
 import socket
@@ -21,6 +22,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import DescriptorMismatch, GarbledFrame
+
+logger = logging.getLogger("ecdysis_async")
 
 __all__ = ["Entry", "Kind", "Registry", "Until"]
 
@@ -269,16 +272,32 @@ class Registry:
         """
         for number, name in names.items():
             sock = socket.socket(fileno=number)
+            if _is_connected(sock) and sock.type != socket.SOCK_DGRAM:
+                logger.warning(
+                    "the service manager has passed a connection (%s), where a service listens: it is closed. "
+                    "Put Accept=no into the socket unit, and name its service app.service, not app@.service",
+                    name,
+                )
+                sock.close()
+                continue
             sock.setblocking(False)
             address = _address_of(sock)
             self._entries.append(Entry(name, _kind(sock), address, sock, inherited=True, claimed=False, number=number))
 
     def restore(self, name: str, address: str, inode: tuple[int, int] | None, descriptor: int) -> None:
-        """Register a socket that an earlier process of this service had, as :meth:`inherit` does with a live one's."""
+        """Register a socket that an earlier process of this service had, as :meth:`inherit` does with a live one's.
+
+        One whose path has gone since is closed: no client finds it any more, and another one will have its name.
+        """
         sock = socket.socket(fileno=descriptor)
         sock.set_inheritable(False)
         sock.setblocking(False)
-        self._entries.append(Entry(name, _kind(sock), address, sock, inherited=True, claimed=False, inode=inode))
+        entry = Entry(name, _kind(sock), address, sock, inherited=True, claimed=False, inode=inode)
+        if inode is not None and not entry.is_at_its_path():
+            logger.warning("%s was removed since the service ran last: whoever waited there is lost", address)
+            sock.close()
+            return
+        self._entries.append(entry)
 
     def claim(self, name: str | int, *, until: Until | str = Until.DRAIN) -> Entry:
         """Claim a socket that the service manager passed, by its name, or by the number it was passed by (from 3).

@@ -221,7 +221,14 @@ class Sender:
                 self._listed.discard(connection)
                 continue
             text = self._write(parcel)
-            if text is None or len(text) > PARCEL_BYTES:
+            if text is not None and len(text) > PARCEL_BYTES:
+                self.log.info(
+                    "a connection has %d kB of unread bytes and state, encoded, and %d can move: it stays, and drains",
+                    len(text) // 1024,
+                    PARCEL_BYTES // 1024,
+                )
+                text = None
+            if text is None:
                 connection.refused = True
                 self._keep(connection)
                 continue

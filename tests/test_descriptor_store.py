@@ -106,6 +106,33 @@ async def test_what_listens_is_parked_and_found_again(manager: Manager, registry
 
 
 @pytest.mark.backends("asyncio")
+async def test_a_path_that_was_removed_takes_its_socket_along(
+    manager: Manager, registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As systemd removes the runtime directory of a dynamic user; and whoever stands there then is not confused."""
+    path = tmp_path / "app.sock"
+    registry.listen_unix(path)
+    registry.start_listening()
+    DescriptorStore(manager.systemd, "16").park(registry.entries)
+    assert len(await manager.take()) == 1
+    path.unlink()
+    heir = Registry()
+    try:
+        store = DescriptorStore(manager.systemd, "16")
+        assert store.recover(manager.start(), heir) == {}
+        assert heir.entries == ()
+        assert f"{path} was removed since the service ran last" in caplog.text
+        (entry,) = (heir.listen_unix(path),)
+        assert not entry.inherited
+        heir.start_listening()
+        store.park(heir.entries)
+        assert len(await manager.take()) == 1
+        assert path.is_socket()
+    finally:
+        heir.close(unlink=True)
+
+
+@pytest.mark.backends("asyncio")
 async def test_what_nobody_claims_is_removed(manager: Manager, registry: Registry) -> None:
     for name in ("same", "same", "other"):
         registry.listen_tcp("127.0.0.1", 0, name=name)

@@ -396,6 +396,16 @@ def test_anonymous_ones_are_claimed_by_number() -> None:
     registry.close(unlink=True)
 
 
+def test_a_connection_is_no_listener_and_says_what_to_change(caplog: pytest.LogCaptureFixture) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        # Accept=yes, as superservers did it.
+        registry, _ = activate(("connection", ours))
+        assert registry.entries == ()
+        assert "Put Accept=no into the socket unit" in caplog.text
+        assert theirs.recv(1) == b""
+
+
 def test_a_socket_for_both_ip_versions_is_found_by_either_address() -> None:
     for host in ("0.0.0.0", "::"):
         sock = make_listener(socket.AF_INET6, ("::", 0))

@@ -347,6 +347,107 @@ async def test_unflushed_writes_do_not_move() -> None:
         assert pair.old.protocols[0].transport.is_reading()
 
 
+class Cautious(Lines):
+    """Reads no more when it has got something, until it is told to."""
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        self.transport.pause_reading()
+
+
+@pytest.mark.backends("asyncio", "uvloop")
+async def test_what_comes_along_may_be_enough_for_a_protocol_and_comes_first() -> None:
+    async with a_pair(1) as pair:
+        (client,) = pair.clients
+        client.send(b"tw")
+        while pair.old.protocols[0].received != b"tw":
+            await turn()
+        # It is there to be read when the successor begins.
+        pair.old.protocols[0].transport.pause_reading()
+        client.send(b"more")
+        made: list[Cautious] = []
+
+        def make(count: int = 0) -> Cautious:
+            made.append(Cautious(count))
+            return made[-1]
+
+        async with a_plane() as plane:
+            await create_server(plane, make, "127.0.0.1", 0, name=NAME, resume=make)
+            await plane.gate.open()
+            pair.new.plane = plane
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(pair.receive)
+                task_group.start_soon(pair.send)
+                while not (made and made[0].received):
+                    await turn()
+                for expected in (b"tw", b"twmore"):
+                    await anyio.sleep(0.05)
+                    assert made[0].received == expected
+                    assert not made[0].transport.is_reading()
+                    made[0].transport.resume_reading()
+                task_group.cancel_scope.cancel()
+
+
+@pytest.mark.backends("asyncio", "uvloop")
+@pytest.mark.parametrize("is_offered", [False, True], ids=["busy", "refused"])
+async def test_the_end_of_what_a_client_sends_is_told_once(*, is_offered: bool) -> None:
+    ends: list[Lines] = []
+
+    class Patient(Lines):
+        def eof_received(self) -> bool:
+            ends.append(self)
+            return True
+
+    def refuse(count: int) -> Lines:
+        raise ArithmeticError(count)
+
+    def make(count: int = 0) -> Lines:
+        protocol = Patient(count)
+        protocol.is_transferable = is_offered
+        return protocol
+
+    async with a_plane() as old, a_plane() as new:
+        await create_server(old, make, "127.0.0.1", 0, name=NAME, resume=make)
+        await create_server(new, make, "127.0.0.1", 0, name=NAME, resume=refuse)
+        await old.gate.open()
+        await new.gate.open()
+        with connect(old.registry.entries[0]) as client:
+            client.send(b"one\n")
+            assert await read(client) == b"1 one\n"
+            client.shutdown(socket.SHUT_WR)
+            while not ends:
+                await turn()
+            ours, theirs = socketpair()
+            old.tracker.moves = True
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(Receiver(theirs, new, log).run)
+                task_group.start_soon(Sender(ours, old.tracker, log).run, anyio.Event(), lambda: None)
+                # Looked at several times.
+                await anyio.sleep(6 * transfer.LOOK_AGAIN_SECONDS)
+                task_group.cancel_scope.cancel()
+            assert len(ends) == 1
+            ends[0].transport.abort()
+
+
+@pytest.mark.backends("asyncio", "uvloop")
+async def test_what_is_too_much_to_move_stays_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with a_pair(1) as pair:
+        text = b"x" * transfer.PARCEL_BYTES
+        pair.clients[0].send(text)
+        while len(pair.old.protocols[0].received) < len(text):
+            await turn()
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(pair.receive)
+            task_group.start_soon(pair.send)
+            await pair.swept.wait()
+            task_group.cancel_scope.cancel()
+        assert pair.old.plane.tracker.count.transferred == 0
+        assert "64 can move: it stays, and drains" in caplog.text
+        pair.clients[0].send(b"\n")
+        assert await read(pair.clients[0]) != b""
+
+
 @pytest.mark.backends("asyncio", "uvloop")
 async def test_a_handler_that_offers_its_stream_ends_when_it_has_moved() -> None:
     ends: list[object] = []

@@ -5,6 +5,7 @@ What is printed is meant to be read, changed and kept; nothing of it is needed a
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import pwd
 import re
@@ -93,13 +94,21 @@ def _describe(
     Raises:
         OptionError: there can be no such unit.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise OptionError(f"--name {name}: letters, digits, '_', '.' and '-' are possible")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{,199}", name) or name.endswith((".service", ".socket")):
+        raise OptionError(
+            f"--name {name}: up to 200 letters, digits, '_', '.' and '-' are possible, without .service at the end"
+        )
+    if user is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*|[0-9]+", user):
+        raise OptionError(f"--user {user!r}: say a user's name or number")
     if options.control.lower() in OFF:
         raise OptionError("--control off: systemctl reload asks the service by its control socket")
     directory = f"/run/{name}"
-    control = f"{directory}/control" if options.control == "auto" else options.control_path or ""
-    arguments = [*_arguments(given), *(["--control", control] if options.control == "auto" else [])]
+    # A mere name would mean another place for the service, which systemd tells of its directory, than for a shell.
+    if options.control == "auto" or os.sep not in options.control:
+        control = f"{directory}/{'control' if options.control == 'auto' else options.control}"
+    else:
+        control = options.control_path or ""
+    arguments = [*_arguments({**given, "control": None}), "--control", control]
     command = [sys.executable, "-m", "ecdysis_async.cli"]
     places = _places(options)
     if user is None and all(map(_is_open, places)):
@@ -121,6 +130,8 @@ def _describe(
     paths = [] if has_socket else paths
     written = {os.path.dirname(os.path.abspath(path)) for path in (*paths, options.pid_file, control) if path}
     written = {path for path in written if path != directory and not path.startswith(directory + "/")}
+    for missing in sorted(path for path in written if not os.path.isdir(path)):
+        raise OptionError(f"there is no directory {missing}: make it, or use {directory}, which systemd makes")
     sockets = f"Requires={name}.socket\nAfter={name}.socket\n" if has_socket else ""
     hides_home = "read-only" if _are_in(places, HOMES) else "yes"
     hides_temporary = "no" if _are_in([*places, *written], TEMPORARY) else "yes"
@@ -247,10 +258,20 @@ def _listen(address: Internet | Unix | Descriptor) -> str:
             raise OptionError(f"--bind {address}: with --socket say where to listen, such as --bind 127.0.0.1:8000")
         case Internet(host=host, port=0):
             raise OptionError(f"--bind {host}:0: a socket unit needs a port")
+        case Internet(host=host) if host and not _is_numeric(host):
+            raise OptionError(f"--bind {address}: systemd looks no names up; with --socket say an IP address")
         case Internet(host=host, port=port):
             return str(Internet(host or "0.0.0.0", port))  # noqa: S104 - what no host stands for
         case Unix(path=path):
             return _escape(path if path.startswith("@") else os.path.abspath(path))
+
+
+def _is_numeric(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _escape(text: str) -> str:
