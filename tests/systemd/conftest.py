@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +13,10 @@ import pytest
 
 from tests.systemd.harness import Unit
 from tests.systemd.machine import Machine, Unavailable, fetch, running
+
+SYSTEMD = "/lib/systemd/systemd"
+# Knows Type=notify-reload.
+NEW_ENOUGH = 253
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +65,26 @@ def unit(machine: Machine) -> Iterator[Unit]:
     unit = Unit(machine)
     yield unit
     print(unit.log)  # noqa: T201 - pytest shows it with a failure
+
+
+@pytest.fixture
+def old_unit(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unit]:
+    """A service of the systemd that this machine has itself, where that is older than 253."""
+    words = subprocess.run([SYSTEMD, "--version"], capture_output=True, text=True, check=False).stdout.split()
+    if words[:1] != ["systemd"] or int(words[1]) >= NEW_ENOUGH:
+        pytest.skip("this machine has no older systemd")
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    try:
+        if os.geteuid() != 0:
+            raise Unavailable("only root can run a systemd of its own")
+        with running(nothing, tmp_path_factory.getbasetemp()) as machine:
+            machine.directory = tmp_path
+            unit = Unit(machine)
+            yield unit
+            print(unit.log)  # noqa: T201 - pytest shows it with a failure
+    except Unavailable as error:
+        give_up(error)
 
 
 def give_up(error: Unavailable) -> NoReturn:

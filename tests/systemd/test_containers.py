@@ -137,6 +137,13 @@ def test_the_dockerfile_runs_what_its_last_line_says(kind: str, tmp_path: Path, 
             assert client.ask("who")["parent"] == 1
         with urllib.request.urlopen(f"http://127.0.0.1:{health}/ready") as answer:
             assert answer.status == 200
-        check = next(line.value for line in lines if line.cmd == "HEALTHCHECK")
-        assert check[0] == "CMD"
+        # As the engine does it, and `docker exec`.
+        kind_of_check, *words = next(line.value for line in lines if line.cmd == "HEALTHCHECK")
+        assert kind_of_check == "CMD"
+        environment = {**os.environ, "RUNTIME_DIRECTORY": str(tmp_path / "run")}
+        for program, *arguments in (words, ["ecdysis", "restart"]):
+            assert program == "ecdysis"
+            subprocess.run([*COMMAND, *arguments], check=True, cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL)
+        with Client(("127.0.0.1", port)) as client:
+            assert client.ask("who")["generation"] == 2
         assert container.stop() == 0

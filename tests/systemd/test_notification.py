@@ -14,12 +14,6 @@ from tests.systemd.machine import PROJECT
 
 VOICE = Path(__file__).with_name("voice.py")
 
-# A systemd that does not tell of its descriptor store, as far as the service can see; a real one cannot be had here.
-OLD_SYSTEMD = """#!/bin/sh
-[ "$*" = --version ] && exec echo "systemd 252 (252.38-1~deb12u1)"
-exec /usr/bin/systemctl "$@"
-"""
-
 
 def test_an_abstract_address_is_as_good_as_a_path(unit: Unit) -> None:
     name = f"ecdysis-{os.getpid()}"
@@ -128,14 +122,27 @@ def test_behind_a_wrapper_it_says_what_to_change_and_then_it_works(unit: Unit) -
     assert unit.log.count("NotifyAccess=all") == 2
 
 
-def test_a_systemd_that_is_too_old_for_the_unit_is_told(unit: Unit) -> None:
-    command = unit.machine.directory / "systemctl"
-    command.write_text(OLD_SYSTEMD)
-    command.chmod(0o755)
-    path = f"Environment=PATH={command.parent}:{os.environ['PATH']}"
-    unit.start("FileDescriptorStoreMax=16", "UnsetEnvironment=FDSTORE", path)
-    with Load(unit.port) as load:
-        unit.wait_until(lambda: "systemd 252 is too old for FileDescriptorStoreMax=16" in unit.log)
-        unit.reload()
-        load.wait_for(2)
+def test_a_systemd_that_is_too_old_for_the_unit_is_told(old_unit: Unit) -> None:
+    old_unit.start("FileDescriptorStoreMax=16")
+    with Load(old_unit.port) as load:
+        old_unit.wait_until(lambda: " is too old for FileDescriptorStoreMax=16" in old_unit.log)
+        for generation in (2, 3):
+            old_unit.reload()
+            load.wait_for(generation)
+            assert old_unit.ask("who")["pid"] == old_unit.main_pid
+    assert load.counts.failures == Counter()
+    # Once, and not by each generation.
+    assert old_unit.log.count("is too old") == 1
+
+
+def test_a_systemd_that_is_too_old_for_the_type_is_told(old_unit: Unit) -> None:
+    old_unit.start(kind="notify-reload")
+    old_unit.wait_until(lambda: "serving on" in old_unit.log)
+    with Load(old_unit.port) as load:
+        assert (
+            old_unit.log.count("Put Type=notify into the unit's [Service], also where it says Type=notify-reload") == 1
+        )
+        with Client(old_unit.addresses[0]) as client:
+            assert "Put Type=notify into" in client.ask("restart settled")["error"]
+        load.wait_for(1, 30)
     assert load.counts.failures == Counter()
