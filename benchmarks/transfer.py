@@ -39,11 +39,14 @@ TRANSFER_SECONDS = 30.0
 # How long a process is watched that has begun to serve, and one that goes on serving.
 WATCH_SECONDS = 3.0
 TICK_SECONDS = 0.001
+# Connections move until none has come or gone for so long.
+CALM_SECONDS = 0.1
 # How many of the longest durations are remembered: one in a thousand of all there are.
 KEPT = 100
-# What the machine itself does to a loop: one that computes for so long in each turn, for so long, in so many processes.
+# What the machine itself does to a loop: one that computes for so long in each turn, for so long after each subject, in
+# so many processes.
 CONTROL_TURN_SECONDS = 0.002
-CONTROL_SECONDS = 20.0
+CONTROL_SECONDS = 5.0
 CONTROL_PROCESSES = (1, 3)
 # What counts for the speed: the others were busy, and moved when they were answered.
 MOST = 0.9
@@ -93,7 +96,8 @@ class Stall:
 
     Attributes:
         late: how late the loop came back to somebody.
-        computed: what this process computed in a single turn: what others took the processor for is not its fault.
+        computed: what this process computed meanwhile, in a turn, or up to two of them: what others took the processor
+            for is not its fault.
         collection: what the garbage collector took at most, in seconds.
     """
 
@@ -137,29 +141,30 @@ class Watch:
         begun = time.perf_counter()
         left = 0.0
         moved: list[tuple[float, int]] = []
-        pause = TICK_SECONDS
+        pause, size, changed = TICK_SECONDS, 0, 0.0
         try:
             while True:
                 before, cpu, self._collection = time.perf_counter(), time.process_time(), 0.0
                 await asyncio.sleep(pause)
                 now = time.perf_counter()
                 late = now - before - pause
-                # How late a pause ends is how long others wait, too. What is computed is measured from one turn of the
-                # loop to the very next, since a pause may span several: of one after each pause, and of those after a
-                # long one.
-                computed = None if pause else time.process_time() - cpu
+                # How late a pause ends is how long others wait, too. It may span several turns: of what was computed in
+                # it no more than that counts. Then from one turn to the very next: once, and after each long one.
+                computed = min(time.process_time() - cpu, late) if pause else time.process_time() - cpu
                 pause = 0.0 if pause or late > TICK_SECONDS else TICK_SECONDS
+                if len(ecdysis._tracker) != size:  # noqa: SLF001 - it is not told
+                    size, changed = len(ecdysis._tracker), now  # noqa: SLF001
                 if ecdysis.draining.is_set():
                     kind, left = "old", left or before
-                    moved.append((now - left, ecdysis._tracker.count.transferred))  # noqa: SLF001 - it is not told
+                    moved.append((now - left, ecdysis._tracker.count.transferred))  # noqa: SLF001
                 else:
-                    kind = "young" if now - begun < WATCH_SECONDS else "steady" if self.is_marked else ""
-                if kind:
-                    stall = self.stalls[kind]
-                    stall.late.note(late)
-                    if computed is not None:
-                        stall.computed.note(computed)
-                    stall.collection = max(stall.collection, self._collection)
+                    kind = "young" if now - begun < WATCH_SECONDS else "steady"
+                if not (self.is_marked if kind == "steady" else now - max(changed, left) < CALM_SECONDS):
+                    continue
+                stall = self.stalls[kind]
+                stall.late.note(late)
+                stall.computed.note(computed)
+                stall.collection = max(stall.collection, self._collection)
         finally:
             if moved and moved[-1][1]:
                 seconds, count = next(each for each in moved if each[1] >= MOST * moved[-1][1])
@@ -441,11 +446,12 @@ def run(options: Options) -> None:
     )
     loops = Table(
         "How long the loop stands still, ms",
-        ["loop", "longest", "1 in 1000", "computed in one turn, longest", "1 in 1000", "garbage collection"],
+        ["loop", "longest", "1 in 1000", "computed meanwhile, longest", "1 in 1000", "garbage collection"],
         "The same service while it just serves these clients, and each side while connections move: how late the loop "
-        "comes back to somebody, and what its process computes in a single turn. At the end what this machine makes of "
+        "comes back to somebody, and what its process computes meanwhile. At the end what this machine makes of "
         f"processes that do nothing else than to compute {CONTROL_TURN_SECONDS * 1000:.0f} ms at a time.",
     )
+    controls = {processes: Stall() for processes in CONTROL_PROCESSES}
     for loop, transfer in SUBJECTS:
         name = f"{loop}, {'with transfer' if transfer else 'without'}"
         if options.only in name:
@@ -463,8 +469,9 @@ def run(options: Options) -> None:
             )
             for kind, side in (("steady", "serving"), ("old", "old"), ("young", "new")):
                 loops.add(f"{name}: {side}", *found["stalls"][kind].describe())
-    for processes in CONTROL_PROCESSES:
-        stall = measure_machine(processes, 0.1 if options.quick else CONTROL_SECONDS)
+            for processes, stall in controls.items():
+                stall.merge(measure_machine(processes, 0.1 if options.quick else CONTROL_SECONDS))
+    for processes, stall in controls.items():
         loops.add(f"arithmetic, {processes} at a time", *stall.describe())
     publish("transfer", [clients, loops], None, options, before)
 
