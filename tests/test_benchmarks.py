@@ -32,7 +32,7 @@ TITLES = {
     "tracking": ["What tracking costs in steady state"],
     "transfer": [
         "What restarts cost clients that keep their connections",
-        "How long the loop stands still at most, ms",
+        "How long the loop stands still, ms",
     ],
 }
 
