@@ -29,10 +29,11 @@ HANDOFF = (
 )
 NEWEST_ONLY = (
     # Other people's servers, systemd and whole commands: they know nothing of Python's version, and take half the time.
-    *("anchor", "run", "servers", "systemd", "transfer", "test_benchmarks.py", "test_cli.py"),
+    *(f"scenarios/{wing}" for wing in ("anchor", "run", "servers", "systemd", "transfer")),
+    *("test_benchmarks.py", "cli/test_commands.py"),
     # What is pure, or goes no other way on another version of asyncio than the tests that run on all of them.
-    *("test_conftest.py", "test_examples.py", "test_protocol_exploration.py"),
-    *(f"handoff/test_{name}.py" for name in (*HANDOFF, "stopping", "takeover")),
+    *("test_conftest.py", "test_examples.py", "handoff/test_protocol_exploration.py"),
+    *(f"scenarios/handoff/test_{name}.py" for name in (*HANDOFF, "stopping", "takeover")),
 )
 
 

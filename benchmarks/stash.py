@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from ecdysis_async.stash import At, Batch, InheritedStash, Stashes
+from ecdysis_async._handoff.stash import At, Batch, InheritedStash, Stashes
 
 from .bench import PROJECT, Options, Table, describe_machine, parse, publish, spread
 

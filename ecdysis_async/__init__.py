@@ -29,9 +29,9 @@ from .errors import (
 from .report import DrainCount, Outcome, Phase, RestartReport
 
 if TYPE_CHECKING:
-    from .loops import run
-    from .stash import InheritedStash
-    from .supervisor import Ecdysis, State, current, track, until_draining
+    from ecdysis_async._accepting.loops import run
+    from ecdysis_async._handoff.stash import InheritedStash
+    from ecdysis_async._service.ecdysis import Ecdysis, State, current, track, until_draining
 
 __all__ = [
     "DrainCount",
@@ -65,13 +65,13 @@ __all__ = [
 # Not before they are asked for: the supervisor costs `ecdysis restart`, which has no need of it, half of its start, and
 # asyncio a service on trio 40 ms.
 _MODULES = {
-    "Ecdysis": "supervisor",
-    "InheritedStash": "stash",
-    "State": "supervisor",
-    "current": "supervisor",
-    "run": "loops",
-    "track": "supervisor",
-    "until_draining": "supervisor",
+    "Ecdysis": "_service.ecdysis",
+    "InheritedStash": "_handoff.stash",
+    "State": "_service.ecdysis",
+    "current": "_service.ecdysis",
+    "run": "_accepting.loops",
+    "track": "_service.ecdysis",
+    "until_draining": "_service.ecdysis",
 }
 
 
@@ -89,4 +89,4 @@ def __dir__() -> list[str]:
 # What was passed to this process it claims with the first import, before the application can start another one, which
 # would find the marker, or hold the descriptors, as well (DESIGN.md, trap 7). Commands are passed nothing.
 if os.environ.keys() & {"ECDYSIS_CHANNEL", "ECDYSIS_LINE", "LISTEN_PID"}:
-    importlib.import_module(".supervisor", __name__)
+    importlib.import_module("._service.ecdysis", __name__)

@@ -12,10 +12,10 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from ecdysis_async.drain import Tracker
-from ecdysis_async.gate import Gate
-from ecdysis_async.plane import Plane
-from ecdysis_async.registry import Entry, Registry
+from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.gate import Gate
+from ecdysis_async._connections.tracker import Tracker
+from ecdysis_async._sockets.registry import Entry, Registry
 
 
 @contextlib.asynccontextmanager

@@ -14,7 +14,9 @@ from types import ModuleType
 import pytest
 
 import ecdysis_async
-from ecdysis_async import Ecdysis, RestartError, asyncio_datagrams, asyncio_servers, spawn
+from ecdysis_async import Ecdysis, RestartError
+from ecdysis_async._accepting import asyncio_datagrams, asyncio_servers
+from ecdysis_async._system import process as spawn
 from ecdysis_async.cli.client import Exit
 
 PUBLIC = {

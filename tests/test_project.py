@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
@@ -14,79 +15,23 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE = PROJECT / "ecdysis_async"
 
-# A module imports only what stands below it.
-TOP_TO_BOTTOM = (
-    "__init__",
-    "cli",
-    "worker",
-    "target",
-    "servers",
-    "start",
-    "anchor",
-    "account",
-    "keeper",
-    "renewal",
-    "holdings",
-    "plan",
-    "succession",
-    "reloading",
-    "upgrade",
-    "rollout",
-    "supervisor",
-    "duty",
-    "status",
-    "check",
-    "takeover",
-    "control",
-    "health",
-    "queues",
-    "handover",
-    "inheritance",
-    "side",
-    "generation",
-    "lineage",
-    "stderr_tail",
-    "crew",
-    "line",
-    "listeners",
-    "loops",
-    "asyncio_datagrams",
-    "asyncio_servers",
-    "anyio_listeners",
-    "trio_listeners",
-    "accept",
-    "transfer",
-    "plane",
-    "gate",
-    "drain",
-    "parcel",
-    "descriptor_store",
-    "stash",
-    "systemd",
-    "logging_setup",
-    "options",
-    "addresses",
-    "control_path",
-    "pid_file",
-    "logs",
-    "signals",
-    "threads",
-    "messages",
-    "standard_descriptors",
-    "tracebacks",
-    "peer",
-    "spawn",
-    "registry",
-    "channel",
-    "protocol",
-    "report",
-    "settings",
-    "collector",
-    "errors",
+# The wings, top to bottom. A file imports its own wing and those below it; wings of one line do not know each other.
+LAYERS = (
+    {"cli"},
+    {"servers", "__init__"},
+    {"_anchor", "_service", "_config"},
+    {"_management"},
+    {"_handoff", "anyio_listeners", "trio_listeners"},
+    {"_accepting", "transfer"},
+    {"_ipc", "_connections"},
+    {"_system", "_sockets"},
+    {"report", "settings"},
+    {"errors"},
 )
+FACES = {"transfer", "anyio_listeners", "trio_listeners"}
 
 # All others are written once, on anyio.
-NATIVE = ("loops", "asyncio_datagrams", "asyncio_servers", "anyio_listeners", "trio_listeners", "servers")
+NATIVE = ("_accepting", "servers")
 LOOPS = {"asyncio", "trio", "uvloop"}
 
 # What protocol.py would do I/O, tell the time or know a loop with.
@@ -137,8 +82,23 @@ def imported_layers(path: Path) -> set[str]:
         package, _, rest = name.partition(".")
         if package == PACKAGE.name:
             layer = rest.partition(".")[0]
-            layers.add(layer if layer in TOP_TO_BOTTOM else "__init__")
+            layers.add(layer if find_line(layer) is not None else "__init__")
     return layers
+
+
+def find_line(layer: str) -> int | None:
+    return next((line for line, layers in enumerate(LAYERS) if layer in layers), None)
+
+
+def imported_files(path: Path) -> Iterator[Path]:
+    """Name the files of the package that a file imports."""
+    for name in imported_names(path):
+        parts = name.split(".")
+        for end in (len(parts), len(parts) - 1):
+            file = PROJECT.joinpath(*parts[:end]).with_suffix(".py")
+            if parts[0] == PACKAGE.name and file.is_file():
+                yield file
+                break
 
 
 def test_the_only_hard_dependency_is_anyio() -> None:
@@ -163,11 +123,40 @@ def test_a_module_says_what_it_is_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_file)
-def test_a_module_imports_only_from_below(path: Path) -> None:
+def test_a_module_imports_its_own_wing_and_those_below(path: Path) -> None:
     layer = name_layer(path)
-    assert layer in TOP_TO_BOTTOM, "a new module: give it its place in TOP_TO_BOTTOM"
-    below = TOP_TO_BOTTOM[TOP_TO_BOTTOM.index(layer) + 1 :]
-    assert imported_layers(path) <= {*below, layer}
+    line = find_line(layer)
+    assert line is not None, "a new wing: give it its place in LAYERS"
+    assert imported_layers(path) <= {layer}.union(*LAYERS[line + 1 :])
+
+
+@pytest.mark.parametrize("wing", sorted({path.parent for path in MODULES} - {PACKAGE}), ids=name_file)
+def test_a_wing_has_no_circle(wing: Path) -> None:
+    files = {path: set(imported_files(path)) for path in wing.glob("*.py") if path.name != "__init__.py"}
+    graphlib.TopologicalSorter({path: others & files.keys() for path, others in files.items()}).prepare()
+
+
+@pytest.mark.parametrize("wing", sorted({path.parent for path in MODULES} - {PACKAGE}), ids=name_file)
+def test_a_wing_says_what_is_here_what_may_not_be_and_what_to_read_first(wing: Path) -> None:
+    text = ast.get_docstring(ast.parse((wing / "__init__.py").read_text())) or ""
+    if name_file(wing) == "servers":
+        return  # public: its docstring is for users
+    assert "Read first: " in text
+    assert len([line for line in text.splitlines() if line]) == 3
+
+
+@pytest.mark.parametrize("face", sorted(FACES))
+def test_a_face_hands_names_of_one_wing_on_and_defines_nothing(face: str) -> None:
+    path = PACKAGE / f"{face}.py"
+    body = ast.parse(path.read_text()).body[1:]  # behind the docstring
+    assert all(isinstance(node, ast.ImportFrom | ast.Assign) for node in body)
+    assert [ast.unparse(node.targets[0]) for node in body if isinstance(node, ast.Assign)] == ["__all__"]
+    assert len(imported_layers(path)) == 1
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_file)
+def test_nothing_inside_imports_a_face(path: Path) -> None:
+    assert not imported_layers(path) & (FACES - {name_layer(path)})
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if name_layer(path) not in NATIVE], ids=name_file)
@@ -177,7 +166,7 @@ def test_the_control_plane_knows_no_loop(path: Path) -> None:
 
 
 def test_the_protocol_is_pure() -> None:
-    path = PACKAGE / "protocol.py"
+    path = PACKAGE / "_handoff" / "protocol.py"
     assert not {name.partition(".")[0] for name in imported_names(path)} & IMPURE
 
 

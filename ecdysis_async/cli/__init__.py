@@ -1,6 +1,7 @@
 """The `ecdysis` command: restart, stop and look at a service from outside.
 
-Needs the extra ``cli``, and says so where it is missing; nothing else of the package imports it.
+It needs the extra ``cli``, and says so where that is missing; nothing else of the package may import it.
+Read first: commands.py (what may be typed), then run.py (which part of a service a process of `ecdysis run` is).
 """
 
 from __future__ import annotations

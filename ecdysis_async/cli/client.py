@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ecdysis_async.control_path import default_directories, find_live, is_live, locate
+from ecdysis_async._management.control_path import default_directories, find_live, is_live, locate
 
 __all__ = ["CommandFailed", "Exit", "check", "compare", "find", "reopen_logs", "restart", "status", "stop", "upgrade"]
 

@@ -158,7 +158,7 @@ def check_command(arguments: tuple[str, ...], timeout: float, as_json: bool) -> 
     It is compared with the service that has its control socket, where that runs. The environment is the one of this
     command: `ecdysis restart --check` checks what the service itself would start, with the service's environment.
     """
-    from . import preflight  # anyio, and what starts a process: nothing else here needs them
+    from . import check as preflight  # anyio, and what starts a process: nothing else here needs them
 
     checked = preflight.check(arguments, timeout)
     if as_json:

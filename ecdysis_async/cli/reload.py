@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from ecdysis_async.control_path import is_live
-from ecdysis_async.messages import say
+from ecdysis_async._management.control_path import is_live
+from ecdysis_async._system.messages import say
 
 from . import client
 from .client import CommandFailed, Exit

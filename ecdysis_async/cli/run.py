@@ -10,9 +10,10 @@ from typing import Any
 
 import click
 
-from ecdysis_async import check, line
-from ecdysis_async.options import Option, OptionError, Options, Shape, command_line_options, gather
-from ecdysis_async.standard_descriptors import occupy_standard_descriptors
+from ecdysis_async._config.options import Option, OptionError, Options, Shape, command_line_options, gather
+from ecdysis_async._handoff import preflight as check
+from ecdysis_async._ipc import worker_link as line
+from ecdysis_async._system.descriptors import occupy_standard_descriptors
 
 from .client import Exit
 
@@ -32,14 +33,14 @@ def serve(options: Options) -> int:
     occupy_standard_descriptors()
     # Imported here: none needs the others, and the anchor shall stay small.
     if check.is_check():
-        from ecdysis_async import worker
+        from . import worker
 
         return worker.check(options)
     if line.is_worker():
-        from ecdysis_async import worker
+        from . import worker
 
         return worker.run(options)
-    from ecdysis_async import start
+    from . import anchor as start
 
     return start.run(options)
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
-from ecdysis_async.addresses import Descriptor, Internet, Unix
-from ecdysis_async.options import OFF, OptionError, Options, gather
+from ecdysis_async._config.options import OFF, OptionError, Options, gather
+from ecdysis_async._sockets.addresses import Descriptor, Internet, Unix
 
 from .client import Exit
 from .run import run

@@ -20,21 +20,21 @@ import anyio
 from aiohttp import WSMsgType, web
 from aiohttp.typedefs import Handler, Middleware
 
-from ecdysis_async.asyncio_servers import ServerConnection
-from ecdysis_async.drain import current_connection
+from ecdysis_async._accepting.asyncio_servers import ServerConnection
+from ecdysis_async._accepting.data_plane import active
+from ecdysis_async._config.options import Options
+from ecdysis_async._connections.tracker import current_connection
+from ecdysis_async._ipc.worker_link import count_request
+from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.errors import StartupError
-from ecdysis_async.line import count_request
-from ecdysis_async.options import Options
-from ecdysis_async.plane import active
+from ecdysis_async.servers._common.forwarded import Trusted
+from ecdysis_async.servers._common.goodbye import RESTARTING, STEP_SECONDS, Departure
+from ecdysis_async.servers._common.listening import make_ssl_context, open_sockets
+from ecdysis_async.servers._protocols.aiohttp import make_movable, stays
+from ecdysis_async.servers._protocols.http import servers_but
 from ecdysis_async.settings import StrPath
-from ecdysis_async.supervisor import Ecdysis
 
-from . import own_options
-from .aiohttp_transfer import make_movable, stays
-from .departure import RESTARTING, STEP_SECONDS, Departure
-from .forwarded import Trusted
-from .listening import make_ssl_context, open_sockets
-from .moving import servers_but
+from ._common import server_options as own_options
 
 __all__ = ["DRAINING", "run", "serve"]
 

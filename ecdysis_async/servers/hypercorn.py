@@ -16,17 +16,17 @@ from typing import Any, cast
 import anyio
 from hypercorn.config import Config, Sockets
 
-from ecdysis_async.addresses import listen, parse_address
-from ecdysis_async.options import Options
-from ecdysis_async.plane import active
-from ecdysis_async.supervisor import Ecdysis
+from ecdysis_async._accepting.data_plane import active
+from ecdysis_async._config.options import Options
+from ecdysis_async._service.ecdysis import Ecdysis
+from ecdysis_async._sockets.addresses import listen, parse_address
+from ecdysis_async.servers._common.asgi import Application
+from ecdysis_async.servers._common.forwarded import Forwarded
+from ecdysis_async.servers._common.goodbye import Departure, is_on_trio
+from ecdysis_async.servers._common.listening import CERT_REQS, make_ssl_context, open_sockets
+from ecdysis_async.servers._protocols.http import let_fresh_ones_move, servers_but
 
-from . import own_options
-from .asgi import Application
-from .departure import Departure, is_on_trio
-from .forwarded import Forwarded
-from .listening import CERT_REQS, make_ssl_context, open_sockets
-from .moving import let_fresh_ones_move, servers_but
+from ._common import server_options as own_options
 
 __all__ = ["run", "serve"]
 
@@ -113,7 +113,7 @@ async def serve(
         secure = [await _register(ecdysis, config, bind) for bind in binds]
         insecure = [await _register(ecdysis, config, bind) for bind in insecure_binds]
     if is_on_trio():
-        from .hypercorn_trio import serve as serve_on_trio
+        from ._hypercorn_trio import serve as serve_on_trio
 
         await serve_on_trio(ecdysis, app, config, secure, insecure)
     else:

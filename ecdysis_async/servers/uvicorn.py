@@ -18,15 +18,15 @@ from typing import Any
 import anyio
 import uvicorn
 
-from ecdysis_async.asyncio_servers import GatedServer
-from ecdysis_async.options import Options
-from ecdysis_async.supervisor import Ecdysis
+from ecdysis_async._accepting.asyncio_servers import GatedServer
+from ecdysis_async._config.options import Options
+from ecdysis_async._service.ecdysis import Ecdysis
+from ecdysis_async.servers._common.asgi import Application
+from ecdysis_async.servers._common.goodbye import Departure
+from ecdysis_async.servers._common.listening import CERT_REQS, make_ssl_context, open_sockets
+from ecdysis_async.servers._protocols.uvicorn import make_movable, make_websockets_movable, moves_of
 
-from . import own_options
-from .asgi import Application
-from .departure import Departure
-from .listening import CERT_REQS, make_ssl_context, open_sockets
-from .uvicorn_transfer import make_movable, make_websockets_movable, moves_of
+from ._common import server_options as own_options
 
 __all__ = ["run", "serve"]
 

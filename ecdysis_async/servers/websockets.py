@@ -17,15 +17,15 @@ from websockets.asyncio.server import Server, ServerConnection
 from websockets.asyncio.server import serve as serve_websockets
 from websockets.exceptions import ConnectionClosed
 
-from ecdysis_async import asyncio_servers
-from ecdysis_async.drain import current_connection
-from ecdysis_async.options import Options
-from ecdysis_async.supervisor import Ecdysis
+from ecdysis_async._accepting import asyncio_servers
+from ecdysis_async._config.options import Options
+from ecdysis_async._connections.tracker import current_connection
+from ecdysis_async._service.ecdysis import Ecdysis
+from ecdysis_async.servers._common.goodbye import RESTARTING, Departure
+from ecdysis_async.servers._common.listening import make_ssl_context, open_sockets
+from ecdysis_async.servers._protocols.websockets import WebSocketMoves, movable, transfer_of
 
-from . import own_options
-from .departure import RESTARTING, Departure
-from .listening import make_ssl_context, open_sockets
-from .websockets_transfer import WebSocketMoves, movable, transfer_of
+from ._common import server_options as own_options
 
 __all__ = ["run", "serve", "transfer_of"]
 

@@ -1,264 +1,372 @@
-"""What one generation leaves to the next: made at the start or at the commit, whole, and gone where nobody needs it."""
+"""The stash: what producers give arrives as it was, nobody can change it, and nothing stays open or blocks the loop."""
 
 from __future__ import annotations
 
-import contextlib
+import array
+import fcntl
+import gc
+import mmap
 import os
-import signal
-from collections.abc import Callable
-from pathlib import Path
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
 import pytest
 
-from tests.handoff.harness import Clients, Conversation, Service
+from ecdysis_async._handoff import stash
+from ecdysis_async._handoff.stash import At, Batch, InheritedStash, Producer, Stashes
+from ecdysis_async.errors import GarbledFrame, StashFailed
 
-Run = Callable[..., Service]
-
-every_loop = pytest.mark.backends("asyncio", "uvloop", "anyio", "trio")
-
-MEGABYTES = 64
-
-# What a generation does with what it was left, before ready() and after it, and what it leaves.
-INHERIT = """
-stash = ecdysis.inherited_stash
-at_start = {name: [bytes(stash[name]).decode(), stash.version(name)] for name in stash}
-try:
-    stash["late"]
-except KeyError as error:
-    why_not = str(error)
-tell("inherited", stash=at_start)
-
-def early():
-    return b"early of %d" % ecdysis.generation
-
-async def late():
-    await anyio.sleep(0)
-    yield b"late of "
-    yield b"%d" % ecdysis.generation
-
-ecdysis.stash("early", early, at="start", version=ecdysis.generation)
-ecdysis.stash("late", late, at="commit", version="v1")
-"""
-
-READ = "{name: [bytes(stash[name]).decode(), stash.version(name)] for name in stash}"
-
-FAILING = """
-def fail():
-    raise ValueError("no state today")
-ecdysis.stash("failing", fail, at={at!r})
-"""
-
-SLOW = """
-async def wait_for_ever():
-    tell("producing")
-    await anyio.sleep_forever()
-ecdysis.stash("slow", wait_for_ever, at={at!r})
-"""
+BIG = bytes(range(256)) * 4 * 1024 * 20 + b"and some"  # more than is written at once
+MEDIUM = BIG[: stash.GATHER]
 
 
-def holdings(pid: int) -> int:
-    """Count what a process has of stashes, mapped and open."""
-    held = sum("memfd:ecdysis-stash" in line for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        # A connection of the test's own may end meanwhile.
-        with contextlib.suppress(FileNotFoundError):
-            held += "memfd:ecdysis-stash" in os.readlink(link)
-    return held
+async def pass_on(*producers: Producer) -> InheritedStash:
+    """Make stashes named 0, 1, 2, ... and receive them."""
+    stashes, inherited = Stashes(), InheritedStash()
+    for number, producer in enumerate(producers):
+        stashes.add(str(number), producer, "start", number)
+    batch = stashes.batch(At.START)
+    try:
+        await batch.make()
+        inherited.receive(batch.describe(), batch.descriptors)
+    finally:
+        batch.close()
+    return inherited
 
 
-@every_loop
-def test_it_is_read_at_the_start_and_after_the_commit(backend: str, run_service: Run) -> None:
-    service = run_service(backend, at_start=INHERIT)
-    assert service.wait_for("inherited")["stash"] == {}
-    assert "has left no stash 'late'" in service.run("why_not")
-    for generation in (2, 3):
-        service.restart("settled")
-        former = generation - 1
-        early = {"early": [f"early of {former}", former]}
-        assert service.wait_for("inherited")["stash"] == early
-        assert "can be read after ready()" in service.run("why_not")
-        assert service.run(READ) == early | {"late": [f"late of {former}", "v1"]}
+def yielding(*pieces: Any) -> Callable[[], Iterator[Any]]:
+    return lambda: iter(pieces)
 
 
-@every_loop
-def test_a_large_one_arrives_whole_and_blocks_nobody(backend: str, run_service: Run) -> None:
-    """One that yields and one that returns; the loop goes on with its turns while they are written."""
-    service = run_service(
-        backend,
-        at_start=f"""
-import hashlib
-MEGABYTE = bytes(range(256)) * 4096
+def yielding_async(*pieces: Any) -> Callable[[], AsyncIterator[Any]]:
+    async def produce() -> AsyncIterator[Any]:
+        for piece in pieces:
+            await anyio.lowlevel.checkpoint()
+            yield piece
 
-def pieces():
-    for number in range({MEGABYTES}):
-        yield number.to_bytes(4) + MEGABYTE[4:]
-
-def whole():
-    return bytearray().join(pieces())
-
-def digest(view):
-    return [len(view), hashlib.sha256(view).hexdigest()]
-
-ecdysis.stash("pieces", pieces, at="start")
-ecdysis.stash("whole", whole, at="commit")
-""",
-        ecdysis={"probation": 60},
-    )
-    expected = service.run("digest(whole())")
-    report = service.restart()
-    # What is made at the commit is part of the gap.
-    assert report["accept_gap"] > report["phases"]["pause"] / 2
-    for name in ("pieces", "whole"):
-        assert service.run(f"digest(ecdysis.inherited_stash[{name!r}])") == expected
-    # The predecessor has nothing of it any more, and this generation gives it back.
-    assert holdings(service.pids[0]) == 0
-    assert holdings(service.pids[1]) == 4
-    service.run("view = ecdysis.inherited_stash.pop('whole')[1000:]\nlen(view)")
-    service.run("del view\necdysis.inherited_stash.pop('pieces').nbytes")
-    assert holdings(service.pids[1]) == 0
-    # One that is still in use at the end of the block, and beyond it, disturbs nobody.
-    service.restart()
-    service.run("slice_to_the_end = ecdysis.inherited_stash['whole'][5:]\nlen(slice_to_the_end)")
+    return produce
 
 
-@every_loop
-def test_no_update_is_lost(backend: str, run_service: Run) -> None:
-    """A counter goes on over generations: each request before the commit is counted once, and late ones are known."""
-    service = run_service(
-        backend,
-        at_start="""
-import __main__
-answer, count, is_handed_on = __main__.answer, 0, False
+def returning_async(value: Any) -> Callable[[], Any]:
+    async def produce() -> Any:
+        await anyio.lowlevel.checkpoint()
+        return value
 
-def produce():
-    global is_handed_on
-    is_handed_on = True
-    return b"%d" % count
-
-async def answer_and_count(ecdysis, request):
-    global count
-    if request["do"] == "hello":
-        if "count" in ecdysis.inherited_stash:
-            count = int(bytes(ecdysis.inherited_stash.pop("count")))
-        if is_handed_on:
-            tell("late")
-        else:
-            count += 1
-    return await answer(ecdysis, request)
-
-ecdysis.stash("count", produce, at="commit")
-__main__.answer = answer_and_count
-""",
-    )
-    with Clients(service.address) as clients:
-        for _ in range(3):
-            clients.wait_for(service.restart("settled")["successor_pid"])
-    assert (clients.refused, clients.lost) == ([], [])
-    count = service.run("count")
-    late = sum(event["event"] == "late" for event in service._events)
-    assert count + late == len(clients.answers)
+    return produce
 
 
-@pytest.mark.parametrize("at", ["start", "commit"])
-@pytest.mark.backends("asyncio", "trio")
-def test_a_producer_that_raises_costs_the_restart_only(backend: str, at: str, run_service: Run) -> None:
-    service = run_service(backend, at_start=INHERIT)
-    first = service.pids[0]
-    service.run(FAILING.format(at=at))
-    with Clients(service.address) as clients:
-        for _ in range(2):
-            failure = service.fail_to_restart()
-            assert (failure["error"], failure["cause"]) == ("StashFailed", "ValueError")
-            assert failure["phase"] == {"start": "start", "commit": "pause"}[at]
-            assert "'failing' could not be made" in failure["text"]
-            assert "no state today" in failure["text"]
-            clients.wait_for(first)
-        service.run("del ecdysis._stashes._orders['failing']")
-        clients.wait_for(service.restart("settled")["successor_pid"])
-    assert (clients.refused, clients.lost) == ([], [])
-    assert service.run(READ)["late"] == ["late of 1", "v1"]
-    assert holdings(first) == 0
+NUMBERS = [b"%d\n" % number for number in range(300_000)]
+
+# What produces, and what shall arrive.
+PRODUCERS: dict[str, tuple[Callable[[], Any], bytes]] = {
+    "bytes": (lambda: b"bytes", b"bytes"),
+    "nothing": (lambda: b"", b""),
+    "bytearray": (lambda: bytearray(b"bytearray"), b"bytearray"),
+    "memoryview": (lambda: memoryview(b"memoryview")[2:], b"moryview"),
+    "array": (lambda: array.array("I", [1, 2]), array.array("I", [1, 2]).tobytes()),
+    "big": (lambda: BIG, BIG),
+    "async": (returning_async(b"async"), b"async"),
+    "no pieces": (yielding(), b""),
+    "pieces": (yielding(b"a", b"", bytearray(b"b")), b"ab"),
+    "list": (lambda: [b"a", b"list"], b"alist"),
+    "small and big": (yielding(b"small", BIG, b"small", MEDIUM, b"end"), b"small" + BIG + b"small" + MEDIUM + b"end"),
+    "async pieces": (yielding_async(b"a", BIG, b"b"), b"a" + BIG + b"b"),
+    "async list": (returning_async([b"a", b"b"]), b"ab"),
+    "many small": (lambda: iter(NUMBERS), b"".join(NUMBERS)),
+}
 
 
-@pytest.mark.backends("uvloop")
-def test_one_that_takes_too_long_is_given_up(backend: str, run_service: Run) -> None:
-    service = run_service(backend, ecdysis={"ready_timeout": 3}, limits={"PAUSE_SECONDS": 1})
-    for at, remedy in (("start", "raise ready_timeout"), ("commit", 'at="start"')):
-        service.run(SLOW.format(at=at))
-        failure = service.fail_to_restart()
-        assert failure["error"] == "StashFailed", failure
-        assert "the stash 'slow' was not made within" in failure["text"]
-        assert remedy in failure["text"]
-        service.run("del ecdysis._stashes._orders['slow']")
-    assert service.restart("settled")["outcome"] == "settled"
+@pytest.mark.parametrize("name", PRODUCERS)
+async def test_what_is_produced_arrives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stash, "SLICE", 16 * 1024 * 1024)
+    producer, expected = PRODUCERS[name]
+    view = (await pass_on(producer))["0"]
+    arrived = view == expected
+    assert arrived
+    assert view.readonly
 
 
-@pytest.mark.backends("uvloop", "trio")
-@pytest.mark.parametrize("at", ["start", "commit"])
-def test_a_restart_is_called_off_while_one_is_made(backend: str, at: str, run_service: Run) -> None:
-    service = run_service(backend)
-    first = service.pids[0]
-    service.run(SLOW.format(at=at))
-    cancel = """
-with anyio.CancelScope() as scope:
-    async with anyio.create_task_group() as group:
-        group.start_soon(ecdysis.restart)
-        while ecdysis._handover is None or ecdysis._handover._stash.making is None:
-            await anyio.sleep(0.01)
-        group.cancel_scope.cancel()
-await ecdysis._handover.over.wait()
-ecdysis.last_report.error
-"""
-    assert service.run(cancel).startswith("the restart was called off")
-    assert service.ask()["pid"] == first
-    # And where the service is stopped meanwhile.
-    with service.begin("restart", until="serving") as asking:
-        for _ in range(2):
-            service.wait_for("producing")
-        service.signal(first, signal.SIGTERM)
-        assert asking.answer()["error"] == "RestartWhileDraining"
-    service.wait_for_end()
+async def test_a_mapping_of_views_with_versions() -> None:
+    inherited = await pass_on(lambda: b"a", lambda: b"b")
+    assert (list(inherited), len(inherited), "1" in inherited, "2" in inherited) == (["0", "1"], 2, True, False)
+    assert {name: bytes(view) for name, view in inherited.items()} == {"0": b"a", "1": b"b"}
+    assert inherited.version("1") == 1
+    assert inherited.get("2") is None
 
 
-@every_loop
-def test_a_successor_that_fails_discards_it_and_the_next_gets_a_new_one(backend: str, run_service: Run) -> None:
-    service = run_service(backend, at_start=INHERIT, ecdysis={"probation": 60})
-    first = service.pids[0]
-    service.run("made = 0\ndef count():\n    global made\n    made += 1\n    return b'%d' % made")
-    service.run("ecdysis.stash('made', count, at='start')")
-    service.configure(at_start="raise OSError")
-    service.expected_blemishes = ("Traceback (most",)
-    assert service.fail_to_restart()["error"] == "SuccessorFailed"
-    assert holdings(first) == 0
-    service.configure(at_start=INHERIT)
-    second = service.restart()["successor_pid"]
-    assert service.run(READ) | {"made": ["2", 0]} == service.run(READ)
-    service.signal(second, signal.SIGKILL)
-    service.wait_for("predecessor", state="rolled back", pid=first)
-    assert holdings(first) == 0
-    service.restart()
-    assert service.run(READ) == {"early": ["early of 1", 1], "late": ["late of 1", "v1"], "made": ["3", 0]}
+async def test_nobody_can_change_it() -> None:
+    stashes = Stashes()
+    stashes.add("cache", lambda: b"settled", "start", 0)
+    batch = stashes.batch(At.START)
+    await batch.make()
+    descriptor = batch.descriptors[0]
+    try:
+        for change in (
+            lambda: os.pwrite(descriptor, b"x", 0),
+            lambda: os.ftruncate(descriptor, 0),
+            lambda: os.ftruncate(descriptor, 4096),
+            lambda: mmap.mmap(descriptor, 7),
+            lambda: fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE),
+        ):
+            with pytest.raises(PermissionError):
+                change()
+    finally:
+        batch.close()
 
 
-@pytest.mark.backends("asyncio", "trio")
-def test_a_predecessor_that_dies_has_left_what_it_made(backend: str, run_service: Run) -> None:
-    service = run_service(backend, at_start=INHERIT)
-    service.configure(at_start=INHERIT + "\nawait wait()")
-    with Conversation(service.address) as asking:
-        asking.say("restart", until="serving")
-        service.wait_for("waiting")
-        service.signal(service.pids[0], signal.SIGKILL)
-        service.wait_for_death(service.pids[0])
-    service.wait_for_log("goes on without it")
-    service.release()
-    service.wait_for("ready", generation=2)
-    assert service.run(READ) == {"early": ["early of 1", 1]}
-    why = "try:\n    stash['late']\nexcept KeyError as error:\n    why = str(error)\nwhy"
-    assert "the predecessor died before it made the stash 'late'" in service.run(why)
+async def test_it_can_be_called_off_while_something_is_produced() -> None:
+    begun, notes = anyio.Event(), []
+
+    async def produce() -> AsyncIterator[bytes]:
+        try:
+            yield b"first"
+            begun.set()
+            await anyio.sleep_forever()
+        finally:
+            notes.append("closed")
+
+    await call_off(produce, begun)
+    assert notes == ["closed"]
 
 
-@pytest.mark.backends("asyncio")
-def test_nothing_is_left_behind(backend: str, run_service: Run) -> None:
-    service = run_service(backend, at_start=INHERIT)
-    # Two of one generation, each a mapping and a descriptor of it: not those of the ones before.
-    assert {holdings(service.restart("settled")["successor_pid"]) for _ in range(4)} == {4}
+async def test_called_off_it_waits_for_what_is_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, notes = anyio.Event(), threading.Event(), []
+    pwrite = os.pwrite
+
+    def write(*arguments: Any) -> int:
+        anyio.from_thread.run_sync(begun.set)
+        go_on.wait()
+        notes.append("written")
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", write)
+
+    async def produce() -> AsyncIterator[bytes]:
+        try:
+            yield MEDIUM
+            yield MEDIUM
+        finally:
+            await anyio.lowlevel.checkpoint()
+            notes.append("closed")
+
+    await call_off(produce, begun, go_on)
+    assert notes == ["written", "closed"]
+
+
+async def call_off(producer: Producer, begun: anyio.Event, go_on: threading.Event | None = None) -> None:
+    stashes = Stashes()
+    stashes.add("long", producer, "start", 0)
+    batch = stashes.batch(At.START)
+    try:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(batch.make)
+            await begun.wait()
+            assert batch.making == "long"
+            task_group.cancel_scope.cancel()
+            if go_on is not None:
+                go_on.set()
+    finally:
+        batch.close()
+
+
+async def test_a_producer_runs_on_the_loop_and_its_bytes_are_written_in_a_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, writers = threading.get_ident(), set()
+    pwrite = os.pwrite
+
+    def note(*arguments: Any) -> int:
+        writers.add(threading.get_ident())
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", note)
+
+    def produce() -> bytes:
+        assert threading.get_ident() == here
+        return BIG
+
+    arrived = (await pass_on(produce))["0"] == BIG
+    assert arrived
+    assert writers
+    assert here not in writers
+
+
+async def test_small_pieces_let_the_loop_turn() -> None:
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await anyio.lowlevel.checkpoint()
+            turns += 1
+
+    seen = []
+
+    def produce() -> Iterator[bytes]:
+        for _ in range(20):
+            time.sleep(stash.TURN_SECONDS * 2)
+            seen.append(turns)
+            yield b"small"
+
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(count)
+        inherited = await pass_on(produce)
+        task_group.cancel_scope.cancel()
+    assert inherited["0"] == b"small" * 20
+    assert len(set(seen)) > 5
+
+
+async def test_a_buffer_is_given_back_between_two_pieces() -> None:
+    buffer = bytearray(b"x" * stash.GATHER)
+
+    def produce() -> Iterator[bytearray]:
+        yield buffer
+        buffer.extend(b"yy")  # a BufferError, if somebody still held a view
+        yield buffer
+
+    arrived = (await pass_on(produce))["0"] == b"x" * stash.GATHER * 2 + b"yy"
+    assert arrived
+
+
+WRONG: dict[str, Callable[[], Any]] = {
+    "ZeroDivisionError": lambda: b"%d" % (1 // 0),
+    "no NoneType": lambda: None,
+    "no str": lambda: "text",
+    "no int": lambda: 7,
+    "bytes-like object is required, not 'str'": yielding(b"a", "text"),
+    "bytes-like object is required": returning_async({"a": 1}),
+    "contiguous": lambda: memoryview(b"abcd")[::2],
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+async def test_what_is_no_producer_says_so(message: str) -> None:
+    with pytest.raises(StashFailed, match=f"the stash '0' could not be made: .*{message}"):
+        await pass_on(WRONG[message])
+
+
+async def test_no_descriptor_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, flags: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", fail)
+    with pytest.raises(StashFailed, match="Too many open files"):
+        await pass_on(lambda: b"")
+
+
+@pytest.mark.parametrize("name", ["", "x" * 129, "new\nline", "\0"])
+def test_a_name_is_short_and_printable(name: str) -> None:
+    with pytest.raises(ValueError, match="1 to 128 printable"):
+        Stashes().add(name, bytes, "start", 0)
+
+
+def test_what_cannot_work_is_refused_at_once() -> None:
+    stashes = Stashes()
+    with pytest.raises(TypeError, match="the name of a stash is a string"):
+        stashes.add(b"cache", bytes, "start", 0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cannot be called"):
+        stashes.add("cache", b"bytes", "start", 0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='"start" or at "commit", not \'end\''):
+        stashes.add("cache", bytes, "end", 0)
+    for version in (None, 1.5, True):
+        with pytest.raises(TypeError, match="a string or a number"):
+            stashes.add("cache", bytes, "start", version)  # type: ignore[arg-type]
+    stashes.add("cache", bytes, "commit", "v1")
+    with pytest.raises(ValueError, match="already"):
+        stashes.add("cache", bytes, "start", 0)
+    assert (stashes.names(At.START), stashes.names(At.COMMIT)) == ([], ["cache"])
+
+
+def test_why_there_is_none() -> None:
+    inherited = InheritedStash()
+    inherited.expect(["counters"])
+    with pytest.raises(KeyError, match="the predecessor has left no stash 'cache'"):
+        inherited["cache"]
+    with pytest.raises(KeyError, match="made at the commit: it can be read after ready"):
+        inherited["counters"]
+    inherited.forsake()
+    with pytest.raises(KeyError, match="died before it made"):
+        inherited.version("counters")
+
+
+async def test_memory_is_given_back_with_the_last_view() -> None:
+    inherited = await pass_on(lambda: b"popped", lambda: b"held", lambda: b"left")
+
+    def maps() -> int:
+        gc.collect()
+        with open("/proc/self/maps") as file:
+            return sum("memfd:ecdysis-stash" in line for line in file)
+
+    assert maps() == 3
+    part = inherited.pop("0")[2:]
+    assert maps() == 3
+    del part
+    assert maps() == 2
+    with pytest.raises(KeyError, match="was popped"):
+        inherited["0"]
+    assert inherited.version("0") == 0
+    held = inherited["1"][1:]
+    inherited.clear()
+    assert maps() == 1
+    assert (len(inherited), bytes(held)) == (0, b"eld")
+    del held
+    assert maps() == 0
+
+
+@pytest.fixture
+def memory() -> Iterator[int]:
+    descriptor = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(descriptor, b"12345")
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("missing", [fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, fcntl.F_SEAL_WRITE, fcntl.F_SEAL_SEAL])
+def test_what_could_still_change_is_refused(missing: int, memory: int) -> None:
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, stash.SEALS & ~missing)
+    with pytest.raises(GarbledFrame, match="no sealed memory file of 5 bytes"):
+        InheritedStash().receive([{"name": "cache", "version": 0, "size": 5}], [memory])
+
+
+@pytest.mark.parametrize("size", [4, 6, 0, -1])
+def test_a_wrong_size_is_refused(size: int, memory: int) -> None:
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, stash.SEALS)
+    with pytest.raises(GarbledFrame, match="no sealed memory file"):
+        InheritedStash().receive([{"name": "cache", "version": 0, "size": size}], [memory])
+
+
+def test_what_is_no_memory_is_refused() -> None:
+    reader, writer = os.pipe()
+    try:
+        with pytest.raises(GarbledFrame, match="no sealed memory file"):
+            InheritedStash().receive([{"name": "cache", "version": 0, "size": 0}], [reader])
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        [],
+        [{"name": "cache", "version": 0, "size": 5}] * 2,
+        [{"name": 1, "version": 0, "size": 5}],
+        [{"name": "cache", "version": None, "size": 5}],
+        [{"name": "cache", "version": 0, "size": "5"}],
+    ],
+)
+def test_a_garbled_description_is_refused(described: list[dict[str, Any]], memory: int) -> None:
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, stash.SEALS)
+    with pytest.raises(GarbledFrame):
+        InheritedStash().receive(described, [memory])
+
+
+def test_a_batch_of_nothing() -> None:
+    batch = Batch()
+    assert batch.describe() == []
+    batch.close()

@@ -1,0 +1,158 @@
+"""The gate: every acceptor of this generation opens, pauses and ends together, on the supervisor's word.
+
+A data plane puts one :class:`Acceptor` per registered socket behind the gate and never decides by itself when to
+accept. That is what keeps guarantee G2 (one acceptor) in a single place. Nothing here knows a loop.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+
+import anyio
+
+from ecdysis_async._connections.parcel import Adopter
+from ecdysis_async._sockets.registry import Entry
+
+__all__ = ["Acceptor", "Gate", "GateState"]
+
+
+class GateState(enum.Enum):
+    """Whether this generation may take connections from its sockets."""
+
+    CLOSED = "closed"  # before the commit, or paused: what waits stays in the kernel's queue
+    OPEN = "open"  # between commit and pause
+    ENDED = "ended"  # accepting is over in this process for good
+
+
+class Acceptor(abc.ABC):
+    """What takes connections, or datagrams, from one registered socket.
+
+    ``open`` and ``pause`` alternate, beginning with ``open``; ``end`` comes last, once, always after the gate was
+    closed for this acceptor (or before it was ever opened). Only where the application closes its server while that
+    is being opened, ``end`` comes during ``open``, which then has to leave nothing open.
+    """
+
+    entry: Entry
+    # What goes on with connections of the predecessor's that were accepted from this socket, where that can be.
+    adopter: Adopter | None = None
+
+    @abc.abstractmethod
+    async def open(self) -> None:
+        """Begin to accept. The entry's socket is listening already."""
+
+    @abc.abstractmethod
+    async def pause(self) -> None:
+        """Stop accepting; return once everything that user space has accepted is attached to its handler.
+
+        It must finish even if it is cancelled half-way: the supervisor shields it.
+        """
+
+    @abc.abstractmethod
+    async def end(self) -> None:
+        """Accepting is over for good: let go of duplicates, wake those who wait for a next connection."""
+
+
+class Gate:
+    """All acceptors of one generation."""
+
+    def __init__(self) -> None:
+        self.state = GateState.CLOSED
+        self._acceptors: list[Acceptor] = []
+        self._open: set[Acceptor] = set()
+        # Those whose `open` runs at this moment, in whatever task. A pause waits for them: one that it overlooked would
+        # go on accepting next to the successor (G2).
+        self._opening: dict[Acceptor, anyio.Event] = {}
+
+    @property
+    def acceptors(self) -> tuple[Acceptor, ...]:
+        """Those that were added and not ended, in the order they came."""
+        return tuple(self._acceptors)
+
+    @property
+    def open_acceptors(self) -> AbstractSet[Acceptor]:
+        """Those that accept at this moment."""
+        return self._open
+
+    async def add(self, acceptor: Acceptor) -> None:
+        """Put an acceptor behind the gate; it is opened at once where the gate stands open.
+
+        Where accepting is over already, it is ended at once.
+        """
+        if self.state is GateState.ENDED:
+            await acceptor.end()
+            return
+        self._acceptors.append(acceptor)
+        if self.state is GateState.OPEN:
+            await self.open_one(acceptor)
+
+    async def remove(self, acceptor: Acceptor) -> None:
+        """Take out one acceptor, because the application closed its server."""
+        if acceptor in self._acceptors:
+            self._acceptors.remove(acceptor)
+            # One that is being opened is not waited for: who closes a server cannot wait (asyncio_servers.withdraw).
+            await self._pause_open(acceptor)
+            await acceptor.end()
+
+    async def open(self) -> None:
+        """Begin to accept on every socket; also what undoes a pause. Those that are open already stay as they are.
+
+        Where accepting is over for good it stays over.
+        """
+        if self.state is GateState.ENDED:
+            return
+        self.state = GateState.OPEN
+        for acceptor in self.acceptors:
+            # It may have been paused while the one before was opened.
+            if self.state is GateState.OPEN:
+                await self.open_one(acceptor)
+
+    async def pause(self, *, spare: Callable[[Entry], bool] | None = None) -> None:
+        """Stop accepting, except on the entries that ``spare`` names; those stay open and can be paused later."""
+        if self.state is GateState.OPEN:
+            self.state = GateState.CLOSED
+        for acceptor in self.acceptors:
+            await self._wait_opened(acceptor)
+            if spare is None or not spare(acceptor.entry):
+                await self._pause_open(acceptor)
+
+    async def end(self, *, spare: Callable[[Entry], bool] | None = None) -> None:
+        """Pause, and let go of every acceptor that ``spare`` does not name; of all of them at the last call."""
+        await self.pause(spare=spare)
+        self.state = GateState.ENDED
+        for acceptor in self.acceptors:
+            if acceptor not in self._open:
+                self._acceptors.remove(acceptor)
+                await acceptor.end()
+
+    async def open_one(self, acceptor: Acceptor) -> None:
+        """Begin to accept on one socket, unless it is accepted on already."""
+        await self._wait_opened(acceptor)
+        # The application may have removed one, and closed its socket, while others were opened.
+        if acceptor not in self._acceptors or acceptor in self._open:
+            return
+        opened = self._opening[acceptor] = anyio.Event()
+        try:
+            acceptor.entry.start_listening()
+            await acceptor.open()
+            if acceptor in self._acceptors:
+                self._open.add(acceptor)
+        finally:
+            del self._opening[acceptor]
+            opened.set()
+
+    async def pause_one(self, acceptor: Acceptor) -> None:
+        """Stop accepting on one socket."""
+        await self._wait_opened(acceptor)
+        await self._pause_open(acceptor)
+
+    async def _wait_opened(self, acceptor: Acceptor) -> None:
+        while acceptor in self._opening:
+            await self._opening[acceptor].wait()
+
+    async def _pause_open(self, acceptor: Acceptor) -> None:
+        if acceptor in self._open:
+            await acceptor.pause()
+            self._open.discard(acceptor)

@@ -1,0 +1,123 @@
+"""Loops whose servers pass the gate: they reach every server that asks its loop for one, such as uvicorn or aiohttp.
+
+While an ``Ecdysis`` runs on such a loop, ``create_server`` and the like go to the data plane; else, and for whatever a
+client does, the loop is as it was. Nothing here accepts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib.util
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Literal, TypeVar
+
+from ecdysis_async._system.descriptors import occupy_standard_descriptors
+
+from . import asyncio_datagrams, asyncio_servers
+from .data_plane import Plane, active
+
+__all__ = ["loop_factory", "run"]
+
+T = TypeVar("T")
+
+LoopName = Literal["auto", "asyncio", "uvloop"]
+
+
+def run(
+    main: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
+    *,
+    loop: LoopName = "auto",
+    debug: bool | None = None,
+) -> T:
+    """Run a program on a gated loop, as ``asyncio.run`` does, and return its result.
+
+    Args:
+        main: an ``async def`` function, or its coroutine.
+        loop: "auto" takes uvloop where it is installed.
+        debug: the loop's debug mode.
+
+    Raises:
+        ModuleNotFoundError: uvloop was asked for and is not installed.
+    """
+    occupy_standard_descriptors()
+    with asyncio.Runner(debug=debug, loop_factory=loop_factory(loop)) as runner:
+        return runner.run(main() if callable(main) else main)
+
+
+def loop_factory(name: LoopName = "auto") -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return what makes a gated loop; for ``asyncio.Runner``, or a server that takes a loop factory.
+
+    Raises:
+        ModuleNotFoundError: uvloop was asked for and is not installed.
+        ValueError: there is no loop of that name.
+    """
+    match name:
+        case "auto":
+            return _uvloop_class() if importlib.util.find_spec("uvloop") else GatedSelectorLoop
+        case "asyncio":
+            return GatedSelectorLoop
+        case "uvloop":
+            return _uvloop_class()
+    raise ValueError(f'{name!r} is no loop: take "auto", "asyncio" or "uvloop"')
+
+
+class _Gated(asyncio.AbstractEventLoop):
+    """What a gated loop does differently; the loop's own methods stand behind, as ``ungated_…``."""
+
+    async def create_server(self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
+        plane = _plane()
+        if plane is None:
+            return await super().create_server(protocol_factory, host, port, **options)
+        return await asyncio_servers.create_server(plane, protocol_factory, host, port, **options)
+
+    async def create_unix_server(self, protocol_factory: Any, path: Any = None, **options: Any) -> Any:
+        plane = _plane()
+        if plane is None:
+            return await super().create_unix_server(protocol_factory, path, **options)
+        return await asyncio_servers.create_unix_server(plane, protocol_factory, path, **options)
+
+    async def create_datagram_endpoint(
+        self, protocol_factory: Any, local_addr: Any = None, remote_addr: Any = None, **options: Any
+    ) -> Any:
+        plane = _plane()
+        if plane is None or not asyncio_datagrams.is_service(plane, local_addr, remote_addr, options.get("sock")):
+            return await super().create_datagram_endpoint(protocol_factory, local_addr, remote_addr, **options)
+        return await asyncio_datagrams.create_datagram_endpoint(
+            plane, protocol_factory, local_addr, remote_addr, **options
+        )
+
+    def ungated_create_server(self, *arguments: Any, **options: Any) -> Awaitable[Any]:
+        return super().create_server(*arguments, **options)
+
+    def ungated_create_unix_server(self, *arguments: Any, **options: Any) -> Awaitable[Any]:
+        return super().create_unix_server(*arguments, **options)
+
+    def ungated_create_datagram_endpoint(self, *arguments: Any, **options: Any) -> Awaitable[Any]:
+        return super().create_datagram_endpoint(*arguments, **options)
+
+
+class GatedSelectorLoop(_Gated, asyncio.SelectorEventLoop):
+    """asyncio's loop, gated."""
+
+
+@functools.cache
+def _uvloop_class() -> type[asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('uvloop is not installed: pip install "ecdysis_async[uvloop]"') from error
+
+    # uvloop's stubs are narrower than typeshed's AbstractEventLoop, method by method.
+    class GatedUvloop(_Gated, uvloop.Loop):  # type: ignore[misc]
+        """uvloop's loop, gated."""
+
+    return GatedUvloop
+
+
+def _plane() -> Plane | None:
+    """Return the plane whose supervisor runs on this very loop."""
+    try:
+        return active()
+    except LookupError:
+        return None

@@ -1,0 +1,182 @@
+"""The health endpoints: the few lines of HTTP/1.1 by which a load balancer, or Kubernetes, asks how a service is.
+
+``GET`` or ``HEAD`` of ``/live`` is answered by 200 for as long as this process lives, of ``/ready`` by 200, or by 503
+with the reason in one line. One request a connection, and all that a client can take is bounded: places, bytes, time.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import anyio
+import anyio.abc
+
+from ecdysis_async._accepting.gated_socket import EXHAUSTED, EXHAUSTED_PAUSE_SECONDS, accept_connection
+
+__all__ = ["HealthServer"]
+
+logger = logging.getLogger("ecdysis_async")
+
+# How many clients are heard at once; one more takes the place of the one that has been there for longest.
+MAX_CLIENTS = 32
+
+# How long a request and its headers may be, bytes, and how long all of a connection may take, seconds.
+MAX_HEAD_BYTES = 8 * 1024
+CLIENT_SECONDS = 5.0
+
+# What a client still sends that has its answer is read for so long, because a reset would take the answer from it.
+REST_SECONDS = 1.0
+MAX_REST_BYTES = 64 * 1024
+
+MAX_REASON_CHARACTERS = 500
+
+METHODS: Final = ("GET", "HEAD")
+PATHS: Final = ("/live", "/ready")
+REQUEST_PARTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response: its status line without the version, and the line of text that is its body."""
+
+    status: str
+    text: str
+    allow: bool = False
+
+    def to_bytes(self, *, with_body: bool) -> bytes:
+        """Return it as it is sent; the one to HEAD tells of a body that does not follow."""
+        body = self.text.encode() + b"\n"
+        lines = [
+            f"HTTP/1.1 {self.status}",
+            "Content-Type: text/plain; charset=utf-8",
+            f"Content-Length: {len(body)}",
+            "Cache-Control: no-store",
+            "Connection: close",
+        ]
+        if self.allow:
+            lines.append(f"Allow: {', '.join(METHODS)}")
+        return "\r\n".join([*lines, "", ""]).encode() + (body if with_body else b"")
+
+
+class HealthServer:
+    """Answers on a listening socket, which stays its owner's.
+
+    Args:
+        sock: it listens already.
+        why_not_ready: returns why the service is not ready, or None if it is; must not block.
+    """
+
+    def __init__(self, sock: socket.socket, why_not_ready: Callable[[], str | None]) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._why_not_ready = why_not_ready
+        # The oldest first.
+        self._clients: dict[socket.socket, anyio.CancelScope] = {}
+
+    async def run(self) -> None:
+        """Answer until this is cancelled; nothing that a client does ends it."""
+        async with anyio.create_task_group() as task_group:
+            while True:
+                await anyio.wait_readable(self._sock)
+                try:
+                    client = accept_connection(self._sock)
+                except BlockingIOError:
+                    continue  # another process, which shares the socket, was faster
+                except OSError as error:
+                    if error.errno not in EXHAUSTED:
+                        raise
+                    # A place of ours can be had at once, one of somebody else's later.
+                    if not self._make_room():
+                        await anyio.sleep(EXHAUSTED_PAUSE_SECONDS)
+                    continue
+                if len(self._clients) >= MAX_CLIENTS:
+                    self._make_room()
+                # Not in the task, which may have its first turn only after many more have come.
+                scope = self._clients[client] = anyio.CancelScope(deadline=anyio.current_time() + CLIENT_SECONDS)
+                task_group.start_soon(self._serve, client, scope)
+
+    def _make_room(self) -> bool:
+        """Let the oldest client go; say whether there was one."""
+        for client in self._clients:
+            self._clients.pop(client).cancel()
+            return True
+        return False
+
+    async def _serve(self, client: socket.socket, scope: anyio.CancelScope) -> None:
+        try:
+            with client, scope:
+                await self._answer(client)
+        except OSError as error:
+            logger.debug("a client of the health endpoints is let go: %r", error)
+        except Exception:
+            logger.exception("a request to the health endpoints failed")
+        finally:
+            self._clients.pop(client, None)
+
+    async def _answer(self, client: socket.socket) -> None:
+        head = await _receive_head(client)
+        if not head:
+            return  # somebody has looked whether the port is open
+        method, answer = self._choose(head)
+        await _send(client, answer.to_bytes(with_body=method != "HEAD"))
+        client.shutdown(socket.SHUT_WR)
+        with anyio.move_on_after(REST_SECONDS):
+            left = MAX_REST_BYTES
+            while left > 0 and (data := await _receive(client)):
+                left -= len(data)
+
+    def _choose(self, head: bytes) -> tuple[str, Answer]:
+        if len(head) > MAX_HEAD_BYTES:
+            return "", Answer("400 Bad Request", f"no more than {MAX_HEAD_BYTES} bytes are read")
+        line = head.partition(b"\n")[0].rstrip(b"\r").decode("latin-1")
+        parts = line.split(" ")
+        if len(parts) != REQUEST_PARTS or not parts[2].startswith("HTTP/1.") or not _is_whole(head):
+            return "", Answer("400 Bad Request", f"this is no request: GET {PATHS[1]} HTTP/1.1 is one")
+        method, target, _ = parts
+        path = target.partition("?")[0]
+        if path not in PATHS:
+            return method, Answer("404 Not Found", f"there is {' and '.join(PATHS)}")
+        if method not in METHODS:
+            return method, Answer("405 Method Not Allowed", f"ask by {' or '.join(METHODS)}", allow=True)
+        if path == "/live":
+            return method, Answer("200 OK", "alive")
+        try:
+            reason = self._why_not_ready()
+        except Exception:
+            logger.exception("it cannot be told whether the service is ready")
+            reason = "it cannot be told: see the log"
+        if reason is None:
+            return method, Answer("200 OK", "ready")
+        return method, Answer("503 Service Unavailable", " ".join(reason.split())[:MAX_REASON_CHARACTERS])
+
+
+def _is_whole(head: bytes) -> bool:
+    return b"\r\n\r\n" in head or b"\n\n" in head
+
+
+async def _receive_head(client: socket.socket) -> bytes:
+    """Return what came until the empty line, the end, or the limit."""
+    head = b""
+    while not _is_whole(head) and len(head) <= MAX_HEAD_BYTES and (data := await _receive(client)):
+        head += data
+    return head
+
+
+async def _receive(client: socket.socket) -> bytes:
+    while True:
+        try:
+            return client.recv(MAX_HEAD_BYTES)
+        except BlockingIOError:
+            await anyio.wait_readable(client)
+
+
+async def _send(client: socket.socket, data: bytes) -> None:
+    while data:
+        try:
+            data = data[client.send(data) :]
+        except BlockingIOError:
+            await anyio.wait_writable(client)

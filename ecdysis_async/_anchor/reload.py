@@ -1,0 +1,76 @@
+"""``--reload``, as whoever serves sees it: a child that watches files, and asks for restarts by the control socket.
+
+A child, because what watches needs threads and memory that a service, and an anchor above all, shall not have.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import anyio
+
+from ecdysis_async._system.process import Process, describe_exit
+from ecdysis_async._system.threads import run_in_thread
+from ecdysis_async.errors import StartupError
+
+__all__ = ["require_watchfiles", "watch_files"]
+
+logger = logging.getLogger("ecdysis_async")
+
+WATCHER = "ecdysis_async.cli.reload"
+
+# What the child gets to end by itself once nobody is there any more, seconds.
+END_GRACE_SECONDS = 2.0
+
+
+def require_watchfiles() -> None:
+    """Check that files can be watched.
+
+    Raises:
+        StartupError: the package for it is missing.
+    """
+    if importlib.util.find_spec("watchfiles") is None:
+        raise StartupError("--reload needs watchfiles: pip install 'ecdysis_async[reload]'")
+
+
+async def watch_files(control: str, paths: Sequence[str]) -> None:
+    """Let a child watch until this is cancelled. Its end before that is told, and costs nothing else.
+
+    Args:
+        control: the control socket.
+        paths: files, and directories with all Python files below them.
+    """
+    process, held, told = await run_in_thread(lambda: _start(control, paths))
+    try:
+        await anyio.wait_readable(told)
+        if os.read(told, 1):
+            logger.info("watching %s: the service restarts when a file is saved", ", ".join(paths))
+        status = await process.wait()
+        logger.error("nobody watches for changes any more: the watcher has ended (%s)", describe_exit(status))
+    finally:
+        # The child ends with this pipe.
+        os.close(held)
+        os.close(told)
+        with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(END_GRACE_SECONDS):
+                await process.wait()
+            await process.end(0)
+        process.close()
+
+
+def _start(control: str, paths: Sequence[str]) -> tuple[Process, int, int]:
+    """Return the child, the end of the pipe that keeps it alive, and that of the one on which it tells of itself."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", WATCHER, control, *paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    )
+    assert child.stdin is not None and child.stdout is not None
+    with child.stdin, child.stdout:
+        process = Process(child.pid, os.pidfd_open(child.pid))
+        # It is reaped by its pidfd.
+        child.returncode = 0
+        return process, os.dup(child.stdin.fileno()), os.dup(child.stdout.fileno())

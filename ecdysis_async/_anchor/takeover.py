@@ -1,0 +1,171 @@
+"""The takeover of a whole anchor: another process goes on with its workers, its sockets and all it knows.
+
+What an upgrade in place leaves to the same process (upgrade.py), travels to another one here, and with it every
+descriptor. Each side waits for the other's word before it acts, so that two never do: the newcomer begins at the
+former one's last word, or at its death, proved by its pidfd. Everything here blocks: for an anchor, which serves
+nobody itself, a moment of that is what makes its state one.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import select
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ecdysis_async._ipc.channel import BATCH, READ_SIZE, Frame, FrameDecoder, encode
+from ecdysis_async._management.takeover import ask_for_channel
+from ecdysis_async.errors import ChannelError, TakeoverFailed
+
+from . import reexec as upgrade
+
+__all__ = ["Succession", "ask_for_service", "pass_service_on"]
+
+STATE, TAKEN, GO = "state", "taken", "go"
+
+# How long either side may take over its next word, seconds: far more than it needs, and for as long the former anchor
+# hears nobody else.
+ANSWER_SECONDS = 5.0
+
+# An end of file comes a moment before the pidfd of a dying process is readable, milliseconds.
+DEATH_GRACE_MILLISECONDS = 2000
+
+
+@dataclass(slots=True)
+class Succession:
+    """What a newcomer was given.
+
+    Attributes:
+        state: what the former anchor knew, its descriptors by the numbers that they have here.
+        former_pid: of the former anchor.
+    """
+
+    state: Mapping[str, Any]
+    former_pid: int
+    _sock: socket.socket
+    _decoder: FrameDecoder
+    _pidfd: int
+
+    def confirm(self) -> None:
+        """Say that it is taken; return when this process is the anchor.
+
+        Raises:
+            TakeoverFailed: the former one goes on.
+        """
+        try:
+            if self._hear_go():
+                return
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            # Its word may have been lost with it: then nobody else is there to go on.
+            if not poll.poll(DEATH_GRACE_MILLISECONDS):
+                raise TakeoverFailed("the service did not hand over in the end, and goes on: its log says why")
+        finally:
+            self._sock.close()
+            os.close(self._pidfd)
+
+    def _hear_go(self) -> bool:
+        try:
+            _send(self._sock, TAKEN, {})
+            frame = _receive(self._sock, self._decoder)
+        except (ChannelError, OSError):
+            return False
+        frame.close()
+        return frame.type == GO
+
+
+def ask_for_service(path: str) -> Succession:
+    """Ask the anchor with a control socket for everything that it has.
+
+    Raises:
+        TakeoverFailed: nobody is there, or it refuses, or cannot be understood; nothing has changed then.
+    """
+    sock = ask_for_channel(path, anchor=upgrade.FORMAT)
+    sock.settimeout(ANSWER_SECONDS)
+    decoder = FrameDecoder()
+    try:
+        frame = _receive(sock, decoder)
+        memory, pidfd, *descriptors = frame.descriptors
+        with os.fdopen(memory, "rb") as file:
+            # Its offset is the writer's.
+            file.seek(0)
+            state = json.load(file)
+        if state["format"] != upgrade.FORMAT:
+            raise TakeoverFailed(f"the service's state is of format {state['format']}, this release reads another one")
+        here = dict(zip(map(int, frame.body["numbers"]), descriptors, strict=True))
+        return Succession(_translate(state, here), int(frame.body["pid"]), sock, decoder, pidfd)
+    except (ChannelError, OSError, KeyError, TypeError, ValueError) as error:
+        sock.close()
+        raise TakeoverFailed(f"what the service at {path} hands over cannot be read: {error!r}") from error
+    except BaseException:
+        sock.close()
+        raise
+
+
+def pass_service_on(channel: socket.socket, state: Mapping[str, Any], numbers: Sequence[int]) -> None:
+    """Let another process go on with this state; when it returns, this process has to end, without a further word.
+
+    Args:
+        channel: to that process.
+        state: see ``upgrade.seal``.
+        numbers: the descriptors that the state names.
+
+    Raises:
+        TakeoverFailed: it does not, and this one goes on.
+    """
+    channel.settimeout(ANSWER_SECONDS)
+    memory = upgrade.seal(state)
+    try:
+        pidfd = os.pidfd_open(os.getpid())
+        try:
+            _send(channel, STATE, {"pid": os.getpid(), "numbers": list(numbers)}, [memory, pidfd, *numbers])
+        finally:
+            os.close(pidfd)
+        frame = _receive(channel, FrameDecoder())
+        frame.close()
+        if frame.type != TAKEN:
+            raise TakeoverFailed(f"it answers with {frame.type!r}")
+        _send(channel, GO, {})
+    except (ChannelError, OSError) as error:
+        raise TakeoverFailed(f"the process that asked for the service does not take it: {error!r}") from error
+    finally:
+        os.close(memory)
+
+
+def _translate(state: dict[str, Any], here: Mapping[int, int]) -> dict[str, Any]:
+    """Name descriptors by the numbers that they have in this process."""
+    for worker in state["crew"]["workers"]:
+        worker["pidfd"], worker["line"] = here[worker["pidfd"]], here[worker["line"]]
+    for sockets in state["sockets"].values():
+        sockets["descriptors"] = [here[number] for number in sockets["descriptors"]]
+    state["signals"] = here[state["signals"]]
+    return state
+
+
+def _send(sock: socket.socket, type: str, body: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
+    view = memoryview(encode(type, body, len(descriptors)))
+    batches = [descriptors[start : start + BATCH] for start in range(0, len(descriptors), BATCH)]
+    # Each batch with one byte, and the last with all that is left: as Channel sends.
+    while view:
+        batch, batches = (batches[0], batches[1:]) if batches else ((), [])
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", batch))] if batch else []
+        view = view[sock.sendmsg([view[:1] if batches else view], rights, socket.MSG_NOSIGNAL) :]
+
+
+def _receive(sock: socket.socket, decoder: FrameDecoder) -> Frame:
+    room = socket.CMSG_SPACE(BATCH * array.array("i").itemsize)
+    while True:
+        data, ancillary, _, _ = sock.recvmsg(READ_SIZE, room, socket.MSG_CMSG_CLOEXEC)
+        descriptors = array.array("i")
+        for _, _, rights in ancillary:
+            descriptors.frombytes(rights)
+        frames = decoder.feed(data, descriptors.tolist())
+        if frames:
+            return frames[0]
+        if not data:
+            decoder.end()
+            raise ConnectionResetError("the other end has left")

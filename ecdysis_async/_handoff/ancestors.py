@@ -1,0 +1,145 @@
+"""The older generations that are still there: what a newer one knows of them, and hears from them."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from ecdysis_async._ipc.channel import Frame
+from ecdysis_async._ipc.peer import Death, Peer
+from ecdysis_async.errors import ChannelError, DescriptorsLost
+
+from .protocol import Farewell
+
+__all__ = ["Ancestor", "Lineage"]
+
+logger = logging.getLogger("ecdysis_async")
+
+
+@dataclass(slots=True)
+class Ancestor:
+    """An older generation that is still there, or the predecessor."""
+
+    generation: int
+    pid: int
+    peer: Peer
+    connections: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what travels in LISTENERS; channel and pidfd travel beside it, in this order."""
+        return {"generation": self.generation, "pid": self.pid}
+
+
+class Lineage:
+    """The older generations that still drain: how far they are, and which of them is too many.
+
+    Only one generation reads what they say: the newest one that has settled.
+    """
+
+    def __init__(self) -> None:
+        self.ancestors: list[Ancestor] = []
+        self.on_drained: Callable[[Ancestor, Mapping[str, Any]], None] = lambda ancestor, body: None
+        # Called when an ancestor has made its successor the main process in the eyes of the service manager.
+        self.on_main: Callable[[Ancestor], None] = lambda ancestor: None
+        # Called with the socket over which an ancestor passes its connections on; it is then the callee's.
+        self.on_transfer: Callable[[socket.socket], None] | None = None
+        self._following: anyio.CancelScope | None = None
+        self._ended = anyio.Event()
+        self._is_let_go = False
+        # Whether logs were to be reopened before it was known who drains.
+        self._has_to_reopen = False
+
+    async def follow(self, max_draining: int) -> None:
+        """Listen to all of them until each one is dead, and tell those beyond ``max_draining`` to hurry."""
+        try:
+            with anyio.CancelScope() as self._following:
+                if self._is_let_go:
+                    return
+                for ancestor in sorted(self.ancestors, key=lambda each: each.generation)[:-max_draining]:
+                    await _tell(ancestor, Farewell.HURRY)
+                if self._has_to_reopen:
+                    await self.reopen_logs()
+                async with anyio.create_task_group() as task_group:
+                    for ancestor in self.ancestors:
+                        task_group.start_soon(ancestor.peer.run, functools.partial(self.deliver, ancestor))
+        finally:
+            # However it ends: somebody may wait for that.
+            self._ended.set()
+
+    async def let_go(self) -> list[dict[str, Any]]:
+        """Listen to them no more; return what a successor has to know to go on where this one ended."""
+        self._is_let_go = True
+        if self._following is not None:
+            self._following.cancel()
+            await self._ended.wait()
+        return [
+            {"pid": ancestor.pid, "pending": base64.b64encode(ancestor.peer.channel.pending).decode()}
+            for ancestor in self.ancestors
+        ]
+
+    async def reopen_logs(self) -> None:
+        """Let all of them open log files anew that were moved away."""
+        if self._following is None:
+            # The predecessor may be of a release that takes an unknown message for a failure until it has settled.
+            self._has_to_reopen = True
+        elif not self._is_let_go:
+            for ancestor in tuple(self.ancestors):
+                await _tell(ancestor, Farewell.REOPEN_LOGS)
+
+    async def outlive(self) -> None:
+        """Wait until each of them is dead. Only while ``follow`` runs."""
+        if self.ancestors:
+            await self._ended.wait()
+
+    def close(self) -> None:
+        """Let go of the descriptors. Not while ``follow`` runs."""
+        while self.ancestors:
+            self.ancestors.pop().peer.close()
+
+    def deliver(self, ancestor: Ancestor, item: Frame | ChannelError | Death) -> None:
+        """Take note of what an ancestor says."""
+        match item:
+            case Frame(type=Farewell.PROGRESS):
+                ancestor.connections = item.body.get("connections")
+            case Frame(type=Farewell.DRAINED):
+                ancestor.connections = 0
+                try:
+                    self.on_drained(ancestor, item.body)
+                except (KeyError, TypeError, ValueError):
+                    # Another release's idea of a report; whatever it says, it must not end the newest generation.
+                    logger.warning("the report of generation %d cannot be read", ancestor.generation, exc_info=True)
+            case Frame(type=Farewell.TRANSFER, descriptors=[descriptor, *others]) if self.on_transfer is not None:
+                # Taken over, not duplicated: there may be no further descriptor to be had.
+                for other in others:
+                    os.close(other)
+                self.on_transfer(socket.socket(fileno=descriptor))
+                return
+            case Frame(type=Farewell.MAIN):
+                self.on_main(ancestor)
+            case DescriptorsLost():
+                # It finds the way of its connections closed, and serves them to their end itself.
+                logger.warning(
+                    "generation %d (pid %d) keeps what it was to pass on: %s", ancestor.generation, ancestor.pid, item
+                )
+            case Death():
+                # Also if it could not say so: who is dead is the main process no more.
+                self.on_main(ancestor)
+                # Still in the list means still to be closed; its tasks end with this call.
+                self.ancestors.remove(ancestor)
+                ancestor.peer.close()
+        if isinstance(item, Frame):
+            item.close()
+
+
+async def _tell(ancestor: Ancestor, message: Farewell) -> None:
+    with contextlib.suppress(ChannelError):  # it is leaving at this moment
+        await ancestor.peer.channel.send(message, timeout=2)

@@ -1,0 +1,73 @@
+"""What the supervisor of a generation and the two sides of its handoffs share: data, and the log they write."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+
+from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._system.log_files import reopen_logs
+from ecdysis_async._system.process import Child
+from ecdysis_async._system.threads import run_in_thread
+from ecdysis_async.settings import Settings
+
+from .ancestors import Lineage
+from .stash import InheritedStash, Stashes
+
+__all__ = ["Generation", "Numbered", "Spawner"]
+
+Spawner = Callable[[socket.socket, int], Awaitable[Child]]
+"""Starts a successor with its end of the channel and its stderr, which stay the caller's; raises a RestartError."""
+
+
+class Numbered(logging.LoggerAdapter[logging.Logger]):
+    """Puts generation and pid before each line: in a restart's log two processes speak."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(logging.getLogger("ecdysis_async"), {})
+        self._prefix = f"[generation {number}, pid {os.getpid()}] "
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        return self._prefix + str(msg), kwargs
+
+
+@dataclass(slots=True)
+class Generation:
+    """What the two sides of a handoff share with their supervisor."""
+
+    number: int
+    settings: Settings
+    plane: Plane
+    log: Numbered
+    # Keys that this generation's environment got from the env file: forgotten before it is read afresh.
+    env_file_keys: tuple[str, ...] = ()
+    # Whether systemd watches over the service: then a successor has to become its child.
+    is_supervised: bool = False
+    # What this generation leaves to its successors, and what was left to it.
+    stashes: Stashes = field(default_factory=Stashes)
+    inherited_stash: InheritedStash = field(default_factory=InheritedStash)
+    # Whether other processes that are no generation of this slot accept from the same sockets: workers of one service.
+    shares_sockets: bool = False
+    lineage: Lineage = field(default_factory=Lineage)
+    # Pausing and resuming may be asked for at the same time; they must not interleave within the gate.
+    gate_lock: anyio.Lock = field(default_factory=anyio.Lock)
+
+    async def reopen_logs(self) -> int:
+        """Open log files anew that were moved away; return how many. The older generations do so as well."""
+        count = 0
+        try:
+            count = await run_in_thread(reopen_logs)
+        except Exception:
+            # An application may hang whatever it likes at its loggers; that must not end a service that logs on.
+            self.log.exception(
+                "not all log files were opened anew, and no connection was harmed: mend what the traceback names"
+            )
+        self.log.info("reopened %s", "1 log file" if count == 1 else f"{count} log files")
+        await self.lineage.reopen_logs()
+        return count

@@ -1,0 +1,689 @@
+"""The predecessor's side of a restart, carried out: the successor's process, the frames to it, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import signal
+import socket
+import struct
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import anyio
+
+from ecdysis_async._ipc.channel import Channel, Frame
+from ecdysis_async._ipc.peer import Death, Peer, wait_for_death
+from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._system.process import Child, describe_end, describe_launch, spawn
+from ecdysis_async._system.stderr import StderrTail, duplicate_stderr
+from ecdysis_async._system.threads import run_in_thread
+from ecdysis_async.errors import (
+    ChannelError,
+    DescriptorsLost,
+    GarbledFrame,
+    ReadyTimeout,
+    RestartError,
+    RolledBack,
+    SpawnFailed,
+    StashFailed,
+    SuccessorFailed,
+)
+from ecdysis_async.report import Outcome, Phase, RestartReport
+
+from .generation import Generation, Spawner
+from .protocol import (
+    VERSIONS,
+    Farewell,
+    FromPredecessor,
+    Predecessor,
+    PredecessorAction,
+    PredecessorEvent,
+    Timer,
+    choose_version,
+    predecessor_event,
+    step_predecessor,
+)
+from .side import COUNTERS, ERROR_BYTES, Side, as_channel_error
+from .stash import At, Batch
+
+__all__ = ["Handover"]
+
+# Limits of waits that no setting is worth: each is far more than a healthy process needs, seconds.
+PAUSE_SECONDS = 10.0
+SERVING_SECONDS = 30.0
+# What a successor that has to leave gets between SIGTERM and SIGKILL.
+END_GRACE_SECONDS = 3.0
+# How long to wait for what is on its way here already.
+FORESEE_SECONDS = 0.01
+# How long to wait where accepting again failed, for want of descriptors most likely.
+RESUME_PAUSE_SECONDS = 0.2
+
+# A phase ends with the event that leads from its last state to another phase.
+_PHASES: Final = {
+    Predecessor.SPAWNING: Phase.START,
+    Predecessor.INITIALISING: Phase.INITIALISE,
+    Predecessor.PAUSING: Phase.PAUSE,
+    Predecessor.COMMITTING: Phase.COMMIT,
+    Predecessor.PROBATION: Phase.PROBATION,
+}
+_OUTCOMES: Final = {
+    Predecessor.PROBATION: Outcome.SERVING,
+    Predecessor.SETTLED: Outcome.SETTLED,
+    Predecessor.FAILED: Outcome.FAILED,
+    Predecessor.ROLLED_BACK: Outcome.ROLLED_BACK,
+    Predecessor.STOPPED: Outcome.STOPPED,
+}
+
+
+class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
+    """One restart, as the generation that was asked for it carries it out.
+
+    Args:
+        generation: the predecessor.
+        on_change: called after each change of the state.
+        spawner: who brings the successor, where it is not started in the way of this generation.
+        number: the successor's, where it is not the next one: a worker may be replaced within one generation.
+        title: what the log calls it, where it is no restart but a start.
+
+    Attributes:
+        report: what stands so far.
+        error: why there is no successor, once it failed.
+        serving: set when the successor serves; not set where it never did.
+        published: set when the successor has settled on its side, and its pid file names it.
+    """
+
+    timed_out = PredecessorEvent.TIMED_OUT
+    failed = PredecessorEvent.BROKEN
+
+    def __init__(
+        self,
+        generation: Generation,
+        on_change: Callable[[Handover], None],
+        *,
+        spawner: Spawner | None = None,
+        number: int | None = None,
+        title: str | None = None,
+    ) -> None:
+        super().__init__(Predecessor.SPAWNING, step_predecessor, generation)
+        settings = generation.settings
+        self.limits = {
+            Timer.READY: settings.ready_timeout,
+            Timer.PAUSE: PAUSE_SECONDS,
+            Timer.SERVING: SERVING_SECONDS,
+            Timer.PROBATION: settings.probation,
+        }
+        self.report = RestartReport(
+            id=uuid.uuid4().hex[:12],
+            generation=generation.number + 1 if number is None else number,
+            predecessor_pid=os.getpid(),
+            started_at=time.time(),
+        )
+        self._title = title or f"restart {self.report.id}"
+        self.error: RestartError | None = None
+        self.serving = anyio.Event()
+        self.published = anyio.Event()
+        self.unclaimed: list[Entry] = []
+        self._on_change = on_change
+        self._entries: list[Entry] = []
+        self._entered = time.monotonic()
+        self._paused_at = math.nan
+        self._spawner = spawner or self._spawn
+        self._process: Child | None = None
+        self._peer: Peer | None = None
+        # Whether the successor has said that it fails.
+        self._has_failed = False
+        # Known once the peer can be asked no more.
+        self._is_successor_dead = False
+        self._gone = anyio.Event()
+        # Not set while this side is to accept again and does not yet.
+        self._resumed = anyio.Event()
+        self._resumed.set()
+        self._greeted = anyio.Event()
+        self._prepared = anyio.Event()
+        self._stash = Batch()
+        # Cancelled as soon as the restart does not need any more what is being made.
+        self._making = anyio.CancelScope()
+        self._counters = -1
+        self._env_file_keys: tuple[str, ...] = ()
+        self._stderr: StderrTail | None = None
+
+    # What the supervisor asks
+
+    @property
+    def committed(self) -> bool:
+        """Whether the successor was told to accept: from then on the restart cannot be called off any more."""
+        return self.state not in (
+            Predecessor.SPAWNING,
+            Predecessor.INITIALISING,
+            Predecessor.PAUSING,
+            Predecessor.ABORTING,
+            Predecessor.STOPPING,
+            Predecessor.FAILED,
+        )
+
+    @property
+    def successor_is_dead(self) -> bool:
+        """Whether the successor has ended, or there never was one."""
+        return self._is_successor_dead or self._peer is None or self._peer.is_dead()
+
+    async def run(self) -> None:
+        """Carry the restart out, to its very end: after it has settled, until the successor ends or this is cancelled.
+
+        Never raises what went wrong with the successor: that stands in ``error``.
+        """
+        log = self.generation.log
+        log.info("%s: starting generation %d", self._title, self.report.generation)
+        try:
+            await self._run()
+        except Exception:
+            # A defect of this library, or a machine in distress: it may cost the restart, never the service.
+            log.exception("%s broke down", self._title)
+            with anyio.CancelScope(shield=True):
+                await self._break_off()
+        finally:
+            self._close()
+
+    async def _run(self) -> None:
+        try:
+            await self._start()
+        except RestartError as error:
+            self.state = Predecessor.FAILED
+            self._fail(error, Phase.START)
+            return
+        assert self._peer is not None and self._process is not None and self._stderr is not None
+        async with anyio.create_task_group() as task_group:
+            self._tasks = task_group
+            task_group.start_soon(self._listen, self._peer)
+            task_group.start_soon(self._stderr.run)
+            if self.generation.stashes.names(At.START):
+                task_group.start_soon(self._prepare)
+            else:
+                self._prepared.set()
+            await self.advance()
+            if self.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
+                await self._stderr.pass_rest_on()
+            else:
+                # Its zombie is this process' to reap, also if its own successor lets it go before this one has
+                # drained. Whoever is the newest by then, and shares the channel, is still heard (Farewell.HURRY).
+                await self._process.wait()
+                await self._gone.wait()
+            task_group.cancel_scope.cancel()
+
+    async def _break_off(self) -> None:
+        """End a restart that cannot go on, so that this side accepts again wherever nobody else may."""
+        if self.state in (Predecessor.SETTLED, Predecessor.STOPPED):
+            # The service is the successor's, or nobody's; the end of this process tells it what is left to be told.
+            return
+        if self._process is not None:
+            await self._process.end(END_GRACE_SECONDS)
+        if self._peer is not None and not self._peer.is_dead():
+            self._peer.send_signal(signal.SIGKILL)
+            await wait_for_death(self._peer.pidfd)
+        is_over = self.state.final
+        if not is_over:
+            # First, so that a stop is heard while this side cannot accept yet: a restart that is over delays none.
+            kind, self.state = (
+                (RolledBack, Predecessor.ROLLED_BACK) if self.committed else (SuccessorFailed, Predecessor.FAILED)
+            )
+            self.report.outcome = Outcome.ROLLED_BACK if kind is RolledBack else Outcome.FAILED
+            self._fail(kind("the restart broke down in this process; its log has the traceback"), None)
+        if self.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
+            await self._resume()
+        if not is_over:
+            self._on_change(self)
+
+    async def let_go(self) -> None:
+        """Let a successor that has settled be a child of systemd; it is watched as before."""
+        if self._process is not None:
+            await self._process.let_go()
+
+    def refuse(self, error: RestartError) -> None:
+        """Let it fail before anything has begun."""
+        self.state = Predecessor.FAILED
+        self._fail(error, None)
+        self.over.set()
+
+    @property
+    def successor_died(self) -> anyio.Event:
+        """Set when the successor is dead; there must have been one."""
+        assert self._peer is not None
+        return self._peer.died
+
+    async def tell(
+        self, message: Farewell, body: Mapping[str, Any], descriptors: Sequence[int] = (), *, timeout: float = 2
+    ) -> None:
+        """Tell the successor how the drain goes; it may be gone, or busy, and then it is not told."""
+        if self._peer is None:
+            return
+        try:
+            await self._peer.channel.send(message, body, descriptors, timeout=timeout)
+        except ChannelError as error:
+            self.generation.log.debug("the successor was not told of the drain: %s", error)
+
+    # What happens
+
+    async def _listen(self, peer: Peer) -> None:
+        await peer.run(self._deliver)
+        # The successor is dead. Its own successor has the other end as well, and may have to tell this one to hurry.
+        with contextlib.suppress(ChannelError):
+            while True:
+                self._deliver(await peer.receive())
+        self._gone.set()
+
+    def _deliver(self, item: Frame | ChannelError | Death) -> None:
+        match item:
+            case Death():
+                self.post(PredecessorEvent.DIED)
+            case ChannelError():
+                self.post(PredecessorEvent.BROKEN, item)
+            case Frame(type=Farewell.PUBLISHED):
+                item.close()
+                self.published.set()
+            case Frame(type=Farewell.HURRY):
+                item.close()
+                self.generation.log.warning("too many generations drain: the deadline of this one is now")
+                self.generation.plane.tracker.hurry()
+            case Frame(type=Farewell.REOPEN_LOGS):
+                item.close()
+                self._tasks.start_soon(self.generation.reopen_logs)
+            case Frame():
+                try:
+                    event = self._read(item)
+                    if event is PredecessorEvent.HELLO:
+                        self._greeted.set()
+                    if event is not PredecessorEvent.HELLO or self._prepared.is_set():
+                        self.post(event, item)
+                except (ChannelError, KeyError, TypeError, ValueError) as error:
+                    item.close()
+                    self.post(PredecessorEvent.BROKEN, as_channel_error(error, item))
+
+    def _read(self, frame: Frame) -> PredecessorEvent:
+        """Check what came before it counts. A successor may be of an older or a newer release."""
+        event = predecessor_event(frame.type)
+        self._has_failed |= event is PredecessorEvent.FAILED
+        if event is PredecessorEvent.HELLO:
+            if self._counters >= 0:
+                raise GarbledFrame("the successor said HELLO twice")
+            choose_version(frame.body)
+            self.report.successor_pid = int(frame.body["pid"])
+            pidfd, self._counters = frame.descriptors
+            # Another process than the spawned one speaks where the command is a wrapper: that one counts from here on.
+            assert self._peer is not None
+            self._peer.watch(pidfd)
+            return event
+        frame.close()
+        if frame.descriptors:
+            raise GarbledFrame(f"{frame.type!r} came with descriptors")
+        if event is PredecessorEvent.READY:
+            assert self._stderr is not None
+            self._stderr.stop()
+            claimed = {int(index) for index in frame.body["claimed"]}
+            self.report.created = [str(name) for name in frame.body["created"]]
+            self.report.inherited = [entry.name for index, entry in enumerate(self._entries) if index in claimed]
+            self.unclaimed = [entry for index, entry in enumerate(self._entries) if index not in claimed]
+            self.report.unclaimed = [entry.name for entry in self.unclaimed]
+        elif event is PredecessorEvent.SERVING:
+            self.report.accept_gap = max(0.0, float(frame.body["opened_at"]) - self._paused_at)
+        return event
+
+    async def foresee(self, event: PredecessorEvent, cause: object) -> bool:
+        if event is PredecessorEvent.DIED:
+            await self._bury()
+        elif event is PredecessorEvent.FAILED and self.state is not Predecessor.STOPPING:
+            assert self._stderr is not None
+            self._stderr.read_rest()
+        elif self.state is Predecessor.PROBATION and event in (PredecessorEvent.TIMED_OUT, PredecessorEvent.SETTLE):
+            # Never settle on a successor that is dead, or has just said that it fails: this side could not take over
+            # again. Its death, or its word, is on its way here.
+            assert self._peer is not None
+            if self._peer.is_dead() or self._peer.has_news():
+                await anyio.sleep(FORESEE_SECONDS)
+                if event is PredecessorEvent.SETTLE:
+                    # Asked for once, where the timer would come again; behind the news, which may make it void.
+                    self.post(event, cause)
+                return False
+        return True
+
+    def changed(self, before: Predecessor, event: PredecessorEvent, cause: object) -> None:
+        if self.state is before:
+            return
+        phase = _PHASES.get(before)
+        # Not the loop's clock: uvloop's stands still within one turn, and counts whole milliseconds.
+        now = time.monotonic()
+        if phase is not None:
+            self.report.phases[phase] = now - self._entered
+        self._entered = now
+        self._making.cancel()
+        failed = (
+            Predecessor.ABORTING,
+            Predecessor.RECALLING,
+            Predecessor.REVERTING,
+            Predecessor.FAILED,
+            Predecessor.ROLLED_BACK,
+        )
+        if self.state in failed and self.error is None:
+            self._fail(self._explain(before, event, cause), phase)
+        # One that has returned serves what it has accepted to the end.
+        if self.state is Predecessor.ROLLED_BACK and event is not PredecessorEvent.RETURNED:
+            try:
+                # Read rather than mapped: a file that was cut short would be a SIGBUS here.
+                opened, closed = COUNTERS.unpack(os.pread(self._counters, COUNTERS.size, 0))
+                self.report.lost = max(0, opened - closed)
+            except (OSError, struct.error) as error:
+                self.generation.log.warning("what the successor had accepted cannot be read: %r", error)
+        self.report.outcome = _OUTCOMES.get(self.state, self.report.outcome)
+        if event is PredecessorEvent.STOP:
+            self.report.outcome = Outcome.STOPPED
+        self.generation.log.info(
+            "%s: %s (generation %d, pid %s)",
+            self._title,
+            self.report.outcome.value if self.state.final else self.state.value,
+            self.report.generation,
+            self.report.successor_pid,
+        )
+        if self.state is Predecessor.SETTLED and self.unclaimed:
+            self.generation.log.warning(
+                "generation %d did not claim %s: closing what nobody listens on any more",
+                self.report.generation,
+                ", ".join(entry.name for entry in self.unclaimed),
+            )
+        self._on_change(self)
+        if self.state is Predecessor.PROBATION:
+            self.serving.set()
+
+    async def perform(self, action: PredecessorAction) -> None:
+        match action:
+            case PredecessorAction.SEND_LISTENERS:
+                await self._send_listeners()
+            case PredecessorAction.PAUSE:
+                self._tasks.start_soon(self._pause)
+            case PredecessorAction.RESUME:
+                # In a task: where it has to be tried for long, the service can be stopped all the same.
+                self._resumed = anyio.Event()
+                self._tasks.start_soon(self._resume)
+            case PredecessorAction.SEND_COMMIT:
+                await self._send(FromPredecessor.COMMIT, {"stash": self._stash.describe()}, self._stash.descriptors)
+                self._stash.close()
+            case PredecessorAction.SEND_SETTLED:
+                # Whoever is told to settle hears the ancestors from now on; two readers would tear frames apart.
+                ancestors = await self.generation.lineage.let_go()
+                await self._send(FromPredecessor.SETTLED, {"report": self.report.to_json(), "ancestors": ancestors})
+            case PredecessorAction.SEND_ABORT:
+                await self._send(FromPredecessor.ABORT)
+            case PredecessorAction.SEND_STOP:
+                await self._send(FromPredecessor.STOP)
+            case PredecessorAction.SEND_RECALL:
+                await self._send(FromPredecessor.RECALL)
+            case PredecessorAction.END_SUCCESSOR:
+                self._tasks.start_soon(self._end_successor)
+
+    # How it is done
+
+    async def _start(self) -> None:
+        """Run the successor's process.
+
+        Raises:
+            RestartError: it could not be run.
+        """
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise SpawnFailed(
+                f"no channel for a successor: {error}; is the limit of open files reached?", phase=Phase.START
+            ) from error
+        try:
+            self._stderr = StderrTail()
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            raise SpawnFailed(
+                f"no pipe for a successor: {error}; is the limit of open files reached?", phase=Phase.START
+            ) from error
+        try:
+            self._process = await self._spawner(theirs, self._stderr.write_end)
+            self._peer = Peer(Channel(ours), os.dup(self._process.pidfd))
+        except BaseException as error:
+            ours.close()
+            if self._process is not None:
+                await self._process.end(END_GRACE_SECONDS)
+            if isinstance(error, Exception) and not isinstance(error, RestartError):
+                raise SpawnFailed(f"the successor could not be started: {error!r}") from error
+            raise
+        finally:
+            theirs.close()
+            self._stderr.close_write_end()
+        self.report.successor_pid = self._process.pid
+
+    async def _spawn(self, channel: socket.socket, stderr: int) -> Child:
+        settings = self.generation.settings
+
+        # In a thread: looking for files may block, and so does vfork until the exec is done (vfork(2)).
+        def start() -> Child:
+            launch, self._env_file_keys = describe_launch(
+                settings.command, settings.environment, settings.env_file, self.generation.env_file_keys
+            )
+            return spawn(launch, channel, stderr, is_kept=self.generation.is_supervised)
+
+        return await run_in_thread(start)
+
+    async def _send(
+        self, message: FromPredecessor, body: Mapping[str, Any] | None = None, descriptors: Sequence[int] = ()
+    ) -> None:
+        """Send, or let a channel that does not carry it be the event that it is."""
+        assert self._peer is not None
+        try:
+            await self._peer.channel.send(message, body, descriptors)
+        except ChannelError as error:
+            self.post(PredecessorEvent.BROKEN, error)
+
+    async def _send_listeners(self) -> None:
+        assert self._stderr is not None
+        generation = self.generation
+        self._entries = list(generation.plane.registry.entries)
+        descriptions, sockets = generation.plane.registry.describe(self._entries)
+        ancestors = list(generation.lineage.ancestors)
+        with contextlib.ExitStack() as ours:
+
+            def owned(descriptor: int) -> int:
+                ours.callback(os.close, descriptor)
+                return descriptor
+
+            # Duplicates, because an ancestor may end, or the application close a listener, while this is being sent.
+            sockets = [owned(os.dup(each)) for each in sockets]
+            ends = [owned(os.dup(end)) for each in ancestors for end in (each.peer.channel.fileno(), each.peer.pidfd)]
+            await self._send(
+                FromPredecessor.LISTENERS,
+                {
+                    "version": VERSIONS[1],
+                    "restart": self.report.id,
+                    "generation": self.report.generation,
+                    "predecessor": {"generation": generation.number, "pid": os.getpid()},
+                    "sockets": descriptions,
+                    "stash": self._stash.describe(),
+                    "stash_later": generation.stashes.names(At.COMMIT),
+                    "ancestors": [ancestor.to_json() for ancestor in ancestors],
+                    "env_file_keys": list(self._env_file_keys),
+                    # How many may come to the successor once this has settled.
+                    "connections": len(generation.plane.tracker),
+                },
+                [
+                    owned(os.pidfd_open(os.getpid())),
+                    owned(duplicate_stderr()),
+                    self._stderr.read_end,
+                    *sockets,
+                    *self._stash.descriptors,
+                    *ends,
+                ],
+            )
+        # The successor has it, and with its end it is gone.
+        self._stash.close()
+
+    async def _prepare(self) -> None:
+        """Make what the successor finds from its first line on, while it starts; its HELLO counts only then."""
+        if await self._make(At.START):
+            self._prepared.set()
+            if self._greeted.is_set():
+                self.post(PredecessorEvent.HELLO)
+
+    async def _make(self, at: At) -> bool:
+        """Make what is to be handed over at a moment; False where that moment does not come any more."""
+        if self.state not in (Predecessor.SPAWNING, Predecessor.PAUSING):
+            return False
+        self._stash = self.generation.stashes.batch(at)
+        self._making = anyio.CancelScope()
+        with self._making:
+            try:
+                await self._stash.make()
+            except StashFailed as error:
+                self.generation.log.warning("%s", error)
+                self.post(PredecessorEvent.BROKEN, error)
+            else:
+                return True
+        self._stash.close()
+        return False
+
+    async def _pause(self) -> None:
+        unclaimed = set(self.unclaimed)
+        try:
+            with anyio.CancelScope(shield=True):
+                async with self.generation.gate_lock:
+                    self._paused_at = time.monotonic()
+                    # It may have been resumed, for a successor that died, before this had its turn.
+                    if self.state is Predecessor.PAUSING:
+                        await self.generation.plane.gate.pause(spare=unclaimed.__contains__)
+        except Exception as error:
+            self.generation.log.exception("this generation could not stop accepting; the restart is called off")
+            self.post(PredecessorEvent.BROKEN, error)
+        else:
+            # Only now: nobody is accepted any more whose changes would not be in it.
+            if await self._make(At.COMMIT):
+                self.post(PredecessorEvent.PAUSED)
+
+    async def conclude(self) -> None:
+        # A next restart must not begin earlier: this side would open its gate next to that one's successor. Where the
+        # service stops, there is none to come, and nothing to open.
+        if self.state is not Predecessor.STOPPED:
+            await self._resumed.wait()
+
+    async def _resume(self) -> None:
+        """Accept again; there is no successor, and nobody else to do it, so it has to work in the end.
+
+        Where the service is stopped meanwhile, the gate has ended, and there is nothing left to open.
+        """
+        is_said = False
+        while True:
+            try:
+                async with self.generation.gate_lock:
+                    await self.generation.plane.gate.open()
+            except OSError:
+                if not is_said:
+                    is_said = True
+                    self.generation.log.exception("this generation cannot accept again yet; trying on")
+                await anyio.sleep(RESUME_PAUSE_SECONDS)
+            else:
+                self._resumed.set()
+                return
+
+    async def _end_successor(self) -> None:
+        assert self._process is not None and self._peer is not None
+        if self._has_failed:
+            # It leaves by itself, and a signal would cut its own way of cleaning up short.
+            with anyio.move_on_after(END_GRACE_SECONDS):
+                await self._peer.died.wait()
+        await self._process.end(END_GRACE_SECONDS)
+        # Where a wrapper was spawned, the one that speaks is its child, and has to be ended too.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if not self._peer.is_dead():
+                self._peer.send_signal(number)
+                with anyio.move_on_after(END_GRACE_SECONDS):
+                    await self._peer.died.wait()
+
+    async def _bury(self) -> None:
+        """Learn how the successor died, and hear its last words."""
+        assert self._process is not None and self._stderr is not None
+        self._exit_status = await self._process.end(END_GRACE_SECONDS)
+        self._stderr.read_rest()
+
+    def _explain(self, before: Predecessor, event: PredecessorEvent, cause: object) -> RestartError:
+        """Say what went wrong, and what to do about it."""
+        assert self._stderr is not None
+        pid = self.report.successor_pid
+        doing = "on probation" if before is Predecessor.PROBATION else before.value
+        match event, cause:
+            case _, RestartError():
+                return cause
+            case PredecessorEvent.CANCELLED, _:
+                what = "the restart was called off"
+            case _, StashFailed():
+                cause.phase, cause.stderr = _PHASES[before], self._stderr.text
+                return cause
+            case PredecessorEvent.TIMED_OUT, _ if self._stash.making is not None and (
+                before is Predecessor.PAUSING or self._greeted.is_set()
+            ):
+                assert before.timer is not None
+                name, seconds = self._stash.making, self.limits[before.timer]
+                what = f"the stash {name!r} was not made within {seconds:g} seconds: make it smaller"
+                what += ', or at="start"' if before is Predecessor.PAUSING else ", or raise ready_timeout"
+                return StashFailed(what, phase=_PHASES[before], stderr=self._stderr.text)
+            case PredecessorEvent.FAILED, Frame(body=body):
+                what = f"the successor (pid {pid}) failed: {str(body.get('error'))[-ERROR_BYTES:]}"
+            case PredecessorEvent.TIMED_OUT, _ if before in (Predecessor.SPAWNING, Predecessor.INITIALISING):
+                seconds = self.limits[Timer.READY]
+                what = f"the successor (pid {pid}) was not ready within {seconds:g} seconds and was ended"
+                if before is Predecessor.SPAWNING:
+                    what += "; it never entered `async with Ecdysis()`: does its command run this service?"
+                else:
+                    what += "; where its start-up takes longer, raise ready_timeout"
+                return ReadyTimeout(what, phase=_PHASES[before], stderr=self._stderr.text)
+            case PredecessorEvent.TIMED_OUT, _:
+                what = f"the successor (pid {pid}) did not answer in time while {doing}"
+            case PredecessorEvent.DIED, _:
+                what = f"the successor (pid {pid}) {describe_end(self._exit_status)} while {doing}"
+                if before is Predecessor.SPAWNING:
+                    what += ", before it entered `async with Ecdysis()`"
+            case _, DescriptorsLost() | OSError():
+                # Not the successor's doing, and no change to it would help.
+                what = (
+                    f"this generation (pid {os.getpid()}) could not go on with the restart while {doing}: "
+                    f"{cause}; the successor (pid {pid}) was ended"
+                )
+                if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+                    what += "; raise the limit of open files (ulimit -n, LimitNOFILE=)"
+            case _, Exception() if not isinstance(cause, ChannelError):
+                what = (
+                    f"this generation (pid {os.getpid()}) could not go on with the restart while {doing}: "
+                    f"{cause!r}; its log has the traceback"
+                )
+            case _:
+                what = f"the successor (pid {pid}) broke the handoff while {doing}: {cause}"
+        committed = before in (Predecessor.COMMITTING, Predecessor.PROBATION)
+        kind = RolledBack if committed else SuccessorFailed
+        error = kind(what, phase=_PHASES.get(before), stderr=self._stderr.text)
+        if isinstance(cause, BaseException):
+            error.__cause__ = cause
+        return error
+
+    def _fail(self, error: RestartError, phase: Phase | None) -> None:
+        error.phase = phase or error.phase
+        self.error = error
+        self.report.error = str(error)
+        if self.report.outcome is Outcome.IN_PROGRESS:
+            self.report.outcome = Outcome.FAILED
+
+    def _close(self) -> None:
+        self._stash.close()
+        if self._peer is not None:
+            self._is_successor_dead = self.successor_is_dead
+            self._peer.close()
+        if self._stderr is not None:
+            self._stderr.close()
+        if self._counters >= 0:
+            os.close(self._counters)
+        if self._process is not None:
+            self._process.close()
+        self.over.set()

@@ -1,0 +1,332 @@
+"""The successor's side of a restart, carried out: from its first word to the predecessor's last."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import mmap
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import anyio
+
+from ecdysis_async._connections.sender import make_room
+from ecdysis_async._ipc.channel import Channel, Frame
+from ecdysis_async._ipc.peer import Death, Peer
+from ecdysis_async._system.stderr import identity, pass_on
+from ecdysis_async._system.tracebacks import describe_failure
+from ecdysis_async.errors import ChannelError, DescriptorsLost, GarbledFrame, HandoffAborted, StartupError
+from ecdysis_async.report import RestartReport
+
+from .ancestors import Ancestor
+from .generation import Generation, Numbered
+from .protocol import (
+    VERSIONS,
+    Farewell,
+    FromSuccessor,
+    Successor,
+    SuccessorAction,
+    SuccessorEvent,
+    Timer,
+    step_successor,
+    successor_event,
+)
+from .side import COUNTERS, ERROR_BYTES, Side, as_channel_error
+
+__all__ = ["Inheritance"]
+
+# Limits of waits that no setting is worth: each is far more than a healthy process needs, seconds.
+LISTENERS_SECONDS = 30.0
+# A successor that is ready waits for the pause, and for what the predecessor still produces for it.
+COMMIT_SECONDS = 120.0
+
+
+class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
+    """The start of a generation that has a predecessor.
+
+    Args:
+        sock: the channel.
+        generation: this one.
+        on_change: called after each change of the state.
+        is_child: whether the predecessor has started this process, and given it a pipe for its stderr.
+
+    Attributes:
+        opened: set when this generation accepts, or never will.
+        predecessor: what is known of the predecessor, once its sockets are here.
+        report: the predecessor's report, once the restart has settled.
+        restart_id: what the restart is asked for by, also where the predecessor dies before it has reported.
+        farewells: what has come of frames about the predecessor's drain already; for the lineage.
+        reason: why it was aborted.
+        summary: the same in one line.
+    """
+
+    timed_out = SuccessorEvent.TIMED_OUT
+    failed = SuccessorEvent.FAILED
+    limits: Mapping[Timer, float] = {Timer.LISTENERS: LISTENERS_SECONDS, Timer.COMMIT: COMMIT_SECONDS}
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        generation: Generation,
+        on_change: Callable[[Inheritance], None],
+        *,
+        is_child: bool = True,
+    ) -> None:
+        super().__init__(Successor.GREETING, step_successor, generation)
+        self.opened = anyio.Event()
+        self.predecessor: Ancestor | None = None
+        self.report: RestartReport | None = None
+        self.restart_id = ""
+        self.reason = self.summary = ""
+        # What the predecessor has said of its drain before this side knew that it had settled.
+        self.farewells: list[Frame | DescriptorsLost] = []
+        self._on_change = on_change
+        self._channel = Channel(sock)
+        # In the predecessor's order.
+        self._inherited: list[socket.socket] = []
+        # The service's real stderr, and the pipe that stands in its place until this generation is ready.
+        self._stderr = -1
+        self._stderr_pipe = identity(2) if is_child else None
+        self._stderr_read_end = -1
+
+    async def greet(self) -> None:
+        """Say hello, and take over what the predecessor holds.
+
+        Raises:
+            HandoffAborted: it has called the restart off, is gone, or does not answer.
+        """
+        frame: Frame | None = None
+        try:
+            # The predecessor may have a stash to make first, for which it takes its own ready_timeout at the most.
+            seconds = max(LISTENERS_SECONDS, self.generation.settings.ready_timeout)
+            with anyio.move_on_after(seconds):
+                await self._say_hello()
+                frame = await self._channel.receive()
+            # A process that was stopped for longer wakes to both: what is here already was in time.
+            frame = frame or self._channel.receive_nowait()
+            if frame is None:
+                raise TimeoutError(f"it did not answer within {seconds:g} seconds")
+            self.state, _ = self._step(self.state, successor_event(frame.type))
+            if self.state is not Successor.INITIALISING:
+                frame.close()
+                raise HandoffAborted("ecdysis: the predecessor called the restart off")
+            self._take_over(frame)
+        except (ChannelError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:
+            raise HandoffAborted(f"ecdysis: the predecessor did not hand over its sockets: {error!r}") from error
+        finally:
+            if self.predecessor is None:
+                self.state = Successor.ABORTED
+                self.close()
+
+    async def run(self) -> None:
+        """Carry the handoff out until it has settled; then listen to the drain of the predecessor, until it is dead."""
+        assert self.predecessor is not None
+        async with anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self._listen)
+            await self.advance()
+            self._tasks.cancel_scope.cancel()
+
+    def close(self) -> None:
+        """Let go of the descriptors; harmless if done already."""
+        self._channel.close()
+        while self.farewells:
+            if isinstance(item := self.farewells.pop(), Frame):
+                item.close()
+        if self.predecessor is not None:
+            self.predecessor.peer.close()
+        for descriptor in (self._stderr, self._stderr_read_end):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._stderr = self._stderr_read_end = -1
+
+    # What happens
+
+    async def _listen(self) -> None:
+        assert self.predecessor is not None
+        await self.predecessor.peer.run(self._deliver)
+
+    def _deliver(self, item: Frame | ChannelError | Death) -> None:
+        match item:
+            case Death():
+                self.post(SuccessorEvent.DIED)
+            case Frame() | DescriptorsLost() if item.type in set(Farewell):
+                self.farewells.append(item)
+            case ChannelError():
+                self.post(SuccessorEvent.BROKEN, item)
+            case Frame():
+                try:
+                    event = successor_event(item.type)
+                    if event is SuccessorEvent.SETTLED:
+                        self._read_settled(item.body)
+                    elif event is SuccessorEvent.COMMIT:
+                        self.generation.inherited_stash.receive(item.body["stash"], item.descriptors)
+                except (ChannelError, OSError, KeyError, TypeError, ValueError) as error:
+                    self.post(SuccessorEvent.BROKEN, as_channel_error(error, item))
+                else:
+                    self.post(event, item)
+                finally:
+                    item.close()
+
+    def _read_settled(self, body: Mapping[str, Any]) -> None:
+        # First what matters: another release's idea of a report must not keep the restart from settling.
+        pending = {int(each["pid"]): base64.b64decode(each["pending"]) for each in body["ancestors"]}
+        for ancestor in self.generation.lineage.ancestors:
+            ancestor.peer.channel.resume(pending.get(ancestor.pid, b""))
+        try:
+            self.report = RestartReport.from_json(body["report"])
+        except (KeyError, TypeError, ValueError) as error:
+            self.generation.log.warning("the predecessor's report cannot be read: %r", error)
+
+    async def foresee(self, event: SuccessorEvent, cause: object) -> bool:
+        # A process that was stopped for longer wakes to both, its timer and a predecessor that died meanwhile; leaving
+        # for the first would leave nobody. The death is on its way here.
+        assert self.predecessor is not None
+        return event is not SuccessorEvent.TIMED_OUT or not self.predecessor.peer.is_dead()
+
+    def changed(self, before: Successor, event: SuccessorEvent, cause: object) -> None:
+        if event is SuccessorEvent.OPENED or self.state.final:
+            self.opened.set()
+        if self.state is before:
+            return
+        log = self.generation.log
+        assert self.predecessor is not None
+        if event is SuccessorEvent.DIED:
+            self.generation.inherited_stash.forsake()
+            self._restore_stderr()
+            log.warning("the predecessor (pid %d) died; this generation goes on without it", self.predecessor.pid)
+        if self.state is Successor.ABORTED:
+            if isinstance(cause, BaseException):
+                # Whose traceback, if there is one worth it, the predecessor has read on stderr.
+                is_told = isinstance(cause, StartupError)
+                self.reason = str(cause) if is_told else describe_failure(cause)[-ERROR_BYTES:]
+                self.summary = str(cause) if is_told else traceback.format_exception_only(cause)[-1].strip()
+            else:
+                self.reason = self.summary = _REASONS.get(event, event.value)
+            log.warning("this generation does not come to serve, and leaves: %s", self.summary)
+        else:
+            log.info("handoff: %s", self.state.value)
+        self._on_change(self)
+
+    async def perform(self, action: SuccessorAction) -> None:
+        match action:
+            case SuccessorAction.SEND_READY:
+                registry = self.generation.plane.registry
+                # Not by their places in the registry: the application may have closed one of them by now.
+                kept = {entry.sock for entry in registry.entries if entry.claimed}
+                claimed = [index for index, sock in enumerate(self._inherited) if sock in kept]
+                # A copy that nobody accepts on would reset what queues on it; the predecessor still answers there.
+                registry.close_unclaimed()
+                created = [entry.name for entry in registry.entries if not entry.inherited]
+                self._restore_stderr()
+                await self._send(FromSuccessor.READY, {"claimed": claimed, "created": created})
+            case SuccessorAction.SEND_FAILED:
+                await self._send(FromSuccessor.FAILED, {"error": self.reason})
+            case SuccessorAction.OPEN:
+                self._restore_stderr()
+                registry = self.generation.plane.registry
+                # There are some left only where the predecessor died before this side was ready: nobody else has them.
+                for entry in registry.close_unclaimed(unlink=True):
+                    self.generation.log.warning("nobody claims %s: it is closed, nobody listens there", entry.name)
+                async with self.generation.gate_lock:
+                    # What was created here, also where the task that will accept has not had its turn yet.
+                    registry.start_listening()
+                    await self.generation.plane.gate.open()
+                self._opened_at = time.monotonic()
+                self.post(SuccessorEvent.OPENED)
+            case SuccessorAction.SEND_SERVING:
+                await self._send(FromSuccessor.SERVING, {"opened_at": self._opened_at})
+            case SuccessorAction.SEND_SETTLE:
+                await self._send(FromSuccessor.SETTLE)
+            case SuccessorAction.SEND_STOPPING:
+                await self._send(FromSuccessor.STOPPING)
+            case SuccessorAction.RETURN:
+                async with self.generation.gate_lock:
+                    await self.generation.plane.gate.end()
+                await self._send(FromSuccessor.RETURNED)
+
+    # How it is done
+
+    async def _send(self, message: FromSuccessor, body: Mapping[str, Any] | None = None) -> None:
+        try:
+            await self._channel.send(message, body)
+        except ChannelError as error:
+            # Whether that is a death or a fault, the listener finds out and posts.
+            self.generation.log.debug("%s was not sent: %s", message, error)
+
+    async def _say_hello(self) -> None:
+        pidfd = os.pidfd_open(os.getpid())
+        counters = os.memfd_create("ecdysis-counters", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(counters, COUNTERS.size)
+            self.generation.plane.tracker.share(memoryview(mmap.mmap(counters, COUNTERS.size)).cast("Q"))
+            body = {"versions": list(VERSIONS), "pid": os.getpid()}
+            await self._channel.send(FromSuccessor.HELLO, body, [pidfd, counters])
+        finally:
+            os.close(pidfd)
+            os.close(counters)
+
+    def _take_over(self, frame: Frame) -> None:
+        generation, body = self.generation, frame.body
+        sockets, stashes, ancestors = body["sockets"], body["stash"], body["ancestors"]
+        if len(frame.descriptors) != 3 + len(sockets) + len(stashes) + 2 * len(ancestors):
+            frame.close()
+            raise GarbledFrame(f"{len(frame.descriptors)} descriptors do not match the {len(sockets)} sockets named")
+        descriptors = iter(frame.descriptors)
+        peer = Peer(self._channel, next(descriptors))
+        self._stderr, self._stderr_read_end = next(descriptors), next(descriptors)
+        generation.plane.registry.inherit(sockets, [next(descriptors) for _ in sockets])
+        self._inherited = [entry.sock for entry in generation.plane.registry.entries[: len(sockets)]]
+        memories = [next(descriptors) for _ in stashes]
+        try:
+            generation.inherited_stash.receive(stashes, memories)
+        finally:
+            for memory in memories:
+                os.close(memory)
+        generation.inherited_stash.expect(body["stash_later"])
+        for ancestor in ancestors:
+            channel = Channel(socket.socket(fileno=next(descriptors)))
+            generation.lineage.ancestors.append(
+                Ancestor(int(ancestor["generation"]), int(ancestor["pid"]), Peer(channel, next(descriptors)))
+            )
+        generation.number = int(body["generation"])
+        generation.log = Numbered(generation.number)
+        generation.env_file_keys = tuple(body["env_file_keys"])
+        self.restart_id = str(body["restart"])
+        make_room(int(body.get("connections", 0)))
+        self.predecessor = Ancestor(int(body["predecessor"]["generation"]), int(body["predecessor"]["pid"]), peer)
+
+    def _restore_stderr(self) -> None:
+        """Put the service's real stderr in the place of the predecessor's pipe, which breaks when that one leaves."""
+        if self._stderr < 0:
+            return
+        # Unless the application has pointed it elsewhere by now.
+        if self._stderr_pipe is not None and identity(2) == self._stderr_pipe:
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None: nothing is buffered
+                sys.stderr.flush()
+            os.dup2(self._stderr, 2)
+        os.close(self._stderr)
+        self._stderr = -1
+        # What was started until now may write to the pipe for as long as it lives, and so does this one pass it on.
+        assert self.generation.plane.task_group is not None
+        self.generation.plane.task_group.start_soon(self._pass_stderr_on)
+
+    async def _pass_stderr_on(self) -> None:
+        read_end, self._stderr_read_end = self._stderr_read_end, -1
+        try:
+            await pass_on(read_end)
+        finally:
+            os.close(read_end)
+
+
+_REASONS: Final = {
+    SuccessorEvent.ABORT: "the predecessor called it off",
+    SuccessorEvent.STOP: "the service is being stopped",
+    SuccessorEvent.STOP_HERE: "this process was told to stop before it served",
+    SuccessorEvent.TIMED_OUT: "the predecessor does not answer",
+    SuccessorEvent.BROKEN: "the predecessor's channel is broken",
+}

@@ -1,0 +1,189 @@
+"""Where control sockets are, and whether a live service holds one: directories, their permissions, and locks.
+
+Both ends use it, the service and the command. Everything here may block on the file system: call it in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+
+from ecdysis_async.settings import StrPath
+
+__all__ = [
+    "ControlLock",
+    "default_directories",
+    "default_directory",
+    "find_live",
+    "is_live",
+    "locate",
+    "prepare_directory",
+]
+
+LOCK_SUFFIX = ".lock"
+
+
+def locate(path: StrPath) -> str:
+    """Return the absolute path of a control socket; a bare name is one in the default directory.
+
+    Raises:
+        ValueError: it is empty, or an abstract address, which would have no permissions.
+    """
+    text = os.fspath(path)
+    if not text or text.startswith(("@", "\0")):
+        raise ValueError(f"a control socket is a path, or a name in {default_directory()}, and not {text!r}")
+    return os.path.abspath(os.path.join(default_directory(), text) if os.sep not in text else text)
+
+
+def default_directory() -> str:
+    """Return where a service puts a control socket that was given as a bare name."""
+    return default_directories()[0]
+
+
+def default_directories() -> list[str]:
+    """Return where services of this user may have put theirs, the most likely one first.
+
+    A service may run in another environment than the shell that asks, and so has used another of them.
+    """
+    environment = os.environ
+    # systemd separates several directories by colons (systemd.exec(5)).
+    directories = [each for each in environment.get("RUNTIME_DIRECTORY", "").split(":") if each]
+    if runtime_directory := environment.get("XDG_RUNTIME_DIR"):
+        directories.append(os.path.join(runtime_directory, "ecdysis"))
+    directories.append("/run/ecdysis" if os.geteuid() == 0 else os.path.expanduser("~/.local/state/ecdysis"))
+    return list(dict.fromkeys(directories))
+
+
+def prepare_directory(path: str) -> None:
+    """See that nobody else can replace a control socket; make its directory where that is the default one.
+
+    Raises:
+        OSError: there is no such directory, or it belongs to, or may be written by, others; the text says what to do.
+    """
+    directory = os.path.dirname(path)
+    if directory == default_directory():
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    try:
+        found = os.stat(directory)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            error.errno, f"the directory of the control socket {path} does not exist: mkdir -m 700 {directory}"
+        ) from None
+    # Root could replace it anywhere; and a service that was root when it began has it there.
+    if found.st_uid not in (0, os.geteuid()):
+        raise PermissionError(
+            errno.EPERM,
+            f"the directory of the control socket {path} belongs to uid {found.st_uid}, and this service runs as uid "
+            f"{os.geteuid()}, so it could be replaced: take a directory of the service's own",
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            errno.EPERM,
+            f"the directory of the control socket {path} may be written by others, who could replace it: "
+            f"chmod go-w {directory}, or take another",
+        )
+
+
+def find_live() -> list[str]:
+    """Return the control sockets in the default directories that somebody listens on."""
+    found = []
+    for directory in default_directories():
+        # Not there, or not to be read: then none of this user's services is there.
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            found += sorted(entry.path for entry in entries if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode))
+    # The lock tells them from the service's other sockets, which may well be in the same directory.
+    return [path for path in found if os.path.exists(path + LOCK_SUFFIX) and is_live(path)]
+
+
+def is_live(path: str) -> bool:
+    """Say whether somebody listens on a socket of the file system."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        # EAGAIN: somebody listens, and its queue is full (connect(2)).
+        return probe.connect_ex(path) in (0, errno.EAGAIN)
+
+
+class ControlLock:
+    """A generation's share of the lock beside its control socket.
+
+    All generations of a service share it, from their start to their end; whoever gets it for itself alone knows that
+    no generation is left, whatever the socket file looks like. The kernel lets it go with a process that is killed.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._socket_path = path
+        self._path = path + LOCK_SUFFIX
+        self._descriptor = -1
+
+    def acquire(self, *, is_family: bool) -> None:
+        """Take a share.
+
+        Args:
+            is_family: the socket was inherited, so that those who hold the lock are generations of this service.
+
+        Raises:
+            OSError: a live service has it, or the file cannot be made.
+        """
+        # Not at the top: there are platforms without it, on which nobody has a control socket.
+        import fcntl
+
+        while self._descriptor < 0:
+            try:
+                # O_NOFOLLOW: nothing but a lock file of ours is ever opened, and made.
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except PermissionError:
+                if is_family:
+                    # Made by root, which this service was when it began. Whoever comes to bind sees that somebody
+                    # listens there.
+                    return
+                raise
+            try:
+                if not is_family:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The exchange is not atomic (flock(2)): if another first generation comes in between, this one loses.
+                # As nothing is bound before it, nothing is lost by it.
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                # The last generation of a service removes the file: a lock on what is gone excludes nobody.
+                if _is_file_at(descriptor, self._path):
+                    self._descriptor = descriptor
+            except BlockingIOError:
+                raise OSError(
+                    errno.EADDRINUSE,
+                    f"the control socket {self._socket_path} belongs to a live service: stop that one "
+                    f"(ecdysis stop --control {self._socket_path}), or give this one another control_socket",
+                ) from None
+            finally:
+                if self._descriptor != descriptor:
+                    os.close(descriptor)
+
+    def is_removed(self) -> bool:
+        """Say whether somebody has removed the file, or put another in its place: who comes next is not kept out."""
+        return self._descriptor >= 0 and not _is_file_at(self._descriptor, self._path)
+
+    def release(self) -> None:
+        """Give the share back, and remove the file if nobody else has one; harmless if done already."""
+        import fcntl
+
+        if self._descriptor < 0:
+            return
+        descriptor, self._descriptor = self._descriptor, -1
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Where somebody has cleared the directory, it may be another service's by now.
+            if _is_file_at(descriptor, self._path):
+                os.unlink(self._path)
+        except (BlockingIOError, FileNotFoundError, PermissionError):
+            # Another generation goes on; or somebody has cleared the directory; or this process is not root any more.
+            pass
+        finally:
+            os.close(descriptor)
+
+
+def _is_file_at(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,137 @@
+"""Where a generation stands, in words and as an object of JSON: for people who ask from outside.
+
+Nothing here changes anything, waits, or knows the supervisor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ecdysis_async._handoff.ancestors import Ancestor
+from ecdysis_async._handoff.predecessor import Handover
+from ecdysis_async._handoff.preflight import describe_place
+from ecdysis_async._handoff.protocol import Predecessor, Successor
+from ecdysis_async._handoff.successor import Inheritance
+from ecdysis_async._sockets.registry import Entry, Kind
+from ecdysis_async.errors import RestartError
+from ecdysis_async.report import Outcome, RestartReport
+
+__all__ = [
+    "counted",
+    "describe_ancestors",
+    "describe_failed_restart",
+    "describe_listeners",
+    "describe_process",
+    "describe_restart",
+    "describe_wait",
+    "report_of",
+]
+
+_WAITS = {
+    Predecessor.SPAWNING: "{successor} to start, for {seconds:.1f} s so far",
+    Predecessor.INITIALISING: "{successor} to get ready, for {seconds:.1f} s so far",
+    Predecessor.PAUSING: "the end of accepting here",
+    Predecessor.COMMITTING: "{successor} to accept, for {seconds:.1f} s so far",
+    Predecessor.ABORTING: "{successor} to end, because the restart has failed",
+    Predecessor.RECALLING: "{successor} to give the sockets back",
+    Predecessor.REVERTING: "{successor} to end, because it has failed",
+    Predecessor.STOPPING: "{successor} to end, because the service stops",
+}
+
+
+def counted(number: int, noun: str) -> str:
+    """Say how many there are of something."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def describe_failed_restart(error: RestartError) -> str:
+    """Say in one line why the last restart failed, for `systemctl status`."""
+    # Of a traceback, and of what the successor has written, the last line says what happened.
+    lines = [*str(error).splitlines()[:1], *f"{error}\n{error.stderr}".strip().splitlines()[-1:]]
+    return "the last restart failed: " + " … ".join(dict.fromkeys(lines))
+
+
+def describe_wait(
+    handover: Handover | None,
+    inheritance: Inheritance | None,
+    *,
+    phase_seconds: float,
+    connections: int,
+    deadline_seconds: float | None,
+) -> str | None:
+    """Say what a generation waits for; None if for nothing but clients.
+
+    Args:
+        handover: its last restart.
+        inheritance: its own start.
+        phase_seconds: how long the restart has been in its state.
+        connections: how many it has.
+        deadline_seconds: how long they still get, where it drains.
+    """
+    if deadline_seconds is not None:
+        return f"{counted(connections, 'connection')}, deadline in {max(0.0, deadline_seconds):.0f} s"
+    if handover is not None and not handover.state.final:
+        report = handover.report
+        successor = f"generation {report.generation}"
+        if report.successor_pid is not None:
+            successor += f" (pid {report.successor_pid})"
+        if handover.state is Predecessor.PROBATION:
+            left = max(0.0, handover.generation.settings.probation - phase_seconds)
+            return f"{successor}, on probation for {left:.1f} s more"
+        return _WAITS[handover.state].format(successor=successor, seconds=phase_seconds)
+    if inheritance is not None and inheritance.state is Successor.PROBATION and inheritance.predecessor is not None:
+        former = inheritance.predecessor
+        return f"the end of its probation: generation {former.generation} (pid {former.pid}) can still take over again"
+    return None
+
+
+def describe_restart(handover: Handover | None, *, phase_seconds: float) -> dict[str, Any] | None:
+    """Return the restart that is in progress, with what it is doing and for how many seconds."""
+    if handover is None or handover.state.final:
+        return None
+    return {
+        "id": handover.report.id,
+        "generation": handover.report.generation,
+        "pid": handover.report.successor_pid,
+        "phase": handover.state.value,
+        "seconds": phase_seconds,
+    }
+
+
+def describe_listeners(entries: Sequence[Entry]) -> list[dict[str, str]]:
+    """Return name, address and kind of each socket; the address is the real one, also where port 0 was asked for."""
+    return [{"name": entry.name, "address": _address_of(entry), "kind": entry.kind.value} for entry in entries]
+
+
+def describe_ancestors(ancestors: Sequence[Ancestor]) -> list[dict[str, Any]]:
+    """Return the older generations that still drain; the number of connections is None before the first word of it."""
+    return [
+        {"generation": each.generation, "pid": each.pid, "connections": each.connections}
+        for each in sorted(ancestors, key=lambda each: each.generation)
+    ]
+
+
+def describe_process() -> dict[str, Any]:
+    """Return what this process runs in: of the environment the names alone, because a value may be a secret."""
+    return {**describe_place(), "environment": sorted(os.environ)}
+
+
+def report_of(inheritance: Inheritance) -> RestartReport:
+    """Return what a successor itself knows of the restart that it came from: its predecessor may have died since."""
+    assert inheritance.predecessor is not None
+    return inheritance.report or RestartReport(
+        id=inheritance.restart_id,
+        generation=inheritance.generation.number,
+        predecessor_pid=inheritance.predecessor.pid,
+        successor_pid=os.getpid(),
+        outcome=Outcome.SETTLED if inheritance.state is Successor.SETTLED else Outcome.SERVING,
+    )
+
+
+def _address_of(entry: Entry) -> str:
+    if entry.kind not in (Kind.TCP, Kind.UDP):
+        return entry.address
+    host, port = entry.sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,86 @@
+"""The newcomer's side of a takeover: a process that no generation has started asks one for its sockets.
+
+The answer on the control socket carries one end of a channel, and from there on the newcomer is a successor like any
+other. What the running service does about it is in control.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import stat
+from typing import Any
+
+from ecdysis_async.errors import TakeoverFailed
+
+__all__ = ["ask_for_channel"]
+
+# How long the running service may take to answer, seconds.
+ANSWER_SECONDS = 15.0
+MAX_ANSWER_BYTES = 64 * 1024
+
+
+def ask_for_channel(path: str, *, anchor: int | None = None) -> socket.socket:
+    """Ask the service with a control socket to hand over; return the channel to it. It blocks: call it in a thread.
+
+    Args:
+        path: the control socket.
+        anchor: for a whole anchor, the format in which this process reads its state (succession.py).
+
+    Raises:
+        TakeoverFailed: nobody is there, or the service refuses; nothing has changed then.
+    """
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(ANSWER_SECONDS)
+        try:
+            sock.connect(path)
+        except OSError as error:
+            raise TakeoverFailed(
+                f"there is no service to take over: {path}: {error.strerror or error}. Start this one without "
+                "takeover, or name the control socket of the running one"
+            ) from error
+        try:
+            # Refused before it was heard: what the service has said to that is there to be read.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                sock.sendall(json.dumps({"command": "takeover", "anchor": anchor}).encode() + b"\n")
+            return _receive(sock, path)
+        except TimeoutError as error:
+            raise TakeoverFailed(
+                f"the service at {path} has not answered within {ANSWER_SECONDS:g} seconds: it hangs, or is stopped"
+            ) from error
+        except OSError as error:
+            raise TakeoverFailed(f"the service at {path} has left without an answer: {error}") from error
+
+
+def _receive(sock: socket.socket, path: str) -> socket.socket:
+    line = b""
+    channel = -1
+    try:
+        while not line.endswith(b"\n"):
+            # The descriptor comes with the first byte of the line it belongs to.
+            data, descriptors, _, _ = socket.recv_fds(sock, MAX_ANSWER_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            if descriptors:
+                channel = descriptors[0]
+            if not data or len(line) > MAX_ANSWER_BYTES:
+                raise TakeoverFailed(f"the service at {path} has left without an answer; its log says why")
+            line += data
+        match _read(line):
+            case {"event": "accepted"} if channel >= 0 and stat.S_ISSOCK(os.fstat(channel).st_mode):
+                taken, channel = channel, -1
+                return socket.socket(fileno=taken)
+            case {"event": "failed" | "error", "message": str(message)}:
+                raise TakeoverFailed(f"the service at {path} does not hand over: {message}")
+            case _:
+                raise TakeoverFailed(f"whoever listens on {path} is no service of this library")
+    finally:
+        if channel >= 0:
+            os.close(channel)
+
+
+def _read(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,0 +1,414 @@
+"""What a worker does for its anchor: it tells how it is, takes orders, and has its successor started and ended.
+
+One end of the line (``line.py``), on the side of a generation. What is decided here is nothing: orders are the
+supervisor's to carry out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+import math
+import os
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+
+from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.gate import GateState
+from ecdysis_async._handoff.predecessor import Handover
+from ecdysis_async._handoff.protocol import Predecessor, PredecessorEvent, Timer
+from ecdysis_async._ipc.channel import Frame
+from ecdysis_async._ipc.worker_link import (
+    FromAnchor,
+    FromWorker,
+    Line,
+    counted_requests,
+    describe_loss,
+    error_from_json,
+    error_to_json,
+)
+from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._system.process import UNKNOWN_STATUS, Child
+from ecdysis_async.errors import ChannelError, RestartError, SpawnFailed
+from ecdysis_async.report import RestartReport
+
+__all__ = ["Duty", "Orders"]
+
+logger = logging.getLogger("ecdysis_async")
+
+# How often a worker tells of itself until its anchor has said how often it shall, seconds.
+BEAT_SECONDS = 1.0
+
+GONE = "the anchor of this worker is gone, and nobody can restart or stop the service: this worker drains and ends"
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What an anchor can order of a generation, and learn of it.
+
+    Attributes:
+        begin_restart: begins to replace this worker by one of the generation that is given; raises a ``RestartError``.
+        stop: lets this worker leave.
+        reopen_logs: opens log files anew that were moved; tells how many.
+        state: tells where it stands.
+    """
+
+    begin_restart: Callable[[int], Handover]
+    stop: Callable[[], None]
+    reopen_logs: Callable[[], Awaitable[int]]
+    state: Callable[[], str]
+
+
+@dataclass(slots=True)
+class _Answer:
+    """An answer of the anchor's that somebody waits for: a frame, or None if none will come."""
+
+    come: anyio.Event = field(default_factory=anyio.Event)
+    frame: Frame | None = None
+
+    def give(self, frame: Frame | None) -> None:
+        self.frame = frame
+        self.come.set()
+
+
+class _AnchorsChild:
+    """A successor whose parent is the anchor."""
+
+    def __init__(self, duty: Duty, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self._duty = duty
+        self._exited = anyio.Event()
+        self._status = UNKNOWN_STATUS
+
+    async def wait(self) -> int:
+        await self._exited.wait()
+        return self._status
+
+    async def end(self, grace: float) -> int:
+        if not self._exited.is_set():
+            self._duty.tell(FromWorker.END, {"pid": self.pid, "grace": grace})
+        return await self.wait()
+
+    async def let_go(self) -> None:
+        """Nothing to do: it is the anchor that systemd knows."""
+
+    def close(self) -> None:
+        self._duty.forget(self)
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def note_exit(self, status: int) -> None:
+        """Take note of how it ended; or, with ``UNKNOWN_STATUS``, that nobody will tell any more."""
+        if not self._exited.is_set():
+            self._status = status
+            self._exited.set()
+
+
+class Duty:
+    """A worker's end of its line. Owns it.
+
+    Args:
+        sock: the line.
+        plane: the sockets and connections of this generation.
+        orders: whom it acts upon.
+
+    Attributes:
+        anchor_pid: the anchor.
+    """
+
+    def __init__(self, sock: socket.socket, plane: Plane, orders: Orders) -> None:
+        self._line = Line(sock)
+        self.anchor_pid = self._line.peer_pid
+        self._plane = plane
+        self._orders = orders
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, _Answer] = {}
+        self._children: dict[int, _AnchorsChild] = {}
+        self._handover: Handover | None = None
+        # Sockets that other workers have made, and that this one only passes on.
+        self._passed_on: list[Entry] = []
+        self._due = anyio.Event()
+        self._beat_seconds = BEAT_SECONDS
+        self._is_forsaken = False
+
+    # What it tells
+
+    def note(self) -> None:
+        """Tell of this worker's state now, because it has changed."""
+        self._due.set()
+
+    def tell(self, message: FromWorker, body: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """Let ``run`` send a message, after those before it; the descriptors are taken over."""
+        self._line.tell(message, body, descriptors)
+
+    def tell_handover(self) -> None:
+        """Tell where the restart of this slot stands."""
+        if (handover := self._handover) is not None:
+            self.tell(
+                FromWorker.HANDOVER,
+                {
+                    "state": handover.state.value,
+                    "is_over": handover.over.is_set(),
+                    "report": handover.report.to_json(),
+                    "error": error_to_json(handover.error) if handover.error is not None else None,
+                },
+            )
+
+    def share_created(self) -> None:
+        """Let the anchor have what this generation has created, so that the other workers, and later ones, get it."""
+        entries = self._plane.registry.entries
+        created = [entry for entry in entries if not entry.inherited]
+        if created:
+            descriptions, descriptors = self._plane.registry.describe(created)
+            self.tell(FromWorker.CREATED, {"sockets": descriptions}, [os.dup(each) for each in descriptors])
+
+    async def flush(self) -> None:
+        """Return when all that was told is sent, or nobody takes it."""
+        await self._line.flush()
+
+    # What it asks
+
+    async def restart(self, until: str) -> RestartReport:
+        """Ask the anchor to restart the service, and wait for what becomes of it.
+
+        Raises:
+            RestartError: what the anchor says, or that there is none any more.
+        """
+        number = next(self._numbers)
+        try:
+            frame = await self._ask(number, FromWorker.RESTART, {"until": until})
+        except anyio.get_cancelled_exc_class():
+            self.tell(FromWorker.CANCEL, {"number": number})
+            raise
+        if frame is None:
+            raise RestartError(GONE)
+        frame.close()
+        if frame.body.get("error") is not None:
+            raise error_from_json(frame.body["error"])
+        return RestartReport.from_json(frame.body["report"])
+
+    def stop_service(self) -> None:
+        """Ask the anchor to stop the service."""
+        self.tell(FromWorker.STOP, {})
+
+    async def spawn(self, channel: socket.socket, stderr: int) -> Child:
+        """Have the anchor start a successor.
+
+        Raises:
+            SpawnFailed: it could not.
+        """
+        number = next(self._numbers)
+        descriptors = [os.dup(channel.fileno()), os.dup(stderr)]
+        frame = await self._ask(number, FromWorker.SPAWN, {}, descriptors)
+        if frame is None:
+            raise SpawnFailed(GONE)
+        if frame.type == FromAnchor.SPAWN_FAILED:
+            frame.close()
+            raise error_from_json(frame.body["error"])
+        child = _AnchorsChild(self, int(frame.body["pid"]), *frame.descriptors)
+        self._children[child.pid] = child
+        return child
+
+    def forget(self, child: _AnchorsChild) -> None:
+        """Expect no word of a child any more."""
+        if self._children.get(child.pid) is child:
+            del self._children[child.pid]
+
+    # What it does
+
+    async def run(self) -> None:
+        """Serve the anchor until it is gone; then let this worker leave."""
+        async with anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self._line.run)
+            self._tasks.start_soon(self._beat)
+            try:
+                while True:
+                    self._hear(await self._line.receive())
+            except ChannelError as error:
+                logger.warning("%s (%s)", GONE, error)
+            self._is_forsaken = True
+            self._line.give_up()
+            for answer in self._answers.values():
+                answer.give(None)
+            for child in tuple(self._children.values()):
+                child.note_exit(UNKNOWN_STATUS)
+            self._orders.stop()
+            self._tasks.cancel_scope.cancel()
+
+    def close(self) -> None:
+        """Let go of the line. Not while ``run`` runs."""
+        self._line.close()
+
+    async def _beat(self) -> None:
+        while True:
+            # Changes in one turn of the loop are told together.
+            self._due = anyio.Event()
+            self.tell(FromWorker.BEAT, self._describe())
+            with anyio.move_on_after(self._beat_seconds) as waiting:
+                await self._due.wait()
+            if waiting.cancelled_caught:
+                await self._plane.tracker.prune_all()
+
+    def _describe(self) -> dict[str, Any]:
+        gate = self._plane.gate
+        return {
+            "pid": os.getpid(),
+            "state": self._orders.state(),
+            # Also on what it serves to the end, whose queue it answers at last (Queues.answer).
+            "is_done_accepting": gate.state is GateState.ENDED and not gate.acceptors,
+            "connections": len(self._plane.tracker),
+            "requests": self._plane.tracker.opened if (counted := counted_requests()) is None else counted,
+            "rss": _resident_bytes(),
+        }
+
+    def _hear(self, frame: Frame) -> None:
+        try:
+            if frame.is_bereft:
+                self._miss(frame)
+            else:
+                self._obey(frame)
+        except Exception as error:
+            # Of another release, or no descriptors left: it costs what was ordered, and never those who are served.
+            logger.exception("the anchor's %r could not be carried out", frame.type)
+            if frame.type == FromAnchor.RESTART:
+                self._refuse(RestartError(f"the worker (pid {os.getpid()}) could not do it: {error!r}"))
+
+    def _miss(self, frame: Frame) -> None:
+        """Say that this process has no room for what an order came with."""
+        loss = describe_loss(frame)
+        logger.error("the anchor cannot be obeyed: %s", loss)
+        if frame.type == FromAnchor.RESTART:
+            self._refuse(RestartError(loss))
+        elif frame.type == FromAnchor.SPAWNED and (answer := self._answers.get(frame.body["number"])) is not None:
+            # Nobody could watch it.
+            self._discard(frame)
+            answer.give(Frame(FromAnchor.SPAWN_FAILED, {"error": error_to_json(SpawnFailed(loss))}))
+
+    def _obey(self, frame: Frame) -> None:
+        body = frame.body
+        match frame.type:
+            case FromAnchor.WELCOME:
+                self._beat_seconds = float(body["beat_seconds"])
+                self.note()
+            case FromAnchor.RESTART:
+                self._pass_on(body["sockets"], frame.descriptors)
+                self._restart(int(body["generation"]))
+                return
+            case FromAnchor.SETTLE if self._handover is not None:
+                self._handover.post(PredecessorEvent.SETTLE)
+            case FromAnchor.REVERT if self._handover is not None:
+                self._revert(self._handover, error_from_json(body["error"]))
+            case FromAnchor.STOP:
+                self._orders.stop()
+            case FromAnchor.HURRY:
+                self._plane.tracker.hurry()
+            case FromAnchor.REOPEN_LOGS:
+                self._tasks.start_soon(self._reopen_logs, body["number"])
+            case FromAnchor.EXITED if (child := self._children.get(body["pid"])) is not None:
+                child.note_exit(int(body["status"]))
+            case FromAnchor.SPAWNED | FromAnchor.SPAWN_FAILED | FromAnchor.VERDICT:
+                answer = self._answers.get(body["number"])
+                if answer is not None:
+                    answer.give(frame)
+                else:
+                    self._discard(frame)
+                return
+            case _:
+                # An anchor of another release may say more than this one knows.
+                logger.debug("the anchor says %r", frame.type)
+        frame.close()
+
+    def _restart(self, generation: int) -> None:
+        try:
+            handover = self._orders.begin_restart(generation)
+        except RestartError as error:
+            self._refuse(error)
+            return
+        self._handover = handover
+        # The anchor says when all workers have been on probation for long enough.
+        handover.limits = {**handover.limits, Timer.PROBATION: math.inf}
+        self._tasks.start_soon(self._tell_end, handover)
+
+    def _refuse(self, error: RestartError) -> None:
+        self.tell(FromWorker.HANDOVER, {"state": None, "is_over": True, "report": None, "error": error_to_json(error)})
+
+    async def _tell_end(self, handover: Handover) -> None:
+        await handover.over.wait()
+        if handover.error is not None:
+            while self._passed_on:
+                self._plane.registry.release(self._passed_on.pop())
+        self.tell_handover()
+        self.note()
+
+    async def _reopen_logs(self, number: int) -> None:
+        self.tell(FromWorker.REOPENED, {"number": number, "handlers": await self._orders.reopen_logs()})
+
+    def _revert(self, handover: Handover, error: RestartError) -> None:
+        if handover.state is Predecessor.PROBATION:
+            # Not by its death: clients are being served there.
+            handover.post(PredecessorEvent.RECALL, error)
+        else:
+            handover.post(PredecessorEvent.CANCELLED, error)
+
+    def _pass_on(self, descriptions: list[dict[str, Any]], descriptors: Sequence[int]) -> None:
+        registry = self._plane.registry
+        known = {_identity(entry.sock.fileno()) for entry in registry.entries}
+        fresh = []
+        for description, descriptor in zip(descriptions, descriptors, strict=True):
+            if _identity(descriptor) in known:
+                os.close(descriptor)
+            else:
+                fresh.append((description, descriptor))
+        before = set(registry.entries)
+        registry.inherit([description for description, _ in fresh], [descriptor for _, descriptor in fresh])
+        self._passed_on += [entry for entry in registry.entries if entry not in before]
+
+    async def _ask(
+        self, number: int, message: FromWorker, body: dict[str, Any], descriptors: Sequence[int] = ()
+    ) -> Frame | None:
+        answer = self._answers[number] = _Answer()
+        try:
+            if self._is_forsaken:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                return None
+            self.tell(message, {"number": number, **body}, descriptors)
+            await answer.come.wait()
+        except BaseException:
+            if answer.frame is not None:
+                self._discard(answer.frame)
+            raise
+        finally:
+            del self._answers[number]
+        return answer.frame
+
+    def _discard(self, frame: Frame) -> None:
+        """Undo what nobody waits for any more."""
+        if frame.type == FromAnchor.SPAWNED:
+            self.tell(FromWorker.END, {"pid": frame.body["pid"], "grace": 0})
+        frame.close()
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino
+
+
+@functools.cache
+def _page_size() -> int:
+    return os.sysconf("SC_PAGE_SIZE")
+
+
+def _resident_bytes() -> int | None:
+    """Return how much memory this process has resident, shared pages included (proc_pid_statm(5))."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", "rb") as statm:
+        return int(statm.read().split()[1]) * _page_size()
+    return None

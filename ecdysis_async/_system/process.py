@@ -1,0 +1,492 @@
+"""The successor's process: its command line, environment and working directory, and the one descriptor it inherits.
+
+What is written here decides *what* is run, starts it, and watches it through a pidfd; it knows nothing of the handoff
+that follows on the channel. Nothing here forks a process of Python code: exec only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import anyio
+
+from ecdysis_async.errors import RestartError, RestartUnsupported, SpawnFailed
+
+__all__ = [
+    "Child",
+    "Launch",
+    "Process",
+    "claim_channel",
+    "claim_socket",
+    "describe_end",
+    "describe_exit",
+    "describe_launch",
+    "find_process",
+    "read_env_file",
+    "spawn",
+    "supported",
+]
+
+# "<descriptor>:<st_dev>:<st_ino>" of the channel. The inode is there because the number alone would be believed by any
+# process that gets the variable and has something else open under it.
+MARKER = "ECDYSIS_CHANNEL"
+# The same for the line between a worker and the anchor that it works for.
+LINE_MARKER = "ECDYSIS_LINE"
+# The same for the memory with the state of an anchor that executes itself anew, or lets the new code try it
+# (upgrade.py).
+ANCHOR_MARKER = "ECDYSIS_ANCHOR"
+ANCHOR_CHECK_MARKER = "ECDYSIS_ANCHOR_CHECK"
+# Set for a process that shall tell what it is over the channel, and end: no generation (check.py).
+CHECK_KEY = "ECDYSIS_CHECK"
+
+# Addressed to this process and to no other: sockets it was activated with (sd_listen_fds(3)), and who must pet the
+# watchdog (sd_watchdog_enabled(3)). WATCHDOG_USEC and NOTIFY_SOCKET hold for the successor as well.
+PRIVATE_KEYS = (
+    MARKER,
+    LINE_MARKER,
+    ANCHOR_MARKER,
+    ANCHOR_CHECK_MARKER,
+    CHECK_KEY,
+    "LISTEN_PID",
+    "LISTEN_PIDFDID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "WATCHDOG_PID",
+)
+
+# Stands between this process and the successor, and dies when it is let go: then the successor is a child of systemd
+# (reparenting, exit(2)). systemd 254 does not wait for a main process that is not its child when MAINPID= names it:
+# any `systemctl stop` would send SIGKILL right behind its SIGTERM, and its death would go unnoticed (seen). The traps
+# let the shell outlive signals to its group, and unlike ignored ones they do not reach the successor.
+_KEEPER = ("/bin/sh", "-c", 'trap : HUP INT TERM USR1 USR2; "$@"; exit $?', "sh")
+# How a shell tells that a signal has ended its child.
+_SIGNAL_STATUS = 128
+
+# How much of a program the kernel looks at for its interpreter (BINPRM_BUF_SIZE).
+MAX_FIRST_LINE = 256
+
+# What asyncio reports too for a child that was reaped by somebody else.
+UNKNOWN_STATUS = 255
+
+_REMEDIES = {
+    errno.ENOENT: "it, or the interpreter in its first line, is not there any more: restore it, or set command=",
+    errno.EACCES: "it is not executable for this user: chmod +x, or set command=",
+    errno.ENOEXEC: "it is no program: give it a first line like #!/usr/bin/env python3, or set command=",
+    errno.ETXTBSY: "it is being written: try again",
+    errno.E2BIG: "arguments and environment are too large: shorten environment= or the env file",
+    errno.EAGAIN: "too many processes: raise the limit (ulimit -u, TasksMax=)",
+    errno.ENOMEM: "not enough memory: raise the limit (MemoryMax=), or stop something",
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n, LimitNOFILE=)",
+    errno.ENFILE: "too many open files on this machine: raise fs.file-max",
+}
+
+
+def _start_directory() -> str | None:
+    try:
+        physical = os.getcwd()
+    # It was deleted before Python began; then every successor inherits it as it is.
+    except FileNotFoundError:
+        return None
+    logical = os.environ.get("PWD", "")
+    # The shell's view of it goes through symlinks, and so follows a `current` that moves to the next release.
+    try:
+        is_same = os.path.isabs(logical) and os.path.samefile(logical, physical)
+    # PWD is only a variable: it may name what was never there.
+    except OSError:
+        is_same = False
+    return logical if is_same else physical
+
+
+# At import, since the application may change both later.
+_START_DIRECTORY = _start_directory()
+_SCRIPT = sys.argv[0] if sys.argv else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What is run as the successor.
+
+    Attributes:
+        arguments: the command line; the first one is the program.
+        directory: the working directory, or None for the one this process is in.
+        environment: the complete environment.
+    """
+
+    arguments: tuple[str, ...]
+    directory: str | None
+    environment: dict[str, str]
+
+
+# Those that somebody waits for, by their pids: as PID 1 one has to reap others as well.
+_processes: WeakValueDictionary[int, Process] = WeakValueDictionary()
+
+
+def find_process(pid: int) -> Process | None:
+    """Return the child of this process that somebody here waits for; None if it is nobody's."""
+    return _processes.get(pid)
+
+
+class Child(Protocol):
+    """A successor's process, whoever its parent is: this process, or the anchor that this one works for."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    @property
+    def pidfd(self) -> int:
+        """Readable once it is dead."""
+
+    async def wait(self) -> int:
+        """Wait until it is dead and reaped; return its exit status, or the negative number of the signal."""
+
+    async def end(self, grace: float) -> int:
+        """Send SIGTERM, and SIGKILL if it lives on for ``grace`` seconds; return what :meth:`wait` does."""
+
+    async def let_go(self) -> None:
+        """Let it be a child of systemd, where it shall become the main process of a unit."""
+
+    def close(self) -> None:
+        """Let go of the pidfd, where it belongs to this object; harmless if done already."""
+
+
+class Process:
+    """A child process, seen through a pidfd: never through a number that another process may have by now.
+
+    It owns the pidfd and the child's zombie. A child that is alive when this object goes stays alive.
+
+    Attributes:
+        pid: its process id.
+        pidfd: readable once it is dead.
+        returncode: None until it is reaped; then its exit status, or the negative number of the signal.
+        is_kept: whether a shell stands in between, whose process group the successor is in.
+    """
+
+    def __init__(self, pid: int, pidfd: int, *, is_kept: bool = False) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.is_kept = is_kept
+        self.returncode: int | None = None
+        _processes[pid] = self
+        # One task waits on the pidfd, for all others.
+        self._waiting = anyio.Lock()
+
+    async def wait(self) -> int:
+        """Wait until it is dead, reap it, and return its exit status, or the negative number of the signal.
+
+        Any number of tasks may wait; cancellation only stops waiting.
+        """
+        while self.returncode is None:
+            async with self._waiting:
+                if self.returncode is None:
+                    await anyio.wait_readable(self.pidfd)
+                    self.reap()
+        return self.returncode
+
+    async def end(self, grace: float) -> int:
+        """Send SIGTERM, and SIGKILL if it lives on for ``grace`` seconds; reap it and return what :meth:`wait` does.
+
+        One that has become another user may not be killed by this one: that is waited for as long again, and left
+        alive, with ``UNKNOWN_STATUS`` returned and ``returncode`` None.
+
+        Cancellation kills it at once, and is raised when it is reaped.
+        """
+        self.send_signal(signal.SIGTERM)
+        try:
+            with anyio.move_on_after(grace):
+                return await self.wait()
+        finally:
+            with anyio.CancelScope(shield=True):
+                # Ends one that is stopped (SIGSTOP) too, on which SIGTERM only waits.
+                is_sent = self.send_signal(signal.SIGKILL)
+                with anyio.move_on_after(math.inf if is_sent else grace):
+                    await self.wait()
+        return UNKNOWN_STATUS if self.returncode is None else self.returncode
+
+    def send_signal(self, number: int) -> bool:
+        """Send it a signal; say whether it was sent: not to one that is dead, nor to one that is another user now."""
+        if self.returncode is not None:
+            return False
+        try:
+            if self.is_kept:
+                # No other group can have this number, as long as the shell is not reaped; if it is, this raises.
+                os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                os.killpg(self.pid, number)
+            else:
+                signal.pidfd_send_signal(self.pidfd, number)
+        # Dead, and reaped by somebody else: SIGCHLD is ignored, or the application waits for every child. Or the
+        # command changes the user, as sudo(8) does.
+        except (ChildProcessError, ProcessLookupError, PermissionError):
+            return False
+        return True
+
+    async def let_go(self) -> None:
+        """Let a kept successor be a child of systemd; it goes on, and only its peer's pidfd tells of its death."""
+        if self.is_kept and self.returncode is None:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            await self.wait()
+
+    def close(self) -> None:
+        """Close the pidfd; harmless if done already. Nobody may wait any more, and a live child is left alone."""
+        if self.pidfd != -1:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def reap(self) -> None:
+        """Take note of its end, if it is dead."""
+        try:
+            result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        # Reaped by somebody else: SIGCHLD is ignored, or the application waits for every child.
+        except ChildProcessError:
+            self.returncode = UNKNOWN_STATUS
+            return
+        if result is not None:
+            self.returncode = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+            if self.is_kept and self.returncode > _SIGNAL_STATUS:
+                self.returncode = _SIGNAL_STATUS - self.returncode
+
+
+class _Detached(subprocess.Popen[bytes]):
+    """A child that may outlive this object and this process, which is what a successor is for."""
+
+    def __del__(self) -> None:
+        """Neither warn that it still runs, nor let the next Popen reap it."""
+
+
+def supported() -> bool:
+    """Say whether this platform, and this kernel, can hand sockets over to a child and watch it."""
+    if not (hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal") and hasattr(socket, "SCM_RIGHTS")):
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as error:
+        # Else not in this kernel, or not in this sandbox. A lack of descriptors passes, and says so itself.
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return True
+
+
+def describe_launch(
+    command: Sequence[str] | None,
+    environment: Mapping[str, str] | None,
+    env_file: str | os.PathLike[str] | None,
+    stale_keys: Collection[str] = (),
+) -> tuple[Launch, tuple[str, ...]]:
+    """Work out what to run as the successor. It reads files: call it in a thread.
+
+    Args:
+        command: the command line; None: the one that this process was started with.
+        environment: the complete environment; None: the one of this process.
+        env_file: a file of more variables, read afresh at each call; relative to where the service was started.
+        stale_keys: variables that an earlier generation took from its env file. They are dropped from the environment
+            of this process, so that what was removed from the file is gone. A value that such a variable had before
+            there was the file is lost then: give ``environment`` where that one is to come back.
+
+    Returns:
+        What to run, and the names of the variables that came from the file.
+
+    Raises:
+        RestartUnsupported: this process cannot be run again as it was.
+        RestartError: the env file cannot be read.
+    """
+    variables = dict(os.environ if environment is None else environment)
+    # What was given explicitly is what was meant, whatever a file once said.
+    for key in (*PRIVATE_KEYS, *(stale_keys if environment is None else ())):
+        variables.pop(key, None)
+    from_file = {} if env_file is None else read_env_file(env_file)
+    variables |= from_file
+    # Looked at afresh each time: it may have been deleted, and a restart works without it.
+    directory = _START_DIRECTORY if _START_DIRECTORY and os.path.isdir(_START_DIRECTORY) else None
+    if directory is not None:
+        variables["PWD"] = directory
+    arguments = _own_command() if command is None else tuple(command)
+    if not arguments:
+        raise RestartUnsupported("command= is empty: name a program in it", phase="start")
+    return Launch(arguments, directory, variables), tuple(from_file)
+
+
+def spawn(
+    launch: Launch, channel: socket.socket, stderr: int, *, is_kept: bool = False, line: socket.socket | None = None
+) -> Process:
+    """Start the successor. It blocks for the time of an exec: call it in a thread.
+
+    Args:
+        launch: what to run.
+        channel: the successor's end of the channel; with the line the only descriptor it gets besides 0, 1 and 2;
+            stays ours.
+        stderr: the descriptor that becomes its 2; stays ours.
+        is_kept: it shall become a child of systemd later, by :meth:`Process.let_go`.
+        line: the worker's end of its line to the anchor, where the anchor starts it; stays ours.
+
+    Signals that the calling thread blocks are blocked in the successor too.
+
+    Raises:
+        SpawnFailed: there is no process; the text says why and what can be done.
+    """
+    passed = {MARKER: channel} | ({LINE_MARKER: line} if line is not None else {})
+    environment = launch.environment | {key: _mark(sock) for key, sock in passed.items()}
+    try:
+        if is_kept:
+            _require_program(launch)
+        # With neither preexec_fn nor a change of user, subprocess takes vfork: fork would stop this process for as
+        # long as the kernel copies its page tables, 58 ms at 4 GB (DESIGN.md, trap 12).
+        child = _Detached(
+            (*_KEEPER, *launch.arguments) if is_kept else launch.arguments,
+            cwd=launch.directory,
+            env=environment,
+            stderr=stderr,
+            pass_fds=[sock.fileno() for sock in passed.values()],
+            process_group=0 if is_kept else None,
+        )
+    # Whatever it is: this process serves, and goes on serving.
+    except Exception as error:
+        raise _spawn_failed(launch, error) from error
+    try:
+        pidfd = os.pidfd_open(child.pid)
+    except OSError as error:
+        child.kill()
+        child.wait()
+        raise _spawn_failed(launch, error) from error
+    return Process(child.pid, pidfd, is_kept=is_kept)
+
+
+def _require_program(launch: Launch) -> None:
+    """Find what exec would not: behind a shell that is but an exit status.
+
+    Raises:
+        OSError: the program, or the interpreter in its first line, is not there, or may not be executed.
+    """
+    # Not at the top: this is for systemd alone.
+    import shutil
+
+    program = launch.arguments[0]
+    path: str | None = os.path.join(launch.directory or "", program)
+    if os.sep not in program:
+        path = shutil.which(program, path=launch.environment.get("PATH", os.defpath))
+    if path is None or not os.path.exists(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
+    if os.path.isdir(path) or not os.access(path, os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), program)
+    # It may be executed by those who may not read it.
+    with contextlib.suppress(PermissionError), open(path, "rb") as file:
+        start = file.read(MAX_FIRST_LINE)
+        words = start.removeprefix(b"#!").split(b"\n")[0].split()
+        if start.startswith(b"#!") and words and not os.path.exists(words[0]):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
+
+
+def describe_end(returncode: int) -> str:
+    """Say in a sentence's words how a process ended."""
+    return f"{'ended with' if returncode >= 0 else 'was'} {describe_exit(returncode)}"
+
+
+def describe_exit(returncode: int) -> str:
+    """Say how a process ended."""
+    if returncode >= 0:
+        return f"exit status {returncode}"
+    try:
+        return f"killed by {signal.Signals(-returncode).name}"
+    # Real-time signals have no names of their own.
+    except ValueError:
+        return f"killed by signal {-returncode}"
+
+
+def claim_channel() -> socket.socket | None:
+    """Return the channel to the predecessor, or None where this process is no successor."""
+    return claim_socket(MARKER)
+
+
+def claim_socket(key: str) -> socket.socket | None:
+    """Return the socket that a variable names, which whoever started this process has passed; None if there is none.
+
+    Call it once, as early as possible: it takes the marker out of the environment, so that no process started from
+    here takes itself for a successor. A marker that does not fit what is open under its number is ignored.
+    """
+    marker = os.environ.pop(key, None)
+    if marker is None:
+        return None
+    try:
+        descriptor, device, inode = map(int, marker.split(":"))
+        found = os.fstat(descriptor)
+    # It came through a process in between, which does not have the descriptor; or somebody else wrote it.
+    except (ValueError, OverflowError, OSError):
+        return None
+    if (found.st_dev, found.st_ino) != (device, inode) or not stat.S_ISSOCK(found.st_mode):
+        return None
+    channel = socket.socket(fileno=descriptor)
+    if (channel.family, channel.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        channel.detach()
+        return None
+    channel.set_inheritable(False)
+    return channel
+
+
+def _mark(sock: socket.socket) -> str:
+    found = os.fstat(sock.fileno())
+    return f"{sock.fileno()}:{found.st_dev}:{found.st_ino}"
+
+
+def _own_command() -> tuple[str, ...]:
+    """Return the command line of this process, with a program that can be found from anywhere."""
+    program, *arguments = sys.orig_argv or [""]
+    if getattr(sys, "frozen", False) or os.sep not in program:
+        # What was found on the PATH of that time. Never resolved further: a symlink may have moved, and a virtual
+        # environment is found by the name it was called by.
+        program = sys.executable
+    elif not os.path.isabs(program) and _START_DIRECTORY is not None:
+        program = os.path.join(_START_DIRECTORY, program)
+    if not program:
+        raise RestartUnsupported("it is not known how this process was started: set command=", phase="start")
+    if _SCRIPT in ("", "-"):
+        raise RestartUnsupported(
+            "this program was read from standard input, or typed in, and cannot be run again: put it into a file, "
+            "or set command=",
+            phase="start",
+        )
+    return program, *arguments
+
+
+def read_env_file(env_file: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the variables of an env file; a relative path is meant from where this process was started.
+
+    Raises:
+        RestartError: it cannot be read, or the package that reads such files is not installed.
+    """
+    try:
+        from dotenv import dotenv_values
+    except ImportError as error:
+        raise RestartError(
+            "env_file= needs python-dotenv: pip install 'ecdysis_async[env-file]'", phase="start"
+        ) from error
+    path = os.path.join(_START_DIRECTORY or "", env_file)
+    try:
+        # Opened here, because dotenv takes a file that is not there for an empty one.
+        with open(path, encoding="utf-8") as stream:
+            values = dotenv_values(stream=stream, interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RestartError(f"the env file {path} cannot be read: {error}", phase="start") from error
+    # A name without "=" has no value.
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _spawn_failed(launch: Launch, error: Exception) -> SpawnFailed:
+    program = launch.arguments[0]
+    text = f"cannot start {program!r}: {error}"
+    if isinstance(error, OSError):
+        # subprocess names the directory in place of the program where that is what failed.
+        if launch.directory is not None and error.filename == launch.directory:
+            text = f"cannot start {program!r} in {launch.directory!r}: {error.strerror}"
+        elif remedy := _REMEDIES.get(error.errno or 0):
+            text = f"cannot start {program!r}: {error.strerror} ({remedy})"
+    return SpawnFailed(text, phase="start")

@@ -1,0 +1,232 @@
+"""What a process of ``ecdysis run`` does: load the application, choose server and loop, enter ``Ecdysis`` and serve.
+
+Which servers there are is seen when one is needed; none is imported before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from ecdysis_async._config.logging import configure_logging
+from ecdysis_async._config.options import OptionError, Options, find_control_path, read_variables
+from ecdysis_async._config.target import Kind, find_kind, load
+from ecdysis_async._handoff.preflight import describe_release, tell
+from ecdysis_async._management.status import describe_listeners
+from ecdysis_async._service.ecdysis import Ecdysis, State, take_channel
+from ecdysis_async._sockets.addresses import name_sockets
+from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._sockets.registry import Kind as SocketKind
+from ecdysis_async._system.messages import say, write_lines
+from ecdysis_async._system.threads import run_in_thread
+from ecdysis_async._system.tracebacks import describe_failure
+from ecdysis_async.errors import StartupError
+
+__all__ = ["check", "run"]
+
+logger = logging.getLogger("ecdysis_async")
+
+STARTUP_FAILED = 3
+USAGE = 2
+
+ASGI_SERVERS = ("uvicorn", "hypercorn")
+
+
+def run(options: Options) -> int:
+    """Serve until the service stops or a successor serves; return the exit code.
+
+    Raises:
+        Exception: what broke the service while it served.
+    """
+    return _run(options, _serve)
+
+
+def check(options: Options) -> int:
+    """Load what would be served, tell whoever has started this process what it is, and return the exit code."""
+    return _run(options, _check)
+
+
+def _run(options: Options, main: Callable[[Options], Coroutine[Any, Any, None]]) -> int:
+    try:
+        if options.env_file is not None:
+            os.environ.update(read_variables(options.env_file))
+        configure_logging(options)
+        _run_on(options.loop, functools.partial(main, options))
+    except OptionError as error:
+        say(str(error))
+        return USAGE
+    except StartupError as error:
+        say(str(error))
+        return STARTUP_FAILED
+    return 0
+
+
+async def _check(options: Options) -> None:
+    # Before the application is there, which may set some of its own.
+    environment = dict(os.environ)
+    try:
+        app = await load(options.target, app_dir=options.app_dir, factory=options.factory)
+        server = _choose_server(app, options)
+        if options.is_tls:
+            from ecdysis_async.servers._common.listening import make_ssl_context
+
+            make_ssl_context(options)
+    except StartupError:
+        raise
+    except (Exception, SystemExit) as error:
+        write_lines(describe_failure(error))
+        raise StartupError(f"{options.target} cannot start: {type(error).__name__}: {error}") from error
+    module = sys.modules[options.target.partition(":")[0]]
+    file = getattr(module, "__file__", None)
+    sockets: list[str] = []
+    for address in options.bind if server != "main" else ():
+        try:
+            sockets += await run_in_thread(functools.partial(name_sockets, address))
+        except OSError as error:
+            raise StartupError(error.strerror or str(error)) from error
+    await tell(
+        take_channel(),
+        describe_release(
+            sockets if server != "main" else None,
+            environment,
+            target=options.target,
+            server=server,
+            file=file,
+            real_file=os.path.realpath(file) if file is not None else None,  # noqa: ASYNC240 - nothing else runs here
+            control=options.control_path,
+        ),
+    )
+
+
+def _run_on(loop: str, main: Callable[[], Any]) -> None:
+    """Run a coroutine function on the loop of that name.
+
+    Raises:
+        StartupError: it is not installed.
+    """
+    if loop in ("trio", "uvloop") and importlib.util.find_spec(loop) is None:
+        raise StartupError(f"{loop} is not installed: pip install 'ecdysis_async[{loop}]'")
+    if loop == "trio":
+        import trio
+
+        trio.run(main)
+    else:
+        from ecdysis_async._accepting.loops import run as run_gated
+
+        run_gated(main, loop=loop)  # type: ignore[arg-type] # one of three: see Options
+
+
+class _Service(Ecdysis):
+    """An ``Ecdysis`` that tells in one line what it serves, where, and by what."""
+
+    scheme = ""
+    description = ""
+
+    def describe(self, options: Options, server: str) -> None:
+        """Learn what is about to be served."""
+        scheme = {"main": "", "websockets": "ws"}.get(server, "http")
+        self.scheme = f"{scheme}s" if scheme and options.is_tls else scheme
+        version = "" if server == "main" else f" {_find_version(server)}"
+        self.description = f"{options.target} by {server}{version} on {_name_loop(options)}"
+
+    def _describe_serving(self) -> str:
+        entries = [entry for entry in self._registry.entries if entry.address != self._control_path]
+        places = ", ".join(map(self._describe_place, entries))
+        control = f", control socket {self._control_path}" if self._control_path is not None else ""
+        return f"serving on {places or 'nothing'}: {self.description}{control}"
+
+    def _describe_place(self, entry: Entry) -> str:
+        address = describe_listeners([entry])[0]["address"]
+        if entry.kind is SocketKind.UNIX:
+            return f"unix:{address}"
+        return f"{self.scheme}://{address}" if self.scheme and entry.kind is SocketKind.TCP else address
+
+
+def _find_version(server: str) -> str:
+    # Most say it themselves. Else the machinery of packages is loaded, which takes a tenth of the whole start.
+    told = getattr(importlib.import_module(server), "__version__", None)
+    if told is not None:
+        return str(told)
+    from importlib.metadata import version
+
+    return version(server)
+
+
+def _name_loop(options: Options) -> str:
+    if options.loop == "trio":
+        return "trio"
+    # asyncio is there already, and is not loaded for the sake of services on trio.
+    loop = sys.modules["asyncio"].get_running_loop()
+    return "uvloop" if any(each.__module__.startswith("uvloop") for each in type(loop).__mro__) else "asyncio"
+
+
+async def _serve(options: Options) -> None:
+    async with _Service(
+        ready_timeout=options.ready_timeout,
+        drain_timeout=options.drain_timeout,
+        probation=options.probation,
+        pid_file=options.pid_file,
+        control_socket=await run_in_thread(functools.partial(find_control_path, options)),
+        env_file=options.env_file,
+    ) as ecdysis:
+        try:
+            app = await load(options.target, app_dir=options.app_dir, factory=options.factory)
+            server = _choose_server(app, options)
+            ecdysis.describe(options, server)
+            if server == "main":
+                await app(ecdysis)
+            else:
+                adapter = importlib.import_module(f"ecdysis_async.servers.{server}")
+                await adapter.run(ecdysis, app, options)
+        except StartupError:
+            raise
+        except (Exception, SystemExit) as error:
+            if ecdysis.state not in (State.STARTING, State.WAITING):
+                raise
+            # Here and nowhere else: a predecessor reads it, and its restart answers with it.
+            write_lines(describe_failure(error))
+            raise StartupError(f"{options.target} cannot start: {type(error).__name__}: {error}") from error
+
+
+def _choose_server(app: Any, options: Options) -> str:
+    """Find what serves an application, and see that it is there and fits the loop.
+
+    Raises:
+        StartupError: nothing does; the text says what would.
+    """
+    server, target = options.server, options.target
+    if server == "websockets":
+        if not inspect.iscoroutinefunction(app):
+            raise StartupError(f"{target} is no handler of WebSockets, which is an `async def handler(websocket)`")
+    elif "interface" not in options.server_options:
+        server = _server_of(find_kind(app, target), options)
+    elif server == "auto":
+        server = "uvicorn"
+    if server == "main":
+        return server
+    if importlib.util.find_spec(server) is None:
+        raise StartupError(f"{target} needs {server}, which is not installed: pip install 'ecdysis_async[{server}]'")
+    if options.loop == "trio" and server != "hypercorn":
+        raise StartupError(f"{server} does not run on trio: choose another loop, or hypercorn, which does")
+    return server
+
+
+def _server_of(kind: Kind, options: Options) -> str:
+    fitting = {Kind.ASGI: ASGI_SERVERS, Kind.AIOHTTP: ("aiohttp",), Kind.MAIN: ("main",)}[kind]
+    if options.server not in ("auto", *fitting):
+        raise StartupError(
+            f"{options.target} is {kind.value}, which {options.server} does not serve: leave --server out, or take "
+            + " or ".join(fitting)
+        )
+    if options.server != "auto" or kind is not Kind.ASGI:
+        return options.server if options.server != "auto" else fitting[0]
+    if options.loop == "trio":
+        return "hypercorn"
+    return next((each for each in ASGI_SERVERS if importlib.util.find_spec(each) is not None), "uvicorn")

@@ -1,0 +1,260 @@
+"""An ASGI application as it is served here: its clients are told when this generation leaves, and requests are counted.
+
+This is the one seam that all servers of ASGI have in public. It changes nothing of what a request says, and nothing of
+a response but its header ``Connection``, once this generation leaves; HTTP/2 has a frame for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from typing import Any
+from weakref import WeakSet
+
+from ecdysis_async._accepting.asyncio_servers import ServerConnection
+from ecdysis_async._accepting.gated_socket import AcceptedConnection
+from ecdysis_async._connections.tracker import current_connection
+from ecdysis_async._ipc.worker_link import count_request
+from ecdysis_async.servers._protocols.http import will_move
+
+from .goodbye import DRAINING, RESTARTING, Departure
+
+__all__ = ["Application"]
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+# The goodbye of HTTP/2 to a whole connection (RFC 9113, 6.8), of a server that leaves soon: a frame of 8 bytes, which
+# says that whatever was asked is answered, and that there was no error.
+GOAWAY = struct.pack("!IBBIII", 8, 7, 0, 0, 2**31 - 1, 0)[1:]
+
+
+# When a connection without a request is closed after its client has hung up: in seconds, and in turns of the loop after
+# that. A server may have read a request, and takes a few turns to begin with it, which may be long ones.
+DESERTED_SECONDS = 0.05
+DESERTED_TURNS = 20
+
+
+class Application:
+    """What a server is given in place of the application.
+
+    Attributes:
+        failure: why the application's start-up failed, if it did.
+        busy: how many requests each connection has at this moment, on trio.
+
+    Args:
+        app: the application, of ASGI 3.
+        departure: learns which WebSockets are open.
+        send_goaway: called with the protocol of a connection of HTTP/2 that has answered all of its requests, once this
+            generation leaves.
+    """
+
+    def __init__(
+        self,
+        app: Callable[[Any, Any, Any], Awaitable[Any]],
+        departure: Departure,
+        send_goaway: Callable[[asyncio.BaseProtocol], None] | None = None,
+    ) -> None:
+        self._send_goaway = send_goaway
+        self.failure: BaseException | None = None
+        self.busy: Counter[AcceptedConnection] = Counter()
+        self._app = app
+        self._departure = departure
+        self._draining = departure.ecdysis.draining
+        # The requests that each connection has at this moment: with HTTP/2 that may be many.
+        self._requests: dict[ServerConnection, set[asyncio.Task[Any]]] = {}
+        # Those whose client has hung up.
+        self._deserted: WeakSet[ServerConnection] = WeakSet()
+        # Those of HTTP/2 that were not told of the drain, where the server has no way of its own.
+        self._untold: WeakSet[ServerConnection] = WeakSet()
+        departure.goodbyes.append(self._tell_http_2)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
+        count_request()
+        scope.setdefault("state", {})[DRAINING] = self._draining
+        connection = current_connection.get()
+        if self._send_goaway is None and scope["http_version"] == "2" and isinstance(connection, ServerConnection):
+            # One that was told, and goes on asking, is told once more.
+            self._untold.add(connection)
+        with self._in_progress():
+            if scope["type"] == "websocket":
+                await _WebSocket(self._departure, receive, send).run(self._app, scope)
+            else:
+                await self._respond(scope, receive, send)
+
+    async def _live(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Run the lifespan, and keep the reason if its beginning fails.
+
+        An application that does not know the protocol raises at the sight of the scope. One that has asked for the
+        event, and fails then, does know it: servers go on without, and a broken release would be taken for a good one.
+        """
+        is_asked = is_started = False
+
+        async def receive_through() -> Message:
+            nonlocal is_asked
+            message = await receive()
+            is_asked = True
+            return message
+
+        async def send_through(message: Message) -> None:
+            nonlocal is_started
+            if message["type"] == "lifespan.startup.complete":
+                is_started = True
+            elif message["type"] == "lifespan.startup.failed":
+                # Frameworks say so while they handle the exception.
+                self.failure = sys.exception() or RuntimeError(message.get("message") or "the start-up failed")
+                # Told by whoever has called the server: a server would log it a second time.
+                message = {**message, "message": ""}
+            await send(message)
+
+        try:
+            await self._app(scope, receive_through, send_through)
+        except Exception as error:
+            if self.failure is not None and not is_started:
+                return
+            if is_asked and not is_started:
+                self.failure = error
+                await send({"type": "lifespan.startup.failed", "message": ""})
+                return
+            raise
+
+    async def _respond(self, scope: Message, receive: Receive, send: Send) -> None:
+        async def send_through(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._draining.is_set() and not will_move():
+                message = {**message, "headers": _with_goodbye(message.get("headers", ()))}
+            await send(message)
+
+        # HTTP/2 and 3 have no such header (RFC 9113, 8.2.2).
+        is_http_1 = scope["http_version"].startswith("1")
+        await self._app(scope, receive, send_through if is_http_1 else send)
+
+    def _tell_http_2(self, is_late: bool) -> None:  # noqa: FBT001 - the departure's word
+        """Say goodbye to the connections of HTTP/2: while there is time, to those that have no request now.
+
+        There are clients that take this frame for the end of everything. Others still get their answers behind it.
+        hypercorn does not offer this; but it writes whole frames at a time, so that one more may stand between two.
+        """
+        for connection in [each for each in self._untold if is_late or each not in self._requests]:
+            self._untold.discard(connection)
+            if connection.transport is not None and not connection.transport.is_closing():
+                connection.transport.write(GOAWAY)
+
+    def close_after_answer(self, connection: ServerConnection) -> None:
+        """Close a connection whose client will ask no more, once it has the answers to all it has asked.
+
+        For a server that would keep it, and its descriptor, until its time to be idle is over. It may be lost already.
+        """
+        asyncio.get_running_loop().call_later(DESERTED_SECONDS, self._close_deserted, connection, DESERTED_TURNS)
+
+    def _close_deserted(self, connection: ServerConnection, turns: int) -> None:
+        if turns:
+            asyncio.get_running_loop().call_soon(self._close_deserted, connection, turns - 1)
+            return
+        if connection in self._requests:
+            self._deserted.add(connection)
+            return
+        # There is no request, so this would be the server's own task for the connection: it may go on without one.
+        connection.handler = None
+        if connection.is_over():
+            connection.server.plane.tracker.close(connection)
+        elif connection.transport is not None and not connection.transport.is_closing():
+            connection.transport.close()
+
+    @contextlib.contextmanager
+    def _in_progress(self) -> Iterator[None]:
+        """Let the drain know that this connection is busy, and whom to cancel at the deadline."""
+        connection = current_connection.get()
+        if isinstance(connection, AcceptedConnection):
+            # On trio, where the connection's own scope is what a deadline cancels, and its requests with it.
+            self.busy[connection] += 1
+            try:
+                yield
+            finally:
+                self.busy -= Counter([connection])
+            return
+        task = asyncio.current_task() if isinstance(connection, ServerConnection) else None
+        if not isinstance(connection, ServerConnection) or task is None:
+            yield
+            return
+        tasks = self._requests.setdefault(connection, set())
+        tasks.add(task)
+        connection.handler = task
+        try:
+            yield
+        finally:
+            tasks.remove(task)
+            connection.handler = next(iter(tasks), None)
+            if not tasks:
+                del self._requests[connection]
+                if connection.is_over():
+                    connection.server.plane.tracker.close(connection)
+                elif connection in self._deserted:
+                    self.close_after_answer(connection)
+                elif self._send_goaway is not None and self._draining.is_set() and connection.transport is not None:
+                    # In a turn of the loop: the server has yet to hear that this request is answered.
+                    protocol = connection.transport.get_protocol()
+                    asyncio.get_running_loop().call_soon(self._send_goaway, protocol)
+
+
+class _WebSocket:
+    """One WebSocket, which its application serves, and which may be closed over its head."""
+
+    def __init__(self, departure: Departure, receive: Receive, send: Send) -> None:
+        self._departure = departure
+        self._receive = receive
+        self._send = send
+        self._is_dismissed = False
+        self._is_disconnected = False
+
+    async def run(self, app: Callable[[Any, Any, Any], Awaitable[Any]], scope: Message) -> None:
+        try:
+            with contextlib.suppress(_Dismissed):
+                await app(scope, self._receive_through, self._send_through)
+        finally:
+            self._departure.websockets.discard(self._dismiss)
+        # To the end of the closing handshake: a socket that is closed while there is something to be read resets.
+        while self._is_dismissed and not self._is_disconnected:
+            await self._receive_through()
+
+    async def _receive_through(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "websocket.disconnect":
+            self._is_disconnected = True
+            self._departure.websockets.discard(self._dismiss)
+        return message
+
+    async def _send_through(self, message: Message) -> None:
+        if self._is_dismissed:
+            if message["type"] == "websocket.close":
+                return
+            # What the specification asks of a server whose client is gone: a subclass of OSError.
+            raise _Dismissed("this WebSocket was closed, because the service restarts")
+        if message["type"] == "websocket.close":
+            self._departure.websockets.discard(self._dismiss)
+        await self._send(message)
+        if message["type"] == "websocket.accept":
+            self._departure.websockets.add(self._dismiss)
+
+    async def _dismiss(self) -> None:
+        self._is_dismissed = True
+        # OSError: its client was faster. RuntimeError: its server was (a ping that was not answered).
+        with contextlib.suppress(OSError, RuntimeError):
+            await self._send({"type": "websocket.close", "code": RESTARTING, "reason": "the service restarts"})
+
+
+class _Dismissed(OSError):
+    """An application sends to a WebSocket that was closed."""
+
+
+def _with_goodbye(headers: Any) -> list[tuple[bytes, bytes]]:
+    others = [(name, value) for name, value in headers if name.lower() != b"connection"]
+    return [*others, (b"connection", b"close")]

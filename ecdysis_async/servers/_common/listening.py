@@ -1,0 +1,56 @@
+"""The sockets and the TLS that the options name, for servers of all kinds."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import ssl
+
+from ecdysis_async._accepting.data_plane import active
+from ecdysis_async._config.options import Options
+from ecdysis_async._sockets.addresses import listen, resolve
+from ecdysis_async._system.threads import run_in_thread
+from ecdysis_async.errors import StartupError
+
+__all__ = ["CERT_REQS", "make_ssl_context", "open_sockets"]
+
+CERT_REQS = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
+
+
+async def open_sockets(options: Options) -> list[socket.socket]:
+    """Ask for the sockets of all addresses: the ``Ecdysis``' own, inherited, passed by systemd, or new.
+
+    Raises:
+        StartupError: one cannot be had; the text says why.
+    """
+    registry, entries = active().registry, []
+    try:
+        for address in options.bind:
+            # A name server may be asked.
+            for numeric in await run_in_thread(functools.partial(resolve, address)):
+                entries += listen(registry, numeric, backlog=options.backlog, mode=options.unix_mode)
+    except (OSError, LookupError, ValueError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else error.args[0]
+        raise StartupError(str(text)) from error
+    return [entry.sock for entry in entries]
+
+
+def make_ssl_context(options: Options) -> ssl.SSLContext | None:
+    """Make what a server of HTTP/1.1 needs for TLS, or None where there shall be none.
+
+    Raises:
+        StartupError: certificate or key are none, or do not fit.
+    """
+    if options.certfile is None:
+        return None
+    try:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(options.certfile, options.keyfile, options.keyfile_password)
+        if options.ca_certs is not None:
+            context.load_verify_locations(options.ca_certs)
+        context.verify_mode = CERT_REQS[options.cert_reqs]
+        if options.ciphers is not None:
+            context.set_ciphers(options.ciphers)
+    except (OSError, ssl.SSLError) as error:
+        raise StartupError(f"TLS cannot be served with {options.certfile}: {error}") from error
+    return context

@@ -1,0 +1,130 @@
+"""hypercorn on trio: its own protocols, over listeners that can pause.
+
+``hypercorn.trio.serve`` accepts by trio's ``serve_listeners``, which cannot be paused and taken up again. So this is
+what it does, as seen in hypercorn 0.18, on listeners of the ``Ecdysis``: ``Lifespan``, ``WorkerContext``, ``TCPServer``
+and ``wrap_app``.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, cast
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.lifespan import Lifespan
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import wrap_app
+
+from ecdysis_async._accepting.data_plane import active
+from ecdysis_async._accepting.gated_socket import AcceptedConnection
+from ecdysis_async._accepting.trio_streams import TrioListener
+from ecdysis_async._service.ecdysis import Ecdysis
+from ecdysis_async.servers._common.asgi import Application
+from ecdysis_async.servers._common.goodbye import Departure
+
+__all__ = ["serve"]
+
+
+class _Stream:
+    """A stream whose end ends its connection.
+
+    hypercorn would keep it, and its descriptor, for ``keep_alive_timeout`` when a client has hung up between requests.
+    """
+
+    def __init__(self, stream: Any, context: WorkerContext) -> None:
+        self._stream = stream
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        # Also for what is not there: that is how hypercorn tells TLS.
+        return getattr(self._stream, name)
+
+    async def receive_some(self, max_bytes: int) -> bytes | bytearray:
+        try:
+            data: bytes | bytearray = await self._stream.receive_some(max_bytes)
+        except trio.BrokenResourceError:
+            await self._context.terminated.set()
+            raise
+        if not data:
+            await self._context.terminated.set()
+        return data
+
+
+async def serve(
+    ecdysis: Ecdysis,
+    app: Callable[[Any, Any, Any], Awaitable[Any]],
+    config: Config,
+    secure: Iterable[socket.socket],
+    insecure: Iterable[socket.socket],
+) -> None:
+    """Serve an ASGI application on trio; see ``hypercorn.serve``.
+
+    Args:
+        ecdysis: entered.
+        app: of ASGI 3.
+        config: hypercorn's own.
+        secure: sockets of the ``Ecdysis``, to serve TLS on.
+        insecure: the same, to serve without.
+    """
+    # One for each connection.
+    contexts: set[WorkerContext] = set()
+    tracker = active().tracker
+    is_late = False
+
+    async def end_them() -> None:
+        # Ends connections that are idle, and the others after their response.
+        for context in tuple(contexts):
+            await context.terminated.set()
+
+    def close_idle() -> None:
+        nonlocal is_late
+        is_late = True
+        for connection in tracker.connections():
+            connection.silent = isinstance(connection, AcceptedConnection) and connection not in application.busy
+        nursery.start_soon(end_them)
+
+    departure = Departure(ecdysis, close_idle)
+    application = Application(app, departure)
+    wrapped = wrap_app(cast("Any", application), config.wsgi_max_body_size, "asgi")
+    state: dict[str, Any] = {}
+    lifespan = Lifespan(wrapped, config, state)
+    ssl_context = config.create_ssl_context()
+    listeners: list[Any] = [TrioListener(sock) for sock in insecure]
+    if ssl_context is not None:
+        listeners += [trio.SSLListener(TrioListener(sock), ssl_context, https_compatible=True) for sock in secure]
+
+    async def handle(stream: Any) -> None:
+        context = WorkerContext(None)
+        if is_late:
+            await context.terminated.set()
+        contexts.add(context)
+        try:
+            whole: Any = _Stream(stream, context)
+            await TCPServer(wrapped, config, context, ConnectionState(state.copy()), whole)
+        finally:
+            contexts.discard(context)
+
+    try:
+        async with trio.open_nursery() as nursery:
+            with departure.ending() as begin_shutdown:
+                await nursery.start(lifespan.handle_lifespan)
+                await lifespan.wait_for_startup()
+                if application.failure is not None:
+                    # Its end wakes this task before its exception cancels it: readiness must not be announced.
+                    raise application.failure
+                nursery.start_soon(ecdysis.serve, handle, *listeners)
+                await ecdysis.ready()
+                await departure.see_off()
+                begin_shutdown()
+                await end_them()
+                await lifespan.wait_for_shutdown()
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        if application.failure is not None:
+            raise application.failure from None
+        # What was raised, rather than that it was raised here.
+        raise group.exceptions[0] if len(group.exceptions) == 1 else group from None

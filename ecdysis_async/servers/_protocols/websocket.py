@@ -1,0 +1,375 @@
+"""What a WebSocket between two messages takes along to a successor, whichever server speaks for it.
+
+The handshake is replayed there: the same request gives the same subprotocol and extensions, and the response, which
+the client has had, is swallowed. What remains is the state that the application offers, and, where messages are
+compressed with a context, the last bytes that the client has sent: it goes on referring to them. What is sent begins
+with a fresh context, as it may at any message.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import base64
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from websockets.extensions.base import Extension
+from websockets.extensions.permessage_deflate import PerMessageDeflate
+from websockets.frames import CTRL_OPCODES, Close, Frame, Opcode
+from websockets.http11 import Response
+
+from ecdysis_async._connections.parcel import Refused, Release
+from ecdysis_async.servers._common.goodbye import RESTARTING
+
+from .http import WEBSOCKET, SelfMoving
+
+__all__ = ["GOODBYE", "TRANSFER", "Inbound", "Luggage", "MovingWebSocket", "Muted", "Transfer", "negotiated"]
+
+TRANSFER: Final = "ecdysis.transfer"
+"""Where an application finds the :class:`Transfer` of a WebSocket: in the scope's state, or as an attribute."""
+
+GOODBYE: Final = Frame(Opcode.CLOSE, Close(RESTARTING, "the service restarts").serialize()).serialize(mask=False)
+"""What a client is told whose WebSocket was taken over and cannot go on: it comes back, as without a transfer."""
+
+# What every frame begins with, bytes.
+SHORTEST_HEAD = 2
+
+
+class Transfer:
+    """What the application of a WebSocket has to say about its moving to a successor.
+
+    Attributes:
+        inherited: the state that the predecessor's application offered; None where the WebSocket is new.
+    """
+
+    def __init__(self, inherited: Any = None) -> None:
+        self.inherited = inherited
+        self._offered: Any = None
+
+    def offer(self, state: Any) -> None:
+        """Let this WebSocket move while the application waits for a message; the old side of it is disconnected then.
+
+        Args:
+            state: what JSON can hold, or a function that returns it and is called at the last moment; None withdraws
+                the offer. It must say all that the application needs: the successor runs it anew, from its connecting
+                on. Whoever sends without being asked has to withdraw before it does.
+        """
+        self._offered = state
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether it may move."""
+        return self._offered is not None
+
+    def state(self) -> Any:
+        """Return what is offered at this moment.
+
+        Raises:
+            TypeError, ValueError: JSON cannot hold it.
+        """
+        state = self._offered() if callable(self._offered) else self._offered
+        json.dumps(state, allow_nan=False)
+        return state
+
+
+class Inbound:
+    """Follows what a client sends: where frames end, and what its compression may refer to."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._left = 0
+        self._is_fragmented = False
+        self._window = b""
+
+    @property
+    def is_between_frames(self) -> bool:
+        """Whether the last byte that was received ended a frame."""
+        return not self._head and not self._left
+
+    @property
+    def is_between_messages(self) -> bool:
+        """Whether the last frame that was received ended a message, too."""
+        return self.is_between_frames and not self._is_fragmented
+
+    @property
+    def window(self) -> bytes:
+        """The last bytes that were decompressed, as many as can be referred to."""
+        return self._window
+
+    def feed(self, data: bytes) -> None:
+        """Take note of bytes that were received."""
+        position = 0
+        while position < len(data):
+            if self._left:
+                step = min(self._left, len(data) - position)
+                self._left -= step
+                position += step
+                continue
+            step = self._head_size() - len(self._head)
+            self._head += data[position : position + step]
+            position += step
+            if len(self._head) == self._head_size():
+                self._left = self._payload_size()
+                if self._head[0] & 0x0F not in CTRL_OPCODES:
+                    self._is_fragmented = not self._head[0] & 0x80
+                self._head.clear()
+
+    def follow(self, extensions: Sequence[Extension]) -> None:
+        """Remember what is decompressed from now on."""
+        for extension in extensions:
+            if isinstance(extension, PerMessageDeflate) and not extension.remote_no_context_takeover:
+                extension.decode = self._remembering(extension.decode, 1 << extension.remote_max_window_bits)  # type: ignore[method-assign]
+
+    def restore(self, extensions: Sequence[Extension], window: bytes) -> None:
+        """Let a fresh decompressor go on where another one ended, and remember that."""
+        self._window = window
+        for extension in extensions:
+            if window and isinstance(extension, PerMessageDeflate) and not extension.remote_no_context_takeover:
+                extension.decoder = zlib.decompressobj(wbits=-extension.remote_max_window_bits, zdict=window)
+        self.follow(extensions)
+
+    def _remembering(self, decode: Callable[..., Frame], size: int) -> Callable[..., Frame]:
+        def decode_and_remember(frame: Frame, *, max_size: int | None = None) -> Frame:
+            decoded = decode(frame, max_size=max_size)
+            # One that was not compressed comes back as it is.
+            if decoded is not frame:
+                self._window = (self._window + bytes(decoded.data))[-size:]
+            return decoded
+
+        return decode_and_remember
+
+    # RFC 6455, 5.2: two bytes, more for the length of what is longer, and four of a mask.
+    def _head_size(self) -> int:
+        if len(self._head) < SHORTEST_HEAD:
+            return SHORTEST_HEAD
+        length, masked = self._head[1] & 0x7F, self._head[1] & 0x80
+        return SHORTEST_HEAD + {126: 2, 127: 8}.get(length, 0) + (4 if masked else 0)
+
+    def _payload_size(self) -> int:
+        match self._head[1] & 0x7F:
+            case 126:
+                return int.from_bytes(self._head[2:4])
+            case 127:
+                return int.from_bytes(self._head[2:10])
+            case length:
+                return length
+
+
+def negotiated(response: Response) -> list[list[str]]:
+    """Return the extensions and the subprotocol that a response to a handshake has settled."""
+    return [response.headers.get_all(name) for name in ("Sec-WebSocket-Extensions", "Sec-WebSocket-Protocol")]
+
+
+@dataclass(frozen=True, slots=True)
+class Luggage:
+    """What a WebSocket takes along.
+
+    Attributes:
+        request: that of its handshake.
+        settled: what the response to it has settled; see :func:`negotiated`.
+        window: see :class:`Inbound`.
+        state: of the application.
+    """
+
+    request: bytes
+    settled: list[list[str]]
+    window: bytes
+    state: Any
+
+    def release(self) -> Release:
+        """Pack it."""
+        window = base64.b64encode(self.window).decode()
+        return Release([self.request.decode("latin-1"), self.settled, window, self.state], kind=WEBSOCKET)
+
+    @classmethod
+    def unpack(cls, release: Release) -> Luggage:
+        """Read it.
+
+        Raises:
+            Refused: it is none that this release knows.
+        """
+        match release.state:
+            case [str(request), [list(_), list(_)] as settled, str(window), state, *_]:
+                return cls(request.encode("latin-1"), settled, base64.b64decode(window), state)
+            case _:
+                raise Refused("this release does not understand what the WebSocket brings along")
+
+
+class Muted:
+    """A transport, while the handshake is replayed whose response its client has had.
+
+    Args:
+        real: where nothing is written.
+        give_up: called where the application will not have the connection.
+    """
+
+    def __init__(self, real: asyncio.Transport, give_up: Callable[[], None]) -> None:
+        self.real = real
+        self._give_up = give_up
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def write(self, data: bytes) -> None:
+        """Swallow a response."""
+
+    def write_eof(self) -> None:
+        """Take it for what it is: the end."""
+        self._give_up()
+
+    def close(self) -> None:
+        """Take it for the end, too."""
+        self._give_up()
+
+
+class MovingWebSocket(SelfMoving, asyncio.Protocol):
+    """A WebSocket that moves while its application waits for a message, and has offered a state.
+
+    It stands in front of a server's own protocol, which has ``transport``, ``response`` and ``logger``.
+
+    Attributes:
+        ecdysis_transfer: where the application offers it.
+    """
+
+    transport: Any
+    response: Response
+    logger: Any
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.ecdysis_transfer = Transfer()
+        # What it has brought along, until its handshake is replayed and its application has accepted it again.
+        self._luggage: Luggage | None = None
+        # Set when it is known whether it moves; None while it is not on its way.
+        self._verdict: asyncio.Event | None = None
+        self._request_bytes = b""
+        self._inbound = Inbound()
+        self._is_followed = False
+        # What the client sends while the handshake is replayed.
+        self._unread: list[bytes] = []
+
+    # What differs from server to server
+
+    @property
+    @abc.abstractmethod
+    def _is_opening(self) -> bool:
+        """Whether the request of the handshake is still to come, or some of it."""
+
+    @property
+    @abc.abstractmethod
+    def _is_idle(self) -> bool:
+        """Whether it is open, its application waits for a message, and nothing was received for it or is being sent."""
+
+    @property
+    @abc.abstractmethod
+    def _is_read_paused(self) -> bool:
+        """Whether what was read has to be dealt with first."""
+
+    @property
+    @abc.abstractmethod
+    def _extensions(self) -> Sequence[Extension]:
+        """What was negotiated."""
+
+    # How it moves
+
+    def resume(self, release: Release) -> None:
+        """Go on with a WebSocket of the predecessor's, as soon as there is a transport.
+
+        Raises:
+            Refused: it is none that this release knows.
+        """
+        self._luggage = Luggage.unpack(release)
+        self.ecdysis_transfer = Transfer(self._luggage.state)
+
+    def release(self) -> Release | None:
+        """Give it away between two messages: nothing of the next one has come, and the last one was dealt with."""
+        if not self._is_idle or not self._inbound.is_between_messages:
+            return None
+        # One that is half taken over looks as if it was idle.
+        if self._luggage is not None or self._verdict is not None or not self.ecdysis_transfer.is_offered:
+            return None
+        settled, state = negotiated(self.response), self.ecdysis_transfer.state()
+        luggage = Luggage(self._request_bytes, settled, self._inbound.window, state)
+        self._verdict = asyncio.Event()
+        return luggage.release()
+
+    def keep(self) -> None:
+        """Go on: it has not moved."""
+        self._decide()
+
+    async def wait_for_verdict(self) -> None:
+        """Wait while it is on its way: what is sent after the successor has begun would be in its way."""
+        if self._verdict is not None:
+            await self._verdict.wait()
+
+    # What the loop calls
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if self._luggage is not None:
+            self.transport = Muted(transport, self._give_up)
+            self._request_bytes = self._luggage.request
+            super().data_received(self._request_bytes)
+
+    def data_received(self, data: bytes) -> None:
+        if self._luggage is not None:
+            # uvloop reads as soon as a connection is made, whatever it was told before.
+            self._unread.append(data)
+            self._real_transport.pause_reading()
+            return
+        if self._is_opening:
+            self._request_bytes += data
+        else:
+            if not self._is_followed:
+                self._is_followed = True
+                self._inbound.follow(self._extensions)
+            self._inbound.feed(data)
+        super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unmute()
+        self._decide()
+        super().connection_lost(exc)
+
+    # How it is resumed
+
+    @property
+    def _real_transport(self) -> Any:
+        return self.transport.real if isinstance(self.transport, Muted) else self.transport
+
+    def _unmute(self) -> None:
+        self._luggage = None
+        self.transport = self._real_transport
+
+    def _go_on(self) -> None:
+        """Let the client be heard, if the application has accepted it as the one before did."""
+        if self._luggage is None:
+            return
+        if negotiated(self.response) != self._luggage.settled:
+            self.logger.warning("a WebSocket of the predecessor's is accepted otherwise here: it has to come back")
+            self._give_up()
+            return
+        self._is_followed = True
+        self._inbound.restore(self._extensions, self._luggage.window)
+        self._unmute()
+        unread, self._unread = self._unread, []
+        for data in unread:
+            self.data_received(data)
+        if unread and not self._is_read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def _give_up(self) -> None:
+        """Close a WebSocket that was taken over, and that the application will not have, or not so."""
+        if self._luggage is not None:
+            self._unmute()
+            self.transport.write(GOODBYE)
+            self.transport.close()
+
+    def _decide(self) -> None:
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None:
+            verdict.set()

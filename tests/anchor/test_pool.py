@@ -1,0 +1,115 @@
+"""The data of a crew: who serves, who is missing, and when the next worker may be started."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from ecdysis_async._anchor.pool import (
+    FIRST_BACKOFF_SECONDS,
+    HEALTHY_SECONDS,
+    LONGEST_BACKOFF_SECONDS,
+    Crew,
+    Handoff,
+    Slot,
+    Worker,
+    WorkerState,
+    backoff_seconds,
+)
+from ecdysis_async._ipc.worker_link import Line
+from ecdysis_async._service.ecdysis import State
+from ecdysis_async._system.process import Process
+
+NOW = 1000.0
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        found = Worker(1, Process(os.getpid(), os.pidfd_open(os.getpid())), Line(ours), born=NOW)
+        yield found
+        found.line.close()
+        found.process.close()
+
+
+def test_the_states_of_a_worker_are_those_of_its_ecdysis() -> None:
+    assert {state.value for state in WorkerState} == {state.value for state in State}
+
+
+@pytest.mark.parametrize("state", WorkerState)
+def test_a_slot_is_vacant_where_nobody_can_serve_any_more(state: WorkerState, worker: Worker) -> None:
+    slot = Slot(0, [worker])
+    worker.state = state
+    assert slot.is_vacant == (state in (WorkerState.DRAINING, WorkerState.ENDED))
+    assert slot.incumbent == (worker if state is WorkerState.SERVING else None)
+
+
+def test_a_dead_worker_does_not_serve(worker: Worker) -> None:
+    worker.state = WorkerState.SERVING
+    assert Crew(1, [Slot(0, [worker])]).serving == 1
+    worker.exit_status = 0
+    assert Crew(1, [Slot(0, [worker])]).serving == 0
+
+
+def test_a_worker_that_had_served_for_long_is_replaced_at_once(worker: Worker) -> None:
+    slot = Slot(0, [worker], failures=3)
+    worker.state = WorkerState.SERVING
+    worker.served_since = NOW - HEALTHY_SECONDS
+    slot.note_end(worker, NOW)
+    assert (slot.workers, slot.failures, slot.retry_at) == ([], 0, NOW)
+
+
+def test_a_worker_that_crashes_soon_has_to_wait(worker: Worker) -> None:
+    slot = Slot(0, [worker], failures=1)
+    worker.state = WorkerState.SERVING
+    worker.served_since = NOW - HEALTHY_SECONDS / 2
+    slot.note_end(worker, NOW)
+    assert (slot.failures, slot.retry_at) == (2, NOW + 2 * FIRST_BACKOFF_SECONDS)
+
+
+@pytest.mark.parametrize("reason", ["told", "drained"])
+def test_an_orderly_end_is_no_crash(reason: str, worker: Worker) -> None:
+    slot = Slot(0, [worker])
+    worker.is_told_to_leave = reason == "told"
+    worker.state = WorkerState.DRAINING if reason == "drained" else WorkerState.SERVING
+    slot.note_end(worker, NOW)
+    assert (slot.workers, slot.failures) == ([], 0)
+
+
+@pytest.mark.parametrize("reason", ["none", "told", "followed"])
+def test_a_worker_that_leaves_of_its_own_accord_has_to_wait(reason: str, worker: Worker) -> None:
+    slot = Slot(0, [worker])
+    worker.is_told_to_leave = reason == "told"
+    worker.handoff = Handoff(None, True, None, None) if reason == "followed" else None
+    worker.state = WorkerState.DRAINING
+    worker.served_since = NOW - 1
+    slot.note_leaving(worker, NOW)
+    worker.state = WorkerState.ENDED
+    failures = 1 if reason == "none" else 0
+    assert (worker.has_deserted, slot.failures) == (reason == "none", failures)
+    if worker.has_deserted:
+        slot.note_end(worker, NOW)
+        assert (slot.failures, slot.retry_at) == (1, NOW + FIRST_BACKOFF_SECONDS)
+
+
+def test_the_pauses_grow_and_end_growing() -> None:
+    pauses = [backoff_seconds(failures) for failures in range(40)]
+    assert pauses[:4] == [0, FIRST_BACKOFF_SECONDS, 2 * FIRST_BACKOFF_SECONDS, 4 * FIRST_BACKOFF_SECONDS]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == LONGEST_BACKOFF_SECONDS
+
+
+def test_slots_are_numbered_on() -> None:
+    crew = Crew(2)
+    assert [crew.enlarge().index for _ in range(3)] == [0, 1, 2]
+    crew.slots.pop(1)
+    assert crew.enlarge().index == 3
+
+
+def test_no_limit_of_requests_is_ever_reached(worker: Worker) -> None:
+    assert worker.request_limit == math.inf

@@ -1,0 +1,128 @@
+"""The state of an anchor that is executed anew: sealed, handed on by its marker, and restored as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from ecdysis_async._anchor import reexec as upgrade
+from ecdysis_async._anchor.pool import Crew, Slot, Worker, WorkerState
+from ecdysis_async._ipc.worker_link import Line
+from ecdysis_async._system.process import ANCHOR_CHECK_MARKER, ANCHOR_MARKER, Launch, Process
+
+
+@pytest.fixture
+def crew() -> Iterator[Crew]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        worker = Worker(3, Process(os.getpid(), os.pidfd_open(os.getpid())), Line(ours), born=5.0)
+        worker.state, worker.requests, worker.environment = WorkerState.SERVING, 7, {"A": "b"}
+        yield Crew(2, [Slot(0, [worker], failures=1, retry_at=9.0), Slot(4)])
+        worker.line.close()
+        worker.process.close()
+
+
+def make_state(crew: Crew) -> dict[str, Any]:
+    described, _ = upgrade.describe_crew(crew)
+    return {"crew": described, "last_report": None, "sockets": {"service": {"descriptions": [], "descriptors": []}}}
+
+
+def mark(descriptor: int) -> str:
+    found = os.fstat(descriptor)
+    return f"{descriptor}:{found.st_dev}:{found.st_ino}"
+
+
+def test_a_crew_is_restored_as_it_was(crew: Crew) -> None:
+    described, descriptors = upgrade.describe_crew(crew)
+    (worker,) = crew
+    assert descriptors == [worker.process.pidfd, worker.line.fileno()]
+    for each in described["workers"]:
+        each["pidfd"], each["line"] = os.dup(each["pidfd"]), os.dup(each["line"])
+    restored = upgrade.restore_crew(json.loads(json.dumps(described)))
+    (twin,) = restored
+    try:
+        assert restored.target == 2
+        assert [(slot.index, slot.failures, slot.retry_at) for slot in restored.slots] == [(0, 1, 9.0), (4, 0, 0.0)]
+        for name in ("generation", "born", "pid", "state", "requests", "request_limit", "environment"):
+            assert getattr(twin, name) == getattr(worker, name)
+        assert not os.get_inheritable(twin.line.fileno())
+    finally:
+        twin.line.close()
+        twin.process.close()
+
+
+def test_a_state_is_sealed_and_claimed_once(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = upgrade.seal(make_state(crew))
+    with pytest.raises(PermissionError):
+        os.pwrite(memory, b"x", 0)
+    monkeypatch.setenv(ANCHOR_MARKER, mark(memory))
+    found = upgrade.claim()
+    assert found is not None
+    assert not found.is_check
+    upgrade.try_state(found.state)
+    assert upgrade.claim() is None
+
+
+def test_a_state_that_cannot_be_read_is_refused(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upgrade, "FORMAT", 2)
+    memory = upgrade.seal(make_state(crew))
+    monkeypatch.setattr(upgrade, "FORMAT", 1)
+    monkeypatch.setenv(ANCHOR_CHECK_MARKER, mark(memory))
+    with pytest.raises(upgrade.UpgradeFailed, match="format 2"):
+        upgrade.claim()
+    with pytest.raises(KeyError):
+        upgrade.try_state({"crew": {"workers": []}})
+
+
+def test_a_marker_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ANCHOR_MARKER, "0:1:2")
+    with pytest.raises(upgrade.UpgradeFailed, match="something else"):
+        upgrade.claim()
+
+
+def test_new_code_that_fails_is_quoted() -> None:
+    memory = upgrade.seal({})
+    try:
+        launch = Launch((sys.executable, "-c", "raise SystemExit('not today')"), None, dict(os.environ))
+        with pytest.raises(upgrade.UpgradeFailed, match="not today"):
+            upgrade.check(launch, memory, 60)
+        with pytest.raises(upgrade.UpgradeFailed, match="could not be tried"):
+            upgrade.check(Launch(("/no/such/program",), None, {}), memory, 60)
+        upgrade.check(Launch((sys.executable, "-c", ""), None, dict(os.environ)), memory, 60)
+    finally:
+        os.close(memory)
+
+
+def test_an_exec_that_fails_leaves_everything_as_it_was(crew: Crew) -> None:
+    _, descriptors = upgrade.describe_crew(crew)
+    memory = upgrade.seal({})
+    directory = os.getcwd()
+    try:
+        with upgrade.blocked_signals(), pytest.raises(upgrade.UpgradeFailed, match="/no/such/program"):
+            upgrade.execute(Launch(("/no/such/program",), "/", {}), memory, descriptors)
+        assert os.getcwd() == directory
+        assert not any(map(os.get_inheritable, [memory, *descriptors]))
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & upgrade.SIGNALS
+    finally:
+        os.close(memory)
+
+
+def test_signals_that_nobody_acted_upon_come_again() -> None:
+    heard: list[int] = []
+    former = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+    try:
+        # As C writes them; a NUL is what Python's own handler adds.
+        os.write(write_end, bytes([signal.SIGUSR1, 0]))
+        upgrade.repeat_signals(read_end)
+        assert heard == [signal.SIGUSR1]
+    finally:
+        os.close(write_end)
+        signal.signal(signal.SIGUSR1, former)

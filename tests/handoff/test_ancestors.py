@@ -1,0 +1,181 @@
+"""Older generations that are followed, or no more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+import subprocess
+from collections.abc import Iterator
+
+import anyio
+import pytest
+
+from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.gate import Gate
+from ecdysis_async._connections.tracker import Tracker
+from ecdysis_async._handoff.ancestors import Ancestor, Lineage
+from ecdysis_async._handoff.generation import Generation, Numbered
+from ecdysis_async._handoff.protocol import Farewell, FromPredecessor, Successor
+from ecdysis_async._handoff.successor import Inheritance
+from ecdysis_async._ipc.channel import Channel, Frame
+from ecdysis_async._ipc.peer import Peer
+from ecdysis_async._sockets.registry import Registry
+from ecdysis_async.settings import Settings
+
+
+async def test_what_is_let_go_before_it_is_followed_keeps_nobody_waiting(backend: str) -> None:
+    ours, theirs = socket.socketpair()
+    lineage = Lineage()
+    lineage.ancestors.append(Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid()))))
+    try:
+        with anyio.fail_after(60):
+            told = await lineage.let_go()
+            await lineage.follow(3)
+            assert await lineage.let_go() == told == [{"pid": os.getpid(), "pending": ""}]
+            await lineage.outlive()
+    finally:
+        lineage.close()
+        theirs.close()
+
+
+async def test_a_following_that_is_cancelled_keeps_nobody_waiting(backend: str) -> None:
+    ours, theirs = socket.socketpair()
+    lineage = Lineage()
+    lineage.ancestors.append(Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid()))))
+    try:
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(lineage.follow, 3)
+                await anyio.wait_all_tasks_blocked()
+                task_group.cancel_scope.cancel()
+            await lineage.outlive()
+            await lineage.let_go()
+    finally:
+        lineage.close()
+        theirs.close()
+
+
+async def test_log_files_that_moved_before_it_is_followed_are_told_of_then(backend: str) -> None:
+    ours, theirs = socket.socketpair()
+    lineage, heard = Lineage(), Channel(theirs)
+    lineage.ancestors.append(Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid()))))
+    try:
+        with anyio.fail_after(60):
+            await lineage.reopen_logs()
+            assert heard.receive_nowait() is None
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(lineage.follow, 3)
+                assert (await heard.receive()).type == Farewell.REOPEN_LOGS
+                await lineage.reopen_logs()
+                assert (await heard.receive()).type == Farewell.REOPEN_LOGS
+                await lineage.let_go()
+            # Now a newer generation is the one to tell them.
+            await lineage.reopen_logs()
+            assert heard.receive_nowait() is None
+    finally:
+        lineage.close()
+        heard.close()
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """Be at the limit; not below it, where poll(2) fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("dies", [False, True])
+async def test_what_follows_a_lost_way_of_connections_is_heard(
+    backend: str, dies: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Nothing was, from then on: systemd's main process was one that left, and the drain of it had no end in any status.
+    ours, theirs = socket.socketpair()
+    speaker = subprocess.Popen(["sleep", "60"])
+    lineage, other_end = Lineage(), Channel(theirs)
+    ancestor = Ancestor(1, speaker.pid, Peer(Channel(ours), os.pidfd_open(speaker.pid)))
+    lineage.ancestors.append(ancestor)
+    heard: list[int | None] = []
+    lineage.on_drained = lambda ancestor, body: heard.append(ancestor.connections)
+
+    def note_main(ancestor: Ancestor) -> None:
+        heard.append(ancestor.connections)
+        speaker.kill()
+
+    lineage.on_main = note_main
+    try:
+        with anyio.fail_after(60):
+            await other_end.send(Farewell.TRANSFER, {}, [theirs.fileno()])
+            await other_end.send(Farewell.PROGRESS, {"connections": 7})
+            await other_end.send(Farewell.MAIN)
+            await other_end.send(Farewell.DRAINED)
+            if dies:
+                speaker.kill()
+                os.waitid(os.P_PID, speaker.pid, os.WEXITED | os.WNOWAIT)
+            with no_descriptor_left():
+                await lineage.follow(3)
+    finally:
+        speaker.kill()
+        speaker.wait()
+        lineage.close()
+        other_end.close()
+    # MAIN, DRAINED, and the death.
+    assert heard == [7, 0, 0]
+    assert f"generation 1 (pid {speaker.pid}) keeps what it was to pass on" in caplog.text
+    assert "LimitNOFILE=" in caplog.text
+
+
+async def test_a_lost_way_of_connections_keeps_no_successor_from_settling(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, theirs = socket.socketpair()
+    other_end = Channel(theirs)
+    generation = Generation(2, Settings(), Plane(Registry(), Gate(), Tracker()), Numbered(2))
+    inheritance = Inheritance(ours, generation, lambda side: None, is_child=False)
+    ancestor = Ancestor(1, os.getpid(), Peer(inheritance._channel, os.pidfd_open(os.getpid())))
+    inheritance.predecessor, inheritance.state = ancestor, Successor.PROBATION
+    try:
+        with anyio.fail_after(60):
+            await other_end.send(Farewell.TRANSFER, {}, [theirs.fileno()])
+            await other_end.send(FromPredecessor.SETTLED, {"ancestors": [], "report": {}})
+            with no_descriptor_left():
+                await inheritance.run()
+        assert inheritance.state is Successor.SETTLED
+        # As the supervisor does with what came too early for it.
+        for item in inheritance.farewells:
+            generation.lineage.deliver(ancestor, item)
+        assert f"generation 1 (pid {os.getpid()}) keeps what it was to pass on" in caplog.text
+    finally:
+        inheritance.close()
+        other_end.close()
+
+
+@pytest.mark.backends("asyncio")
+async def test_the_way_of_connections_is_taken_over_where_no_descriptor_is_left(backend: str) -> None:
+    # A duplicate was made of it: at the limit the newest generation died of that, in the middle of its service.
+    ours, theirs = socket.socketpair()
+    taken: list[socket.socket] = []
+    lineage = Lineage()
+    lineage.on_transfer = taken.append
+    ancestor = Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid())))
+    frame = Frame(Farewell.TRANSFER, {}, (theirs.detach(), os.dup(ours.fileno())))
+    expected = frame.descriptors[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            os.pipe()
+        lineage.deliver(ancestor, frame)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        ancestor.peer.close()
+    (sock,) = taken
+    with sock:
+        assert sock.fileno() == expected

@@ -1,0 +1,57 @@
+"""A real browser: its page keeps a WebSocket open, is told of each restart, and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.scenarios.servers import programs
+from tests.scenarios.servers.harness import find_blemishes, running
+
+RESTARTS = 3
+SETTINGS = {"probation": 0.05, "drain_timeout": 4}
+
+
+def chromium(directory: Path, url: str) -> list[str]:
+    """Return the command of a browser that knows nothing but this page, and asks nobody else for anything."""
+    return [
+        programs.find("chromium"),
+        "--headless",
+        "--no-sandbox",  # root's browser has none
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-breakpad",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        f"--user-data-dir={directory / 'browser'}",
+        url,
+    ]
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "hypercorn", "aiohttp"])
+def test_a_page_comes_back_after_each_restart(server: str, tmp_path: Path) -> None:
+    programs.find("chromium")
+    asyncio.run(keep_a_page_open(server, tmp_path))
+
+
+async def keep_a_page_open(server: str, directory: Path) -> None:
+    async with running(server, "uvloop", directory, settings=SETTINGS) as service:
+        with programs.running(chromium(directory, f"http://127.0.0.1:{service.port}/page"), directory):
+            notes = [f"{service.generations[-1]} hello"]
+            await service.wait_for_notes(len(notes))
+            for number in range(RESTARTS):
+                report = await service.restart()
+                assert report.get("outcome") == "settled", report
+                await service.wait_for_generations(number + 2)
+                # Closed in good order, for the right reason, and open again.
+                notes += ["1012 true", f"{service.generations[-1]} hello"]
+                await service.wait_for_notes(len(notes))
+    # The stop closes it once more, and nobody is there any longer for a note of that.
+    assert service.notes == notes
+    reports = [service.reports[pid] for pid in service.pids[:-1]]
+    assert [report and report.drain.cut for report in reports] == [0] * RESTARTS
+    assert find_blemishes(directory) == []

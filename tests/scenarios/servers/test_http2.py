@@ -1,0 +1,133 @@
+"""HTTP/2: a connection is told of the restart by a GOAWAY, and whatever it has asked is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hpack import Decoder, Encoder
+from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, PingFrame, SettingsFrame
+
+from tests.scenarios.servers.clients import HOST
+from tests.scenarios.servers.harness import PATIENCE_SECONDS, find_blemishes, running
+
+RESTARTS = 3
+CLIENTS = 6
+PAUSE_SECONDS = 0.1
+SETTINGS = {"probation": 0.05, "drain_timeout": 5}
+HEADER_BYTES = 9
+
+
+class Client:
+    """Asks one thing after the other on one connection, and takes another one when it is told to.
+
+    Not of the package h2, for which a GOAWAY is the end: RFC 9113, 6.8, lets requests before it be answered behind it.
+    """
+
+    def __init__(self, port: int, answers: Counter[str], failures: Counter[str]) -> None:
+        self.goodbyes = 0
+        self._port = port
+        self._answers = answers
+        self._failures = failures
+
+    async def run(self, ended: asyncio.Event) -> None:
+        while not ended.is_set():
+            reader, writer = await asyncio.open_connection(HOST, self._port)
+            try:
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    await self._talk(reader, writer, ended)
+            except (OSError, EOFError, AssertionError) as error:
+                self._failures[repr(error)] += 1
+            finally:
+                writer.close()
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ended: asyncio.Event) -> None:
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SettingsFrame(0).serialize())
+        encoder, decoder = Encoder(), Decoder()
+        is_dismissed = False
+        stream = -1
+        frames = asyncio.create_task(read_frame(reader))
+        try:
+            while not is_dismissed and not ended.is_set():
+                stream += 2
+                seconds = random.choice(["0", "0", "0.3"])
+                path = f"/slow/{seconds}/{stream}"
+                headers = [(":method", "GET"), (":scheme", "http"), (":path", path), (":authority", "localhost")]
+                request = HeadersFrame(stream, encoder.encode(headers), flags=["END_HEADERS", "END_STREAM"])
+                writer.write(request.serialize())
+                body = b""
+                while True:
+                    frame = await frames
+                    assert frame is not None, f"closed without an answer to stream {stream}, dismissed: {is_dismissed}"
+                    frames = asyncio.create_task(read_frame(reader))
+                    match frame:
+                        case SettingsFrame() if "ACK" not in frame.flags:
+                            writer.write(SettingsFrame(0, flags=["ACK"]).serialize())
+                        case PingFrame() if "ACK" not in frame.flags:
+                            writer.write(PingFrame(0, frame.opaque_data, flags=["ACK"]).serialize())
+                        case GoAwayFrame():
+                            assert (frame.error_code, frame.last_stream_id) == (0, 2**31 - 1)
+                            is_dismissed = True
+                            self.goodbyes += 1
+                        case HeadersFrame():
+                            assert dict(decoder.decode(frame.data, raw=True))[b":status"] == b"200"
+                        case DataFrame():
+                            body += frame.data
+                    if frame.stream_id == stream and "END_STREAM" in frame.flags:
+                        break
+                generation, _, text = body.decode().partition(" ")
+                assert text == str(stream)
+                self._answers[generation] += 1
+                # The goodbye may come meanwhile, as it may while the next request is on its way.
+                await asyncio.wait([frames], timeout=random.uniform(0, PAUSE_SECONDS))
+                if frames.done():
+                    frame = frames.result()
+                    assert isinstance(frame, GoAwayFrame), frame
+                    self.goodbyes += 1
+                    return
+        finally:
+            frames.cancel()
+
+
+async def read_frame(reader: asyncio.StreamReader) -> Frame | None:
+    try:
+        header = await reader.readexactly(HEADER_BYTES)
+    except asyncio.IncompleteReadError:
+        return None
+    frame, length = Frame.parse_frame_header(memoryview(header))
+    frame.parse_body(memoryview(await reader.readexactly(length)))
+    return frame
+
+
+@pytest.mark.timeout(600)  # a few seconds on an idle machine
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_restarts_lose_no_request_of_http_2(loop: str, tmp_path: Path) -> None:
+    asyncio.run(restart(loop, tmp_path))
+
+
+async def restart(loop: str, directory: Path) -> None:
+    answers: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    ended = asyncio.Event()
+    async with running("hypercorn", loop, directory, settings=SETTINGS) as service:
+        clients = [Client(service.port, answers, failures) for _ in range(CLIENTS)]
+        async with asyncio.TaskGroup() as task_group:
+            for client in clients:
+                task_group.create_task(client.run(ended))
+            for number in range(RESTARTS):
+                await service.wait_for_ends(number - 2)
+                report = await service.restart()
+                assert report.get("outcome") == "settled", report
+                await service.wait_for_generations(number + 2)
+                while not answers[str(service.generations[-1])]:  # noqa: ASYNC110 - an answer has no event
+                    await asyncio.sleep(0.01)
+            ended.set()
+    assert failures == Counter()
+    assert all(client.goodbyes >= 1 for client in clients)
+    assert sum(client.goodbyes for client in clients) >= CLIENTS * (RESTARTS - 1)
+    reports = [service.reports[pid] for pid in service.pids[:-1]]
+    assert [report and report.drain.cut for report in reports] == [0] * RESTARTS
+    assert find_blemishes(directory) == []

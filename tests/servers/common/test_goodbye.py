@@ -1,0 +1,64 @@
+"""How a server's clients are taken leave of: on a clock that jumps, so that it takes no time."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Awaitable
+from typing import Any, cast
+
+import anyio
+import pytest
+import trio
+import trio.testing
+
+from ecdysis_async._accepting.data_plane import activate, deactivate
+from ecdysis_async.errors import DrainInterrupt
+from ecdysis_async.servers._common.goodbye import STEP_SECONDS, Departure
+from tests.planes import a_plane
+
+WEBSOCKETS = 10
+
+
+class Leaving:
+    """What a departure asks of an Ecdysis, of one that leaves at once."""
+
+    def __init__(self, drain_timeout: float) -> None:
+        self.drain_timeout = drain_timeout
+
+    async def finished(self) -> None:
+        await anyio.lowlevel.checkpoint()
+
+    async def until_draining(self, awaitable: Awaitable[object]) -> None:
+        with anyio.move_on_after(self.drain_timeout * 0.95):
+            await awaitable
+        raise DrainInterrupt
+
+
+@pytest.mark.parametrize(("timeout", "last"), [(3, 2.25), (30, 25)])
+def test_websockets_are_closed_evenly_and_their_clients_have_time_to_answer(timeout: float, last: float) -> None:
+    closed: list[float] = []
+
+    async def main() -> None:
+        async with a_plane() as plane:
+            activate(plane)
+            try:
+                departure = Departure(cast("Any", Leaving(timeout)))
+                begun = anyio.current_time()
+
+                async def close() -> None:
+                    closed.append(anyio.current_time() - begun)
+
+                departure.websockets |= {functools.partial(close) for _ in range(WEBSOCKETS)}
+                with anyio.move_on_after(timeout):
+                    await departure.see_off()
+            finally:
+                deactivate()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert len(closed) == WEBSOCKETS
+    assert last / 2 < closed[-1] <= last + 2 * STEP_SECONDS
+    # One after the other.
+    gaps = [after - before for before, after in itertools.pairwise(closed)]
+    assert max(gaps) < last / 2
+    assert min(gaps) >= STEP_SECONDS

@@ -1,0 +1,115 @@
+"""What comes to a supervisor from where no task runs, and from outside: callbacks, asyncio's own cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+
+import anyio
+import pytest
+
+from ecdysis_async import Ecdysis, State
+from ecdysis_async._accepting.asyncio_servers import GatedServer
+from ecdysis_async._handoff.predecessor import Handover
+from ecdysis_async._ipc.channel import Channel
+from ecdysis_async._ipc.peer import Peer
+from tests.planes import turn
+
+
+@pytest.mark.backends("asyncio", "uvloop")
+async def test_stop_from_a_callback_of_the_loop(backend: str) -> None:
+    async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
+        await ecdysis.ready()
+        asyncio.get_running_loop().call_soon(ecdysis.stop)
+        await ecdysis.finished()
+    assert ecdysis.state is State.ENDED
+
+
+@pytest.mark.backends("asyncio", "uvloop")
+async def test_a_cancellation_during_the_drain_hurries_it_and_goes_on(backend: str) -> None:
+    held, draining = asyncio.Event(), asyncio.Event()
+    ends: list[str] = []
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.set()
+        try:
+            await reader.readline()
+        except asyncio.CancelledError:
+            ends.append("cut")
+            raise
+        finally:
+            writer.close()
+
+    async def serve() -> None:
+        async with Ecdysis(restart_signals=(), stop_signals=(), drain_timeout=600) as ecdysis:
+            server = await ecdysis.start_server(hold, "127.0.0.1", 0)
+            assert isinstance(server, GatedServer)
+            await ecdysis.ready()
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            await held.wait()
+            ecdysis.stop()
+            draining.set()
+            writers.append(writer)
+
+    writers: list[asyncio.StreamWriter] = []
+    task = asyncio.create_task(serve())
+    await draining.wait()
+    # Once the block is being left, and waits.
+    for _ in range(20):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ends == ["cut"]
+    for writer in writers:
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_before_the_block_there_is_a_clear_error(backend: str) -> None:
+    ecdysis = Ecdysis(restart_signals=(), stop_signals=())
+    for ask in (ecdysis.ready, ecdysis.finished, ecdysis.serve_forever):
+        with pytest.raises(RuntimeError, match="not entered"):
+            await ask()
+    with pytest.raises(RuntimeError, match="not entered"):
+        ecdysis.stop()
+    # A socket that was made here no successor would inherit.
+    with pytest.raises(RuntimeError, match="not entered"):
+        ecdysis.listen_tcp("127.0.0.1", 0)
+    with pytest.raises(RuntimeError, match="not entered"):
+        _ = ecdysis.generation
+    async with ecdysis:
+        await ecdysis.ready()
+        assert ecdysis.generation == 1
+
+
+@pytest.mark.backends("uvloop", "trio")
+async def test_goodbyes_begin_before_the_successor_is_told_of_the_transfer(backend: str) -> None:
+    """Both ends of it are closed, and not by the garbage collector, whose warning fails this test."""
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    ours, theirs = socket.socketpair()
+    with theirs:
+        async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
+            await ecdysis.ready()
+            ecdysis._handover = handover = Handover(ecdysis._generation, lambda handover: None)
+            handover._peer = Peer(Channel(ours), os.pidfd_open(os.getpid()))
+            handover.over.set()
+            # It does not read.
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    ours.send(bytes(4096))
+            before = descriptors()
+            with anyio.fail_after(10):
+                async with anyio.create_task_group() as task_group:
+                    task_group.start_soon(ecdysis._move_connections, lambda: None)
+                    while descriptors() < before + 2:
+                        await turn()
+                    task_group.cancel_scope.cancel()
+            assert descriptors() == before
+            handover._peer.close()
+            ecdysis._handover = None
