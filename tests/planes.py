@@ -12,20 +12,20 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import Gate
 from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._sockets.registry import Entry, Registry
 
 
 @contextlib.asynccontextmanager
-async def a_plane(*, runs_handlers: bool = True) -> AsyncIterator[Plane]:
+async def a_plane(*, runs_handlers: bool = True) -> AsyncIterator[DataPlane]:
     """Make a plane whose gate is closed, and end it as a supervisor does: first the accepting, then the handlers."""
     registry, gate = Registry(), Gate()
     try:
         async with anyio.create_task_group() as task_group:
             try:
-                yield Plane(registry, gate, Tracker(), task_group if runs_handlers else None)
+                yield DataPlane(registry, gate, Tracker(), task_group if runs_handlers else None)
             finally:
                 with anyio.CancelScope(shield=True):
                     await gate.end()
@@ -58,7 +58,7 @@ async def turn(times: int = 5) -> None:
         await anyio.lowlevel.checkpoint()
 
 
-async def wait_for_end(plane: Plane) -> None:
+async def wait_for_end(plane: DataPlane) -> None:
     """Wait until no connection is tracked any more."""
     with anyio.fail_after(5):
         while len(plane.tracker):

@@ -21,13 +21,13 @@ from anyio.streams.tls import TLSListener
 from ecdysis_async._connections.parcel import Release
 from ecdysis_async._sockets.registry import Entry, Kind
 
-from .data_plane import Plane, active
+from .data_plane import DataPlane, active
 from .gated_socket import (
     AcceptedConnection,
     AcceptingEnded,
     GatedSocket,
     SocketAcceptor,
-    StreamAdopter,
+    StreamResumer,
     handling,
     largest_datagram,
     require_streams,
@@ -56,7 +56,7 @@ class AnyioListener(Listener[SocketStream]):
         TypeError: it is no stream socket.
     """
 
-    def __init__(self, sock: socket.socket | Entry, *, plane: Plane | None = None) -> None:
+    def __init__(self, sock: socket.socket | Entry, *, plane: DataPlane | None = None) -> None:
         self.acceptor = SocketAcceptor(sock, plane=plane)
         require_streams(self.acceptor)
 
@@ -84,7 +84,7 @@ class AnyioListener(Listener[SocketStream]):
                 task_group = await stack.enter_async_context(anyio.create_task_group())
             if resume is not None:
                 resuming = functools.partial(self._resume, resume)
-                self.acceptor.adopter = StreamAdopter(self.acceptor, task_group, resuming)
+                self.acceptor.adopter = StreamResumer(self.acceptor, task_group, resuming)
                 self.acceptor.is_resumable = True
             while True:
                 try:
@@ -146,7 +146,7 @@ class DatagramListener(UnreliableObjectStream[tuple[bytes, Any]]):
         TypeError: it is no datagram socket.
     """
 
-    def __init__(self, sock: socket.socket | Entry, *, plane: Plane | None = None) -> None:
+    def __init__(self, sock: socket.socket | Entry, *, plane: DataPlane | None = None) -> None:
         self._gated = GatedSocket(sock, plane=plane)
         self._sending = anyio.Lock(fast_acquire=True)
         entry = self._gated.entry
@@ -227,7 +227,7 @@ async def serve(
     handler: Handler,
     *listeners: object,
     resume: Callable[[Any, Any], Awaitable[object]] | None = None,
-    plane: Plane | None = None,
+    plane: DataPlane | None = None,
 ) -> None:
     """Serve connections of registered listeners; see ``Ecdysis.serve``.
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from ecdysis_async._sockets.registry import Entry, Kind, Until
 
 from .asyncio_servers import default_name, numeric, original, registered, withdraw
-from .data_plane import Plane
+from .data_plane import DataPlane
 from .gate import Acceptor
 from .gated_socket import confining_cancellation, largest_datagram
 
@@ -44,7 +44,7 @@ HEADER_BYTES = 8
 
 
 async def create_datagram_endpoint(
-    plane: Plane,
+    plane: DataPlane,
     protocol_factory: Callable[[], P],
     local_addr: tuple[str, int] | str | None = None,
     remote_addr: tuple[str, int] | str | None = None,
@@ -124,7 +124,7 @@ async def create_datagram_endpoint(
     return endpoint, protocol
 
 
-def is_service(plane: Plane, local_addr: object, remote_addr: object, sock: socket.socket | None) -> bool:
+def is_service(plane: DataPlane, local_addr: object, remote_addr: object, sock: socket.socket | None) -> bool:
     """Say whether an endpoint that some library asks its loop for serves, or is a client of others.
 
     Clients (of a name server, of statsd) use no port, or one of the kernel's choice, and have to read at once. For
@@ -138,7 +138,7 @@ def is_service(plane: Plane, local_addr: object, remote_addr: object, sock: sock
 class DatagramEndpoint(asyncio.DatagramTransport, Acceptor):
     """A datagram transport on a duplicate of a registered socket, for asyncio and uvloop alike."""
 
-    def __init__(self, plane: Plane, entry: Entry, protocol: asyncio.DatagramProtocol) -> None:
+    def __init__(self, plane: DataPlane, entry: Entry, protocol: asyncio.DatagramProtocol) -> None:
         self.entry = entry
         self._plane = plane
         self._protocol = protocol

@@ -22,18 +22,18 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
-from ecdysis_async._connections.parcel import Adopter, Parcel, Refused, Release, Transferable
+from ecdysis_async._connections.parcel import ConnectionResumer, Refused, Release, Transferable, TransferRecord
 from ecdysis_async._connections.tracker import Connection, Verdict, current_connection
 from ecdysis_async._sockets.registry import BACKLOG, Entry, Until
 from ecdysis_async.errors import DrainInterrupt
 
-from .data_plane import Plane
+from .data_plane import DataPlane
 from .gate import Acceptor, GateState
 
 __all__ = [
     "GatedServer",
-    "Moves",
     "ServerConnection",
+    "TransferStrategy",
     "create_server",
     "create_unix_server",
     "start_server",
@@ -61,7 +61,7 @@ EXHAUSTED_POLL_SECONDS = 0.02
 
 
 async def create_server(
-    plane: Plane,
+    plane: DataPlane,
     protocol_factory: ProtocolFactory,
     host: str | Iterable[str] | None = None,
     port: int | str | None = None,
@@ -79,7 +79,7 @@ async def create_server(
     ssl_handshake_timeout: float | None = None,
     ssl_shutdown_timeout: float | None = None,
     start_serving: bool = True,
-    resume: Resume | Moves | None = None,
+    resume: Resume | TransferStrategy | None = None,
 ) -> GatedServer:
     """Serve a protocol on TCP, as ``loop.create_server`` does, on sockets that are inherited or created.
 
@@ -132,7 +132,7 @@ async def create_server(
 
 
 async def create_unix_server(
-    plane: Plane,
+    plane: DataPlane,
     protocol_factory: ProtocolFactory,
     path: str | bytes | os.PathLike[str] | None = None,
     *,
@@ -145,7 +145,7 @@ async def create_unix_server(
     ssl_shutdown_timeout: float | None = None,
     start_serving: bool = True,
     cleanup_socket: bool = True,
-    resume: Resume | Moves | None = None,
+    resume: Resume | TransferStrategy | None = None,
 ) -> GatedServer:
     """Serve a protocol on a Unix socket, as ``loop.create_unix_server`` does; see :func:`create_server`.
 
@@ -167,7 +167,7 @@ async def create_unix_server(
 
 
 async def start_server(
-    plane: Plane,
+    plane: DataPlane,
     client_connected_cb: ClientConnected,
     host: str | Iterable[str] | None = None,
     port: int | str | None = None,
@@ -190,12 +190,12 @@ async def start_server(
         resume: called with a reader, a writer and the state that the predecessor's handler gave to ``transfer``.
         options: those of :func:`create_server`.
     """
-    moves = _StreamMoves(resume, limit) if resume is not None else None
+    moves = _StreamTransfer(resume, limit) if resume is not None else None
     return await create_server(plane, _stream_factory(client_connected_cb, limit), host, port, resume=moves, **options)
 
 
 async def start_unix_server(
-    plane: Plane,
+    plane: DataPlane,
     client_connected_cb: ClientConnected,
     path: str | bytes | os.PathLike[str] | None = None,
     *,
@@ -204,11 +204,11 @@ async def start_unix_server(
     **options: Any,
 ) -> GatedServer:
     """Call back with a reader and a writer for each connection on a Unix socket; see :func:`start_server`."""
-    moves = _StreamMoves(resume, limit) if resume is not None else None
+    moves = _StreamTransfer(resume, limit) if resume is not None else None
     return await create_unix_server(plane, _stream_factory(client_connected_cb, limit), path, resume=moves, **options)
 
 
-class Moves(abc.ABC):
+class TransferStrategy(abc.ABC):
     """How the connections of one server move: what a protocol gives away, and what goes on with it."""
 
     @abc.abstractmethod
@@ -241,12 +241,12 @@ class GatedServer(asyncio.AbstractServer):
 
     def __init__(
         self,
-        plane: Plane,
+        plane: DataPlane,
         protocol_factory: ProtocolFactory,
         entries: Iterable[Entry],
         given: socket.socket | None,
         tls_options: dict[str, Any],
-        moves: Moves | None = None,
+        moves: TransferStrategy | None = None,
     ) -> None:
         # The next four are for adapters of other people's servers to set, the last one before it accepts.
         # Without effect where TLS is served: what a session is made of is in user space, and stays in this process.
@@ -273,7 +273,7 @@ class GatedServer(asyncio.AbstractServer):
         return f"<{type(self).__name__} {names}>"
 
     @property
-    def plane(self) -> Plane:
+    def plane(self) -> DataPlane:
         """What its sockets are registered with."""
         return self._plane
 
@@ -432,7 +432,7 @@ class ServerConnection(Connection):
         number: int = self.transport.get_extra_info("socket").fileno()
         return number
 
-    def pack(self) -> Parcel | None:
+    def pack(self) -> TransferRecord | None:
         transport: Any = self.transport
         moves = self.server.moves
         if moves is None or self.server.is_secure or transport is None or transport.is_closing():
@@ -440,7 +440,7 @@ class ServerConnection(Connection):
         if transport.get_write_buffer_size():
             return None
         doorway = transport.get_protocol()
-        if isinstance(doorway, _Doorway) and doorway.is_owing:
+        if isinstance(doorway, _TrackedProtocol) and doorway.is_owing:
             return None
         # Also effective for a read that the loop has queued in this very turn.
         # After its end nothing is read; to resume that would have asyncio find the end, and tell of it, once more.
@@ -457,7 +457,7 @@ class ServerConnection(Connection):
         self._is_paused = is_reading
         if self.offer is not None:
             self.offer.verdict = Verdict.SENT
-        return Parcel(self._name, self.since, release)
+        return TransferRecord(self._name, self.since, release)
 
     def keep(self) -> None:
         assert self.transport is not None
@@ -577,7 +577,7 @@ class ServerConnection(Connection):
         return sock is None or bool(sock.fileno() == -1)
 
 
-class _Doorway(asyncio.BaseProtocol):
+class _TrackedProtocol(asyncio.BaseProtocol):
     """The protocol, as its transport sees it: the beginning and the end of the connection pass through here.
 
     A class of the application's need not be changed for that, whatever it is made of, and data goes to its own bound
@@ -664,7 +664,7 @@ class _Doorway(asyncio.BaseProtocol):
     def _feed(self, data: bytes) -> None: ...
 
 
-class _StreamDoorway(_Doorway, asyncio.Protocol):
+class _StreamDoorway(_TrackedProtocol, asyncio.Protocol):
     __slots__ = ("data_received",)
 
     def __init__(self, connection: ServerConnection, protocol: asyncio.Protocol, unread: bytes = b"") -> None:
@@ -684,7 +684,7 @@ class _StreamDoorway(_Doorway, asyncio.Protocol):
         self.protocol.data_received(data)
 
 
-class _BufferedDoorway(_Doorway, asyncio.BufferedProtocol):
+class _BufferedDoorway(_TrackedProtocol, asyncio.BufferedProtocol):
     __slots__ = ("buffer_updated", "get_buffer")
 
     def __init__(self, connection: ServerConnection, protocol: asyncio.BufferedProtocol, unread: bytes = b"") -> None:
@@ -712,7 +712,7 @@ class _BufferedDoorway(_Doorway, asyncio.BufferedProtocol):
             data = data[count:]
 
 
-class _ServerAcceptor(Acceptor, Adopter):
+class _ServerAcceptor(Acceptor, ConnectionResumer):
     """One socket of a server: behind it, while the gate stands open, a server of the loop's own on a duplicate."""
 
     def __init__(self, server: GatedServer, entry: Entry, tls_options: dict[str, Any]) -> None:
@@ -835,13 +835,13 @@ class _ServerAcceptor(Acceptor, Adopter):
             connection.lose()
             raise
 
-    def prepare(self, parcel: Parcel) -> Callable[[socket.socket], Awaitable[None]]:
+    def prepare(self, parcel: TransferRecord) -> Callable[[socket.socket], Awaitable[None]]:
         if self.server.moves is None or self.server.is_secure:
             raise Refused("this server cannot resume connections")
         protocol = self._context.copy().run(self.server.moves.resume, parcel.release)
         return functools.partial(self._resume, protocol, parcel)
 
-    async def _resume(self, protocol: asyncio.BaseProtocol, parcel: Parcel, sock: socket.socket) -> None:
+    async def _resume(self, protocol: asyncio.BaseProtocol, parcel: TransferRecord, sock: socket.socket) -> None:
         """Attach a connection of the predecessor's to the protocol that goes on with it."""
         connection = ServerConnection(self.server, self.entry, sock)
         connection.since = parcel.since
@@ -898,7 +898,7 @@ def _doorway(connection: ServerConnection, protocol: Any, unread: bytes = b"") -
 def protocol_of(transport: Any) -> Any:
     """Return the protocol that a transport has at this moment, as the application knows it."""
     protocol = transport.get_protocol()
-    return protocol.protocol if isinstance(protocol, _Doorway) else protocol
+    return protocol.protocol if isinstance(protocol, _TrackedProtocol) else protocol
 
 
 def original(loop: asyncio.AbstractEventLoop, method: str) -> Callable[..., Any]:
@@ -907,7 +907,7 @@ def original(loop: asyncio.AbstractEventLoop, method: str) -> Callable[..., Any]
     return own
 
 
-def registered(plane: Plane, sock: socket.socket) -> Entry | None:
+def registered(plane: DataPlane, sock: socket.socket) -> Entry | None:
     """Find the entry of a socket, or of a duplicate of it: servers that are given a descriptor make one."""
     wanted = os.fstat(sock.fileno())
     for entry in plane.registry.entries:
@@ -916,7 +916,7 @@ def registered(plane: Plane, sock: socket.socket) -> Entry | None:
     return None
 
 
-def withdraw(plane: Plane, acceptor: Acceptor) -> None:
+def withdraw(plane: DataPlane, acceptor: Acceptor) -> None:
     """Close the socket of an acceptor that has stopped, because the application wants no more of it."""
     # Once the generation is leaving, sockets are the supervisor's: a path may have to be removed.
     is_leaving = plane.gate.state is GateState.ENDED or plane.tracker.draining.is_set()
@@ -934,7 +934,7 @@ def numeric(address: tuple[Any, ...]) -> tuple[str, int]:
     return (f"{host}%{more[1]}" if more and more[1] else host), port
 
 
-def _register(plane: Plane, sock: socket.socket, name: str | None, until: Until | str) -> Entry:
+def _register(plane: DataPlane, sock: socket.socket, name: str | None, until: Until | str) -> Entry:
     if sock.type != socket.SOCK_STREAM:
         raise ValueError(f"A Stream Socket was expected, got {sock!r}")
     return registered(plane, sock) or plane.registry.adopt(sock, name=name or default_name(sock), until=until)
@@ -964,7 +964,7 @@ async def _resolve(
 
 
 def _listen_tcp(
-    plane: Plane,
+    plane: DataPlane,
     addresses: list[tuple[str, int]],
     name: str | None,
     until: Until | str,
@@ -1023,11 +1023,11 @@ def _stream_factory(client_connected_cb: ClientConnected, limit: int) -> Protoco
     return make
 
 
-def _moves_of(resume: Resume | Moves | None) -> Moves | None:
-    return resume if resume is None or isinstance(resume, Moves) else _ProtocolMoves(resume)
+def _moves_of(resume: Resume | TransferStrategy | None) -> TransferStrategy | None:
+    return resume if resume is None or isinstance(resume, TransferStrategy) else _ProtocolTransfer(resume)
 
 
-class _ProtocolMoves(Moves):
+class _ProtocolTransfer(TransferStrategy):
     """Protocols of the application's own: :class:`Transferable`."""
 
     def __init__(self, resume: Resume) -> None:
@@ -1043,7 +1043,7 @@ class _ProtocolMoves(Moves):
         return self._resume(release.state)
 
 
-class _StreamMoves(Moves):
+class _StreamTransfer(TransferStrategy):
     """Streams, whose handlers offer them: ``Ecdysis.transfer``."""
 
     def __init__(self, resume: ResumeStream, limit: int) -> None:

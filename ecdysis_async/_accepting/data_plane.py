@@ -17,11 +17,11 @@ from ecdysis_async._sockets.registry import Registry
 
 from .gate import Gate
 
-__all__ = ["Plane", "activate", "active", "deactivate"]
+__all__ = ["DataPlane", "activate", "active", "deactivate"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plane:
+class DataPlane:
     """The sockets of one generation, the gate before them, and the connections behind it.
 
     Attributes:
@@ -39,10 +39,10 @@ class Plane:
 
 
 # With the event loop that it belongs to: gate and tracker must not be used from another one.
-_active: tuple[Plane, EventLoopToken] | None = None
+_active: tuple[DataPlane, EventLoopToken] | None = None
 
 
-def activate(plane: Plane) -> None:
+def activate(plane: DataPlane) -> None:
     """Make a plane the one of this process, for those who run on this event loop.
 
     Raises:
@@ -60,7 +60,7 @@ def deactivate() -> None:
     _active = None
 
 
-def active() -> Plane:
+def active() -> DataPlane:
     """Return the plane of this process.
 
     Raises:

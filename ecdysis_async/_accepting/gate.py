@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 
 import anyio
 
-from ecdysis_async._connections.parcel import Adopter
+from ecdysis_async._connections.parcel import ConnectionResumer
 from ecdysis_async._sockets.registry import Entry
 
 __all__ = ["Acceptor", "Gate", "GateState"]
@@ -37,7 +37,7 @@ class Acceptor(abc.ABC):
 
     entry: Entry
     # What goes on with connections of the predecessor's that were accepted from this socket, where that can be.
-    adopter: Adopter | None = None
+    adopter: ConnectionResumer | None = None
 
     @abc.abstractmethod
     async def open(self) -> None:

@@ -21,12 +21,12 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from ecdysis_async._connections.parcel import Adopter, Parcel, Refused, Release
+from ecdysis_async._connections.parcel import ConnectionResumer, Refused, Release, TransferRecord
 from ecdysis_async._connections.tracker import Connection, Tracker, Verdict, current_connection
 from ecdysis_async._sockets.registry import Entry, Kind, Until
 from ecdysis_async.errors import DrainInterrupt, EcdysisError
 
-from .data_plane import Plane, active
+from .data_plane import DataPlane, active
 from .gate import Acceptor, GateState
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "AcceptingEnded",
     "GatedSocket",
     "SocketAcceptor",
-    "StreamAdopter",
+    "StreamResumer",
     "accept_connection",
     "confining_cancellation",
     "handling",
@@ -116,7 +116,7 @@ class AcceptedConnection(Connection):
         sock = self._sock()
         return -1 if sock is None else sock.fileno()
 
-    def pack(self) -> Parcel | None:
+    def pack(self) -> TransferRecord | None:
         if not self.movable or self.is_over():
             return None
         if self.offer is None or self.offer.verdict is not Verdict.OPEN:
@@ -133,7 +133,7 @@ class AcceptedConnection(Connection):
             transport.pause_reading()
             unread = b"".join(self.stream._protocol.read_queue)  # noqa: SLF001 - there is no other way to it
         self.offer.verdict = Verdict.SENT
-        return Parcel(self._name, self.since, Release(self.offer.state, unread))
+        return TransferRecord(self._name, self.since, Release(self.offer.state, unread))
 
     def keep(self) -> None:
         if self.offer is not None:
@@ -170,7 +170,7 @@ class GatedSocket(Acceptor):
         ValueError: the socket is not registered.
     """
 
-    def __init__(self, sock: socket.socket | Entry, *, plane: Plane | None = None) -> None:
+    def __init__(self, sock: socket.socket | Entry, *, plane: DataPlane | None = None) -> None:
         self.plane = plane or active()
         entry = sock if isinstance(sock, Entry) else self.plane.registry.find(sock)
         if entry is None:
@@ -268,7 +268,7 @@ class GatedSocket(Acceptor):
             )
 
 
-class StreamAdopter(Adopter):
+class StreamResumer(ConnectionResumer):
     """Resumes streams of the predecessor's, each in a task of its own.
 
     Args:
@@ -287,7 +287,7 @@ class StreamAdopter(Adopter):
         self._task_group = task_group
         self._handle = handle
 
-    def prepare(self, parcel: Parcel) -> Callable[[socket.socket], Awaitable[None]]:
+    def prepare(self, parcel: TransferRecord) -> Callable[[socket.socket], Awaitable[None]]:
         if parcel.release.unread and not _buffers():
             raise Refused("streams have no buffer for what was received already, on this event loop")
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from ecdysis_async._system.descriptors import occupy_standard_descriptors
 
 from . import asyncio_datagrams, asyncio_servers
-from .data_plane import Plane, active
+from .data_plane import DataPlane, active
 
 __all__ = ["loop_factory", "run"]
 
@@ -115,7 +115,7 @@ def _uvloop_class() -> type[asyncio.AbstractEventLoop]:
     return GatedUvloop
 
 
-def _plane() -> Plane | None:
+def _plane() -> DataPlane | None:
     """Return the plane whose supervisor runs on this very loop."""
     try:
         return active()

@@ -18,8 +18,8 @@ from ecdysis_async._connections.parcel import Release
 from ecdysis_async._connections.tracker import current_connection
 from ecdysis_async._sockets.registry import Entry
 
-from .data_plane import Plane
-from .gated_socket import AcceptedConnection, AcceptingEnded, SocketAcceptor, StreamAdopter, handling, require_streams
+from .data_plane import DataPlane
+from .gated_socket import AcceptedConnection, AcceptingEnded, SocketAcceptor, StreamResumer, handling, require_streams
 
 __all__ = ["TrioAcceptingEnded", "TrioListener", "service_of"]
 
@@ -45,7 +45,7 @@ class TrioListener(trio.abc.Listener[trio.SocketStream]):
         TypeError: it is no stream socket.
     """
 
-    def __init__(self, sock: socket.socket | Entry, *, plane: Plane | None = None) -> None:
+    def __init__(self, sock: socket.socket | Entry, *, plane: DataPlane | None = None) -> None:
         self.acceptor = SocketAcceptor(sock, plane=plane)
         require_streams(self.acceptor)
 
@@ -90,7 +90,7 @@ async def _serve(
     task_group: TaskGroup,
 ) -> None:
     if resume is not None:
-        acceptor.adopter = StreamAdopter(acceptor, task_group, functools.partial(_resume, resume, acceptor))
+        acceptor.adopter = StreamResumer(acceptor, task_group, functools.partial(_resume, resume, acceptor))
         acceptor.is_resumable = True
     while True:
         try:

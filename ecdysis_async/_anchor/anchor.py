@@ -23,16 +23,23 @@ from typing import Any
 
 import anyio
 
-from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import Gate
 from ecdysis_async._connections.tracker import Tracker
-from ecdysis_async._handoff.generation import Generation, Numbered
-from ecdysis_async._handoff.predecessor import Handover
+from ecdysis_async._handoff.generation import Generation, GenerationLog
+from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.preflight import check_release, compare
-from ecdysis_async._handoff.protocol import Predecessor, PredecessorEvent
+from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState
 from ecdysis_async._ipc.channel import Frame
-from ecdysis_async._ipc.worker_link import FromAnchor, FromWorker, Line, describe_loss, error_from_json, error_to_json
-from ecdysis_async._management.control_server import Changes, Controlled, ControlServer, Restart
+from ecdysis_async._ipc.worker_link import (
+    FromAnchor,
+    FromWorker,
+    WorkerLink,
+    describe_loss,
+    error_from_json,
+    error_to_json,
+)
+from ecdysis_async._management.control_server import Changes, ControlHandlers, ControlServer, Restart
 from ecdysis_async._management.pid_file import PidFile
 from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import check_unit, find_shortcoming, find_systemd
@@ -55,16 +62,16 @@ from ecdysis_async.errors import (
 )
 from ecdysis_async.report import Outcome, RestartReport
 
-from . import reexec as upgrade
+from . import reexec
 from . import status as account
-from .config import Plan
+from .config import AnchorConfig
 from .health import HealthServer
-from .pool import Crew, Handoff, Occupation, Slot, Worker, WorkerState
-from .reconcile import Keeper
+from .pool import HandoffStatus, Slot, SlotActivity, Worker, WorkerPool, WorkerState
+from .reconcile import Reconciler
 from .reload import watch_files
 from .rollout import RollOut, TurnState, wait_until
-from .sockets import Holdings
-from .upgrade import Renewal
+from .sockets import HeldSockets
+from .upgrade import Upgrade
 
 __all__ = ["STARTUP_FAILED", "Anchor"]
 
@@ -93,7 +100,7 @@ SPAWN_DESCRIPTORS = 2
 ANCHORS_KEYS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
-class AnchorLog(Numbered):
+class AnchorLog(GenerationLog):
     """Puts the anchor's pid before each line."""
 
     def __init__(self) -> None:
@@ -120,23 +127,25 @@ class Anchor:
 
     Args:
         plan: what it runs.
-        state: what the former code of this process has left, where it was executed anew (upgrade.py), or another
+        state: what the former code of this process has left, where it was executed anew (reexec.py), or another
             anchor (succession.py).
         former_pid: of that one.
     """
 
-    def __init__(self, plan: Plan, state: Mapping[str, Any] | None = None, former_pid: int | None = None) -> None:
-        self.crew = Crew(plan.workers)
+    def __init__(
+        self, plan: AnchorConfig, state: Mapping[str, Any] | None = None, former_pid: int | None = None
+    ) -> None:
+        self.crew = WorkerPool(plan.workers)
         self.changes = Changes()
-        self.log: Numbered = AnchorLog()
+        self.log: GenerationLog = AnchorLog()
         self.ready_timeout = plan.settings.ready_timeout
         self.generation = 1
         self.plan = plan
         self.begun = time.monotonic()
         self._systemd = find_systemd(plan.systemd)
-        self._keeper = Keeper(self, self._systemd.watchdog)
-        self._holdings = Holdings(self._systemd, self.log)
-        self.registry = self._holdings.service
+        self._reconciler = Reconciler(self, self._systemd.watchdog)
+        self._held_sockets = HeldSockets(self._systemd, self.log)
+        self.registry = self._held_sockets.service
         self._pid_file = PidFile(plan.settings.pid_file) if plan.settings.pid_file is not None else None
         self._control: ControlServer | None = None
         self.roll_out: RollOut | None = None
@@ -144,7 +153,7 @@ class Anchor:
         # The sockets there were before the last roll-out.
         self._entries_before: set[Entry] = set()
         # The handoffs of workers that follow nobody.
-        self.fillings: dict[Slot, Handover] = {}
+        self.fillings: dict[Slot, PredecessorSide] = {}
         # Worker and number of each who waits for a restart of the service.
         self._askers: dict[tuple[Worker, int], RollOut] = {}
         self._numbers = itertools.count(1)
@@ -157,7 +166,7 @@ class Anchor:
         self._signals: SignalReceiver | None = None
         # Since it was told to stop, and is to go on for a while.
         self.lame_duck: anyio.CancelScope | None = None
-        self.renewal = Renewal(self)
+        self.renewal = Upgrade(self)
         self._signals_before = -1
         self._former_pid = former_pid
         if state is not None:
@@ -171,11 +180,11 @@ class Anchor:
         with ExitStack() as resources:
             resources.callback(self._systemd.close)
             # What a crash has left is the next start's, where this one has failed.
-            resources.callback(lambda: self._holdings.close(unlink=self.is_serving))
+            resources.callback(lambda: self._held_sockets.close(unlink=self.is_serving))
             self._signals = resources.enter_context(handled_signals(self._handlers()))
             if self._signals_before >= 0:
-                upgrade.repeat_signals(self._signals_before)
-                upgrade.unblock_signals()
+                reexec.repeat_signals(self._signals_before)
+                reexec.unblock_signals()
             # Nothing here accepts: the gate of the workers' sockets has nobody behind it.
             async with anyio.create_task_group() as self._tasks:
                 self._tasks.start_soon(self._signals.run)
@@ -197,26 +206,26 @@ class Anchor:
     async def _open(self, resources: ExitStack) -> None:
         """Open what the service needs, before the first worker."""
         if self.plan.systemd is not False:
-            self._holdings.activate(supervisor.take_activation())
+            self._held_sockets.activate(supervisor.take_activation())
             if (complaint := check_unit()) is not None:
                 self.log.warning("%s", complaint)
-        self._plane = Plane(self.registry, Gate(), Tracker(), self._tasks)
+        self._plane = DataPlane(self.registry, Gate(), Tracker(), self._tasks)
         if self.plan.control_path is not None:
-            plane = Plane(self._holdings.control, Gate(), Tracker(), self._tasks)
+            plane = DataPlane(self._held_sockets.control, Gate(), Tracker(), self._tasks)
             self._control = ControlServer(self.plan.control_path, plane, self._controlled())
             resources.callback(self._control.close)
             await self._control.open()
-            self._holdings.control.start_listening()
+            self._held_sockets.control.start_listening()
             await plane.gate.open()
             self._tasks.start_soon(self._control.run)
             self.begin(self._keep_control, self._control)
         # Another anchor's, whose place was elsewhere.
-        self._holdings.control.close_unclaimed(unlink=True)
+        self._held_sockets.control.close_unclaimed(unlink=True)
         if self.plan.health is not None:
-            for entry in await run_in_thread(functools.partial(listen, self._holdings.health, self.plan.health)):
+            for entry in await run_in_thread(functools.partial(listen, self._held_sockets.health, self.plan.health)):
                 entry.start_listening()
                 self._tasks.start_soon(HealthServer(entry.sock, functools.partial(account.why_not_ready, self)).run)
-        self._holdings.health.close_unclaimed(unlink=True)
+        self._held_sockets.health.close_unclaimed(unlink=True)
         if self._pid_file is not None:
             await run_in_thread(self._pid_file.prepare)
             resources.callback(self._pid_file.remove)
@@ -234,14 +243,14 @@ class Anchor:
             if not self.renewal.count:
                 self._tasks.start_soon(self._check_systemd)
         self._systemd.begin()
-        self._systemd.is_sound = self._keeper.has_sound_worker
-        self._tasks.start_soon(self._keeper.watch)
+        self._systemd.is_sound = self._reconciler.has_sound_worker
+        self._tasks.start_soon(self._reconciler.watch)
         if self.plan.reload_paths and self.plan.control_path is not None:
             # Before the workers load what is watched: nothing that is saved meanwhile is missed.
             self.begin(watch_files, self.plan.control_path, self.plan.reload_paths)
         if self.renewal.count:
             error = None
-            self._holdings.know_parked()
+            self._held_sockets.know_parked()
             for slot in self.crew.slots:
                 for worker in slot.workers:
                     self._employ(slot, worker)
@@ -250,20 +259,20 @@ class Anchor:
             error = await self._start_first()
         if error is None and not self.is_stopping:
             await self._announce_serving()
-            self._tasks.start_soon(self._keeper.manage)
+            self._tasks.start_soon(self._reconciler.manage)
             await self._stopped.wait()
         elif error is not None:
             await self._tell_failure(error)
             self.is_stopping = True
         if self._refuses_newcomers:
             # Workers answer who queues by now.
-            self._holdings.refuse_newcomers()
+            self._held_sockets.refuse_newcomers()
         await self._end_all()
         if self._control is not None:
             await self._control.finish()
         if self._systemd.is_main:
             if self.is_serving:
-                self._holdings.park_for_next_start()
+                self._held_sockets.park_for_next_start()
             await self._systemd.synchronize()
         if error is not None and not self._stopped.is_set():
             # What else it has written stands above.
@@ -289,7 +298,7 @@ class Anchor:
         handover = await self.fill(first, self.generation)
         if handover.error is not None or self.is_stopping:
             return handover.error
-        self._holdings.drop_unclaimed([handover.report])
+        self._held_sockets.drop_unclaimed([handover.report])
         others = [self.crew.enlarge() for _ in range(self.crew.target - len(self.crew.slots))]
         errors = []
 
@@ -312,7 +321,7 @@ class Anchor:
             # So far its workers are those of the other one: of its command line, its environment and its code.
             self.begin(self._restart_by_signal)
         self.log.info("%s%s %s%s", verb, counted(len(self.crew.slots), "worker"), self._description, control)
-        self._holdings.park()
+        self._held_sockets.park()
         self.tell_status()
         self._systemd.tell("READY=1")
         self.changes.announce()
@@ -320,7 +329,7 @@ class Anchor:
     @property
     def _refuses_newcomers(self) -> bool:
         """Whether nobody comes after this service, with whom clients could wait."""
-        return self.is_serving and not self._holdings.are_kept
+        return self.is_serving and not self._held_sockets.are_kept
 
     async def _end_all(self) -> None:
         """Let every worker leave, and end those that do not; nobody queues where none accepts any more."""
@@ -334,7 +343,7 @@ class Anchor:
                 await wait_until(
                     self.changes, lambda: not self.fillings and all(worker.is_done_accepting for worker in self.crew)
                 )
-                self._holdings.stop_listening()
+                self._held_sockets.stop_listening()
             await wait_until(self.changes, lambda: not any(self.crew) and not self.fillings)
         for worker in tuple(self.crew):
             self.log.error("worker pid %d has not ended in time: it is killed", worker.pid)
@@ -366,16 +375,16 @@ class Anchor:
 
     # Workers come and go
 
-    async def fill(self, slot: Slot, generation: int) -> Handover:
+    async def fill(self, slot: Slot, generation: int) -> PredecessorSide:
         """Start a worker where there is none; return once it serves, or has failed."""
-        slot.occupation = Occupation.FILLING
+        slot.activity = SlotActivity.FILLING
         before = set(slot.workers)
         try:
             # The anchor could not serve in its place: there is nothing to keep a probation for.
             settings = dataclasses.replace(self.plan.settings, probation=0, pid_file=None)
             starter = functools.partial(self._spawn, slot, generation, None)
             predecessor = Generation(generation - 1, settings, self._plane, self.log)
-            handover = Handover(
+            handover = PredecessorSide(
                 predecessor,
                 lambda handover: self.changes.announce(),
                 spawner=starter,
@@ -403,7 +412,7 @@ class Anchor:
                 )
         finally:
             del self.fillings[slot]
-            slot.occupation = Occupation.NONE
+            slot.activity = SlotActivity.NONE
             self.changes.announce()
         return handover
 
@@ -439,7 +448,7 @@ class Anchor:
             raise
         finally:
             theirs.close()
-        worker = Worker(generation, process, Line(ours), anyio.current_time(), starter, pid=process.pid)
+        worker = Worker(generation, process, WorkerLink(ours), anyio.current_time(), starter, pid=process.pid)
         worker.environment = environment
         self._engage(slot, worker)
         return _CrewsChild(process)
@@ -454,7 +463,7 @@ class Anchor:
 
     def _employ(self, slot: Slot, worker: Worker) -> None:
         """Welcome a worker, and look after it."""
-        worker.line.tell(FromAnchor.WELCOME, {"beat_seconds": self._keeper.beat_seconds})
+        worker.line.tell(FromAnchor.WELCOME, {"beat_seconds": self._reconciler.beat_seconds})
         if self.is_stopping:
             worker.is_told_to_leave = True
             worker.line.tell(FromAnchor.STOP, {})
@@ -475,7 +484,7 @@ class Anchor:
         slot.note_end(worker, anyio.current_time())
         if worker.state in (WorkerState.SERVING, WorkerState.PAUSED) and not worker.is_told_to_leave:
             self.log.warning("worker %d (pid %d) has died: %s", slot.index, worker.pid, describe_exit(status))
-        elif worker.has_deserted and not worker.is_told_to_leave:
+        elif worker.left_unasked and not worker.is_told_to_leave:
             self.log.warning(
                 "worker %d (pid %d) has left, and nobody has told it to: %s",
                 slot.index,
@@ -522,7 +531,7 @@ class Anchor:
     def _hear(self, slot: Slot, worker: Worker, frame: Frame) -> None:
         worker.silence = 0.0
         try:
-            if frame.is_bereft:
+            if frame.lost_descriptors:
                 self._miss(worker, frame)
             else:
                 self._obey(slot, worker, frame)
@@ -548,13 +557,13 @@ class Anchor:
                 self.begin(self._spawn_for, slot, worker, int(body["number"]), frame)
                 return
             case FromWorker.CREATED:
-                self._holdings.take(body["sockets"], frame.descriptors)
+                self._held_sockets.take(body["sockets"], frame.descriptors)
                 return
             case FromWorker.BEAT:
                 self._note_beat(slot, worker, body)
             case FromWorker.HANDOVER:
-                worker.handoff = Handoff(
-                    Predecessor(body["state"]) if body["state"] is not None else None,
+                worker.handoff = HandoffStatus(
+                    PredecessorState(body["state"]) if body["state"] is not None else None,
                     bool(body["is_over"]),
                     RestartReport.from_json(body["report"]) if body["report"] is not None else None,
                     error_from_json(body["error"]) if body["error"] is not None else None,
@@ -595,7 +604,7 @@ class Anchor:
         if worker.state is WorkerState.DRAINING and before is not WorkerState.DRAINING:
             slot.note_leaving(worker, anyio.current_time())
         has_changed = (worker.state, worker.is_done_accepting) != (before, was_done)
-        if has_changed or self._keeper.why_recycle(worker) is not None:
+        if has_changed or self._reconciler.why_recycle(worker) is not None:
             self.changes.announce()
 
     async def _spawn_for(self, slot: Slot, worker: Worker, number: int, frame: Frame) -> None:
@@ -625,7 +634,7 @@ class Anchor:
         worker.handoff = None
         worker.successor_generation = generation
         try:
-            descriptions, descriptors = self._holdings.share()
+            descriptions, descriptors = self._held_sockets.share()
         except OSError as error:
             raise RestartError(f"worker {slot.index} cannot be given its sockets: {error}") from error
         worker.line.tell(FromAnchor.RESTART, {"generation": generation, "sockets": descriptions}, descriptors)
@@ -681,11 +690,11 @@ class Anchor:
         try:
             if outcome is Outcome.SETTLED:
                 self.generation = roll_out.generation
-                self._holdings.drop_unclaimed([turn.report for turn in roll_out.turns])
+                self._held_sockets.drop_unclaimed([turn.report for turn in roll_out.turns])
             # Of one that was stopped, the new workers may serve to the end of the service.
             elif outcome is not Outcome.STOPPED and not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
-                self._holdings.drop_newer(self._entries_before)
-            self._holdings.park()
+                self._held_sockets.drop_newer(self._entries_before)
+            self._held_sockets.park()
         finally:
             self.tell_status()
             self._systemd.tell("READY=1")
@@ -737,8 +746,8 @@ class Anchor:
     def describe_state(self) -> tuple[dict[str, Any], list[int]]:
         """Return what the next code has to know, and the descriptors that it names."""
         assert self._signals is not None
-        crew, descriptors = upgrade.describe_crew(self.crew)
-        sockets, numbers = self._holdings.describe()
+        crew, descriptors = reexec.describe_crew(self.crew)
+        sockets, numbers = self._held_sockets.describe()
         state = {
             "crew": crew,
             "sockets": sockets,
@@ -754,8 +763,8 @@ class Anchor:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Go on where the former code of this process has ended."""
-        self._holdings.restore(state["sockets"])
-        self.crew = upgrade.restore_crew(state["crew"])
+        self._held_sockets.restore(state["sockets"])
+        self.crew = reexec.restore_crew(state["crew"])
         if self.plan.workers != state["planned_workers"]:
             self.crew.target = self.plan.workers
         self.generation = int(state["generation"])
@@ -918,8 +927,8 @@ class Anchor:
 
     # What it tells
 
-    def _controlled(self) -> Controlled:
-        return Controlled(
+    def _controlled(self) -> ControlHandlers:
+        return ControlHandlers(
             status=lambda: account.describe_status(self),
             waiting_for=lambda: account.describe_wait(self),
             begin_restart=self._restart,

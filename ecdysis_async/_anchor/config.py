@@ -13,7 +13,7 @@ from ecdysis_async._sockets.addresses import Address, listen
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.settings import Settings
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["AnchorConfig", "make_config"]
 
 # How often a worker tells of itself, seconds; more often where a hang is to be found sooner.
 BEAT_SECONDS = 1.0
@@ -25,7 +25,7 @@ RELOAD_PROBATION_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AnchorConfig:
     """What an anchor is to run. Times are in seconds.
 
     Attributes:
@@ -66,7 +66,7 @@ class Plan:
         return BEAT_SECONDS if self.hang_timeout is None else min(BEAT_SECONDS, self.hang_timeout / BEATS_PER_HANG)
 
 
-def make_plan(options: Options, control_path: str | None) -> Plan:
+def make_config(options: Options, control_path: str | None) -> AnchorConfig:
     """Plan the service of `ecdysis run`."""
 
     def open_sockets(registry: Registry) -> None:
@@ -75,7 +75,7 @@ def make_plan(options: Options, control_path: str | None) -> Plan:
         for address in options.bind if options.bind != DEFAULT_BIND else ():
             listen(registry, address, backlog=options.backlog, mode=options.unix_mode)
 
-    return Plan(
+    return AnchorConfig(
         open_sockets,
         workers=options.workers,
         settings=Settings(

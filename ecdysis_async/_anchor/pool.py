@@ -10,13 +10,22 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ecdysis_async._handoff.protocol import Predecessor
-from ecdysis_async._ipc.worker_link import Line
+from ecdysis_async._handoff.protocol import PredecessorState
+from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._system.process import Process
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import RestartReport
 
-__all__ = ["Crew", "Handoff", "Occupation", "Recycling", "Slot", "Worker", "WorkerState", "backoff_seconds"]
+__all__ = [
+    "HandoffStatus",
+    "ReplaceReason",
+    "Slot",
+    "SlotActivity",
+    "Worker",
+    "WorkerPool",
+    "WorkerState",
+    "backoff_seconds",
+]
 
 # A worker that crashed is replaced at once if it had served for so long; else it waits, twice as long each time.
 HEALTHY_SECONDS = 10.0
@@ -35,7 +44,7 @@ class WorkerState(enum.StrEnum):
     ENDED = "ended"
 
 
-class Occupation(enum.Enum):
+class SlotActivity(enum.Enum):
     """What is being done about a slot."""
 
     NONE = "none"
@@ -45,10 +54,10 @@ class Occupation(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Handoff:
+class HandoffStatus:
     """What a worker has said last of the restart that it carries out."""
 
-    state: Predecessor | None
+    state: PredecessorState | None
     is_over: bool
     report: RestartReport | None
     error: RestartError | None
@@ -82,7 +91,7 @@ class Worker:
 
     generation: int
     process: Process
-    line: Line
+    line: WorkerLink
     born: float
     starter: Worker | None = None
     pid: int = 0
@@ -93,11 +102,11 @@ class Worker:
     rss: int | None = None
     request_limit: float = math.inf
     silence: float = 0.0
-    handoff: Handoff | None = None
+    handoff: HandoffStatus | None = None
     successor_generation: int = 0
     served_since: float = math.nan
     is_told_to_leave: bool = False
-    has_deserted: bool = False
+    left_unasked: bool = False
     reopened: tuple[int, int] = (0, 0)
     environment: Mapping[str, str] = field(default_factory=dict)
     exit_status: int | None = None
@@ -127,12 +136,12 @@ class Slot:
 
     index: int
     workers: list[Worker] = field(default_factory=list)
-    occupation: Occupation = Occupation.NONE
+    activity: SlotActivity = SlotActivity.NONE
     failures: int = 0
     retry_at: float = 0.0
 
     @property
-    def incumbent(self) -> Worker | None:
+    def serving_worker(self) -> Worker | None:
         """The worker that accepts, if there is one."""
         return next((worker for worker in reversed(self.workers) if worker.serves), None)
 
@@ -145,7 +154,7 @@ class Slot:
         """Take a dead worker out; where it should have lived on, say when the next one may be started."""
         self.workers.remove(worker)
         # One that never served has failed to start: that counts whoever has started it.
-        is_orderly = worker.is_told_to_leave or worker.has_deserted or worker.state is WorkerState.DRAINING
+        is_orderly = worker.is_told_to_leave or worker.left_unasked or worker.state is WorkerState.DRAINING
         if is_orderly or math.isnan(worker.served_since):
             return
         if self.is_vacant:
@@ -156,7 +165,7 @@ class Slot:
         is_followed = worker.handoff is not None and worker.handoff.is_over and worker.handoff.error is None
         if worker.is_told_to_leave or math.isnan(worker.served_since) or is_followed or not self.is_vacant:
             return
-        worker.has_deserted = True
+        worker.left_unasked = True
         self.note_crash(now, now - worker.served_since)
 
     def note_crash(self, now: float, served_seconds: float = 0.0) -> None:
@@ -165,7 +174,7 @@ class Slot:
         self.retry_at = now + backoff_seconds(self.failures)
 
 
-class Recycling(enum.Enum):
+class ReplaceReason(enum.Enum):
     """Why a worker is to be replaced."""
 
     REQUESTS = "it has served {requests:,} requests (--max-requests)"
@@ -173,7 +182,7 @@ class Recycling(enum.Enum):
 
 
 @dataclass(slots=True)
-class Crew:
+class WorkerPool:
     """All slots.
 
     Attributes:
@@ -189,7 +198,7 @@ class Crew:
     @property
     def serving(self) -> int:
         """How many slots are served."""
-        return sum(slot.incumbent is not None for slot in self.slots)
+        return sum(slot.serving_worker is not None for slot in self.slots)
 
     def enlarge(self) -> Slot:
         """Add a slot."""

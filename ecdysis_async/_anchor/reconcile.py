@@ -11,12 +11,12 @@ import anyio
 
 from ecdysis_async._ipc.worker_link import FromAnchor
 
-from .config import Plan
-from .pool import Occupation, Recycling, Slot, Worker, WorkerState
+from .config import AnchorConfig
+from .pool import ReplaceReason, Slot, SlotActivity, Worker, WorkerState
 from .rollout import Foreman, RollOut, replace, wait_until
-from .upgrade import Renewal
+from .upgrade import Upgrade
 
-__all__ = ["Keeper", "Kept"]
+__all__ = ["Kept", "Reconciler"]
 
 # How long to wait where the workers could not be looked after, seconds.
 RETRY_SECONDS = 1.0
@@ -46,11 +46,11 @@ class Kept(Foreman, Protocol):
         renewal: how it is followed, by itself or another one.
     """
 
-    plan: Plan
+    plan: AnchorConfig
     generation: int
     roll_out: RollOut | None
     is_stopping: bool
-    renewal: Renewal
+    renewal: Upgrade
 
     def begin(self, function: Callable[..., Coroutine[Any, Any, object]], *arguments: object) -> None:
         """Run something beside all else, whose defects cost that, and never the service."""
@@ -59,7 +59,7 @@ class Kept(Foreman, Protocol):
         """Tell systemd how things are."""
 
 
-class Keeper:
+class Reconciler:
     """What keeps the workers of an anchor.
 
     Args:
@@ -100,25 +100,25 @@ class Keeper:
         crew, now = self._anchor.crew, anyio.current_time()
         while len(crew.slots) < crew.target:
             crew.enlarge()
-        staying = [slot for slot in crew.slots if slot.occupation is not Occupation.RETIRING]
+        staying = [slot for slot in crew.slots if slot.activity is not SlotActivity.RETIRING]
         for slot in staying[crew.target :]:
-            if slot.occupation is Occupation.NONE:
-                slot.occupation = Occupation.RETIRING
+            if slot.activity is SlotActivity.NONE:
+                slot.activity = SlotActivity.RETIRING
                 self._anchor.begin(self._retire, slot)
         pause = math.inf
         for slot in staying[: crew.target]:
-            if slot.occupation is Occupation.NONE and slot.is_vacant:
+            if slot.activity is SlotActivity.NONE and slot.is_vacant:
                 if slot.retry_at <= now:
-                    slot.occupation = Occupation.FILLING
+                    slot.activity = SlotActivity.FILLING
                     self._anchor.begin(self._refill, slot)
                 else:
                     pause = min(pause, slot.retry_at - now)
-        if not any(slot.occupation is Occupation.REPLACING for slot in staying):
+        if not any(slot.activity is SlotActivity.REPLACING for slot in staying):
             for slot in staying[: crew.target]:
-                worker = slot.incumbent
-                if slot.occupation is Occupation.NONE and worker is not None and self.why_recycle(worker) is not None:
+                worker = slot.serving_worker
+                if slot.activity is SlotActivity.NONE and worker is not None and self.why_recycle(worker) is not None:
                     if slot.retry_at <= now:
-                        slot.occupation = Occupation.REPLACING
+                        slot.activity = SlotActivity.REPLACING
                         self._anchor.begin(self._recycle, slot, worker)
                         break
                     pause = min(pause, slot.retry_at - now)
@@ -170,20 +170,20 @@ class Keeper:
                 )
                 error = worker.handoff.error if worker.handoff is not None else None
         finally:
-            slot.occupation = Occupation.NONE
+            slot.activity = SlotActivity.NONE
         if error is not None and not self._anchor.is_stopping:
             slot.note_crash(anyio.current_time())
             self._anchor.log.error("worker %d could not be replaced, and goes on: %s", slot.index, error)
         self._anchor.changes.announce()
 
-    def why_recycle(self, worker: Worker) -> Recycling | None:
+    def why_recycle(self, worker: Worker) -> ReplaceReason | None:
         """Say what a worker that serves has reached the limit of, so that another is to take its place."""
         if not worker.serves:
             return None
         if worker.requests >= worker.request_limit:
-            return Recycling.REQUESTS
+            return ReplaceReason.REQUESTS
         if self._anchor.plan.max_rss is not None and worker.rss is not None and worker.rss > self._anchor.plan.max_rss:
-            return Recycling.MEMORY
+            return ReplaceReason.MEMORY
         return None
 
     async def watch(self) -> None:

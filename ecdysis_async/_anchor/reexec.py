@@ -21,16 +21,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ecdysis_async._ipc.worker_link import Line
+from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._system.process import ANCHOR_CHECK_MARKER, ANCHOR_MARKER, Launch, Process
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import RestartReport
 
-from .pool import Crew, Slot, Worker, WorkerState
+from .pool import Slot, Worker, WorkerPool, WorkerState
 
 __all__ = [
     "FORMAT",
-    "Upgrade",
+    "ReceivedState",
     "UpgradeFailed",
     "blocked_signals",
     "check",
@@ -70,7 +70,7 @@ class UpgradeFailed(RestartError):
 
 
 @dataclass(frozen=True, slots=True)
-class Upgrade:
+class ReceivedState:
     """What this process was executed with.
 
     Attributes:
@@ -82,7 +82,7 @@ class Upgrade:
     is_check: bool
 
 
-def describe_crew(crew: Crew) -> tuple[dict[str, Any], list[int]]:
+def describe_crew(crew: WorkerPool) -> tuple[dict[str, Any], list[int]]:
     """Return the workers as JSON, and the descriptors that have to survive, which it names."""
     descriptors: list[int] = []
     workers = []
@@ -116,7 +116,7 @@ def describe_crew(crew: Crew) -> tuple[dict[str, Any], list[int]]:
     return {"target": crew.target, "slots": slots, "workers": workers}, descriptors
 
 
-def restore_crew(body: Mapping[str, Any]) -> Crew:
+def restore_crew(body: Mapping[str, Any]) -> WorkerPool:
     """Return the crew that was described; it owns the descriptors.
 
     Raises:
@@ -135,7 +135,7 @@ def restore_crew(body: Mapping[str, Any]) -> Crew:
         worker = Worker(
             generation=int(each["generation"]),
             process=Process(int(each["process"]), int(each["pidfd"])),
-            line=Line(socket.socket(fileno=int(each["line"]))),
+            line=WorkerLink(socket.socket(fileno=int(each["line"]))),
             born=float(each["born"]),
             starter=workers[starter] if starter is not None else None,
             pid=int(each["pid"]),
@@ -153,7 +153,7 @@ def restore_crew(body: Mapping[str, Any]) -> Crew:
         worker.line.resume(base64.b64decode(each["pending"]))
         workers.append(worker)
         by_index[int(each["slot"])].workers.append(worker)
-    return Crew(int(body["target"]), slots)
+    return WorkerPool(int(body["target"]), slots)
 
 
 def seal(state: Mapping[str, Any]) -> int:
@@ -174,7 +174,7 @@ def seal(state: Mapping[str, Any]) -> int:
     return memory
 
 
-def claim() -> Upgrade | None:
+def claim() -> ReceivedState | None:
     """Return what this process was executed with; None where it is no upgrade. Call it once.
 
     Raises:
@@ -195,7 +195,7 @@ def claim() -> Upgrade | None:
                 raise ValueError(f"it is of format {state['format']}, and this release knows {FORMAT}")
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise UpgradeFailed(f"the state of the former anchor cannot be read: {error}") from error
-        return Upgrade(state, is_check=marker == ANCHOR_CHECK_MARKER)
+        return ReceivedState(state, is_check=marker == ANCHOR_CHECK_MARKER)
     return None
 
 

@@ -17,14 +17,14 @@ from typing import Protocol
 
 import anyio
 
-from ecdysis_async._handoff.generation import Numbered
-from ecdysis_async._handoff.predecessor import Handover
-from ecdysis_async._handoff.protocol import Predecessor
+from ecdysis_async._handoff.generation import GenerationLog
+from ecdysis_async._handoff.predecessor import PredecessorSide
+from ecdysis_async._handoff.protocol import PredecessorState
 from ecdysis_async._management.control_server import Changes
 from ecdysis_async.errors import RestartError, RestartWhileDraining, RolledBack, SuccessorFailed
 from ecdysis_async.report import DrainCount, Outcome, Phase, RestartReport
 
-from .pool import Crew, Handoff, Occupation, Slot, Worker
+from .pool import HandoffStatus, Slot, SlotActivity, Worker, WorkerPool
 
 __all__ = ["Foreman", "RollOut", "Turn", "TurnState", "replace", "sum_up"]
 
@@ -37,9 +37,9 @@ ANSWER_SECONDS = 30.0
 class Foreman(Protocol):
     """What a roll-out asks of the anchor."""
 
-    crew: Crew
+    crew: WorkerPool
     changes: Changes
-    log: Numbered
+    log: GenerationLog
     ready_timeout: float
 
     def prepare(self, roll_out: RollOut) -> None:
@@ -48,7 +48,7 @@ class Foreman(Protocol):
     def conclude(self, roll_out: RollOut) -> None:
         """Draw the consequences of what a roll-out has come to, and tell whom it concerns."""
 
-    async def fill(self, slot: Slot, generation: int) -> Handover:
+    async def fill(self, slot: Slot, generation: int) -> PredecessorSide:
         """Start a worker where there is none; return once it serves, or has failed."""
 
     def begin_replacing(self, slot: Slot, worker: Worker, generation: int) -> None:
@@ -105,9 +105,9 @@ async def replace(foreman: Foreman, slot: Slot, old: Worker, generation: int) ->
             error = handoff.error
             return handoff.is_over
         if old.is_alive:
-            return handoff is not None and handoff.state is Predecessor.PROBATION
+            return handoff is not None and handoff.state is PredecessorState.PROBATION
         # Killed in the middle: its successor goes on without it, if that can (guarantee G6).
-        if slot.incumbent is not None:
+        if slot.serving_worker is not None:
             return True
         if slot.workers:
             return False
@@ -258,19 +258,19 @@ class RollOut:
 
     async def _replace_all(self) -> RestartError | None:
         for turn in self.turns:
-            await self._wait_until(lambda turn=turn: turn.slot.occupation is Occupation.NONE)  # type: ignore[misc]
+            await self._wait_until(lambda turn=turn: turn.slot.activity is SlotActivity.NONE)  # type: ignore[misc]
             if self._stopped or (error := self._find_failure()) is not None:
                 break
             if turn.slot not in self._foreman.crew.slots:
                 turn.state = TurnState.SETTLED
                 continue
             turn.state = TurnState.UNDER_WAY
-            turn.old = turn.slot.incumbent
-            turn.slot.occupation = Occupation.REPLACING
+            turn.old = turn.slot.serving_worker
+            turn.slot.activity = SlotActivity.REPLACING
             try:
                 error = await self._replace(turn)
             finally:
-                turn.slot.occupation = Occupation.NONE
+                turn.slot.activity = SlotActivity.NONE
                 self._sum_up()
             if error is not None:
                 turn.state = TurnState.FAILED
@@ -417,7 +417,7 @@ class RollOut:
 
     def _sum_up(self) -> bool:
         for turn in self.turns:
-            handoff: Handoff | None = turn.old.handoff if turn.old is not None else None
+            handoff: HandoffStatus | None = turn.old.handoff if turn.old is not None else None
             if handoff is not None and handoff.report is not None:
                 turn.report = handoff.report
         sum_up(self.report, [turn.report for turn in self.turns if turn.report is not None])
@@ -450,7 +450,7 @@ def sum_up(report: RestartReport, workers: Iterable[RestartReport]) -> None:
 
 def _is_committed(turn: Turn) -> bool:
     handoff = turn.old.handoff if turn.old is not None else None
-    return handoff is not None and handoff.state in (Predecessor.COMMITTING, Predecessor.PROBATION)
+    return handoff is not None and handoff.state in (PredecessorState.COMMITTING, PredecessorState.PROBATION)
 
 
 def _has_ended_probation(old: Worker) -> bool:

@@ -11,17 +11,17 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ecdysis_async._handoff.generation import Numbered
+from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._management.descriptor_store import DescriptorStore
 from ecdysis_async._management.systemd import Systemd
 from ecdysis_async._sockets.registry import Entry, Registry
 from ecdysis_async.errors import ChannelError
 from ecdysis_async.report import RestartReport
 
-__all__ = ["Holdings"]
+__all__ = ["HeldSockets"]
 
 
-class Holdings:
+class HeldSockets:
     """What an anchor holds.
 
     Args:
@@ -33,7 +33,7 @@ class Holdings:
         control, health: the anchor's own.
     """
 
-    def __init__(self, systemd: Systemd, log: Numbered) -> None:
+    def __init__(self, systemd: Systemd, log: GenerationLog) -> None:
         self.service = Registry()
         self.control = Registry()
         self.health = Registry()

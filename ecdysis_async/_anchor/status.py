@@ -12,15 +12,15 @@ from typing import Any, Protocol
 
 import anyio
 
-from ecdysis_async._handoff.predecessor import Handover
+from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.preflight import describe_place
 from ecdysis_async._management.status import counted, describe_failed_restart, describe_listeners
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.report import RestartReport
 
-from .pool import Crew, Slot, WorkerState
+from .pool import Slot, WorkerPool, WorkerState
 from .rollout import RollOut, Turn, TurnState
-from .upgrade import Renewal
+from .upgrade import Upgrade
 
 __all__ = ["Told", "describe", "describe_status", "describe_wait", "describe_waits", "why_not_ready"]
 
@@ -45,17 +45,17 @@ class Told(Protocol):
         renewal: how it is followed, by itself or another one.
     """
 
-    crew: Crew
+    crew: WorkerPool
     generation: int
     registry: Registry
     begun: float
-    fillings: dict[Slot, Handover]
+    fillings: dict[Slot, PredecessorSide]
     roll_out: RollOut | None
     last_report: RestartReport | None
     is_serving: bool
     is_stopping: bool
     lame_duck: anyio.CancelScope | None
-    renewal: Renewal
+    renewal: Upgrade
 
     @property
     def is_lame_duck(self) -> bool:

@@ -1,6 +1,6 @@
 """The takeover of a whole anchor: another process goes on with its workers, its sockets and all it knows.
 
-What an upgrade in place leaves to the same process (upgrade.py), travels to another one here, and with it every
+What an upgrade in place leaves to the same process (reexec.py), travels to another one here, and with it every
 descriptor. Each side waits for the other's word before it acts, so that two never do: the newcomer begins at the
 former one's last word, or at its death, proved by its pidfd. Everything here blocks: for an anchor, which serves
 nobody itself, a moment of that is what makes its state one.
@@ -21,9 +21,9 @@ from ecdysis_async._ipc.channel import BATCH, READ_SIZE, Frame, FrameDecoder, en
 from ecdysis_async._management.takeover import ask_for_channel
 from ecdysis_async.errors import ChannelError, TakeoverFailed
 
-from . import reexec as upgrade
+from . import reexec
 
-__all__ = ["Succession", "ask_for_service", "pass_service_on"]
+__all__ = ["Takeover", "ask_for_service", "pass_service_on"]
 
 STATE, TAKEN, GO = "state", "taken", "go"
 
@@ -36,7 +36,7 @@ DEATH_GRACE_MILLISECONDS = 2000
 
 
 @dataclass(slots=True)
-class Succession:
+class Takeover:
     """What a newcomer was given.
 
     Attributes:
@@ -78,13 +78,13 @@ class Succession:
         return frame.type == GO
 
 
-def ask_for_service(path: str) -> Succession:
+def ask_for_service(path: str) -> Takeover:
     """Ask the anchor with a control socket for everything that it has.
 
     Raises:
         TakeoverFailed: nobody is there, or it refuses, or cannot be understood; nothing has changed then.
     """
-    sock = ask_for_channel(path, anchor=upgrade.FORMAT)
+    sock = ask_for_channel(path, anchor=reexec.FORMAT)
     sock.settimeout(ANSWER_SECONDS)
     decoder = FrameDecoder()
     try:
@@ -94,10 +94,10 @@ def ask_for_service(path: str) -> Succession:
             # Its offset is the writer's.
             file.seek(0)
             state = json.load(file)
-        if state["format"] != upgrade.FORMAT:
+        if state["format"] != reexec.FORMAT:
             raise TakeoverFailed(f"the service's state is of format {state['format']}, this release reads another one")
         here = dict(zip(map(int, frame.body["numbers"]), descriptors, strict=True))
-        return Succession(_translate(state, here), int(frame.body["pid"]), sock, decoder, pidfd)
+        return Takeover(_translate(state, here), int(frame.body["pid"]), sock, decoder, pidfd)
     except (ChannelError, OSError, KeyError, TypeError, ValueError) as error:
         sock.close()
         raise TakeoverFailed(f"what the service at {path} hands over cannot be read: {error!r}") from error
@@ -111,14 +111,14 @@ def pass_service_on(channel: socket.socket, state: Mapping[str, Any], numbers: S
 
     Args:
         channel: to that process.
-        state: see ``upgrade.seal``.
+        state: see ``reexec.seal``.
         numbers: the descriptors that the state names.
 
     Raises:
         TakeoverFailed: it does not, and this one goes on.
     """
     channel.settimeout(ANSWER_SECONDS)
-    memory = upgrade.seal(state)
+    memory = reexec.seal(state)
     try:
         pidfd = os.pidfd_open(os.getpid())
         try:

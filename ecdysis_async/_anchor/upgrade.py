@@ -1,4 +1,4 @@
-"""How an anchor is followed: by itself, executed anew (upgrade.py), or by another process (succession.py).
+"""How an anchor is followed: by itself, executed anew (reexec.py), or by another process (succession.py).
 
 Either way it goes on in one moment, in which nothing is under way: no worker is being started or replaced, and nothing
 was said that was not heard. Here is how that moment is found, and what happens where it does not come.
@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 import anyio
 
-from ecdysis_async._handoff.generation import Numbered
+from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._management.control_server import Changes
 from ecdysis_async._system.process import Launch, describe_launch
 from ecdysis_async._system.threads import run_in_thread
@@ -29,12 +29,12 @@ from ecdysis_async.errors import (
     TakeoverFailed,
 )
 
-from . import reexec as upgrade
-from .pool import Crew, Occupation
+from . import reexec
+from .pool import SlotActivity, WorkerPool
 from .rollout import RollOut
 from .takeover import pass_service_on
 
-__all__ = ["Renewal", "Renewed"]
+__all__ = ["Upgradable", "Upgrade"]
 
 # How long it is waited for a moment in which nothing is under way, and between two looks, seconds.
 REST_SECONDS = 10.0
@@ -43,7 +43,7 @@ REST_PAUSE_SECONDS = 0.02
 BUSY = "workers are being started or replaced: upgrade the anchor when that is done"
 
 
-class Renewed(Protocol):
+class Upgradable(Protocol):
     """What a renewal asks of the anchor.
 
     Attributes:
@@ -56,9 +56,9 @@ class Renewed(Protocol):
         is_stopping: whether it was told to stop.
     """
 
-    crew: Crew
+    crew: WorkerPool
     changes: Changes
-    log: Numbered
+    log: GenerationLog
     ready_timeout: float
     roll_out: RollOut | None
     is_serving: bool
@@ -92,7 +92,7 @@ class Renewed(Protocol):
         """Run something beside all else, whose defects cost that, and never the service."""
 
 
-class Renewal:
+class Upgrade:
     """The upgrades of an anchor, and its end where another one goes on.
 
     Attributes:
@@ -101,7 +101,7 @@ class Renewal:
         error: why the last time failed.
     """
 
-    def __init__(self, anchor: Renewed) -> None:
+    def __init__(self, anchor: Upgradable) -> None:
         self._anchor = anchor
         self.is_under_way = False
         self.count = 0
@@ -128,15 +128,15 @@ class Renewal:
             with anchor.spawning():
                 launch, _ = await run_in_thread(functools.partial(describe_launch, None, None, None))
                 state, _ = anchor.describe_state()
-                memory = upgrade.seal(state)
+                memory = reexec.seal(state)
                 try:
-                    await run_in_thread(functools.partial(upgrade.check, launch, memory, anchor.ready_timeout))
+                    await run_in_thread(functools.partial(reexec.check, launch, memory, anchor.ready_timeout))
                 finally:
                     os.close(memory)
         except BaseException as error:
             self.is_under_way = False
             if isinstance(error, OSError):
-                raise upgrade.UpgradeFailed(f"the state cannot be written: {error}") from error
+                raise reexec.UpgradeFailed(f"the state cannot be written: {error}") from error
             raise
         finally:
             anchor.changes.announce()
@@ -155,16 +155,16 @@ class Renewal:
         error: Exception | None = None
         with anyio.move_on_after(REST_SECONDS):
             while error is None and not anchor.is_stopping:
-                with upgrade.blocked_signals():
+                with reexec.blocked_signals():
                     if self._is_at_rest():
                         try:
                             state, descriptors = anchor.describe_state()
-                            memory = upgrade.seal(state)
+                            memory = reexec.seal(state)
                             try:
-                                upgrade.execute(launch, memory, descriptors)
+                                reexec.execute(launch, memory, descriptors)
                             finally:
                                 os.close(memory)
-                        except (OSError, upgrade.UpgradeFailed) as failure:
+                        except (OSError, reexec.UpgradeFailed) as failure:
                             error = failure
                 await anyio.sleep(REST_PAUSE_SECONDS)
         # Still here: it goes on as it was.
@@ -252,7 +252,7 @@ class Renewal:
         return (
             is_rolling
             or anchor.is_spawning
-            or any(slot.occupation is not Occupation.NONE for slot in anchor.crew.slots)
+            or any(slot.activity is not SlotActivity.NONE for slot in anchor.crew.slots)
             # Its line is broken, and it is about to leave.
             or any(worker.line.fileno() == -1 for worker in anchor.crew)
         )

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Adopter", "Parcel", "Refused", "Release", "Transferable"]
+__all__ = ["ConnectionResumer", "Refused", "Release", "TransferRecord", "Transferable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class TransferRecord:
     """A :class:`Release` on its way, with what the data plane adds.
 
     Attributes:
@@ -52,7 +52,7 @@ class Parcel:
         return [self.listener, self.since, release.kind, release.state, unread]
 
     @classmethod
-    def from_json(cls, fields: list[Any]) -> Parcel:
+    def from_json(cls, fields: list[Any]) -> TransferRecord:
         """Read it. What a later release adds stands at the end, and is left out.
 
         Raises:
@@ -87,11 +87,11 @@ class Refused(Exception):
     """This process cannot go on with a connection; the message says why, and the predecessor keeps it."""
 
 
-class Adopter(abc.ABC):
+class ConnectionResumer(abc.ABC):
     """What resumes connections that were accepted from one socket by another process."""
 
     @abc.abstractmethod
-    def prepare(self, parcel: Parcel) -> Callable[[socket.socket], Awaitable[None]]:
+    def prepare(self, parcel: TransferRecord) -> Callable[[socket.socket], Awaitable[None]]:
         """Make whatever will serve a connection, reading nothing of it yet; return what begins to.
 
         That one owns the socket it is called with, and has begun when it returns.

@@ -28,10 +28,10 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._system.garbage import age_all_objects, without_full_collections
 
-from .parcel import Adopter, Parcel, Refused, Release, Transferable
+from .parcel import ConnectionResumer, Refused, Release, Transferable, TransferRecord
 from .tracker import Connection, Tracker
 
 __all__ = ["Receiver", "Release", "Sender", "Transferable", "make_room", "socketpair"]
@@ -252,7 +252,7 @@ class Sender:
         self._batch = min(BATCH, self._batch + 1)
         return 0
 
-    def _pack(self, connection: Connection) -> Parcel | None:
+    def _pack(self, connection: Connection) -> TransferRecord | None:
         try:
             return connection.pack()
         except Exception:
@@ -261,7 +261,7 @@ class Sender:
             connection.refused = True
             return None
 
-    def _write(self, parcel: Parcel) -> str | None:
+    def _write(self, parcel: TransferRecord) -> str | None:
         try:
             return json.dumps(parcel.to_json(), separators=(",", ":"), allow_nan=False)
         except Exception:
@@ -382,7 +382,7 @@ class Receiver:
         log: where it says what has happened.
     """
 
-    def __init__(self, sock: socket.socket, plane: Plane, log: Log) -> None:
+    def __init__(self, sock: socket.socket, plane: DataPlane, log: Log) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._plane = plane
@@ -469,7 +469,7 @@ class Receiver:
 
     def _prepare(self, fields: list[Any]) -> Callable[[socket.socket], Awaitable[None]]:
         try:
-            parcel = Parcel.from_json(fields)
+            parcel = TransferRecord.from_json(fields)
             adopter = next(self._adopters(parcel.listener), None)
             if adopter is None:
                 raise Refused(f"nobody listens on {parcel.listener} there")
@@ -480,7 +480,7 @@ class Receiver:
             self.log.exception("a connection of the predecessor's cannot be resumed: it keeps it")
             raise Refused(f"it cannot be resumed there: {error!r}") from error
 
-    def _adopters(self, name: str) -> Iterator[Adopter]:
+    def _adopters(self, name: str) -> Iterator[ConnectionResumer]:
         for acceptor in self._plane.gate.acceptors:
             if acceptor.entry.name == name and acceptor.adopter is not None:
                 yield acceptor.adopter

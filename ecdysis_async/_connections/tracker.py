@@ -27,7 +27,7 @@ from ecdysis_async._system.garbage import age_all_objects
 from ecdysis_async.errors import DrainInterrupt
 from ecdysis_async.report import DrainCount
 
-from .parcel import Parcel
+from .parcel import TransferRecord
 
 __all__ = ["Connection", "Offer", "Tracker", "Verdict", "current_connection"]
 
@@ -164,7 +164,7 @@ class Connection:
         """Return the descriptor of its socket."""
         raise NotImplementedError
 
-    def pack(self) -> Parcel | None:
+    def pack(self) -> TransferRecord | None:
         """Stop reading, and return what travels; None, and nothing has changed, where it is at no safe point.
 
         Until ``keep`` or ``let_go`` is called, nothing may read from it or write to it.
@@ -199,7 +199,7 @@ class Connection:
         if not tracker.moves or not self.movable:
             return
         offer = self.offer = Offer(state)
-        tracker.ripen(self)
+        tracker.note_safe_point(self)
         try:
             await offer.decided.wait()
         finally:
@@ -369,7 +369,7 @@ class Tracker:
         """Whether connections are being asked, one after the other, if they can move."""
         return anyio.current_time() < self._sweep_end
 
-    def ripen(self, connection: Connection) -> None:
+    def note_safe_point(self, connection: Connection) -> None:
         """Say that a connection has reached a safe point: it may be passed on at once, if there is a successor."""
         if self.on_ripe is not None:
             self.on_ripe(connection)

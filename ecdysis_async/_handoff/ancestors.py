@@ -18,9 +18,9 @@ from ecdysis_async._ipc.channel import Frame
 from ecdysis_async._ipc.peer import Death, Peer
 from ecdysis_async.errors import ChannelError, DescriptorsLost
 
-from .protocol import Farewell
+from .protocol import DrainMessage
 
-__all__ = ["Ancestor", "Lineage"]
+__all__ = ["Ancestor", "Ancestors"]
 
 logger = logging.getLogger("ecdysis_async")
 
@@ -39,7 +39,7 @@ class Ancestor:
         return {"generation": self.generation, "pid": self.pid}
 
 
-class Lineage:
+class Ancestors:
     """The older generations that still drain: how far they are, and which of them is too many.
 
     Only one generation reads what they say: the newest one that has settled.
@@ -65,7 +65,7 @@ class Lineage:
                 if self._is_let_go:
                     return
                 for ancestor in sorted(self.ancestors, key=lambda each: each.generation)[:-max_draining]:
-                    await _tell(ancestor, Farewell.HURRY)
+                    await _tell(ancestor, DrainMessage.HURRY)
                 if self._has_to_reopen:
                     await self.reopen_logs()
                 async with anyio.create_task_group() as task_group:
@@ -93,7 +93,7 @@ class Lineage:
             self._has_to_reopen = True
         elif not self._is_let_go:
             for ancestor in tuple(self.ancestors):
-                await _tell(ancestor, Farewell.REOPEN_LOGS)
+                await _tell(ancestor, DrainMessage.REOPEN_LOGS)
 
     async def outlive(self) -> None:
         """Wait until each of them is dead. Only while ``follow`` runs."""
@@ -108,22 +108,22 @@ class Lineage:
     def deliver(self, ancestor: Ancestor, item: Frame | ChannelError | Death) -> None:
         """Take note of what an ancestor says."""
         match item:
-            case Frame(type=Farewell.PROGRESS):
+            case Frame(type=DrainMessage.PROGRESS):
                 ancestor.connections = item.body.get("connections")
-            case Frame(type=Farewell.DRAINED):
+            case Frame(type=DrainMessage.DRAINED):
                 ancestor.connections = 0
                 try:
                     self.on_drained(ancestor, item.body)
                 except (KeyError, TypeError, ValueError):
                     # Another release's idea of a report; whatever it says, it must not end the newest generation.
                     logger.warning("the report of generation %d cannot be read", ancestor.generation, exc_info=True)
-            case Frame(type=Farewell.TRANSFER, descriptors=[descriptor, *others]) if self.on_transfer is not None:
+            case Frame(type=DrainMessage.TRANSFER, descriptors=[descriptor, *others]) if self.on_transfer is not None:
                 # Taken over, not duplicated: there may be no further descriptor to be had.
                 for other in others:
                     os.close(other)
                 self.on_transfer(socket.socket(fileno=descriptor))
                 return
-            case Frame(type=Farewell.MAIN):
+            case Frame(type=DrainMessage.MAIN):
                 self.on_main(ancestor)
             case DescriptorsLost():
                 # It finds the way of its connections closed, and serves them to their end itself.
@@ -140,6 +140,6 @@ class Lineage:
             item.close()
 
 
-async def _tell(ancestor: Ancestor, message: Farewell) -> None:
+async def _tell(ancestor: Ancestor, message: DrainMessage) -> None:
     with contextlib.suppress(ChannelError):  # it is leaving at this moment
         await ancestor.peer.channel.send(message, timeout=2)

@@ -11,22 +11,22 @@ from typing import Any
 
 import anyio
 
-from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._system.log_files import reopen_logs
 from ecdysis_async._system.process import Child
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.settings import Settings
 
-from .ancestors import Lineage
+from .ancestors import Ancestors
 from .stash import InheritedStash, Stashes
 
-__all__ = ["Generation", "Numbered", "Spawner"]
+__all__ = ["Generation", "GenerationLog", "Spawner"]
 
 Spawner = Callable[[socket.socket, int], Awaitable[Child]]
 """Starts a successor with its end of the channel and its stderr, which stay the caller's; raises a RestartError."""
 
 
-class Numbered(logging.LoggerAdapter[logging.Logger]):
+class GenerationLog(logging.LoggerAdapter[logging.Logger]):
     """Puts generation and pid before each line: in a restart's log two processes speak."""
 
     def __init__(self, number: int) -> None:
@@ -43,8 +43,8 @@ class Generation:
 
     number: int
     settings: Settings
-    plane: Plane
-    log: Numbered
+    plane: DataPlane
+    log: GenerationLog
     # Keys that this generation's environment got from the env file: forgotten before it is read afresh.
     env_file_keys: tuple[str, ...] = ()
     # Whether systemd watches over the service: then a successor has to become its child.
@@ -54,7 +54,7 @@ class Generation:
     inherited_stash: InheritedStash = field(default_factory=InheritedStash)
     # Whether other processes that are no generation of this slot accept from the same sockets: workers of one service.
     shares_sockets: bool = False
-    lineage: Lineage = field(default_factory=Lineage)
+    lineage: Ancestors = field(default_factory=Ancestors)
     # Pausing and resuming may be asked for at the same time; they must not interleave within the gate.
     gate_lock: anyio.Lock = field(default_factory=anyio.Lock)
 

@@ -38,20 +38,20 @@ from ecdysis_async.report import Outcome, Phase, RestartReport
 from .generation import Generation, Spawner
 from .protocol import (
     VERSIONS,
-    Farewell,
+    DrainMessage,
     FromPredecessor,
-    Predecessor,
     PredecessorAction,
     PredecessorEvent,
+    PredecessorState,
     Timer,
     choose_version,
     predecessor_event,
     step_predecessor,
 )
-from .side import COUNTERS, ERROR_BYTES, Side, as_channel_error
+from .side import COUNTERS, ERROR_BYTES, HandoffSide, as_channel_error
 from .stash import At, Batch
 
-__all__ = ["Handover"]
+__all__ = ["PredecessorSide"]
 
 # Limits of waits that no setting is worth: each is far more than a healthy process needs, seconds.
 PAUSE_SECONDS = 10.0
@@ -65,22 +65,22 @@ RESUME_PAUSE_SECONDS = 0.2
 
 # A phase ends with the event that leads from its last state to another phase.
 _PHASES: Final = {
-    Predecessor.SPAWNING: Phase.START,
-    Predecessor.INITIALISING: Phase.INITIALISE,
-    Predecessor.PAUSING: Phase.PAUSE,
-    Predecessor.COMMITTING: Phase.COMMIT,
-    Predecessor.PROBATION: Phase.PROBATION,
+    PredecessorState.SPAWNING: Phase.START,
+    PredecessorState.INITIALISING: Phase.INITIALISE,
+    PredecessorState.PAUSING: Phase.PAUSE,
+    PredecessorState.COMMITTING: Phase.COMMIT,
+    PredecessorState.PROBATION: Phase.PROBATION,
 }
 _OUTCOMES: Final = {
-    Predecessor.PROBATION: Outcome.SERVING,
-    Predecessor.SETTLED: Outcome.SETTLED,
-    Predecessor.FAILED: Outcome.FAILED,
-    Predecessor.ROLLED_BACK: Outcome.ROLLED_BACK,
-    Predecessor.STOPPED: Outcome.STOPPED,
+    PredecessorState.PROBATION: Outcome.SERVING,
+    PredecessorState.SETTLED: Outcome.SETTLED,
+    PredecessorState.FAILED: Outcome.FAILED,
+    PredecessorState.ROLLED_BACK: Outcome.ROLLED_BACK,
+    PredecessorState.STOPPED: Outcome.STOPPED,
 }
 
 
-class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
+class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, PredecessorAction]):
     """One restart, as the generation that was asked for it carries it out.
 
     Args:
@@ -103,13 +103,13 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
     def __init__(
         self,
         generation: Generation,
-        on_change: Callable[[Handover], None],
+        on_change: Callable[[PredecessorSide], None],
         *,
         spawner: Spawner | None = None,
         number: int | None = None,
         title: str | None = None,
     ) -> None:
-        super().__init__(Predecessor.SPAWNING, step_predecessor, generation)
+        super().__init__(PredecessorState.SPAWNING, step_predecessor, generation)
         settings = generation.settings
         self.limits = {
             Timer.READY: settings.ready_timeout,
@@ -158,12 +158,12 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
     def committed(self) -> bool:
         """Whether the successor was told to accept: from then on the restart cannot be called off any more."""
         return self.state not in (
-            Predecessor.SPAWNING,
-            Predecessor.INITIALISING,
-            Predecessor.PAUSING,
-            Predecessor.ABORTING,
-            Predecessor.STOPPING,
-            Predecessor.FAILED,
+            PredecessorState.SPAWNING,
+            PredecessorState.INITIALISING,
+            PredecessorState.PAUSING,
+            PredecessorState.ABORTING,
+            PredecessorState.STOPPING,
+            PredecessorState.FAILED,
         )
 
     @property
@@ -192,7 +192,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         try:
             await self._start()
         except RestartError as error:
-            self.state = Predecessor.FAILED
+            self.state = PredecessorState.FAILED
             self._fail(error, Phase.START)
             return
         assert self._peer is not None and self._process is not None and self._stderr is not None
@@ -205,18 +205,18 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             else:
                 self._prepared.set()
             await self.advance()
-            if self.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
+            if self.state in (PredecessorState.FAILED, PredecessorState.ROLLED_BACK):
                 await self._stderr.pass_rest_on()
             else:
                 # Its zombie is this process' to reap, also if its own successor lets it go before this one has
-                # drained. Whoever is the newest by then, and shares the channel, is still heard (Farewell.HURRY).
+                # drained. Whoever is the newest by then, and shares the channel, is still heard (DrainMessage.HURRY).
                 await self._process.wait()
                 await self._gone.wait()
             task_group.cancel_scope.cancel()
 
     async def _break_off(self) -> None:
         """End a restart that cannot go on, so that this side accepts again wherever nobody else may."""
-        if self.state in (Predecessor.SETTLED, Predecessor.STOPPED):
+        if self.state in (PredecessorState.SETTLED, PredecessorState.STOPPED):
             # The service is the successor's, or nobody's; the end of this process tells it what is left to be told.
             return
         if self._process is not None:
@@ -228,11 +228,13 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         if not is_over:
             # First, so that a stop is heard while this side cannot accept yet: a restart that is over delays none.
             kind, self.state = (
-                (RolledBack, Predecessor.ROLLED_BACK) if self.committed else (SuccessorFailed, Predecessor.FAILED)
+                (RolledBack, PredecessorState.ROLLED_BACK)
+                if self.committed
+                else (SuccessorFailed, PredecessorState.FAILED)
             )
             self.report.outcome = Outcome.ROLLED_BACK if kind is RolledBack else Outcome.FAILED
             self._fail(kind("the restart broke down in this process; its log has the traceback"), None)
-        if self.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
+        if self.state in (PredecessorState.FAILED, PredecessorState.ROLLED_BACK):
             await self._resume()
         if not is_over:
             self._on_change(self)
@@ -244,7 +246,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
 
     def refuse(self, error: RestartError) -> None:
         """Let it fail before anything has begun."""
-        self.state = Predecessor.FAILED
+        self.state = PredecessorState.FAILED
         self._fail(error, None)
         self.over.set()
 
@@ -255,7 +257,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         return self._peer.died
 
     async def tell(
-        self, message: Farewell, body: Mapping[str, Any], descriptors: Sequence[int] = (), *, timeout: float = 2
+        self, message: DrainMessage, body: Mapping[str, Any], descriptors: Sequence[int] = (), *, timeout: float = 2
     ) -> None:
         """Tell the successor how the drain goes; it may be gone, or busy, and then it is not told."""
         if self._peer is None:
@@ -281,14 +283,14 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 self.post(PredecessorEvent.DIED)
             case ChannelError():
                 self.post(PredecessorEvent.BROKEN, item)
-            case Frame(type=Farewell.PUBLISHED):
+            case Frame(type=DrainMessage.PUBLISHED):
                 item.close()
                 self.published.set()
-            case Frame(type=Farewell.HURRY):
+            case Frame(type=DrainMessage.HURRY):
                 item.close()
                 self.generation.log.warning("too many generations drain: the deadline of this one is now")
                 self.generation.plane.tracker.hurry()
-            case Frame(type=Farewell.REOPEN_LOGS):
+            case Frame(type=DrainMessage.REOPEN_LOGS):
                 item.close()
                 self._tasks.start_soon(self.generation.reopen_logs)
             case Frame():
@@ -331,13 +333,16 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             self.report.accept_gap = max(0.0, float(frame.body["opened_at"]) - self._paused_at)
         return event
 
-    async def foresee(self, event: PredecessorEvent, cause: object) -> bool:
+    async def before_event(self, event: PredecessorEvent, cause: object) -> bool:
         if event is PredecessorEvent.DIED:
-            await self._bury()
-        elif event is PredecessorEvent.FAILED and self.state is not Predecessor.STOPPING:
+            await self._collect_exit()
+        elif event is PredecessorEvent.FAILED and self.state is not PredecessorState.STOPPING:
             assert self._stderr is not None
             self._stderr.read_rest()
-        elif self.state is Predecessor.PROBATION and event in (PredecessorEvent.TIMED_OUT, PredecessorEvent.SETTLE):
+        elif self.state is PredecessorState.PROBATION and event in (
+            PredecessorEvent.TIMED_OUT,
+            PredecessorEvent.SETTLE,
+        ):
             # Never settle on a successor that is dead, or has just said that it fails: this side could not take over
             # again. Its death, or its word, is on its way here.
             assert self._peer is not None
@@ -349,7 +354,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 return False
         return True
 
-    def changed(self, before: Predecessor, event: PredecessorEvent, cause: object) -> None:
+    def changed(self, before: PredecessorState, event: PredecessorEvent, cause: object) -> None:
         if self.state is before:
             return
         phase = _PHASES.get(before)
@@ -360,16 +365,16 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
         self._entered = now
         self._making.cancel()
         failed = (
-            Predecessor.ABORTING,
-            Predecessor.RECALLING,
-            Predecessor.REVERTING,
-            Predecessor.FAILED,
-            Predecessor.ROLLED_BACK,
+            PredecessorState.ABORTING,
+            PredecessorState.RECALLING,
+            PredecessorState.REVERTING,
+            PredecessorState.FAILED,
+            PredecessorState.ROLLED_BACK,
         )
         if self.state in failed and self.error is None:
             self._fail(self._explain(before, event, cause), phase)
         # One that has returned serves what it has accepted to the end.
-        if self.state is Predecessor.ROLLED_BACK and event is not PredecessorEvent.RETURNED:
+        if self.state is PredecessorState.ROLLED_BACK and event is not PredecessorEvent.RETURNED:
             try:
                 # Read rather than mapped: a file that was cut short would be a SIGBUS here.
                 opened, closed = COUNTERS.unpack(os.pread(self._counters, COUNTERS.size, 0))
@@ -386,14 +391,14 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
             self.report.generation,
             self.report.successor_pid,
         )
-        if self.state is Predecessor.SETTLED and self.unclaimed:
+        if self.state is PredecessorState.SETTLED and self.unclaimed:
             self.generation.log.warning(
                 "generation %d did not claim %s: closing what nobody listens on any more",
                 self.report.generation,
                 ", ".join(entry.name for entry in self.unclaimed),
             )
         self._on_change(self)
-        if self.state is Predecessor.PROBATION:
+        if self.state is PredecessorState.PROBATION:
             self.serving.set()
 
     async def perform(self, action: PredecessorAction) -> None:
@@ -532,7 +537,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
 
     async def _make(self, at: At) -> bool:
         """Make what is to be handed over at a moment; False where that moment does not come any more."""
-        if self.state not in (Predecessor.SPAWNING, Predecessor.PAUSING):
+        if self.state not in (PredecessorState.SPAWNING, PredecessorState.PAUSING):
             return False
         self._stash = self.generation.stashes.batch(at)
         self._making = anyio.CancelScope()
@@ -554,7 +559,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 async with self.generation.gate_lock:
                     self._paused_at = time.monotonic()
                     # It may have been resumed, for a successor that died, before this had its turn.
-                    if self.state is Predecessor.PAUSING:
+                    if self.state is PredecessorState.PAUSING:
                         await self.generation.plane.gate.pause(spare=unclaimed.__contains__)
         except Exception as error:
             self.generation.log.exception("this generation could not stop accepting; the restart is called off")
@@ -567,7 +572,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
     async def conclude(self) -> None:
         # A next restart must not begin earlier: this side would open its gate next to that one's successor. Where the
         # service stops, there is none to come, and nothing to open.
-        if self.state is not Predecessor.STOPPED:
+        if self.state is not PredecessorState.STOPPED:
             await self._resumed.wait()
 
     async def _resume(self) -> None:
@@ -603,17 +608,17 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 with anyio.move_on_after(END_GRACE_SECONDS):
                     await self._peer.died.wait()
 
-    async def _bury(self) -> None:
+    async def _collect_exit(self) -> None:
         """Learn how the successor died, and hear its last words."""
         assert self._process is not None and self._stderr is not None
         self._exit_status = await self._process.end(END_GRACE_SECONDS)
         self._stderr.read_rest()
 
-    def _explain(self, before: Predecessor, event: PredecessorEvent, cause: object) -> RestartError:
+    def _explain(self, before: PredecessorState, event: PredecessorEvent, cause: object) -> RestartError:
         """Say what went wrong, and what to do about it."""
         assert self._stderr is not None
         pid = self.report.successor_pid
-        doing = "on probation" if before is Predecessor.PROBATION else before.value
+        doing = "on probation" if before is PredecessorState.PROBATION else before.value
         match event, cause:
             case _, RestartError():
                 return cause
@@ -623,19 +628,19 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 cause.phase, cause.stderr = _PHASES[before], self._stderr.text
                 return cause
             case PredecessorEvent.TIMED_OUT, _ if self._stash.making is not None and (
-                before is Predecessor.PAUSING or self._greeted.is_set()
+                before is PredecessorState.PAUSING or self._greeted.is_set()
             ):
                 assert before.timer is not None
                 name, seconds = self._stash.making, self.limits[before.timer]
                 what = f"the stash {name!r} was not made within {seconds:g} seconds: make it smaller"
-                what += ', or at="start"' if before is Predecessor.PAUSING else ", or raise ready_timeout"
+                what += ', or at="start"' if before is PredecessorState.PAUSING else ", or raise ready_timeout"
                 return StashFailed(what, phase=_PHASES[before], stderr=self._stderr.text)
             case PredecessorEvent.FAILED, Frame(body=body):
                 what = f"the successor (pid {pid}) failed: {str(body.get('error'))[-ERROR_BYTES:]}"
-            case PredecessorEvent.TIMED_OUT, _ if before in (Predecessor.SPAWNING, Predecessor.INITIALISING):
+            case PredecessorEvent.TIMED_OUT, _ if before in (PredecessorState.SPAWNING, PredecessorState.INITIALISING):
                 seconds = self.limits[Timer.READY]
                 what = f"the successor (pid {pid}) was not ready within {seconds:g} seconds and was ended"
-                if before is Predecessor.SPAWNING:
+                if before is PredecessorState.SPAWNING:
                     what += "; it never entered `async with Ecdysis()`: does its command run this service?"
                 else:
                     what += "; where its start-up takes longer, raise ready_timeout"
@@ -644,7 +649,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 what = f"the successor (pid {pid}) did not answer in time while {doing}"
             case PredecessorEvent.DIED, _:
                 what = f"the successor (pid {pid}) {describe_end(self._exit_status)} while {doing}"
-                if before is Predecessor.SPAWNING:
+                if before is PredecessorState.SPAWNING:
                     what += ", before it entered `async with Ecdysis()`"
             case _, DescriptorsLost() | OSError():
                 # Not the successor's doing, and no change to it would help.
@@ -661,7 +666,7 @@ class Handover(Side[Predecessor, PredecessorEvent, PredecessorAction]):
                 )
             case _:
                 what = f"the successor (pid {pid}) broke the handoff while {doing}: {cause}"
-        committed = before in (Predecessor.COMMITTING, Predecessor.PROBATION)
+        committed = before in (PredecessorState.COMMITTING, PredecessorState.PROBATION)
         kind = RolledBack if committed else SuccessorFailed
         error = kind(what, phase=_PHASES.get(before), stderr=self._stderr.text)
         if isinstance(cause, BaseException):

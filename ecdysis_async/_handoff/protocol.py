@@ -29,15 +29,15 @@ from ecdysis_async.errors import GarbledFrame, UnknownMessage, VersionMismatch
 
 __all__ = [
     "VERSIONS",
-    "Farewell",
+    "DrainMessage",
     "FromPredecessor",
     "FromSuccessor",
-    "Predecessor",
     "PredecessorAction",
     "PredecessorEvent",
-    "Successor",
+    "PredecessorState",
     "SuccessorAction",
     "SuccessorEvent",
+    "SuccessorState",
     "Timer",
     "choose_version",
     "predecessor_event",
@@ -73,7 +73,7 @@ class FromPredecessor(enum.StrEnum):
     RECALL = "recall"  # nothing is wrong with you, but the service goes back: accept no more
 
 
-class Farewell(enum.StrEnum):
+class DrainMessage(enum.StrEnum):
     """Messages of a drain, after the handoff is over: they change no state, and an older release may ignore them."""
 
     PROGRESS = "progress"  # down: how many connections are left
@@ -96,7 +96,7 @@ class Timer(enum.Enum):
     COMMIT = "commit"
 
 
-class Predecessor(enum.Enum):
+class PredecessorState(enum.Enum):
     """The predecessor's side of one restart."""
 
     SPAWNING = "spawning"  # the successor's process runs; nothing is heard of it yet
@@ -159,7 +159,7 @@ class PredecessorAction(enum.Enum):
     END_SUCCESSOR = "end successor"  # SIGTERM, then SIGKILL; answered by the event DIED
 
 
-class Successor(enum.Enum):
+class SuccessorState(enum.Enum):
     """The successor's side of one restart."""
 
     GREETING = "greeting"  # said hello; has no sockets yet
@@ -216,13 +216,13 @@ class SuccessorAction(enum.Enum):
     RETURN = "return"  # stop accepting for good, and only if that has worked, say so
 
 
-_P, _PE, _PA = Predecessor, PredecessorEvent, PredecessorAction
-_S, _SE, _SA = Successor, SuccessorEvent, SuccessorAction
+_P, _PE, _PA = PredecessorState, PredecessorEvent, PredecessorAction
+_S, _SE, _SA = SuccessorState, SuccessorEvent, SuccessorAction
 
 # Each failure before the commit leads to ABORTING, which serves; each one after it to REVERTING, which waits for the
 # successor's death, because a successor that was committed may accept for as long as it lives (G2).
 _PREDECESSOR: Final[
-    Mapping[Predecessor, Mapping[PredecessorEvent, tuple[Predecessor, tuple[PredecessorAction, ...]]]]
+    Mapping[PredecessorState, Mapping[PredecessorEvent, tuple[PredecessorState, tuple[PredecessorAction, ...]]]]
 ] = {
     _P.SPAWNING: {
         _PE.HELLO: (_P.INITIALISING, (_PA.SEND_LISTENERS,)),
@@ -306,7 +306,9 @@ _PREDECESSOR_TIMERS: Final = {
     _P.RECALLING: Timer.PAUSE,
 }
 
-_SUCCESSOR: Final[Mapping[Successor, Mapping[SuccessorEvent, tuple[Successor, tuple[SuccessorAction, ...]]]]] = {
+_SUCCESSOR: Final[
+    Mapping[SuccessorState, Mapping[SuccessorEvent, tuple[SuccessorState, tuple[SuccessorAction, ...]]]]
+] = {
     _S.GREETING: {
         _SE.LISTENERS: (_S.INITIALISING, ()),
         _SE.ABORT: (_S.ABORTED, ()),
@@ -374,12 +376,14 @@ _P_DEAF: Final = frozenset({_P.ABORTING, _P.REVERTING, _P.STOPPING})
 _S_DEAF: Final = frozenset({_S.ORPHANED, _S.OPENING_ORPHANED})
 
 
-def step_predecessor(state: Predecessor, event: PredecessorEvent) -> tuple[Predecessor, tuple[PredecessorAction, ...]]:
+def step_predecessor(
+    state: PredecessorState, event: PredecessorEvent
+) -> tuple[PredecessorState, tuple[PredecessorAction, ...]]:
     """Return the state that follows, and what has to be done, in this order. A final state stays as it is."""
     return _step(_PREDECESSOR, state, event, _P_MESSAGES, _P_DEAF, _PE.BROKEN)
 
 
-def step_successor(state: Successor, event: SuccessorEvent) -> tuple[Successor, tuple[SuccessorAction, ...]]:
+def step_successor(state: SuccessorState, event: SuccessorEvent) -> tuple[SuccessorState, tuple[SuccessorAction, ...]]:
     """Return the state that follows, and what has to be done, in this order. A final state stays as it is."""
     return _step(_SUCCESSOR, state, event, _S_MESSAGES, _S_DEAF, _SE.BROKEN)
 

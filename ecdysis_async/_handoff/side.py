@@ -19,16 +19,16 @@ from ecdysis_async.errors import ChannelError, GarbledFrame
 
 from .generation import Generation
 from .protocol import (
-    Predecessor,
     PredecessorAction,
     PredecessorEvent,
-    Successor,
+    PredecessorState,
     SuccessorAction,
     SuccessorEvent,
+    SuccessorState,
     Timer,
 )
 
-__all__ = ["COUNTERS", "ERROR_BYTES", "Side", "as_channel_error"]
+__all__ = ["COUNTERS", "ERROR_BYTES", "HandoffSide", "as_channel_error"]
 
 # How much of a traceback travels, bytes: its end.
 ERROR_BYTES = 64 * 1024
@@ -36,12 +36,12 @@ ERROR_BYTES = 64 * 1024
 # Connections opened and closed (see Tracker.share), in the order of bytes of this machine.
 COUNTERS: Final = struct.Struct("@QQ")
 
-State = TypeVar("State", bound=Predecessor | Successor)
+State = TypeVar("State", bound=PredecessorState | SuccessorState)
 Event = TypeVar("Event", bound=PredecessorEvent | SuccessorEvent)
 Action = TypeVar("Action", bound=PredecessorAction | SuccessorAction)
 
 
-class Side(abc.ABC, Generic[State, Event, Action]):
+class HandoffSide(abc.ABC, Generic[State, Event, Action]):
     """A machine with its queue of events and its timer."""
 
     timed_out: Event
@@ -73,7 +73,7 @@ class Side(abc.ABC, Generic[State, Event, Action]):
                     timer = self.state.timer
                     deadline = anyio.current_time() + self.limits[timer] if timer is not None else math.inf
                 event, cause = await self._next(deadline)
-                if not await self.foresee(event, cause):
+                if not await self.before_event(event, cause):
                     continue
                 before = self.state
                 self.state, actions = self._step(before, event)
@@ -90,7 +90,7 @@ class Side(abc.ABC, Generic[State, Event, Action]):
             # Only now, after the last action: whoever is woken by a failure finds this side accepting again.
             self.over.set()
 
-    async def foresee(self, event: Event, cause: object) -> bool:
+    async def before_event(self, event: Event, cause: object) -> bool:
         """Prepare for an event; return False where another one, which is on its way, must come first."""
         return True
 

@@ -32,7 +32,7 @@ Pieces: TypeAlias = Piece | Iterable[Piece] | AsyncIterable[Piece]
 Producer: TypeAlias = Callable[[], Pieces | Awaitable[Pieces]]
 
 Version: TypeAlias = str | int
-Keeper: TypeAlias = Callable[[str, Version, int], None]
+KeepState: TypeAlias = Callable[[str, Version, int], None]
 
 # A reader maps what it is given: without these seals, whoever wrote it could cut it short (SIGBUS), or change it.
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -74,7 +74,7 @@ class Stashes:
     """
 
     def __init__(self) -> None:
-        self.keep: Keeper = lambda name, version, descriptor: None
+        self.keep: KeepState = lambda name, version, descriptor: None
         self._orders: dict[str, Order] = {}
 
     def add(self, name: str, producer: Producer, at: At | str, version: Version, *, keep: bool = False) -> None:
@@ -118,7 +118,7 @@ class Batch:
         descriptors: what was made, in the order of its description; they belong to the batch.
     """
 
-    def __init__(self, orders: Iterable[Order] = (), keep: Keeper | None = None) -> None:
+    def __init__(self, orders: Iterable[Order] = (), keep: KeepState | None = None) -> None:
         self.making: str | None = None
         self.descriptors: list[int] = []
         self._orders = list(orders)
@@ -295,7 +295,7 @@ class InheritedStash(Mapping[str, memoryview]):
         """Take note of what will be made at the commit."""
         self._awaited = frozenset(names)
 
-    def forsake(self) -> None:
+    def expect_no_more(self) -> None:
         """Take note that the predecessor is dead: what is not here never comes."""
         self._is_forsaken = True
 

@@ -24,21 +24,21 @@ from ecdysis_async.errors import ChannelError, DescriptorsLost, GarbledFrame, Ha
 from ecdysis_async.report import RestartReport
 
 from .ancestors import Ancestor
-from .generation import Generation, Numbered
+from .generation import Generation, GenerationLog
 from .protocol import (
     VERSIONS,
-    Farewell,
+    DrainMessage,
     FromSuccessor,
-    Successor,
     SuccessorAction,
     SuccessorEvent,
+    SuccessorState,
     Timer,
     step_successor,
     successor_event,
 )
-from .side import COUNTERS, ERROR_BYTES, Side, as_channel_error
+from .side import COUNTERS, ERROR_BYTES, HandoffSide, as_channel_error
 
-__all__ = ["Inheritance"]
+__all__ = ["SuccessorSide"]
 
 # Limits of waits that no setting is worth: each is far more than a healthy process needs, seconds.
 LISTENERS_SECONDS = 30.0
@@ -46,7 +46,7 @@ LISTENERS_SECONDS = 30.0
 COMMIT_SECONDS = 120.0
 
 
-class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
+class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]):
     """The start of a generation that has a predecessor.
 
     Args:
@@ -73,11 +73,11 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         self,
         sock: socket.socket,
         generation: Generation,
-        on_change: Callable[[Inheritance], None],
+        on_change: Callable[[SuccessorSide], None],
         *,
         is_child: bool = True,
     ) -> None:
-        super().__init__(Successor.GREETING, step_successor, generation)
+        super().__init__(SuccessorState.GREETING, step_successor, generation)
         self.opened = anyio.Event()
         self.predecessor: Ancestor | None = None
         self.report: RestartReport | None = None
@@ -112,7 +112,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
             if frame is None:
                 raise TimeoutError(f"it did not answer within {seconds:g} seconds")
             self.state, _ = self._step(self.state, successor_event(frame.type))
-            if self.state is not Successor.INITIALISING:
+            if self.state is not SuccessorState.INITIALISING:
                 frame.close()
                 raise HandoffAborted("ecdysis: the predecessor called the restart off")
             self._take_over(frame)
@@ -120,7 +120,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
             raise HandoffAborted(f"ecdysis: the predecessor did not hand over its sockets: {error!r}") from error
         finally:
             if self.predecessor is None:
-                self.state = Successor.ABORTED
+                self.state = SuccessorState.ABORTED
                 self.close()
 
     async def run(self) -> None:
@@ -154,7 +154,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         match item:
             case Death():
                 self.post(SuccessorEvent.DIED)
-            case Frame() | DescriptorsLost() if item.type in set(Farewell):
+            case Frame() | DescriptorsLost() if item.type in set(DrainMessage):
                 self.farewells.append(item)
             case ChannelError():
                 self.post(SuccessorEvent.BROKEN, item)
@@ -182,13 +182,13 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         except (KeyError, TypeError, ValueError) as error:
             self.generation.log.warning("the predecessor's report cannot be read: %r", error)
 
-    async def foresee(self, event: SuccessorEvent, cause: object) -> bool:
+    async def before_event(self, event: SuccessorEvent, cause: object) -> bool:
         # A process that was stopped for longer wakes to both, its timer and a predecessor that died meanwhile; leaving
         # for the first would leave nobody. The death is on its way here.
         assert self.predecessor is not None
         return event is not SuccessorEvent.TIMED_OUT or not self.predecessor.peer.is_dead()
 
-    def changed(self, before: Successor, event: SuccessorEvent, cause: object) -> None:
+    def changed(self, before: SuccessorState, event: SuccessorEvent, cause: object) -> None:
         if event is SuccessorEvent.OPENED or self.state.final:
             self.opened.set()
         if self.state is before:
@@ -196,10 +196,10 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
         log = self.generation.log
         assert self.predecessor is not None
         if event is SuccessorEvent.DIED:
-            self.generation.inherited_stash.forsake()
+            self.generation.inherited_stash.expect_no_more()
             self._restore_stderr()
             log.warning("the predecessor (pid %d) died; this generation goes on without it", self.predecessor.pid)
-        if self.state is Successor.ABORTED:
+        if self.state is SuccessorState.ABORTED:
             if isinstance(cause, BaseException):
                 # Whose traceback, if there is one worth it, the predecessor has read on stderr.
                 is_told = isinstance(cause, StartupError)
@@ -294,7 +294,7 @@ class Inheritance(Side[Successor, SuccessorEvent, SuccessorAction]):
                 Ancestor(int(ancestor["generation"]), int(ancestor["pid"]), Peer(channel, next(descriptors)))
             )
         generation.number = int(body["generation"])
-        generation.log = Numbered(generation.number)
+        generation.log = GenerationLog(generation.number)
         generation.env_file_keys = tuple(body["env_file_keys"])
         self.restart_id = str(body["restart"])
         make_room(int(body.get("connections", 0)))

@@ -59,13 +59,13 @@ class Frame:
         type: the message's name, such as ``"hello"``.
         body: the rest of the JSON object.
         descriptors: owned by whoever received the frame; close-on-exec.
-        is_bereft: whether the kernel has dropped descriptors of it; those that came are closed.
+        lost_descriptors: whether the kernel has dropped descriptors of it; those that came are closed.
     """
 
     type: str
     body: dict[str, Any]
     descriptors: tuple[int, ...] = ()
-    is_bereft: bool = False
+    lost_descriptors: bool = False
 
     def close(self) -> None:
         """Close the descriptors. Call it once, and only if nobody else has taken them over."""
@@ -114,13 +114,13 @@ class FrameDecoder:
         """Whether descriptors came, or were to come, that belong to no complete frame yet."""
         return bool(self._descriptors) or self._is_bereft
 
-    def feed(self, data: bytes, descriptors: Iterable[int] = (), *, is_bereft: bool = False) -> list[Frame]:
+    def feed(self, data: bytes, descriptors: Iterable[int] = (), *, lost_descriptors: bool = False) -> list[Frame]:
         """Take over what was received and return the frames that are complete with it.
 
         Args:
             data: the bytes.
             descriptors: what came with them.
-            is_bereft: whether more should have come with them.
+            lost_descriptors: whether more should have come with them.
 
         Raises:
             GarbledFrame: this is no frame.
@@ -130,7 +130,7 @@ class FrameDecoder:
         On an error every descriptor is closed, also those of frames that the same call had completed.
         """
         self._descriptors.extend(descriptors)
-        self._is_bereft |= is_bereft
+        self._is_bereft |= lost_descriptors
         self._buffer += data
         frames: list[Frame] = []
         try:
@@ -188,16 +188,16 @@ class FrameDecoder:
             if len(self._descriptors) > count:
                 raise DescriptorMismatch(f"{len(self._descriptors)} descriptors came, the frame states {count}")
             return None
-        is_bereft = count > 0 and self._is_bereft
-        if len(self._descriptors) < count and not is_bereft:
+        lost_descriptors = count > 0 and self._is_bereft
+        if len(self._descriptors) < count and not lost_descriptors:
             raise DescriptorMismatch(f"{len(self._descriptors)} descriptors came, the frame states {count}")
         type, body = _parse(bytes(self._buffer[HEADER.size : end]))
         del self._buffer[:end]
-        if is_bereft:
+        if lost_descriptors:
             # All that came are its own: the kernel merges nothing that follows descriptors into one read with them.
             self._is_bereft = False
             self._close_descriptors()
-            return Frame(type, body, is_bereft=True)
+            return Frame(type, body, lost_descriptors=True)
         return Frame(type, body, tuple(self._descriptors.popleft() for _ in range(count)))
 
 
@@ -287,7 +287,7 @@ class Channel:
                 self._decoder.close()
                 raise
         frame = self._frames.popleft()
-        if frame.is_bereft:
+        if frame.lost_descriptors:
             raise DescriptorsLost(
                 f"descriptors of {frame.type!r} were lost on the way, most likely because this process has too many "
                 "open files: raise the limit (ulimit -n, LimitNOFILE=)",
@@ -307,7 +307,9 @@ class Channel:
     @property
     def holds_descriptors(self) -> bool:
         """Whether descriptors came that were not handed out: they do not go with ``pending``."""
-        return self._decoder.holds_descriptors or any(frame.descriptors or frame.is_bereft for frame in self._frames)
+        return self._decoder.holds_descriptors or any(
+            frame.descriptors or frame.lost_descriptors for frame in self._frames
+        )
 
     def resume(self, pending: bytes) -> None:
         """Go on where another process ended: call it before anything is received here.
@@ -347,7 +349,7 @@ class Channel:
             raise ChannelClosed("the other end of the channel is closed")
         # Linux merges messages into one read, but stops after one that carries descriptors (unix_stream_read_generic):
         # so there is room for all that can come, and they may belong to the last of several frames in `data`.
-        self._frames.extend(self._decoder.feed(data, descriptors, is_bereft=bool(flags & socket.MSG_CTRUNC)))
+        self._frames.extend(self._decoder.feed(data, descriptors, lost_descriptors=bool(flags & socket.MSG_CTRUNC)))
         return True
 
     async def _write(self, data: bytes, descriptors: Sequence[int], scope: anyio.CancelScope) -> None:

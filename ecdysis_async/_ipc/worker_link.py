@@ -27,7 +27,7 @@ from .channel import Channel, Frame
 __all__ = [
     "FromAnchor",
     "FromWorker",
-    "Line",
+    "WorkerLink",
     "count_request",
     "counted_requests",
     "describe_loss",
@@ -90,7 +90,7 @@ if _is_worker and threading.current_thread() is threading.main_thread():
 _requests: int | None = None
 
 
-class Line:
+class WorkerLink:
     """One end of a line. Owns the socket."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -140,14 +140,14 @@ class Line:
         try:
             return await self._channel.receive()
         except DescriptorsLost as error:
-            return Frame(error.type, error.body, is_bereft=True)
+            return Frame(error.type, error.body, lost_descriptors=True)
 
     def receive_nowait(self) -> Frame | None:
         """Return the next message if it is here already, as :meth:`receive`."""
         try:
             return self._channel.receive_nowait()
         except DescriptorsLost as error:
-            return Frame(error.type, error.body, is_bereft=True)
+            return Frame(error.type, error.body, lost_descriptors=True)
 
     async def run(self) -> None:
         """Send what is told until nobody takes it any more. Who listens finds out why."""

@@ -1,8 +1,9 @@
 """The control socket: how a command outside asks a generation for its status, a restart, or its end.
 
-A registered listener like any other: it moves to the successor at the commit, and whoever was accepted before is served
-to the end by the generation that accepted. It knows nothing of the supervisor but what :class:`Controlled` passes on,
-and no client, however slow or hostile, may cost the service more than one of a few places here.
+The control socket is a registered listener like any other: it moves to the successor at the commit, and a client that
+was accepted before is served to the end by the generation that accepted it. The server knows nothing of the service
+but what :class:`ControlHandlers` passes on, and no client, however slow or hostile, may cost the service more than one
+of a few places here.
 
 One request a connection, each message one line of JSON::
 
@@ -42,7 +43,7 @@ from typing import Any, TypeVar
 import anyio
 import anyio.to_thread
 
-from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gated_socket import AcceptingEnded, GatedSocket, accept_connection
 from ecdysis_async._handoff.generation import Spawner
 from ecdysis_async._sockets.registry import Entry, Until
@@ -53,7 +54,7 @@ from ecdysis_async.report import RestartReport
 
 from .control_path import ControlLock, prepare_directory
 
-__all__ = ["Changes", "ControlServer", "Controlled", "Restart"]
+__all__ = ["Changes", "ControlHandlers", "ControlServer", "Restart"]
 
 T = TypeVar("T")
 
@@ -134,7 +135,7 @@ async def _refuse_upgrade() -> Callable[[], None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Controlled:
+class ControlHandlers:
     """What can be asked of a generation.
 
     Attributes:
@@ -181,7 +182,7 @@ class ControlServer:
         controlled: whom it speaks for.
     """
 
-    def __init__(self, path: str, plane: Plane, controlled: Controlled) -> None:
+    def __init__(self, path: str, plane: DataPlane, controlled: ControlHandlers) -> None:
         self.path = path
         self.controlled = controlled
         self._ending = anyio.Event()

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ecdysis_async._handoff.ancestors import Ancestor
-from ecdysis_async._handoff.predecessor import Handover
+from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.preflight import describe_place
-from ecdysis_async._handoff.protocol import Predecessor, Successor
-from ecdysis_async._handoff.successor import Inheritance
+from ecdysis_async._handoff.protocol import PredecessorState, SuccessorState
+from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._sockets.registry import Entry, Kind
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import Outcome, RestartReport
@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 _WAITS = {
-    Predecessor.SPAWNING: "{successor} to start, for {seconds:.1f} s so far",
-    Predecessor.INITIALISING: "{successor} to get ready, for {seconds:.1f} s so far",
-    Predecessor.PAUSING: "the end of accepting here",
-    Predecessor.COMMITTING: "{successor} to accept, for {seconds:.1f} s so far",
-    Predecessor.ABORTING: "{successor} to end, because the restart has failed",
-    Predecessor.RECALLING: "{successor} to give the sockets back",
-    Predecessor.REVERTING: "{successor} to end, because it has failed",
-    Predecessor.STOPPING: "{successor} to end, because the service stops",
+    PredecessorState.SPAWNING: "{successor} to start, for {seconds:.1f} s so far",
+    PredecessorState.INITIALISING: "{successor} to get ready, for {seconds:.1f} s so far",
+    PredecessorState.PAUSING: "the end of accepting here",
+    PredecessorState.COMMITTING: "{successor} to accept, for {seconds:.1f} s so far",
+    PredecessorState.ABORTING: "{successor} to end, because the restart has failed",
+    PredecessorState.RECALLING: "{successor} to give the sockets back",
+    PredecessorState.REVERTING: "{successor} to end, because it has failed",
+    PredecessorState.STOPPING: "{successor} to end, because the service stops",
 }
 
 
@@ -54,8 +54,8 @@ def describe_failed_restart(error: RestartError) -> str:
 
 
 def describe_wait(
-    handover: Handover | None,
-    inheritance: Inheritance | None,
+    handover: PredecessorSide | None,
+    inheritance: SuccessorSide | None,
     *,
     phase_seconds: float,
     connections: int,
@@ -77,17 +77,21 @@ def describe_wait(
         successor = f"generation {report.generation}"
         if report.successor_pid is not None:
             successor += f" (pid {report.successor_pid})"
-        if handover.state is Predecessor.PROBATION:
+        if handover.state is PredecessorState.PROBATION:
             left = max(0.0, handover.generation.settings.probation - phase_seconds)
             return f"{successor}, on probation for {left:.1f} s more"
         return _WAITS[handover.state].format(successor=successor, seconds=phase_seconds)
-    if inheritance is not None and inheritance.state is Successor.PROBATION and inheritance.predecessor is not None:
+    if (
+        inheritance is not None
+        and inheritance.state is SuccessorState.PROBATION
+        and inheritance.predecessor is not None
+    ):
         former = inheritance.predecessor
         return f"the end of its probation: generation {former.generation} (pid {former.pid}) can still take over again"
     return None
 
 
-def describe_restart(handover: Handover | None, *, phase_seconds: float) -> dict[str, Any] | None:
+def describe_restart(handover: PredecessorSide | None, *, phase_seconds: float) -> dict[str, Any] | None:
     """Return the restart that is in progress, with what it is doing and for how many seconds."""
     if handover is None or handover.state.final:
         return None
@@ -118,7 +122,7 @@ def describe_process() -> dict[str, Any]:
     return {**describe_place(), "environment": sorted(os.environ)}
 
 
-def report_of(inheritance: Inheritance) -> RestartReport:
+def report_of(inheritance: SuccessorSide) -> RestartReport:
     """Return what a successor itself knows of the restart that it came from: its predecessor may have died since."""
     assert inheritance.predecessor is not None
     return inheritance.report or RestartReport(
@@ -126,7 +130,7 @@ def report_of(inheritance: Inheritance) -> RestartReport:
         generation=inheritance.generation.number,
         predecessor_pid=inheritance.predecessor.pid,
         successor_pid=os.getpid(),
-        outcome=Outcome.SETTLED if inheritance.state is Successor.SETTLED else Outcome.SERVING,
+        outcome=Outcome.SETTLED if inheritance.state is SuccessorState.SETTLED else Outcome.SERVING,
     )
 
 

@@ -19,15 +19,15 @@ from typing import Any
 
 import anyio
 
-from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import GateState
-from ecdysis_async._handoff.predecessor import Handover
-from ecdysis_async._handoff.protocol import Predecessor, PredecessorEvent, Timer
+from ecdysis_async._handoff.predecessor import PredecessorSide
+from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState, Timer
 from ecdysis_async._ipc.channel import Frame
 from ecdysis_async._ipc.worker_link import (
     FromAnchor,
     FromWorker,
-    Line,
+    WorkerLink,
     counted_requests,
     describe_loss,
     error_from_json,
@@ -38,7 +38,7 @@ from ecdysis_async._system.process import UNKNOWN_STATUS, Child
 from ecdysis_async.errors import ChannelError, RestartError, SpawnFailed
 from ecdysis_async.report import RestartReport
 
-__all__ = ["Duty", "Orders"]
+__all__ = ["AnchorClient", "WorkerCommands"]
 
 logger = logging.getLogger("ecdysis_async")
 
@@ -49,7 +49,7 @@ GONE = "the anchor of this worker is gone, and nobody can restart or stop the se
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class WorkerCommands:
     """What an anchor can order of a generation, and learn of it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Orders:
         state: tells where it stands.
     """
 
-    begin_restart: Callable[[int], Handover]
+    begin_restart: Callable[[int], PredecessorSide]
     stop: Callable[[], None]
     reopen_logs: Callable[[], Awaitable[int]]
     state: Callable[[], str]
@@ -80,10 +80,10 @@ class _Answer:
 class _AnchorsChild:
     """A successor whose parent is the anchor."""
 
-    def __init__(self, duty: Duty, pid: int, pidfd: int) -> None:
+    def __init__(self, duty: AnchorClient, pid: int, pidfd: int) -> None:
         self.pid = pid
         self.pidfd = pidfd
-        self._duty = duty
+        self._anchor_client = duty
         self._exited = anyio.Event()
         self._status = UNKNOWN_STATUS
 
@@ -93,14 +93,14 @@ class _AnchorsChild:
 
     async def end(self, grace: float) -> int:
         if not self._exited.is_set():
-            self._duty.tell(FromWorker.END, {"pid": self.pid, "grace": grace})
+            self._anchor_client.tell(FromWorker.END, {"pid": self.pid, "grace": grace})
         return await self.wait()
 
     async def let_go(self) -> None:
         """Nothing to do: it is the anchor that systemd knows."""
 
     def close(self) -> None:
-        self._duty.forget(self)
+        self._anchor_client.forget(self)
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
@@ -112,7 +112,7 @@ class _AnchorsChild:
             self._exited.set()
 
 
-class Duty:
+class AnchorClient:
     """A worker's end of its line. Owns it.
 
     Args:
@@ -124,15 +124,15 @@ class Duty:
         anchor_pid: the anchor.
     """
 
-    def __init__(self, sock: socket.socket, plane: Plane, orders: Orders) -> None:
-        self._line = Line(sock)
+    def __init__(self, sock: socket.socket, plane: DataPlane, orders: WorkerCommands) -> None:
+        self._line = WorkerLink(sock)
         self.anchor_pid = self._line.peer_pid
         self._plane = plane
         self._orders = orders
         self._numbers = itertools.count(1)
         self._answers: dict[int, _Answer] = {}
         self._children: dict[int, _AnchorsChild] = {}
-        self._handover: Handover | None = None
+        self._handover: PredecessorSide | None = None
         # Sockets that other workers have made, and that this one only passes on.
         self._passed_on: list[Entry] = []
         self._due = anyio.Event()
@@ -271,7 +271,7 @@ class Duty:
 
     def _hear(self, frame: Frame) -> None:
         try:
-            if frame.is_bereft:
+            if frame.lost_descriptors:
                 self._miss(frame)
             else:
                 self._obey(frame)
@@ -340,7 +340,7 @@ class Duty:
     def _refuse(self, error: RestartError) -> None:
         self.tell(FromWorker.HANDOVER, {"state": None, "is_over": True, "report": None, "error": error_to_json(error)})
 
-    async def _tell_end(self, handover: Handover) -> None:
+    async def _tell_end(self, handover: PredecessorSide) -> None:
         await handover.over.wait()
         if handover.error is not None:
             while self._passed_on:
@@ -351,8 +351,8 @@ class Duty:
     async def _reopen_logs(self, number: int) -> None:
         self.tell(FromWorker.REOPENED, {"number": number, "handlers": await self._orders.reopen_logs()})
 
-    def _revert(self, handover: Handover, error: RestartError) -> None:
-        if handover.state is Predecessor.PROBATION:
+    def _revert(self, handover: PredecessorSide, error: RestartError) -> None:
+        if handover.state is PredecessorState.PROBATION:
             # Not by its death: clients are being served there.
             handover.post(PredecessorEvent.RECALL, error)
         else:

@@ -25,22 +25,28 @@ from typing import Any, Literal, Self, TypeVar
 
 import anyio
 
-from ecdysis_async._accepting import data_plane as planes
+from ecdysis_async._accepting import data_plane
 from ecdysis_async._accepting.gate import Gate
 from ecdysis_async._connections import sender as transfer
 from ecdysis_async._connections.sender import Receiver, Sender
 from ecdysis_async._connections.tracker import Tracker, current_connection
-from ecdysis_async._handoff import preflight as check
+from ecdysis_async._handoff import preflight
 from ecdysis_async._handoff.ancestors import Ancestor
-from ecdysis_async._handoff.generation import Generation, Numbered, Spawner
-from ecdysis_async._handoff.predecessor import Handover
-from ecdysis_async._handoff.protocol import Farewell, Predecessor, PredecessorEvent, Successor, SuccessorEvent
+from ecdysis_async._handoff.generation import Generation, GenerationLog, Spawner
+from ecdysis_async._handoff.predecessor import PredecessorSide
+from ecdysis_async._handoff.protocol import (
+    DrainMessage,
+    PredecessorEvent,
+    PredecessorState,
+    SuccessorEvent,
+    SuccessorState,
+)
 from ecdysis_async._handoff.stash import At, InheritedStash, Producer, Stashes, Version
-from ecdysis_async._handoff.successor import Inheritance
-from ecdysis_async._ipc import worker_link as line
+from ecdysis_async._handoff.successor import SuccessorSide
+from ecdysis_async._ipc import worker_link
 from ecdysis_async._ipc.worker_link import FromWorker
 from ecdysis_async._management.control_path import locate
-from ecdysis_async._management.control_server import Changes, Controlled, ControlServer, Restart
+from ecdysis_async._management.control_server import Changes, ControlHandlers, ControlServer, Restart
 from ecdysis_async._management.descriptor_store import DescriptorStore
 from ecdysis_async._management.pid_file import PidFile
 from ecdysis_async._management.status import (
@@ -78,9 +84,9 @@ from ecdysis_async.errors import (
 from ecdysis_async.report import Outcome, Phase, RestartReport
 from ecdysis_async.settings import Settings, StrPath, read_signals
 
-from .anchor_client import Duty, Orders
+from .anchor_client import AnchorClient, WorkerCommands
+from .backlogs import Backlogs
 from .listeners import Listeners
-from .queues import Queues
 
 __all__ = ["Ecdysis", "State", "current", "track", "until_draining"]
 
@@ -224,7 +230,7 @@ class Ecdysis(Listeners):
         self.pid = os.getpid()
         self._begun = time.monotonic()
         # Of a worker only the anchor is known to systemd.
-        self._systemd = find_systemd(False if line.is_worker() else systemd)
+        self._systemd = find_systemd(False if worker_link.is_worker() else systemd)
         self._takes_activation = systemd is not False
         self._store = DescriptorStore(self._systemd, os.environ.get("FDSTORE", ""))
         # Why a restart would end the systemd unit that this process is in, if it would.
@@ -240,9 +246,9 @@ class Ecdysis(Listeners):
         self._stashes = Stashes()
         self._stashes.keep = self._store.keep
         self._inherited_stash = InheritedStash()
-        self._inheritance: Inheritance | None = None
-        self._handover: Handover | None = None
-        self._duty: Duty | None = None
+        self._inheritance: SuccessorSide | None = None
+        self._handover: PredecessorSide | None = None
+        self._anchor_client: AnchorClient | None = None
         self._last_report: RestartReport | None = None
         self._pid_file = PidFile(self._settings.pid_file) if self._settings.pid_file is not None else None
         self._signals: SignalReceiver | None = None
@@ -321,16 +327,16 @@ class Ecdysis(Listeners):
         return self._require_entered()
 
     @property
-    def _plane(self) -> planes.Plane:
+    def _plane(self) -> data_plane.DataPlane:
         return self._generation.plane
 
     async def __aenter__(self) -> Self:
         global _current
         if self._state is not State.STARTING or self.pid != os.getpid():
             raise RuntimeError("an Ecdysis is entered once, in the process that made it: make a new one")
-        if check.is_check():
+        if preflight.is_check():
             # What it would serve, only its run would tell.
-            await check.tell(take_channel(), check.describe_release(None, os.environ))
+            await preflight.tell(take_channel(), preflight.describe_release(None, os.environ))
             raise SystemExit(0)
         self._finished = anyio.Event()
         self._leaving = anyio.Event()
@@ -342,32 +348,32 @@ class Ecdysis(Listeners):
         self._changes = Changes()
         self._resources = ExitStack()
         self._task_group = anyio.create_task_group()
-        plane = planes.Plane(self._registry, self._gate, self._tracker, self._task_group)
+        plane = data_plane.DataPlane(self._registry, self._gate, self._tracker, self._task_group)
         self._entered = Generation(
             1,
             self._settings,
             plane,
-            Numbered(1),
+            GenerationLog(1),
             is_supervised=self._systemd.is_there,
             stashes=self._stashes,
             inherited_stash=self._inherited_stash,
         )
-        self._queues = Queues(self._entered, self._store)
-        planes.activate(plane)
+        self._backlogs = Backlogs(self._entered, self._store)
+        data_plane.activate(plane)
         _current = self
         try:
             self._resources.callback(self._systemd.close)
             self._resources.callback(self._store.close)
             self._resources.callback(self._registry.close, unlink=False)
             self._resources.callback(self._generation.lineage.close)
-            if (line_to_anchor := line.take()) is not None:
+            if (line_to_anchor := worker_link.take()) is not None:
                 self._report_for_duty(line_to_anchor)
             sock = take_channel()
             is_child = sock is not None
             if sock is None and self._takeover_path is not None:
                 sock = await run_in_thread(functools.partial(ask_for_channel, self._takeover_path))
             if sock is not None:
-                self._inheritance = Inheritance(sock, self._generation, self._on_inheritance, is_child=is_child)
+                self._inheritance = SuccessorSide(sock, self._generation, self._on_inheritance, is_child=is_child)
                 self._resources.callback(self._inheritance.close)
                 await self._inheritance.greet()
                 self._store.inherit(self._registry.entries)
@@ -390,8 +396,8 @@ class Ecdysis(Listeners):
         self._task_group.start_soon(self._drain_when_leaving)
         if self._signals is not None:
             self._task_group.start_soon(self._signals.run)
-        if self._duty is not None:
-            self._task_group.start_soon(self._duty.run)
+        if self._anchor_client is not None:
+            self._task_group.start_soon(self._anchor_client.run)
         if self._systemd.is_there:
             self._task_group.start_soon(self._systemd.run)
             self._task_group.start_soon(self._tell_status)
@@ -473,16 +479,16 @@ class Ecdysis(Listeners):
     def _vacate(self) -> None:
         global _current
         _current = None
-        planes.deactivate()
+        data_plane.deactivate()
         self._inherited_stash.clear()
         self._resources.close()
 
     @property
     def _aborted(self) -> bool:
-        return self._inheritance is not None and self._inheritance.state is Successor.ABORTED
+        return self._inheritance is not None and self._inheritance.state is SuccessorState.ABORTED
 
     @property
-    def _has_heir(self) -> bool:
+    def _has_successor(self) -> bool:
         """Whether a successor goes on with what this generation leaves."""
         return self._handover is not None and self._handover.report.outcome is Outcome.SETTLED
 
@@ -509,12 +515,12 @@ class Ecdysis(Listeners):
         await self._drained.wait()
         if self._handover is not None:
             await self._handover.over.wait()
-        if self._has_heir and self._systemd.is_there:
+        if self._has_successor and self._systemd.is_there:
             await self._main_named.wait()
         elif self._systemd.is_main:
             await self._outlive_others()
         if self._pid_file is not None:
-            discard = self._pid_file.discard if self._aborted or self._has_heir else self._pid_file.remove
+            discard = self._pid_file.discard if self._aborted or self._has_successor else self._pid_file.remove
             await run_in_thread(discard)
         if self._aborted or not has_served:
             # The predecessor serves on what it handed down, or the next start on what a crash has left; what was made
@@ -522,18 +528,18 @@ class Ecdysis(Listeners):
             for entry in self._registry.entries:
                 self._registry.release(entry, unlink=not entry.inherited)
         else:
-            if not self._has_heir:
+            if not self._has_successor:
                 # Nobody can come to these any more, whatever systemd does next.
                 if orderly:
                     self._store.drop()
                 self._store.park(entry for entry in self._registry.entries if entry.inode is None)
-            self._registry.close(unlink=not self._has_heir)
+            self._registry.close(unlink=not self._has_successor)
         if self._control is not None:
             await self._control.finish()
         if self._systemd.is_main:
             await self._systemd.synchronize()
-        if self._duty is not None:
-            await self._duty.flush()
+        if self._anchor_client is not None:
+            await self._anchor_client.flush()
         log.info("this generation ends")
 
     async def _let_handover_end(self) -> None:
@@ -567,10 +573,10 @@ class Ecdysis(Listeners):
             await run_in_thread(self._pid_file.prepare)
         if self._inheritance is not None:
             self._state = State.WAITING
-            if self._duty is not None:
-                self._duty.share_created()
+            if self._anchor_client is not None:
+                self._anchor_client.share_created()
                 # Before the rest, so that the anchor, which says it once for all workers, has it when it serves.
-                self._duty.tell(FromWorker.DESCRIPTION, {"text": self._describe_serving()})
+                self._anchor_client.tell(FromWorker.DESCRIPTION, {"text": self._describe_serving()})
             self._inheritance.post(SuccessorEvent.READY)
             await self._inheritance.opened.wait()
             if self._aborted:
@@ -603,7 +609,7 @@ class Ecdysis(Listeners):
         self._tell_serving()
 
     def _log_serving(self) -> None:
-        level = logging.INFO if self._duty is None else logging.DEBUG
+        level = logging.INFO if self._anchor_client is None else logging.DEBUG
         self._generation.log.log(level, "%s", self._describe_serving())
 
     def _describe_serving(self) -> str:
@@ -656,8 +662,8 @@ class Ecdysis(Listeners):
                 'until="drained" from a connection of this generation would wait for itself: '
                 'use until="settled", or ask from outside'
             )
-        if self._duty is not None:
-            self._last_report = await self._duty.restart(until)
+        if self._anchor_client is not None:
+            self._last_report = await self._anchor_client.restart(until)
             return self._last_report
         handover = self._begin_restart()
         try:
@@ -666,13 +672,13 @@ class Ecdysis(Listeners):
             handover.post(PredecessorEvent.CANCELLED)
             raise
 
-    async def _see_through(self, handover: Handover, until: str) -> RestartReport:
+    async def _see_through(self, handover: PredecessorSide, until: str) -> RestartReport:
         await _first(*((handover.serving, handover.over) if until == "serving" else (handover.over,)))
         if handover.error is None and until == "drained":
             await self._drained.wait()
         if handover.error is not None:
             raise handover.error
-        if until != "serving" and self._has_heir and self._systemd.is_there:
+        if until != "serving" and self._has_successor and self._systemd.is_there:
             # Once this is known, ExecReload= may end, and systemd looks at the pid file again.
             await self._main_named.wait()
         if handover.over.is_set() and handover.report.outcome is Outcome.STOPPED:
@@ -688,8 +694,8 @@ class Ecdysis(Listeners):
         Args:
             partial: leave it to the application to tell the service manager that the service stops.
         """
-        if self._duty is not None:
-            self._duty.stop_service()
+        if self._anchor_client is not None:
+            self._anchor_client.stop_service()
         else:
             self._stop_here(partial=partial)
 
@@ -799,18 +805,18 @@ class Ecdysis(Listeners):
 
     def _report_for_duty(self, sock: socket.socket) -> None:
         """Work for an anchor: what there is one of in a service is its business from now on."""
-        orders = Orders(
+        orders = WorkerCommands(
             begin_restart=lambda number: self._begin_restart(number=number),
             stop=self._stop_here,
             reopen_logs=self._generation.reopen_logs,
             state=lambda: self._state.value,
         )
-        self._duty = Duty(sock, self._generation.plane, orders)
-        self._resources.callback(self._duty.close)
+        self._anchor_client = AnchorClient(sock, self._generation.plane, orders)
+        self._resources.callback(self._anchor_client.close)
         self._registry.owns_paths = False
         self._generation.shares_sockets = True
         self._pid_file = self._control_path = None
-        # The others are caught since the import (line.py).
+        # The others are caught since the import (worker_link.py).
         self._settings = dataclasses.replace(self._settings, restart_signals=(), stop_signals=(signal.SIGTERM,))
         self._generation.settings = self._settings
 
@@ -865,7 +871,7 @@ class Ecdysis(Listeners):
 
     def _begin_restart(
         self, spawner: Spawner | None = None, *, number: int | None = None, is_told: bool = False
-    ) -> Handover:
+    ) -> PredecessorSide:
         """Begin a restart, unless that is not possible now.
 
         Args:
@@ -895,16 +901,16 @@ class Ecdysis(Listeners):
             )
         if self._unit_end is not None:
             raise RestartUnsupported(self._unit_end)
-        if self._duty is not None:
-            spawner = self._duty.spawn
-        handover = Handover(self._generation, self._on_handover, spawner=spawner, number=number)
+        if self._anchor_client is not None:
+            spawner = self._anchor_client.spawn
+        handover = PredecessorSide(self._generation, self._on_handover, spawner=spawner, number=number)
         self._handover, self._last_report = handover, handover.report
         self._handed_over, self._main_named = anyio.Event(), anyio.Event()
         self._note_change()
         self._task_group.start_soon(self._hand_over, handover, is_told)
         return handover
 
-    async def _hand_over(self, handover: Handover, is_told: bool) -> None:  # noqa: FBT001 - start_soon has no keywords
+    async def _hand_over(self, handover: PredecessorSide, is_told: bool) -> None:  # noqa: FBT001 - start_soon has no keywords
         try:
             await self._carry_out(handover, is_told=is_told)
         finally:
@@ -915,7 +921,7 @@ class Ecdysis(Listeners):
         if self._stopping:
             self._leave()
 
-    async def _carry_out(self, handover: Handover, *, is_told: bool) -> None:
+    async def _carry_out(self, handover: PredecessorSide, *, is_told: bool) -> None:
         if self._inheritance is not None and not self._inherited.is_set():
             # A second restart during probation: so that no more than two generations can ever accept in turn, the
             # predecessor gives up its right to come back first.
@@ -940,16 +946,16 @@ class Ecdysis(Listeners):
         tell(settings.ready_timeout + settings.probation + LEEWAY_SECONDS)
         await handover.run()
 
-    def _on_handover(self, handover: Handover) -> None:
+    def _on_handover(self, handover: PredecessorSide) -> None:
         match handover.state:
-            case Predecessor.STOPPING | Predecessor.SETTLED | Predecessor.STOPPED:
+            case PredecessorState.STOPPING | PredecessorState.SETTLED | PredecessorState.STOPPED:
                 self._leave()
             case (
-                Predecessor.PAUSING
-                | Predecessor.COMMITTING
-                | Predecessor.PROBATION
-                | Predecessor.RECALLING
-                | Predecessor.REVERTING
+                PredecessorState.PAUSING
+                | PredecessorState.COMMITTING
+                | PredecessorState.PROBATION
+                | PredecessorState.RECALLING
+                | PredecessorState.REVERTING
             ):
                 self._state = State.PAUSED
             case _:
@@ -957,23 +963,23 @@ class Ecdysis(Listeners):
         if self._stopping and handover.state.final:
             # The restart was over before it could hear of the stop, and may now wait until this side accepts again.
             self._leave()
-        if self._duty is not None:
-            self._duty.tell_handover()
+        if self._anchor_client is not None:
+            self._anchor_client.tell_handover()
         self._note_change()
-        if handover.state in (Predecessor.FAILED, Predecessor.ROLLED_BACK):
+        if handover.state in (PredecessorState.FAILED, PredecessorState.ROLLED_BACK):
             self._tell_serving()
-        elif self._has_heir and self._systemd.is_there:
+        elif self._has_successor and self._systemd.is_there:
             self._task_group.start_soon(self._name_main, handover)
 
-    async def _inherit(self, inheritance: Inheritance) -> None:
+    async def _inherit(self, inheritance: SuccessorSide) -> None:
         await inheritance.run()
-        if inheritance.state is not Successor.SETTLED:
+        if inheritance.state is not SuccessorState.SETTLED:
             return
         if self._stopping:
             self._leave()
         assert inheritance.predecessor is not None
         lineage = self._generation.lineage
-        if self._duty is None or inheritance.predecessor.pid != self._duty.anchor_pid:
+        if self._anchor_client is None or inheritance.predecessor.pid != self._anchor_client.anchor_pid:
             lineage.ancestors.append(inheritance.predecessor)
         else:
             # An anchor that began this slot neither serves nor drains.
@@ -994,19 +1000,19 @@ class Ecdysis(Listeners):
         lineage.on_main = self._become_main
         if self._systemd.is_there:
             with contextlib.suppress(ChannelError):  # it has left
-                await inheritance.predecessor.peer.channel.send(Farewell.PUBLISHED, timeout=2)
+                await inheritance.predecessor.peer.channel.send(DrainMessage.PUBLISHED, timeout=2)
         await lineage.follow(self._settings.max_draining)
 
-    def _on_inheritance(self, inheritance: Inheritance) -> None:
+    def _on_inheritance(self, inheritance: SuccessorSide) -> None:
         match inheritance.state:
-            case Successor.PROBATION | Successor.SETTLED if self._state is State.WAITING:
+            case SuccessorState.PROBATION | SuccessorState.SETTLED if self._state is State.WAITING:
                 self._state = State.SERVING
-            case Successor.ABORTED:
+            case SuccessorState.ABORTED:
                 if self._signals is not None:
                     # The predecessor, who may be the reason, sends SIGTERM as well, perhaps on the way out.
                     self._signals.keep_ignoring(self._settings.stop_signals)
                 self._body.cancel()
-            case Successor.STOPPED | Successor.RETURNED:
+            case SuccessorState.STOPPED | SuccessorState.RETURNED:
                 self._leave()
         self._announce()
 
@@ -1036,7 +1042,7 @@ class Ecdysis(Listeners):
     def _hurry_if_forsaken(self) -> None:
         # The main process has died, and systemd starts the service anew once the last process of this one has ended:
         # until then nobody listens, which costs more than what drains here.
-        if self._systemd.is_there and self._stop_signals and self._has_heir and self._handed_over.is_set():
+        if self._systemd.is_there and self._stop_signals and self._has_successor and self._handed_over.is_set():
             self._generation.log.warning("the successor is dead, and the service is stopped: the deadline is now")
             self._tracker.hurry()
 
@@ -1052,7 +1058,7 @@ class Ecdysis(Listeners):
             self._park()
             self._systemd.tell_status(self._describe())
 
-    async def _name_main(self, handover: Handover) -> None:
+    async def _name_main(self, handover: PredecessorSide) -> None:
         """Make the successor the unit's main process, once and for good."""
         try:
             # systemd reads PIDFile= again when a reload has ended: one that is behind MAINPID would point it back to
@@ -1062,7 +1068,7 @@ class Ecdysis(Listeners):
             if self._systemd.is_main:
                 await handover.let_go()
                 await self._systemd.name_main(handover.report.successor_pid or 0, "READY=1")
-                await handover.tell(Farewell.MAIN, {})
+                await handover.tell(DrainMessage.MAIN, {})
         finally:
             self._main_named.set()
 
@@ -1125,8 +1131,8 @@ class Ecdysis(Listeners):
 
     # What the control socket is told
 
-    def _controlled(self) -> Controlled:
-        return Controlled(
+    def _controlled(self) -> ControlHandlers:
+        return ControlHandlers(
             status=self._status,
             waiting_for=self._waiting_for,
             begin_restart=self._restart,
@@ -1144,12 +1150,12 @@ class Ecdysis(Listeners):
         return Restart(handover.report, functools.partial(self._see_through, handover))
 
     async def _check(self) -> dict[str, Any]:
-        return await check.check_release(
+        return await preflight.check_release(
             self._settings, self._generation.env_file_keys, self._public_entries(), os.environ
         )
 
     def _compare(self, release: dict[str, Any]) -> dict[str, Any]:
-        return check.compare(release, self._public_entries(), os.environ)
+        return preflight.compare(release, self._public_entries(), os.environ)
 
     def _public_entries(self) -> list[Entry]:
         return [entry for entry in self._registry.entries if entry.address != self._control_path]
@@ -1169,8 +1175,8 @@ class Ecdysis(Listeners):
 
     def _announce(self) -> None:
         self._changes.announce()
-        if self._duty is not None:
-            self._duty.note()
+        if self._anchor_client is not None:
+            self._anchor_client.note()
 
     def _waiting_for(self) -> str | None:
         now = anyio.current_time()
@@ -1210,13 +1216,13 @@ class Ecdysis(Listeners):
         """Accept no more, and begin to drain; there is no way back."""
         if self._state not in (State.DRAINING, State.ENDED):
             # Committed, and stopped before it could note that it accepts: so is a successor that stops at that moment.
-            is_committed = self._inheritance is not None and self._inheritance.state is Successor.STOPPED
+            is_committed = self._inheritance is not None and self._inheritance.state is SuccessorState.STOPPED
             self._has_served = self._state in (State.SERVING, State.PAUSED) or is_committed
             self._state = State.DRAINING
             # Known to everybody who learns that this generation leaves: then nobody is to be sent away.
-            self._tracker.moves = self._has_heir
+            self._tracker.moves = self._has_successor
             self._tracker.draining.set()
-            if not self._has_heir:
+            if not self._has_successor:
                 self._systemd.ask_for_time(self._settings.drain_timeout + LEEWAY_SECONDS)
                 if not self._stops_partially:
                     self._systemd.tell("STOPPING=1")
@@ -1242,15 +1248,15 @@ class Ecdysis(Listeners):
 
     async def _end_accepting(self) -> None:
         """Accept no more, for good; what waits in a queue that nobody goes on with is answered first."""
-        if self._handover is not None and self._handover.state is Predecessor.STOPPING:
+        if self._handover is not None and self._handover.state is PredecessorState.STOPPING:
             # The successor is being ended; where the commit had failed, it may accept until it is dead.
             await self._handover.over.wait()
         async with self._generation.gate_lock:
-            if self._has_heir or not self._is_last():
-                await self._queues.finish(self._handover.unclaimed if self._handover is not None else ())
+            if self._has_successor or not self._is_last():
+                await self._backlogs.finish(self._handover.unclaimed if self._handover is not None else ())
             else:
-                await self._queues.answer()
-            await self._gate.end(spare=lambda entry: entry.until is Until.EXIT and not self._has_heir)
+                await self._backlogs.answer()
+            await self._gate.end(spare=lambda entry: entry.until is Until.EXIT and not self._has_successor)
 
     def _is_last(self) -> bool:
         """Say whether no generation of this slot will accept after this one; where in doubt, another one will (G2).
@@ -1260,13 +1266,16 @@ class Ecdysis(Listeners):
         """
         if not self._has_served:
             return False
-        if self._inheritance is not None and self._inheritance.state not in (Successor.SETTLED, Successor.STOPPED):
+        if self._inheritance is not None and self._inheritance.state not in (
+            SuccessorState.SETTLED,
+            SuccessorState.STOPPED,
+        ):
             return False
         # A successor that has stopped by itself during its probation answers, for as long as it lives; one that was
         # called back accepts no more.
         return (
             self._handover is None
-            or self._handover.state is Predecessor.ROLLED_BACK
+            or self._handover.state is PredecessorState.ROLLED_BACK
             or self._handover.successor_is_dead
         )
 
@@ -1278,25 +1287,25 @@ class Ecdysis(Listeners):
         log.info("draining %d connections, for %g seconds at the most", len(self._tracker), timeout)
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(self._tell_progress)
-            if self._has_heir:
+            if self._has_successor:
                 await self._tracker.drain(timeout, move=self._move_connections)
             else:
                 await self._tracker.drain(timeout, kinds=(Until.DRAIN,))
             task_group.cancel_scope.cancel()
         async with self._generation.gate_lock:
             if self._is_last():
-                await self._queues.empty([each for each in self._gate.acceptors if each.entry.has_queue])
+                await self._backlogs.empty([each for each in self._gate.acceptors if each.entry.has_queue])
             await self._gate.end()
         await self._tracker.drain(min(EXIT_SECONDS, timeout))
         count = self._tracker.count
         log.info("drained: %d by themselves, %d silent, %d cut", count.drained, count.silent, count.cut)
-        if self._handover is not None and self._has_heir:
+        if self._handover is not None and self._has_successor:
             report = self._handover.report
             report.drain = count
             report.phases[Phase.DRAIN] = anyio.current_time() - begun
-            if self._duty is not None:
-                self._duty.tell_handover()
-            await self._handover.tell(Farewell.DRAINED, {"report": report.to_json()})
+            if self._anchor_client is not None:
+                self._anchor_client.tell_handover()
+            await self._handover.tell(DrainMessage.DRAINED, {"report": report.to_json()})
 
     async def _move_connections(self, on_swept: Callable[[], None]) -> None:
         """Pass on to the successor what can go on there."""
@@ -1313,7 +1322,7 @@ class Ecdysis(Listeners):
         # Also where the goodbyes begin before the successor could be told.
         with ours:
             with theirs:
-                await handover.tell(Farewell.TRANSFER, {}, [theirs.fileno()])
+                await handover.tell(DrainMessage.TRANSFER, {}, [theirs.fileno()])
             try:
                 await Sender(ours, self._tracker, self._generation.log).run(handover.successor_died, on_swept)
             except Exception:
@@ -1321,8 +1330,8 @@ class Ecdysis(Listeners):
                 self._generation.log.exception("the transfer broke down; what is left drains here")
 
     async def _tell_progress(self) -> None:
-        while self._has_heir and self._handover is not None:
-            await self._handover.tell(Farewell.PROGRESS, {"connections": len(self._tracker)})
+        while self._has_successor and self._handover is not None:
+            await self._handover.tell(DrainMessage.PROGRESS, {"connections": len(self._tracker)})
             await anyio.sleep(PROGRESS_SECONDS)
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._sockets.registry import BACKLOG, Registry, Until
 from ecdysis_async.settings import StrPath
 
@@ -27,7 +27,7 @@ class Listeners(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def _plane(self) -> Plane:
+    def _plane(self) -> DataPlane:
         """What its sockets are registered with.
 
         Raises:

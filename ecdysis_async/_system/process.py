@@ -70,7 +70,7 @@ PRIVATE_KEYS = (
 # (reparenting, exit(2)). systemd 254 does not wait for a main process that is not its child when MAINPID= names it:
 # any `systemctl stop` would send SIGKILL right behind its SIGTERM, and its death would go unnoticed (seen). The traps
 # let the shell outlive signals to its group, and unlike ignored ones they do not reach the successor.
-_KEEPER = ("/bin/sh", "-c", 'trap : HUP INT TERM USR1 USR2; "$@"; exit $?', "sh")
+_REPARENTING_SHELL = ("/bin/sh", "-c", 'trap : HUP INT TERM USR1 USR2; "$@"; exit $?', "sh")
 # How a shell tells that a signal has ended its child.
 _SIGNAL_STATUS = 128
 
@@ -342,7 +342,7 @@ def spawn(
         # With neither preexec_fn nor a change of user, subprocess takes vfork: fork would stop this process for as
         # long as the kernel copies its page tables, 58 ms at 4 GB (DESIGN.md, trap 12).
         child = _Detached(
-            (*_KEEPER, *launch.arguments) if is_kept else launch.arguments,
+            (*_REPARENTING_SHELL, *launch.arguments) if is_kept else launch.arguments,
             cwd=launch.directory,
             env=environment,
             stderr=stderr,

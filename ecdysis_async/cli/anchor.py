@@ -6,9 +6,9 @@ import functools
 
 import anyio
 
-from ecdysis_async._anchor import reexec as upgrade
+from ecdysis_async._anchor import reexec
 from ecdysis_async._anchor.anchor import STARTUP_FAILED, Anchor
-from ecdysis_async._anchor.config import Plan, make_plan
+from ecdysis_async._anchor.config import AnchorConfig, make_config
 from ecdysis_async._anchor.reload import require_watchfiles
 from ecdysis_async._anchor.takeover import ask_for_service
 from ecdysis_async._config.logging import configure_logging
@@ -41,26 +41,26 @@ def run(options: Options) -> int:
             say("--reload restarts the service by its control socket: give it one (--control PATH)")
             return STARTUP_FAILED
 
-    return serve(make_plan(options, control_path))
+    return serve(make_config(options, control_path))
 
 
-def serve(plan: Plan) -> int:
+def serve(plan: AnchorConfig) -> int:
     """Run a service until it is stopped; return the exit status of this process."""
     try:
-        found = upgrade.claim()
+        found = reexec.claim()
         if found is not None and found.is_check:
-            upgrade.try_state(found.state)
+            reexec.try_state(found.state)
             return 0
         if found is None and plan.takeover is not None:
             return _take_over(plan, plan.takeover)
         anchor = Anchor(plan, found.state if found is not None else None)
-    except (KeyError, OSError, TypeError, ValueError, upgrade.UpgradeFailed) as error:
+    except (KeyError, OSError, TypeError, ValueError, reexec.UpgradeFailed) as error:
         say(f"this release does not take over from the one that runs: {error!r}")
         return STARTUP_FAILED
     return anyio.run(anchor.run)
 
 
-def _take_over(plan: Plan, path: str) -> int:
+def _take_over(plan: AnchorConfig, path: str) -> int:
     """Go on with the service of another anchor, and then replace its workers."""
     try:
         if plan.is_checked_first:

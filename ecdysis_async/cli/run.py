@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from ecdysis_async._config.options import Option, OptionError, Options, Shape, command_line_options, gather
-from ecdysis_async._handoff import preflight as check
-from ecdysis_async._ipc import worker_link as line
+from ecdysis_async._handoff import preflight
+from ecdysis_async._ipc import worker_link
 from ecdysis_async._system.descriptors import occupy_standard_descriptors
 
 from .client import Exit
@@ -32,11 +32,11 @@ def serve(options: Options) -> int:
     """
     occupy_standard_descriptors()
     # Imported here: none needs the others, and the anchor shall stay small.
-    if check.is_check():
+    if preflight.is_check():
         from . import worker
 
         return worker.check(options)
-    if line.is_worker():
+    if worker_link.is_worker():
         from . import worker
 
         return worker.run(options)

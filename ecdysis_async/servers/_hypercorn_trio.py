@@ -24,7 +24,7 @@ from ecdysis_async._accepting.gated_socket import AcceptedConnection
 from ecdysis_async._accepting.trio_streams import TrioListener
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.asgi import Application
-from ecdysis_async.servers._common.goodbye import Departure
+from ecdysis_async.servers._common.goodbye import Goodbye
 
 __all__ = ["serve"]
 
@@ -87,7 +87,7 @@ async def serve(
             connection.silent = isinstance(connection, AcceptedConnection) and connection not in application.busy
         nursery.start_soon(end_them)
 
-    departure = Departure(ecdysis, close_idle)
+    departure = Goodbye(ecdysis, close_idle)
     application = Application(app, departure)
     wrapped = wrap_app(cast("Any", application), config.wsgi_max_body_size, "asgi")
     state: dict[str, Any] = {}
@@ -118,7 +118,7 @@ async def serve(
                     raise application.failure
                 nursery.start_soon(ecdysis.serve, handle, *listeners)
                 await ecdysis.ready()
-                await departure.see_off()
+                await departure.wait_for_last_connection()
                 begin_shutdown()
                 await end_them()
                 await lifespan.wait_for_shutdown()

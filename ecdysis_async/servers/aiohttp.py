@@ -28,13 +28,13 @@ from ecdysis_async._ipc.worker_link import count_request
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.errors import StartupError
 from ecdysis_async.servers._common.forwarded import Trusted
-from ecdysis_async.servers._common.goodbye import RESTARTING, STEP_SECONDS, Departure
+from ecdysis_async.servers._common.goodbye import RESTARTING, STEP_SECONDS, Goodbye
 from ecdysis_async.servers._common.listening import make_ssl_context, open_sockets
 from ecdysis_async.servers._protocols.aiohttp import make_movable, stays
 from ecdysis_async.servers._protocols.http import servers_but
 from ecdysis_async.settings import StrPath
 
-from ._common import server_options as own_options
+from ._common import server_options
 
 __all__ = ["DRAINING", "run", "serve"]
 
@@ -110,7 +110,7 @@ async def serve(
             for server in set(servers_but(plane, others)):
                 make_movable(server)
         await ecdysis.ready()
-        await clients.departure.see_off()
+        await clients.departure.wait_for_last_connection()
     finally:
         with clients.departure.ending() as begin:
             begin()
@@ -125,8 +125,8 @@ async def run(ecdysis: Ecdysis, app: web.Application, options: Options) -> None:
     """
     if options.root_path:
         raise StartupError("root_path is for ASGI: nest an aiohttp application instead (web.Application.add_subapp)")
-    wanted = own_options.of_function(web.RequestHandler.__init__)
-    given = own_options.read("aiohttp", wanted, options.server_options, OURS)
+    wanted = server_options.of_function(web.RequestHandler.__init__)
+    given = server_options.read("aiohttp", wanted, options.server_options, OURS)
     if not options.access_log:
         given["access_log"] = None
     if options.proxy_headers:
@@ -165,7 +165,7 @@ class _Clients:
     """Those who are connected: what they are told, and when their connections end."""
 
     def __init__(self, ecdysis: Ecdysis, runner: web.AppRunner) -> None:
-        self.departure = Departure(ecdysis, self._close_idle)
+        self.departure = Goodbye(ecdysis, self._close_idle)
         self._runner = runner
         # Each connection that has made a request; and whether it has one now.
         self._is_busy: dict[ServerConnection, bool] = {}

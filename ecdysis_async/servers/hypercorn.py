@@ -22,11 +22,11 @@ from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async._sockets.addresses import listen, parse_address
 from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.forwarded import Forwarded
-from ecdysis_async.servers._common.goodbye import Departure, is_on_trio
+from ecdysis_async.servers._common.goodbye import Goodbye, is_on_trio
 from ecdysis_async.servers._common.listening import CERT_REQS, make_ssl_context, open_sockets
 from ecdysis_async.servers._protocols.http import let_fresh_ones_move, servers_but
 
-from ._common import server_options as own_options
+from ._common import server_options
 
 __all__ = ["run", "serve"]
 
@@ -141,8 +141,8 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
     config.verify_mode = CERT_REQS[options.cert_reqs]
     if options.ciphers is not None:
         config.ciphers = options.ciphers
-    wanted = own_options.of_attributes(Config)
-    for name, value in own_options.read("hypercorn", wanted, options.server_options, OURS).items():
+    wanted = server_options.of_attributes(Config)
+    for name, value in server_options.read("hypercorn", wanted, options.server_options, OURS).items():
         setattr(config, name, value)
     if options.proxy_headers:
         app = Forwarded(app, options.forwarded_allow_ips)
@@ -160,7 +160,7 @@ async def _serve_on_asyncio(
 ) -> None:
     import hypercorn.asyncio
 
-    departure = Departure(ecdysis)
+    departure = Goodbye(ecdysis)
     application = Application(app, departure)
     plane = active()
     others = plane.gate.acceptors
@@ -178,7 +178,7 @@ async def _serve_on_asyncio(
             if transfer:
                 let_fresh_ones_move(plane, others)
             await ecdysis.ready()
-            await departure.see_off()
+            await departure.wait_for_last_connection()
             begin_shutdown()
 
         failure: Exception | None = None

@@ -22,11 +22,11 @@ from ecdysis_async._accepting.asyncio_servers import GatedServer
 from ecdysis_async._config.options import Options
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.asgi import Application
-from ecdysis_async.servers._common.goodbye import Departure
+from ecdysis_async.servers._common.goodbye import Goodbye
 from ecdysis_async.servers._common.listening import CERT_REQS, make_ssl_context, open_sockets
 from ecdysis_async.servers._protocols.uvicorn import make_movable, make_websockets_movable, moves_of
 
-from ._common import server_options as own_options
+from ._common import server_options
 
 __all__ = ["run", "serve"]
 
@@ -92,7 +92,7 @@ async def serve(
 
     Cancelling it ends the server at once.
     """
-    departure = Departure(ecdysis)
+    departure = Goodbye(ecdysis)
     try:
         if not config.loaded:
             config.load()
@@ -115,7 +115,9 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
     """
     # It makes one of its own, and says less where that fails.
     make_ssl_context(options)
-    given = own_options.read("uvicorn", own_options.of_function(uvicorn.Config.__init__), options.server_options, OURS)
+    given = server_options.read(
+        "uvicorn", server_options.of_function(uvicorn.Config.__init__), options.server_options, OURS
+    )
     if options.forwarded_allow_ips is not None:
         given["forwarded_allow_ips"] = options.forwarded_allow_ips
     if options.ciphers is not None:
@@ -139,9 +141,7 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
 
 
 class _Server(uvicorn.Server):
-    def __init__(
-        self, config: uvicorn.Config, departure: Departure, application: Application, *, transfer: bool
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, departure: Goodbye, application: Application, *, transfer: bool) -> None:
         super().__init__(config)
         self._transfers = transfer
         self._departure = departure
@@ -181,7 +181,7 @@ class _Server(uvicorn.Server):
             await super().shutdown()
 
     async def _exit_when_left(self) -> None:
-        await self._departure.see_off()
+        await self._departure.wait_for_last_connection()
         self.should_exit = True
 
 

@@ -21,11 +21,11 @@ from ecdysis_async._accepting import asyncio_servers
 from ecdysis_async._config.options import Options
 from ecdysis_async._connections.tracker import current_connection
 from ecdysis_async._service.ecdysis import Ecdysis
-from ecdysis_async.servers._common.goodbye import RESTARTING, Departure
+from ecdysis_async.servers._common.goodbye import RESTARTING, Goodbye
 from ecdysis_async.servers._common.listening import make_ssl_context, open_sockets
-from ecdysis_async.servers._protocols.websockets import WebSocketMoves, movable, transfer_of
+from ecdysis_async.servers._protocols.websockets import WebSocketTransfer, movable, transfer_of
 
-from ._common import server_options as own_options
+from ._common import server_options
 
 __all__ = ["run", "serve", "transfer_of"]
 
@@ -66,7 +66,7 @@ async def serve(
 
     Cancelling it closes all connections at once.
     """
-    departure = Departure(ecdysis)
+    departure = Goodbye(ecdysis)
     handle = functools.partial(_handle, departure, handler)
     kind = options.get("create_connection") or ServerConnection
     options["create_connection"] = _accepted(movable(kind) if transfer else kind)
@@ -75,24 +75,22 @@ async def serve(
         for place in places:
             await stack.enter_async_context(_serving(handle, departure, place | options, transfer=transfer))
         await ecdysis.ready()
-        await departure.see_off()
+        await departure.wait_for_last_connection()
 
 
 async def run(ecdysis: Ecdysis, handler: Handler, options: Options) -> None:
     """Serve a handler as the options say."""
-    wanted = own_options.of_function(serve_websockets)
-    given = own_options.read("websockets", wanted, options.server_options, OURS)
+    wanted = server_options.of_function(serve_websockets)
+    given = server_options.read("websockets", wanted, options.server_options, OURS)
     sockets = await open_sockets(options)
     await serve(ecdysis, handler, socks=sockets, transfer=options.transfer, ssl=make_ssl_context(options), **given)
 
 
 @contextlib.asynccontextmanager
-async def _serving(
-    handle: Any, departure: Departure, options: dict[str, Any], *, transfer: bool
-) -> AsyncIterator[None]:
+async def _serving(handle: Any, departure: Goodbye, options: dict[str, Any], *, transfer: bool) -> AsyncIterator[None]:
     server = await serve_websockets(handle, **options)
     if transfer and isinstance(server.server, asyncio_servers.GatedServer):
-        server.server.moves = WebSocketMoves(server.server)
+        server.server.moves = WebSocketTransfer(server.server)
     try:
         yield
     finally:
@@ -102,7 +100,7 @@ async def _serving(
             await server.wait_closed()
 
 
-async def _handle(departure: Departure, handler: Handler, websocket: ServerConnection) -> None:
+async def _handle(departure: Goodbye, handler: Handler, websocket: ServerConnection) -> None:
     is_dismissed = False
 
     async def dismiss() -> None:

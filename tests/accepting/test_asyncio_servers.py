@@ -30,7 +30,7 @@ from ecdysis_async._accepting.asyncio_servers import (
     start_server,
     start_unix_server,
 )
-from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import GateState
 from ecdysis_async._connections.tracker import current_connection
 from ecdysis_async.errors import DrainInterrupt
@@ -81,7 +81,7 @@ def a_client(server: GatedServer) -> Iterator[socket.socket]:
 
 
 @contextlib.asynccontextmanager
-async def an_open_plane() -> AsyncIterator[Plane]:
+async def an_open_plane() -> AsyncIterator[DataPlane]:
     """Make a plane whose gate stands open, and see all its connections end."""
     async with a_plane() as plane:
         await plane.gate.open()

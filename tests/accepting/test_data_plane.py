@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio.to_thread
 import pytest
 
-from ecdysis_async._accepting.data_plane import Plane, activate, active, deactivate
+from ecdysis_async._accepting.data_plane import DataPlane, activate, active, deactivate
 from ecdysis_async._accepting.gated_socket import SocketAcceptor
 from tests.planes import a_plane
 
@@ -19,7 +19,7 @@ async def test_a_plane_is_found_by_itself() -> None:
             assert active() is plane
             assert SocketAcceptor(plane.registry.listen_tcp("127.0.0.1", 0)).plane is plane
             with pytest.raises(RuntimeError, match="already"):
-                activate(Plane(plane.registry, plane.gate, plane.tracker))
+                activate(DataPlane(plane.registry, plane.gate, plane.tracker))
         finally:
             deactivate()
         with pytest.raises(LookupError, match="async with Ecdysis"):
@@ -28,7 +28,7 @@ async def test_a_plane_is_found_by_itself() -> None:
 
 
 async def test_a_plane_is_not_found_from_elsewhere() -> None:
-    async def look() -> Plane:
+    async def look() -> DataPlane:
         return active()
 
     async with a_plane() as plane:

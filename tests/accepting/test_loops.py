@@ -17,7 +17,7 @@ import uvloop
 
 from ecdysis_async._accepting.asyncio_datagrams import DatagramEndpoint
 from ecdysis_async._accepting.asyncio_servers import GatedServer, ServerConnection, start_server
-from ecdysis_async._accepting.data_plane import Plane, activate, active, deactivate
+from ecdysis_async._accepting.data_plane import DataPlane, activate, active, deactivate
 from ecdysis_async._accepting.loops import LoopName, loop_factory, run
 from ecdysis_async._connections.tracker import current_connection
 from tests.planes import a_plane, turn
@@ -32,7 +32,7 @@ def loop(request: pytest.FixtureRequest) -> LoopName:
 
 
 @contextlib.asynccontextmanager
-async def an_active_plane() -> AsyncIterator[Plane]:
+async def an_active_plane() -> AsyncIterator[DataPlane]:
     async with a_plane() as plane:
         activate(plane)
         try:

@@ -13,14 +13,14 @@ from ecdysis_async._anchor.pool import (
     FIRST_BACKOFF_SECONDS,
     HEALTHY_SECONDS,
     LONGEST_BACKOFF_SECONDS,
-    Crew,
-    Handoff,
+    HandoffStatus,
     Slot,
     Worker,
+    WorkerPool,
     WorkerState,
     backoff_seconds,
 )
-from ecdysis_async._ipc.worker_link import Line
+from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._service.ecdysis import State
 from ecdysis_async._system.process import Process
 
@@ -31,7 +31,7 @@ NOW = 1000.0
 def worker() -> Iterator[Worker]:
     ours, theirs = socket.socketpair()
     with theirs:
-        found = Worker(1, Process(os.getpid(), os.pidfd_open(os.getpid())), Line(ours), born=NOW)
+        found = Worker(1, Process(os.getpid(), os.pidfd_open(os.getpid())), WorkerLink(ours), born=NOW)
         yield found
         found.line.close()
         found.process.close()
@@ -46,14 +46,14 @@ def test_a_slot_is_vacant_where_nobody_can_serve_any_more(state: WorkerState, wo
     slot = Slot(0, [worker])
     worker.state = state
     assert slot.is_vacant == (state in (WorkerState.DRAINING, WorkerState.ENDED))
-    assert slot.incumbent == (worker if state is WorkerState.SERVING else None)
+    assert slot.serving_worker == (worker if state is WorkerState.SERVING else None)
 
 
 def test_a_dead_worker_does_not_serve(worker: Worker) -> None:
     worker.state = WorkerState.SERVING
-    assert Crew(1, [Slot(0, [worker])]).serving == 1
+    assert WorkerPool(1, [Slot(0, [worker])]).serving == 1
     worker.exit_status = 0
-    assert Crew(1, [Slot(0, [worker])]).serving == 0
+    assert WorkerPool(1, [Slot(0, [worker])]).serving == 0
 
 
 def test_a_worker_that_had_served_for_long_is_replaced_at_once(worker: Worker) -> None:
@@ -85,14 +85,14 @@ def test_an_orderly_end_is_no_crash(reason: str, worker: Worker) -> None:
 def test_a_worker_that_leaves_of_its_own_accord_has_to_wait(reason: str, worker: Worker) -> None:
     slot = Slot(0, [worker])
     worker.is_told_to_leave = reason == "told"
-    worker.handoff = Handoff(None, True, None, None) if reason == "followed" else None
+    worker.handoff = HandoffStatus(None, True, None, None) if reason == "followed" else None
     worker.state = WorkerState.DRAINING
     worker.served_since = NOW - 1
     slot.note_leaving(worker, NOW)
     worker.state = WorkerState.ENDED
     failures = 1 if reason == "none" else 0
-    assert (worker.has_deserted, slot.failures) == (reason == "none", failures)
-    if worker.has_deserted:
+    assert (worker.left_unasked, slot.failures) == (reason == "none", failures)
+    if worker.left_unasked:
         slot.note_end(worker, NOW)
         assert (slot.failures, slot.retry_at) == (1, NOW + FIRST_BACKOFF_SECONDS)
 
@@ -105,7 +105,7 @@ def test_the_pauses_grow_and_end_growing() -> None:
 
 
 def test_slots_are_numbered_on() -> None:
-    crew = Crew(2)
+    crew = WorkerPool(2)
     assert [crew.enlarge().index for _ in range(3)] == [0, 1, 2]
     crew.slots.pop(1)
     assert crew.enlarge().index == 3

@@ -12,25 +12,25 @@ from typing import Any
 
 import pytest
 
-from ecdysis_async._anchor import reexec as upgrade
-from ecdysis_async._anchor.pool import Crew, Slot, Worker, WorkerState
-from ecdysis_async._ipc.worker_link import Line
+from ecdysis_async._anchor import reexec
+from ecdysis_async._anchor.pool import Slot, Worker, WorkerPool, WorkerState
+from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._system.process import ANCHOR_CHECK_MARKER, ANCHOR_MARKER, Launch, Process
 
 
 @pytest.fixture
-def crew() -> Iterator[Crew]:
+def crew() -> Iterator[WorkerPool]:
     ours, theirs = socket.socketpair()
     with theirs:
-        worker = Worker(3, Process(os.getpid(), os.pidfd_open(os.getpid())), Line(ours), born=5.0)
+        worker = Worker(3, Process(os.getpid(), os.pidfd_open(os.getpid())), WorkerLink(ours), born=5.0)
         worker.state, worker.requests, worker.environment = WorkerState.SERVING, 7, {"A": "b"}
-        yield Crew(2, [Slot(0, [worker], failures=1, retry_at=9.0), Slot(4)])
+        yield WorkerPool(2, [Slot(0, [worker], failures=1, retry_at=9.0), Slot(4)])
         worker.line.close()
         worker.process.close()
 
 
-def make_state(crew: Crew) -> dict[str, Any]:
-    described, _ = upgrade.describe_crew(crew)
+def make_state(crew: WorkerPool) -> dict[str, Any]:
+    described, _ = reexec.describe_crew(crew)
     return {"crew": described, "last_report": None, "sockets": {"service": {"descriptions": [], "descriptors": []}}}
 
 
@@ -39,13 +39,13 @@ def mark(descriptor: int) -> str:
     return f"{descriptor}:{found.st_dev}:{found.st_ino}"
 
 
-def test_a_crew_is_restored_as_it_was(crew: Crew) -> None:
-    described, descriptors = upgrade.describe_crew(crew)
+def test_a_crew_is_restored_as_it_was(crew: WorkerPool) -> None:
+    described, descriptors = reexec.describe_crew(crew)
     (worker,) = crew
     assert descriptors == [worker.process.pidfd, worker.line.fileno()]
     for each in described["workers"]:
         each["pidfd"], each["line"] = os.dup(each["pidfd"]), os.dup(each["line"])
-    restored = upgrade.restore_crew(json.loads(json.dumps(described)))
+    restored = reexec.restore_crew(json.loads(json.dumps(described)))
     (twin,) = restored
     try:
         assert restored.target == 2
@@ -58,58 +58,58 @@ def test_a_crew_is_restored_as_it_was(crew: Crew) -> None:
         twin.process.close()
 
 
-def test_a_state_is_sealed_and_claimed_once(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = upgrade.seal(make_state(crew))
+def test_a_state_is_sealed_and_claimed_once(crew: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = reexec.seal(make_state(crew))
     with pytest.raises(PermissionError):
         os.pwrite(memory, b"x", 0)
     monkeypatch.setenv(ANCHOR_MARKER, mark(memory))
-    found = upgrade.claim()
+    found = reexec.claim()
     assert found is not None
     assert not found.is_check
-    upgrade.try_state(found.state)
-    assert upgrade.claim() is None
+    reexec.try_state(found.state)
+    assert reexec.claim() is None
 
 
-def test_a_state_that_cannot_be_read_is_refused(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upgrade, "FORMAT", 2)
-    memory = upgrade.seal(make_state(crew))
-    monkeypatch.setattr(upgrade, "FORMAT", 1)
+def test_a_state_that_cannot_be_read_is_refused(crew: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reexec, "FORMAT", 2)
+    memory = reexec.seal(make_state(crew))
+    monkeypatch.setattr(reexec, "FORMAT", 1)
     monkeypatch.setenv(ANCHOR_CHECK_MARKER, mark(memory))
-    with pytest.raises(upgrade.UpgradeFailed, match="format 2"):
-        upgrade.claim()
+    with pytest.raises(reexec.UpgradeFailed, match="format 2"):
+        reexec.claim()
     with pytest.raises(KeyError):
-        upgrade.try_state({"crew": {"workers": []}})
+        reexec.try_state({"crew": {"workers": []}})
 
 
 def test_a_marker_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ANCHOR_MARKER, "0:1:2")
-    with pytest.raises(upgrade.UpgradeFailed, match="something else"):
-        upgrade.claim()
+    with pytest.raises(reexec.UpgradeFailed, match="something else"):
+        reexec.claim()
 
 
 def test_new_code_that_fails_is_quoted() -> None:
-    memory = upgrade.seal({})
+    memory = reexec.seal({})
     try:
         launch = Launch((sys.executable, "-c", "raise SystemExit('not today')"), None, dict(os.environ))
-        with pytest.raises(upgrade.UpgradeFailed, match="not today"):
-            upgrade.check(launch, memory, 60)
-        with pytest.raises(upgrade.UpgradeFailed, match="could not be tried"):
-            upgrade.check(Launch(("/no/such/program",), None, {}), memory, 60)
-        upgrade.check(Launch((sys.executable, "-c", ""), None, dict(os.environ)), memory, 60)
+        with pytest.raises(reexec.UpgradeFailed, match="not today"):
+            reexec.check(launch, memory, 60)
+        with pytest.raises(reexec.UpgradeFailed, match="could not be tried"):
+            reexec.check(Launch(("/no/such/program",), None, {}), memory, 60)
+        reexec.check(Launch((sys.executable, "-c", ""), None, dict(os.environ)), memory, 60)
     finally:
         os.close(memory)
 
 
-def test_an_exec_that_fails_leaves_everything_as_it_was(crew: Crew) -> None:
-    _, descriptors = upgrade.describe_crew(crew)
-    memory = upgrade.seal({})
+def test_an_exec_that_fails_leaves_everything_as_it_was(crew: WorkerPool) -> None:
+    _, descriptors = reexec.describe_crew(crew)
+    memory = reexec.seal({})
     directory = os.getcwd()
     try:
-        with upgrade.blocked_signals(), pytest.raises(upgrade.UpgradeFailed, match="/no/such/program"):
-            upgrade.execute(Launch(("/no/such/program",), "/", {}), memory, descriptors)
+        with reexec.blocked_signals(), pytest.raises(reexec.UpgradeFailed, match="/no/such/program"):
+            reexec.execute(Launch(("/no/such/program",), "/", {}), memory, descriptors)
         assert os.getcwd() == directory
         assert not any(map(os.get_inheritable, [memory, *descriptors]))
-        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & upgrade.SIGNALS
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & reexec.SIGNALS
     finally:
         os.close(memory)
 
@@ -121,7 +121,7 @@ def test_signals_that_nobody_acted_upon_come_again() -> None:
     try:
         # As C writes them; a NUL is what Python's own handler adds.
         os.write(write_end, bytes([signal.SIGUSR1, 0]))
-        upgrade.repeat_signals(read_end)
+        reexec.repeat_signals(read_end)
         assert heard == [signal.SIGUSR1]
     finally:
         os.close(write_end)

@@ -16,7 +16,7 @@ from websockets.asyncio.server import serve as serve_websockets
 from ecdysis_async._config.options import OptionError, Options
 from ecdysis_async.cli.worker import _choose_server
 from ecdysis_async.errors import StartupError
-from ecdysis_async.servers._common import server_options as own_options
+from ecdysis_async.servers._common import server_options
 from ecdysis_async.servers._common.forwarded import Trusted
 
 
@@ -86,11 +86,11 @@ def server(  # type: ignore[no-untyped-def]
 ) -> None: ...
 
 
-WANTED = own_options.of_function(server)
+WANTED = server_options.of_function(server)
 
 
 def read(**given: Any) -> dict[str, Any]:
-    return own_options.read("server", WANTED, given, {"app", "port"})
+    return server_options.read("server", WANTED, given, {"app", "port"})
 
 
 def test_options_have_the_types_of_the_server() -> None:
@@ -142,5 +142,5 @@ def test_options_of_the_servers_there_are() -> None:
         (web.RequestHandler.__init__, "keepalive_timeout", float),
         (serve_websockets, "compression", str | None),
     ):
-        assert own_options.of_function(function)[name] == kind
-    assert own_options.of_attributes(hypercorn.config.Config)["keep_alive_timeout"] is float
+        assert server_options.of_function(function)[name] == kind
+    assert server_options.of_attributes(hypercorn.config.Config)["keep_alive_timeout"] is float

@@ -20,9 +20,9 @@ import pytest
 
 from ecdysis_async._accepting.anyio_streams import serve
 from ecdysis_async._accepting.asyncio_servers import GatedServer, create_server, start_server
-from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._connections import sender as transfer
-from ecdysis_async._connections.parcel import Parcel
+from ecdysis_async._connections.parcel import TransferRecord
 from ecdysis_async._connections.sender import Receiver, Release, Sender, Transferable, socketpair
 from ecdysis_async._connections.tracker import current_connection
 from ecdysis_async.errors import DrainInterrupt
@@ -61,7 +61,7 @@ class Lines(asyncio.Protocol, Transferable):
 class Side:
     """One generation: a plane with a server, of protocols that it remembers."""
 
-    def __init__(self, plane: Plane) -> None:
+    def __init__(self, plane: DataPlane) -> None:
         self.plane = plane
         self.protocols: list[Lines] = []
         self.server: GatedServer
@@ -305,7 +305,7 @@ async def test_one_is_never_sent_twice() -> None:
                 task_group.start_soon(pair.send)
                 await anyio.wait_readable(pair.theirs)
                 for _ in range(10):
-                    pair.old.plane.tracker.ripen(connection)
+                    pair.old.plane.tracker.note_safe_point(connection)
                     await anyio.sleep(transfer.LOOK_AGAIN_SECONDS / 5)
                 _, numbers = receive_batch(pair.theirs)
                 for number in numbers:
@@ -451,7 +451,7 @@ async def test_what_is_too_much_to_move_stays_and_says_so(caplog: pytest.LogCapt
 async def test_a_handler_that_offers_its_stream_ends_when_it_has_moved() -> None:
     ends: list[object] = []
 
-    async def handle(plane: Plane, reader: Any, writer: Any, count: int = 0) -> None:
+    async def handle(plane: DataPlane, reader: Any, writer: Any, count: int = 0) -> None:
         try:
             while True:
                 try:
@@ -523,7 +523,7 @@ async def test_streams_of_anyio_and_trio_go_on_in_the_successor(kind: str, backe
         return
     ends: list[bool] = []
 
-    async def handle(plane: Plane, stream: Any, count: int = 0) -> None:
+    async def handle(plane: DataPlane, stream: Any, count: int = 0) -> None:
         receive = stream.receive_some if kind == "trio" else stream.receive
         send = stream.send_all if kind == "trio" else stream.send
         try:
@@ -619,8 +619,8 @@ async def test_what_was_sent_before_an_end_that_left_something_unread_is_heard()
 
 
 def test_what_a_later_release_adds_is_left_out() -> None:
-    fields = Parcel("name", 1.5, Release([1], b"\0\xff", "kind")).to_json()
-    assert Parcel.from_json([*json.loads(json.dumps(fields)), "more"]) == Parcel(
+    fields = TransferRecord("name", 1.5, Release([1], b"\0\xff", "kind")).to_json()
+    assert TransferRecord.from_json([*json.loads(json.dumps(fields)), "more"]) == TransferRecord(
         "name", 1.5, Release([1], b"\0\xff", "kind")
     )
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import anyio
 import pytest
 
-from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import Gate
 from ecdysis_async._connections.tracker import Tracker
-from ecdysis_async._handoff.ancestors import Ancestor, Lineage
-from ecdysis_async._handoff.generation import Generation, Numbered
-from ecdysis_async._handoff.protocol import Farewell, FromPredecessor, Successor
-from ecdysis_async._handoff.successor import Inheritance
+from ecdysis_async._handoff.ancestors import Ancestor, Ancestors
+from ecdysis_async._handoff.generation import Generation, GenerationLog
+from ecdysis_async._handoff.protocol import DrainMessage, FromPredecessor, SuccessorState
+from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.peer import Peer
 from ecdysis_async._sockets.registry import Registry
@@ -27,7 +27,7 @@ from ecdysis_async.settings import Settings
 
 async def test_what_is_let_go_before_it_is_followed_keeps_nobody_waiting(backend: str) -> None:
     ours, theirs = socket.socketpair()
-    lineage = Lineage()
+    lineage = Ancestors()
     lineage.ancestors.append(Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid()))))
     try:
         with anyio.fail_after(60):
@@ -42,7 +42,7 @@ async def test_what_is_let_go_before_it_is_followed_keeps_nobody_waiting(backend
 
 async def test_a_following_that_is_cancelled_keeps_nobody_waiting(backend: str) -> None:
     ours, theirs = socket.socketpair()
-    lineage = Lineage()
+    lineage = Ancestors()
     lineage.ancestors.append(Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid()))))
     try:
         with anyio.fail_after(60):
@@ -59,7 +59,7 @@ async def test_a_following_that_is_cancelled_keeps_nobody_waiting(backend: str) 
 
 async def test_log_files_that_moved_before_it_is_followed_are_told_of_then(backend: str) -> None:
     ours, theirs = socket.socketpair()
-    lineage, heard = Lineage(), Channel(theirs)
+    lineage, heard = Ancestors(), Channel(theirs)
     lineage.ancestors.append(Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid()))))
     try:
         with anyio.fail_after(60):
@@ -67,9 +67,9 @@ async def test_log_files_that_moved_before_it_is_followed_are_told_of_then(backe
             assert heard.receive_nowait() is None
             async with anyio.create_task_group() as task_group:
                 task_group.start_soon(lineage.follow, 3)
-                assert (await heard.receive()).type == Farewell.REOPEN_LOGS
+                assert (await heard.receive()).type == DrainMessage.REOPEN_LOGS
                 await lineage.reopen_logs()
-                assert (await heard.receive()).type == Farewell.REOPEN_LOGS
+                assert (await heard.receive()).type == DrainMessage.REOPEN_LOGS
                 await lineage.let_go()
             # Now a newer generation is the one to tell them.
             await lineage.reopen_logs()
@@ -99,7 +99,7 @@ async def test_what_follows_a_lost_way_of_connections_is_heard(
     # Nothing was, from then on: systemd's main process was one that left, and the drain of it had no end in any status.
     ours, theirs = socket.socketpair()
     speaker = subprocess.Popen(["sleep", "60"])
-    lineage, other_end = Lineage(), Channel(theirs)
+    lineage, other_end = Ancestors(), Channel(theirs)
     ancestor = Ancestor(1, speaker.pid, Peer(Channel(ours), os.pidfd_open(speaker.pid)))
     lineage.ancestors.append(ancestor)
     heard: list[int | None] = []
@@ -112,10 +112,10 @@ async def test_what_follows_a_lost_way_of_connections_is_heard(
     lineage.on_main = note_main
     try:
         with anyio.fail_after(60):
-            await other_end.send(Farewell.TRANSFER, {}, [theirs.fileno()])
-            await other_end.send(Farewell.PROGRESS, {"connections": 7})
-            await other_end.send(Farewell.MAIN)
-            await other_end.send(Farewell.DRAINED)
+            await other_end.send(DrainMessage.TRANSFER, {}, [theirs.fileno()])
+            await other_end.send(DrainMessage.PROGRESS, {"connections": 7})
+            await other_end.send(DrainMessage.MAIN)
+            await other_end.send(DrainMessage.DRAINED)
             if dies:
                 speaker.kill()
                 os.waitid(os.P_PID, speaker.pid, os.WEXITED | os.WNOWAIT)
@@ -137,17 +137,17 @@ async def test_a_lost_way_of_connections_keeps_no_successor_from_settling(
 ) -> None:
     ours, theirs = socket.socketpair()
     other_end = Channel(theirs)
-    generation = Generation(2, Settings(), Plane(Registry(), Gate(), Tracker()), Numbered(2))
-    inheritance = Inheritance(ours, generation, lambda side: None, is_child=False)
+    generation = Generation(2, Settings(), DataPlane(Registry(), Gate(), Tracker()), GenerationLog(2))
+    inheritance = SuccessorSide(ours, generation, lambda side: None, is_child=False)
     ancestor = Ancestor(1, os.getpid(), Peer(inheritance._channel, os.pidfd_open(os.getpid())))
-    inheritance.predecessor, inheritance.state = ancestor, Successor.PROBATION
+    inheritance.predecessor, inheritance.state = ancestor, SuccessorState.PROBATION
     try:
         with anyio.fail_after(60):
-            await other_end.send(Farewell.TRANSFER, {}, [theirs.fileno()])
+            await other_end.send(DrainMessage.TRANSFER, {}, [theirs.fileno()])
             await other_end.send(FromPredecessor.SETTLED, {"ancestors": [], "report": {}})
             with no_descriptor_left():
                 await inheritance.run()
-        assert inheritance.state is Successor.SETTLED
+        assert inheritance.state is SuccessorState.SETTLED
         # As the supervisor does with what came too early for it.
         for item in inheritance.farewells:
             generation.lineage.deliver(ancestor, item)
@@ -162,10 +162,10 @@ async def test_the_way_of_connections_is_taken_over_where_no_descriptor_is_left(
     # A duplicate was made of it: at the limit the newest generation died of that, in the middle of its service.
     ours, theirs = socket.socketpair()
     taken: list[socket.socket] = []
-    lineage = Lineage()
+    lineage = Ancestors()
     lineage.on_transfer = taken.append
     ancestor = Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid())))
-    frame = Frame(Farewell.TRANSFER, {}, (theirs.detach(), os.dup(ours.fileno())))
+    frame = Frame(DrainMessage.TRANSFER, {}, (theirs.detach(), os.dup(ours.fileno())))
     expected = frame.descriptors[0]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))

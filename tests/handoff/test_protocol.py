@@ -14,15 +14,15 @@ import pytest
 
 from ecdysis_async._handoff import protocol
 from ecdysis_async._handoff.protocol import (
-    Farewell,
+    DrainMessage,
     FromPredecessor,
     FromSuccessor,
-    Predecessor,
     PredecessorAction,
     PredecessorEvent,
-    Successor,
+    PredecessorState,
     SuccessorAction,
     SuccessorEvent,
+    SuccessorState,
     Timer,
     choose_version,
     predecessor_event,
@@ -32,12 +32,12 @@ from ecdysis_async._handoff.protocol import (
 )
 from ecdysis_async.errors import GarbledFrame, UnknownMessage, VersionMismatch
 
-State = TypeVar("State", Predecessor, Successor)
+State = TypeVar("State", PredecessorState, SuccessorState)
 Event = TypeVar("Event", PredecessorEvent, SuccessorEvent)
 
-RUNNING_PREDECESSORS: Final = [state for state in Predecessor if not state.final]
-RUNNING_SUCCESSORS: Final = [state for state in Successor if not state.final]
-ORPHANS: Final = {Successor.ORPHANED, Successor.OPENING_ORPHANED}
+RUNNING_PREDECESSORS: Final = [state for state in PredecessorState if not state.final]
+RUNNING_SUCCESSORS: Final = [state for state in SuccessorState if not state.final]
+ORPHANS: Final = {SuccessorState.ORPHANED, SuccessorState.OPENING_ORPHANED}
 FROM_SUCCESSOR: Final = [predecessor_event(message) for message in FromSuccessor]
 FROM_PREDECESSOR: Final = [successor_event(message) for message in FromPredecessor]
 
@@ -69,44 +69,44 @@ def test_the_module_is_pure() -> None:
 
 
 def test_every_state_can_be_reached() -> None:
-    assert reachable(Predecessor.SPAWNING, PredecessorEvent, step_predecessor) == set(Predecessor)
-    assert reachable(Successor.GREETING, SuccessorEvent, step_successor) == set(Successor)
+    assert reachable(PredecessorState.SPAWNING, PredecessorEvent, step_predecessor) == set(PredecessorState)
+    assert reachable(SuccessorState.GREETING, SuccessorEvent, step_successor) == set(SuccessorState)
 
 
 def test_the_final_states() -> None:
-    assert {state for state in Predecessor if state.final} == {
-        Predecessor.FAILED,
-        Predecessor.ROLLED_BACK,
-        Predecessor.SETTLED,
-        Predecessor.STOPPED,
+    assert {state for state in PredecessorState if state.final} == {
+        PredecessorState.FAILED,
+        PredecessorState.ROLLED_BACK,
+        PredecessorState.SETTLED,
+        PredecessorState.STOPPED,
     }
-    assert {state for state in Successor if state.final} == {
-        Successor.SETTLED,
-        Successor.ABORTED,
-        Successor.STOPPED,
-        Successor.RETURNED,
+    assert {state for state in SuccessorState if state.final} == {
+        SuccessorState.SETTLED,
+        SuccessorState.ABORTED,
+        SuccessorState.STOPPED,
+        SuccessorState.RETURNED,
     }
 
 
-@pytest.mark.parametrize("state", [state for state in Predecessor if state.final])
-def test_a_final_predecessor_changes_no_more(state: Predecessor) -> None:
+@pytest.mark.parametrize("state", [state for state in PredecessorState if state.final])
+def test_a_final_predecessor_changes_no_more(state: PredecessorState) -> None:
     assert {step_predecessor(state, event) for event in PredecessorEvent} == {(state, ())}
     assert state.timer is None
 
 
-@pytest.mark.parametrize("state", [state for state in Successor if state.final])
-def test_a_final_successor_changes_no_more(state: Successor) -> None:
+@pytest.mark.parametrize("state", [state for state in SuccessorState if state.final])
+def test_a_final_successor_changes_no_more(state: SuccessorState) -> None:
     assert {step_successor(state, event) for event in SuccessorEvent} == {(state, ())}
     assert state.timer is None
 
 
 @pytest.mark.parametrize("state", RUNNING_PREDECESSORS)
-def test_the_death_of_the_successor_ends_every_restart(state: Predecessor) -> None:
+def test_the_death_of_the_successor_ends_every_restart(state: PredecessorState) -> None:
     assert step_predecessor(state, PredecessorEvent.DIED)[0].final
 
 
 @pytest.mark.parametrize("state", RUNNING_SUCCESSORS)
-def test_the_death_of_the_predecessor_is_heard_once_in_every_state(state: Successor) -> None:
+def test_the_death_of_the_predecessor_is_heard_once_in_every_state(state: SuccessorState) -> None:
     following, _ = step_successor(state, SuccessorEvent.DIED)
     if state in ORPHANS:
         assert following is state
@@ -115,45 +115,45 @@ def test_the_death_of_the_predecessor_is_heard_once_in_every_state(state: Succes
 
 
 @pytest.mark.parametrize("state", RUNNING_PREDECESSORS)
-def test_a_stop_is_heard_in_every_state(state: Predecessor) -> None:
+def test_a_stop_is_heard_in_every_state(state: PredecessorState) -> None:
     following, actions = step_predecessor(state, PredecessorEvent.STOP)
-    assert following in (Predecessor.STOPPING, Predecessor.SETTLED)
+    assert following in (PredecessorState.STOPPING, PredecessorState.SETTLED)
     assert PredecessorAction.RESUME not in actions
 
 
 @pytest.mark.parametrize("event", [SuccessorEvent.STOP_HERE, SuccessorEvent.FAILED])
 @pytest.mark.parametrize("state", RUNNING_SUCCESSORS)
-def test_a_successor_that_stops_or_fails_leaves_in_every_state(state: Successor, event: SuccessorEvent) -> None:
+def test_a_successor_that_stops_or_fails_leaves_in_every_state(state: SuccessorState, event: SuccessorEvent) -> None:
     following, actions = step_successor(state, event)
-    assert following in (Successor.ABORTED, Successor.STOPPED)
+    assert following in (SuccessorState.ABORTED, SuccessorState.STOPPED)
     # A predecessor that is alive is told why.
     assert bool(actions) == (state not in ORPHANS)
 
 
 @pytest.mark.parametrize("state", RUNNING_PREDECESSORS)
-def test_a_restart_can_be_called_off_until_the_commit(state: Predecessor) -> None:
+def test_a_restart_can_be_called_off_until_the_commit(state: PredecessorState) -> None:
     following, actions = step_predecessor(state, PredecessorEvent.CANCELLED)
-    if state in (Predecessor.SPAWNING, Predecessor.INITIALISING, Predecessor.PAUSING):
-        assert following is Predecessor.ABORTING
+    if state in (PredecessorState.SPAWNING, PredecessorState.INITIALISING, PredecessorState.PAUSING):
+        assert following is PredecessorState.ABORTING
         assert actions[0] is PredecessorAction.SEND_ABORT
         assert PredecessorAction.END_SUCCESSOR in actions
-        assert (PredecessorAction.RESUME in actions) == (state is Predecessor.PAUSING)
+        assert (PredecessorAction.RESUME in actions) == (state is PredecessorState.PAUSING)
     else:
         assert (following, actions) == (state, ())
 
 
-@pytest.mark.parametrize("state", Predecessor)
-def test_a_predecessor_times_out_where_it_has_a_timer(state: Predecessor) -> None:
+@pytest.mark.parametrize("state", PredecessorState)
+def test_a_predecessor_times_out_where_it_has_a_timer(state: PredecessorState) -> None:
     assert (step_predecessor(state, PredecessorEvent.TIMED_OUT)[0] is not state) == (state.timer is not None)
 
 
-@pytest.mark.parametrize("state", Successor)
-def test_a_successor_times_out_where_it_has_a_timer(state: Successor) -> None:
+@pytest.mark.parametrize("state", SuccessorState)
+def test_a_successor_times_out_where_it_has_a_timer(state: SuccessorState) -> None:
     assert (step_successor(state, SuccessorEvent.TIMED_OUT)[0] is not state) == (state.timer is not None)
 
 
 def test_every_timer_is_used() -> None:
-    assert {state.timer for state in (*Predecessor, *Successor)} == {None, *Timer}
+    assert {state.timer for state in (*PredecessorState, *SuccessorState)} == {None, *Timer}
 
 
 # --- the vocabulary ---------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_what_a_predecessor_may_say(message: FromPredecessor) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", ["", "HELLO", "greetings", "died", "broken", "timed out", "paused", *Farewell, "stop"]
+    "message", ["", "HELLO", "greetings", "died", "broken", "timed out", "paused", *DrainMessage, "stop"]
 )
 def test_what_no_successor_may_say(message: str) -> None:
     with pytest.raises(UnknownMessage, match=f"^the successor sent .*{message!r}"):
@@ -178,7 +178,7 @@ def test_what_no_successor_may_say(message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", ["", "commit ", "died", "broken", "opened", "stop here", *Farewell, "settle", "ready"]
+    "message", ["", "commit ", "died", "broken", "opened", "stop here", *DrainMessage, "settle", "ready"]
 )
 def test_what_no_predecessor_may_say(message: str) -> None:
     with pytest.raises(UnknownMessage, match=f"^the predecessor sent .*{message!r}"):
@@ -188,15 +188,15 @@ def test_what_no_predecessor_may_say(message: str) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (Predecessor.SPAWNING, PredecessorEvent.READY),
-        (Predecessor.INITIALISING, PredecessorEvent.HELLO),
-        (Predecessor.PAUSING, PredecessorEvent.SERVING),
-        (Predecessor.COMMITTING, PredecessorEvent.READY),
-        (Predecessor.PROBATION, PredecessorEvent.SERVING),
+        (PredecessorState.SPAWNING, PredecessorEvent.READY),
+        (PredecessorState.INITIALISING, PredecessorEvent.HELLO),
+        (PredecessorState.PAUSING, PredecessorEvent.SERVING),
+        (PredecessorState.COMMITTING, PredecessorEvent.READY),
+        (PredecessorState.PROBATION, PredecessorEvent.SERVING),
     ],
 )
 def test_a_message_out_of_turn_breaks_the_channel_to_the_successor(
-    state: Predecessor, message: PredecessorEvent
+    state: PredecessorState, message: PredecessorEvent
 ) -> None:
     following, actions = step_predecessor(state, message)
     assert (following, actions) == step_predecessor(state, PredecessorEvent.BROKEN)
@@ -206,30 +206,34 @@ def test_a_message_out_of_turn_breaks_the_channel_to_the_successor(
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (Successor.GREETING, SuccessorEvent.COMMIT),
-        (Successor.INITIALISING, SuccessorEvent.COMMIT),
-        (Successor.INITIALISING, SuccessorEvent.LISTENERS),
-        (Successor.WAITING, SuccessorEvent.SETTLED),
-        (Successor.OPENING, SuccessorEvent.SETTLED),
-        (Successor.OPENING, SuccessorEvent.COMMIT),
+        (SuccessorState.GREETING, SuccessorEvent.COMMIT),
+        (SuccessorState.INITIALISING, SuccessorEvent.COMMIT),
+        (SuccessorState.INITIALISING, SuccessorEvent.LISTENERS),
+        (SuccessorState.WAITING, SuccessorEvent.SETTLED),
+        (SuccessorState.OPENING, SuccessorEvent.SETTLED),
+        (SuccessorState.OPENING, SuccessorEvent.COMMIT),
     ],
 )
-def test_a_message_out_of_turn_breaks_the_channel_to_the_predecessor(state: Successor, message: SuccessorEvent) -> None:
-    assert step_successor(state, message) == step_successor(state, SuccessorEvent.BROKEN) == (Successor.ABORTED, ())
+def test_a_message_out_of_turn_breaks_the_channel_to_the_predecessor(
+    state: SuccessorState, message: SuccessorEvent
+) -> None:
+    assert (
+        step_successor(state, message) == step_successor(state, SuccessorEvent.BROKEN) == (SuccessorState.ABORTED, ())
+    )
 
 
 @pytest.mark.parametrize("event", [SuccessorEvent.BROKEN, SuccessorEvent.COMMIT, SuccessorEvent.ABORT])
 def test_a_successor_in_probation_serves_on_when_the_channel_breaks(event: SuccessorEvent) -> None:
-    assert step_successor(Successor.PROBATION, event) == (Successor.PROBATION, ())
+    assert step_successor(SuccessorState.PROBATION, event) == (SuccessorState.PROBATION, ())
 
 
-@pytest.mark.parametrize("state", [Predecessor.ABORTING, Predecessor.REVERTING, Predecessor.STOPPING])
-def test_a_successor_that_is_being_ended_is_not_listened_to(state: Predecessor) -> None:
+@pytest.mark.parametrize("state", [PredecessorState.ABORTING, PredecessorState.REVERTING, PredecessorState.STOPPING])
+def test_a_successor_that_is_being_ended_is_not_listened_to(state: PredecessorState) -> None:
     assert {step_predecessor(state, event) for event in FROM_SUCCESSOR} == {(state, ())}
 
 
 @pytest.mark.parametrize("state", sorted(ORPHANS, key=str))
-def test_a_dead_predecessor_is_not_listened_to(state: Successor) -> None:
+def test_a_dead_predecessor_is_not_listened_to(state: SuccessorState) -> None:
     assert {step_successor(state, event) for event in FROM_PREDECESSOR} == {(state, ())}
 
 
@@ -292,7 +296,7 @@ class PredecessorReplay:
     """A predecessor whose supervisor does everything at once."""
 
     def __init__(self) -> None:
-        self.state = Predecessor.SPAWNING
+        self.state = PredecessorState.SPAWNING
         self.said: deque[FromPredecessor] = deque()
         self.ends_successor = False
 
@@ -311,7 +315,7 @@ class SuccessorReplay:
     """A successor that has just said hello, and whose supervisor does everything at once."""
 
     def __init__(self) -> None:
-        self.state = Successor.GREETING
+        self.state = SuccessorState.GREETING
         self.said = deque([FromSuccessor.HELLO])
 
     def handle(self, event: SuccessorEvent) -> None:
@@ -339,7 +343,7 @@ def test_a_recorded_successor_is_understood(restart: dict[str, Any]) -> None:
     assert not predecessor.said
     if predecessor.ends_successor:
         predecessor.handle(PredecessorEvent.DIED)
-    assert predecessor.state is Predecessor(restart["predecessor"])
+    assert predecessor.state is PredecessorState(restart["predecessor"])
 
 
 @pytest.mark.parametrize("restart", RESTARTS)
@@ -354,4 +358,4 @@ def test_a_recorded_predecessor_is_understood(restart: dict[str, Any]) -> None:
             successor.handle(SUCCESSOR_CAUSES[message])
         assert successor.said.popleft() is message
     assert not successor.said
-    assert successor.state is Successor(restart["successor"])
+    assert successor.state is SuccessorState(restart["successor"])

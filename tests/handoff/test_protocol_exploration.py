@@ -20,12 +20,12 @@ import pytest
 
 from ecdysis_async._handoff import protocol
 from ecdysis_async._handoff.protocol import (
-    Predecessor,
     PredecessorAction,
     PredecessorEvent,
-    Successor,
+    PredecessorState,
     SuccessorAction,
     SuccessorEvent,
+    SuccessorState,
 )
 
 # The checks below would pass with ease on a model in which nothing can happen.
@@ -114,8 +114,8 @@ class Generation(Interned):
     """One process."""
 
     life: Life = Life.ABSENT
-    up: Successor | None = None  # None: its program has not got as far as HELLO
-    down: Predecessor | None = None  # None: it was never asked to restart
+    up: SuccessorState | None = None  # None: its program has not got as far as HELLO
+    down: PredecessorState | None = None  # None: it was never asked to restart
     gate: Gate = Gate.CLOSED
     leaving: bool = False  # it serves what it has, at most, and exits
     wish: bool = False  # a restart was asked for during its probation
@@ -152,7 +152,7 @@ class Channel(Interned):
 ABSENT: Final = Generation().but()
 NEWBORN: Final = ABSENT.but(life=Life.ALIVE)
 DEAD: Final = ABSENT.but(life=Life.DEAD)
-FIRST: Final = NEWBORN.but(up=Successor.SETTLED, gate=Gate.OPEN)
+FIRST: Final = NEWBORN.but(up=SuccessorState.SETTLED, gate=Gate.OPEN)
 FRESH: Final = Channel().but()
 DEAF: Final = FRESH.but(cut=True)  # nobody will ever read it
 
@@ -225,8 +225,8 @@ RESUMED: Final = {
 }
 # More than a machine has to say in a whole restart.
 MOST_UNREAD: Final = 10
-UNCOMMITTED: Final = frozenset({Predecessor.SPAWNING, Predecessor.INITIALISING, Predecessor.PAUSING})
-COMMITTED: Final = frozenset({Successor.OPENING, Successor.OPENING_ORPHANED, Successor.PROBATION})
+UNCOMMITTED: Final = frozenset({PredecessorState.SPAWNING, PredecessorState.INITIALISING, PredecessorState.PAUSING})
+COMMITTED: Final = frozenset({SuccessorState.OPENING, SuccessorState.OPENING_ORPHANED, SuccessorState.PROBATION})
 
 
 # --- what a supervisor does -------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def tell_predecessor(link: Link, event: PredecessorEvent) -> Link:
     """Handle one event in the upper generation, and carry out what its machine asks for."""
     upper, lower, downwards, upwards, duty, verdict = link
     # An orderly stop of a committed successor: the word is given, whatever the machine makes of it.
-    bound = (Predecessor.COMMITTING, Predecessor.PROBATION, Predecessor.RECALLING)
+    bound = (PredecessorState.COMMITTING, PredecessorState.PROBATION, PredecessorState.RECALLING)
     if event is PredecessorEvent.STOPPING and upper.down in bound:
         upper = upper.but(renounced=True)
     if event is PredecessorEvent.STOP:
@@ -273,9 +273,9 @@ def tell_predecessor(link: Link, event: PredecessorEvent) -> Link:
             # A failure that crosses SETTLED on its way up is as good as one a moment later.
             if (lower.failed or lower.hung) and verdict is Verdict.EXPECTED:
                 verdict = Verdict.EXCUSED
-    if before in UNCOMMITTED and state in (Predecessor.ABORTING, Predecessor.STOPPING) and lower.alive:
+    if before in UNCOMMITTED and state in (PredecessorState.ABORTING, PredecessorState.STOPPING) and lower.alive:
         lower = lower.but(renounced=True)
-    if state in (Predecessor.SETTLED, Predecessor.STOPPED):
+    if state in (PredecessorState.SETTLED, PredecessorState.STOPPED):
         upper = upper.but(gate=Gate.ENDED, leaving=True)
     return Link(upper, lower, downwards, upwards, duty, verdict)
 
@@ -291,11 +291,11 @@ def tell_successor(link: Link, event: SuccessorEvent) -> Link:
             lower = lower.but(gate=Gate.OPENING)
         else:
             upwards = send(upwards, TO_PREDECESSOR[action])
-    if state is Successor.STOPPED:
+    if state is SuccessorState.STOPPED:
         lower = lower.but(gate=Gate.ENDED, leaving=True)
-    elif state is Successor.RETURNED:
+    elif state is SuccessorState.RETURNED:
         lower = lower.but(gate=Gate.ENDED, leaving=True, renounced=True)
-    elif state is Successor.ABORTED:
+    elif state is SuccessorState.ABORTED:
         lower = lower.but(leaving=True)  # what it accepts on closes when it exits, at the latest
     return Link(upper, lower, downwards, upwards, duty, verdict)
 
@@ -330,7 +330,7 @@ def upper_moves(link: Link) -> Iterator[Move]:
     if upper.restarting:
         assert upper.down is not None
         careless = Care.DEATH_BEFORE_SETTLING not in cares
-        may_settle = lower.alive or upper.down is not Predecessor.PROBATION or careless
+        may_settle = lower.alive or upper.down is not PredecessorState.PROBATION or careless
         if link.upwards.items:
             event, *rest = link.upwards.items
             read = link._replace(upwards=link.upwards.but(items=tuple(rest)))
@@ -351,7 +351,7 @@ def upper_moves(link: Link) -> Iterator[Move]:
             case Gate.OPEN_STALE:
                 opened = link._replace(upper=upper.but(gate=Gate.OPEN))
                 yield Move("upper hears old paused", Kind.ORDINARY, tell_predecessor(opened, PredecessorEvent.PAUSED))
-    if upper.up is Successor.SETTLED and not upper.leaving:
+    if upper.up is SuccessorState.SETTLED and not upper.leaving:
         if upper.restarting:
             yield Move("upper is told to stop", Kind.END, tell_predecessor(link, PredecessorEvent.STOP))
         else:
@@ -360,7 +360,7 @@ def upper_moves(link: Link) -> Iterator[Move]:
             if not lower.alive:
                 # Each restart is a machine of its own, and a PAUSED of the one before is none of its business.
                 gate = Gate.OPEN if upper.gate is Gate.OPEN_STALE else upper.gate
-                again = upper.but(down=Predecessor.SPAWNING, wish=False, gate=gate)
+                again = upper.but(down=PredecessorState.SPAWNING, wish=False, gate=gate)
                 restarted = link._replace(upper=again, lower=NEWBORN, downwards=FRESH, upwards=FRESH)
                 yield Move("upper restarts", Kind.ORDINARY if upper.wish else Kind.RESTART, restarted)
 
@@ -371,12 +371,12 @@ def lower_moves(link: Link) -> Iterator[Move]:
     if lower.condemned:
         if lower.up is not None and lower.joining:
             yield Move("lower takes the SIGTERM", Kind.ORDINARY, tell_successor(link, SuccessorEvent.STOP_HERE))
-        elif lower.up is Successor.SETTLED and not lower.restarting and not lower.leaving:
+        elif lower.up is SuccessorState.SETTLED and not lower.restarting and not lower.leaving:
             yield Move("lower takes the SIGTERM", Kind.ORDINARY, link._replace(lower=stop_alone(lower)))
     if not lower.joining:
         return
     if lower.up is None:
-        greeting = lower.but(up=Successor.GREETING)
+        greeting = lower.but(up=SuccessorState.GREETING)
         hello = send(link.upwards, PredecessorEvent.HELLO)
         yield Move("lower says hello", Kind.ORDINARY, link._replace(lower=greeting, upwards=hello))
         return
@@ -386,7 +386,7 @@ def lower_moves(link: Link) -> Iterator[Move]:
         yield Move(f"lower handles {event.value}", Kind.ORDINARY, tell_successor(read, event))
     if lower.up.timer is not None and (upper.alive or Care.DEATH_BEFORE_TIMEOUT not in cares):
         yield Move("lower times out", Kind.TIMEOUT, tell_successor(link, SuccessorEvent.TIMED_OUT))
-    if lower.up in (Successor.INITIALISING, Successor.ORPHANED):
+    if lower.up in (SuccessorState.INITIALISING, SuccessorState.ORPHANED):
         yield Move("lower's application is ready", Kind.ORDINARY, tell_successor(link, SuccessorEvent.READY))
     match lower.gate:
         case Gate.OPENING:
@@ -394,7 +394,7 @@ def lower_moves(link: Link) -> Iterator[Move]:
         case Gate.OPENED_UNHEARD:
             opened = link._replace(lower=lower.but(gate=Gate.OPEN))
             yield Move("lower handles opened", Kind.ORDINARY, tell_successor(opened, SuccessorEvent.OPENED))
-    if lower.up is Successor.PROBATION and not lower.wish:
+    if lower.up is SuccessorState.PROBATION and not lower.wish:
         wishing = link._replace(lower=lower.but(wish=True))
         yield Move("lower is asked to restart", Kind.RESTART, tell_successor(wishing, SuccessorEvent.SETTLE))
     failed = tell_successor(link._replace(lower=lower.but(failed=True)), SuccessorEvent.FAILED)
@@ -420,7 +420,7 @@ def tidy(link: Link) -> Link:
         return link._replace(downwards=FRESH, upwards=FRESH)
     if not lower.joining or lower.hung:
         downwards = DEAF
-        lower = lower.but(wish=lower.wish and lower.up is Successor.SETTLED)
+        lower = lower.but(wish=lower.wish and lower.up is SuccessorState.SETTLED)
     if not (upper.acts and upper.restarting):
         upwards = DEAF
     return Link(upper, lower, downwards, upwards, duty, verdict)
@@ -474,7 +474,7 @@ def die(world: World, index: int) -> World:
 
 def is_heir(generation: Generation, channel: Channel) -> bool:
     """Say whether a successor has to serve in the place of its predecessor, which crashes now (G6)."""
-    has_sockets = generation.up not in (None, Successor.GREETING) or SuccessorEvent.LISTENERS in channel.items
+    has_sockets = generation.up not in (None, SuccessorState.GREETING) or SuccessorEvent.LISTENERS in channel.items
     given_up = generation.leaving or generation.condemned or channel.cut
     called_off = {SuccessorEvent.ABORT, SuccessorEvent.STOP, SuccessorEvent.RECALL}.intersection(channel.items)
     return generation.acts and has_sockets and not given_up and not called_off
@@ -517,7 +517,7 @@ def world_moves(world: World) -> Iterator[tuple[str, Kind, World]]:
                 yield f"{'PST'[index]} exits", Kind.ORDINARY, die(world, index)
             if generation.condemned and world.chain[index - 1].acts:
                 yield f"{'PST'[index]} is killed by its predecessor", Kind.ORDINARY, die(world, index)
-    if world.t.acts and world.t.up is Successor.SETTLED and not world.t.leaving:
+    if world.t.acts and world.t.up is SuccessorState.SETTLED and not world.t.leaving:
         stopped = link_of(world, 1)._replace(lower=stop_alone(world.t))
         yield "T is told to stop", Kind.END, with_link(world, 1, excuse(stopped, Verdict.STOPPED))
 
@@ -532,7 +532,7 @@ def somebody_holds_the_sockets(world: World) -> bool:
     return any(
         generation.alive
         and not generation.leaving
-        and (generation.up not in (None, Successor.GREETING) or SuccessorEvent.LISTENERS in channel.items)
+        and (generation.up not in (None, SuccessorState.GREETING) or SuccessorEvent.LISTENERS in channel.items)
         for generation, channel in zip(world.chain, (FRESH, world.p_to_s, world.s_to_t), strict=True)
     )
 
@@ -545,9 +545,9 @@ def nobody_accepts_together(world: World) -> bool:
 def failure_before_commit_costs_nothing(world: World) -> bool:
     """G4: the old generation goes on as if nothing had been asked; trying again works at once."""
     return all(
-        upper.gate in ACCEPTS and (upper.down is Predecessor.ABORTING or not lower.alive)
+        upper.gate in ACCEPTS and (upper.down is PredecessorState.ABORTING or not lower.alive)
         for upper, lower in ((world.p, world.s), (world.s, world.t))
-        if upper.down in (Predecessor.ABORTING, Predecessor.FAILED) and not upper.leaving
+        if upper.down in (PredecessorState.ABORTING, PredecessorState.FAILED) and not upper.leaving
     )
 
 
@@ -556,7 +556,7 @@ def failure_after_commit_rolls_back(world: World) -> bool:
     return all(
         upper.gate in ACCEPTS and (not lower.alive or lower.renounced)
         for upper, lower in ((world.p, world.s), (world.s, world.t))
-        if upper.down is Predecessor.ROLLED_BACK and not upper.leaving
+        if upper.down is PredecessorState.ROLLED_BACK and not upper.leaving
     )
 
 
@@ -591,7 +591,7 @@ def comes_to_rest_well(world: World) -> bool:
     """
     acting = [generation for generation in world.chain if generation.acts]
     for upper, generation in zip((ABSENT, *world.chain), world.chain, strict=False):
-        over = not generation.restarting and (generation.up is Successor.SETTLED or upper.hung)
+        over = not generation.restarting and (generation.up is SuccessorState.SETTLED or upper.hung)
         if generation.acts and not (over and generation.gate in ACCEPTS):
             return False
     return len(acting) == 1 or (not acting and world.verdict is not Verdict.EXPECTED)
@@ -611,8 +611,8 @@ class Exploration(NamedTuple):
     states: int
     steps: int
     resting: int
-    predecessors: frozenset[Predecessor]
-    successors: frozenset[Successor]
+    predecessors: frozenset[PredecessorState]
+    successors: frozenset[SuccessorState]
 
 
 def explore(
@@ -674,19 +674,24 @@ def story(world: World, origins: dict[World, tuple[World, str] | None]) -> str:
 def assert_restarts_succeed() -> None:
     """Assert that where nothing fails, and nobody is slow, no restart does."""
     exploration = explore(frozenset({Kind.ORDINARY, Kind.RESTART}), at_rest=())
-    failures = {Predecessor.ABORTING, Predecessor.FAILED, Predecessor.REVERTING, Predecessor.ROLLED_BACK}
-    failures |= {Predecessor.RECALLING}
-    stops = {Predecessor.STOPPING, Predecessor.STOPPED}
-    assert exploration.predecessors == frozenset(Predecessor) - failures - stops
-    orphans = {Successor.ORPHANED, Successor.OPENING_ORPHANED}
-    ends = {Successor.ABORTED, Successor.STOPPED, Successor.RETURNED}
-    assert exploration.successors == frozenset(Successor) - orphans - ends
+    failures = {
+        PredecessorState.ABORTING,
+        PredecessorState.FAILED,
+        PredecessorState.REVERTING,
+        PredecessorState.ROLLED_BACK,
+    }
+    failures |= {PredecessorState.RECALLING}
+    stops = {PredecessorState.STOPPING, PredecessorState.STOPPED}
+    assert exploration.predecessors == frozenset(PredecessorState) - failures - stops
+    orphans = {SuccessorState.ORPHANED, SuccessorState.OPENING_ORPHANED}
+    ends = {SuccessorState.ABORTED, SuccessorState.STOPPED, SuccessorState.RETURNED}
+    assert exploration.successors == frozenset(SuccessorState) - orphans - ends
 
 
 def assert_stops_end_everybody() -> None:
     """Assert that where nothing fails, whoever stops the generation with the last word stops the service."""
     exploration = explore(FAIR | {Kind.RESTART, Kind.END}, (comes_to_rest_well, a_stop_ends_everybody))
-    assert Predecessor.STOPPED in exploration.predecessors
+    assert PredecessorState.STOPPED in exploration.predecessors
 
 
 def test_every_interleaving_keeps_the_guarantees() -> None:
@@ -694,8 +699,8 @@ def test_every_interleaving_keeps_the_guarantees() -> None:
     print(f"{exploration.states} states, {exploration.steps} steps, {exploration.resting} states of rest")  # noqa: T201
     assert exploration.states >= FEWEST_STATES
     assert exploration.steps >= FEWEST_STEPS
-    assert exploration.predecessors == frozenset(Predecessor)
-    assert exploration.successors == frozenset(Successor)
+    assert exploration.predecessors == frozenset(PredecessorState)
+    assert exploration.successors == frozenset(SuccessorState)
 
 
 def test_where_nothing_fails_every_restart_succeeds() -> None:
@@ -713,8 +718,8 @@ def test_what_a_supervisor_has_to_take_care_of(care: Care, monkeypatch: pytest.M
         explore()
 
 
-P, PE, PA = Predecessor, PredecessorEvent, PredecessorAction
-S, SE, SA = Successor, SuccessorEvent, SuccessorAction
+P, PE, PA = PredecessorState, PredecessorEvent, PredecessorAction
+S, SE, SA = SuccessorState, SuccessorEvent, SuccessorAction
 
 # One transition each, changed (or taken out: None), and what is found to be broken then.
 DEFECTS: Final[tuple[tuple[Any, Any, tuple[Any, tuple[Any, ...]] | None, str], ...]] = (
@@ -777,7 +782,7 @@ OBSTACLES: Final[tuple[tuple[Any, Any, tuple[Any, tuple[Any, ...]] | None], ...]
 
 def change_reaction(monkeypatch: pytest.MonkeyPatch, state: Any, event: Any, reaction: Any) -> None:
     """Change one transition of the real tables, or take it out, until the test ends."""
-    name = "_PREDECESSOR" if isinstance(state, Predecessor) else "_SUCCESSOR"
+    name = "_PREDECESSOR" if isinstance(state, PredecessorState) else "_SUCCESSOR"
     table = {each: dict(reactions) for each, reactions in getattr(protocol, name).items()}
     assert table[state].pop(event) != reaction
     if reaction is not None:

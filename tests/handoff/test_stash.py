@@ -289,7 +289,7 @@ def test_why_there_is_none() -> None:
         inherited["cache"]
     with pytest.raises(KeyError, match="made at the commit: it can be read after ready"):
         inherited["counters"]
-    inherited.forsake()
+    inherited.expect_no_more()
     with pytest.raises(KeyError, match="died before it made"):
         inherited.version("counters")
 

@@ -20,7 +20,7 @@ import pytest
 
 from ecdysis_async import Ecdysis, SpawnFailed
 from ecdysis_async._handoff.preflight import describe_place
-from ecdysis_async._management import control_server as control
+from ecdysis_async._management import control_server
 from ecdysis_async._management.control_path import ControlLock
 from ecdysis_async._service.ecdysis import State
 
@@ -178,7 +178,7 @@ async def test_a_request_may_end_with_the_sending(tmp_path: Path) -> None:
 
 
 async def test_half_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "REQUEST_SECONDS", 0.05)
+    monkeypatch.setattr(control_server, "REQUEST_SECONDS", 0.05)
     async with serving(tmp_path) as (_, path), await connect(path, b'{"command": "sta') as stream:
         [answer] = await read_rest(stream)
         assert answer["message"].startswith("no request came within 0.05 seconds")
@@ -202,13 +202,13 @@ async def test_a_hundred_who_say_nothing(tmp_path: Path) -> None:
             [answer] = await read_rest(streams[0])
             assert answer["event"] == "error"
             assert ecdysis._control is not None
-            assert ecdysis._control._clients <= control.MAX_CLIENTS
+            assert ecdysis._control._clients <= control_server.MAX_CLIENTS
         server = ecdysis._control
         await until(lambda: not server._clients)
 
 
 async def test_more_than_can_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "MAX_CLIENTS", 1)
+    monkeypatch.setattr(control_server, "MAX_CLIENTS", 1)
     async with serving(tmp_path, command=HANGING) as (ecdysis, path):
         async with await connect(path, b'{"command": "restart", "until": "settled"}\n') as stream:
             assert b"accepted" in await stream.receive()
@@ -264,8 +264,8 @@ async def test_a_stop_is_heard_from_one_who_has_left(tmp_path: Path) -> None:
 
 
 async def test_a_client_that_never_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "HEARTBEAT_SECONDS", 0)
-    monkeypatch.setattr(control, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(control_server, "HEARTBEAT_SECONDS", 0)
+    monkeypatch.setattr(control_server, "ANSWER_SECONDS", 0.05)
     async with serving(tmp_path, command=HANGING) as (ecdysis, path):
         silent = await connect(path, b'{"command": "restart", "until": "settled"}\n')
         async with silent:
@@ -278,7 +278,7 @@ async def test_a_client_that_never_reads(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 async def test_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(control_server, "HEARTBEAT_SECONDS", 0.01)
     async with anyio.create_task_group() as task_group:
         answers: list[Json] = []
         release = anyio.Event()
@@ -309,8 +309,8 @@ async def test_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_nobody_who_looks_on_holds_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "FAREWELL_SECONDS", 0.05)
-    monkeypatch.setattr(control, "HEARTBEAT_SECONDS", 0)
+    monkeypatch.setattr(control_server, "FAREWELL_SECONDS", 0.05)
+    monkeypatch.setattr(control_server, "HEARTBEAT_SECONDS", 0)
     async with contextlib.AsyncExitStack() as stack, serving(tmp_path, drain_timeout=60) as (ecdysis, path):
         for data in (b"", b'{"command"', b'{"command": "stop"}\n'):
             await stack.enter_async_context(await connect(path, data))

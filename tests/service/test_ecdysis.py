@@ -12,7 +12,7 @@ import pytest
 
 from ecdysis_async import Ecdysis, State
 from ecdysis_async._accepting.asyncio_servers import GatedServer
-from ecdysis_async._handoff.predecessor import Handover
+from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._ipc.channel import Channel
 from ecdysis_async._ipc.peer import Peer
 from tests.planes import turn
@@ -96,7 +96,7 @@ async def test_goodbyes_begin_before_the_successor_is_told_of_the_transfer(backe
     with theirs:
         async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
             await ecdysis.ready()
-            ecdysis._handover = handover = Handover(ecdysis._generation, lambda handover: None)
+            ecdysis._handover = handover = PredecessorSide(ecdysis._generation, lambda handover: None)
             handover._peer = Peer(Channel(ours), os.pidfd_open(os.getpid()))
             handover.over.set()
             # It does not read.

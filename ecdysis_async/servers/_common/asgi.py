@@ -21,7 +21,7 @@ from ecdysis_async._connections.tracker import current_connection
 from ecdysis_async._ipc.worker_link import count_request
 from ecdysis_async.servers._protocols.http import will_move
 
-from .goodbye import DRAINING, RESTARTING, Departure
+from .goodbye import DRAINING, RESTARTING, Goodbye
 
 __all__ = ["Application"]
 
@@ -58,7 +58,7 @@ class Application:
     def __init__(
         self,
         app: Callable[[Any, Any, Any], Awaitable[Any]],
-        departure: Departure,
+        departure: Goodbye,
         send_goaway: Callable[[asyncio.BaseProtocol], None] | None = None,
     ) -> None:
         self._send_goaway = send_goaway
@@ -208,7 +208,7 @@ class Application:
 class _WebSocket:
     """One WebSocket, which its application serves, and which may be closed over its head."""
 
-    def __init__(self, departure: Departure, receive: Receive, send: Send) -> None:
+    def __init__(self, departure: Goodbye, receive: Receive, send: Send) -> None:
         self._departure = departure
         self._receive = receive
         self._send = send

@@ -22,7 +22,7 @@ from ecdysis_async._accepting.gate import GateState
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.errors import DrainInterrupt
 
-__all__ = ["DRAINING", "RESTARTING", "Departure", "is_on_trio"]
+__all__ = ["DRAINING", "RESTARTING", "Goodbye", "is_on_trio"]
 
 DRAINING = "ecdysis.draining"
 """Where an application finds the event that this generation leaves: an object with ``is_set()`` and ``wait()``."""
@@ -53,7 +53,7 @@ def is_on_trio() -> bool:
     return trio is not None and trio.lowlevel.in_trio_run()
 
 
-class Departure:
+class Goodbye:
     """The way out of one server's connections.
 
     Attributes:
@@ -84,7 +84,7 @@ class Departure:
         self._timeout = ecdysis.drain_timeout
         self._deadline = -math.inf
 
-    async def see_off(self) -> None:
+    async def wait_for_last_connection(self) -> None:
         """Return when this generation has left and its last connection has ended, at the deadline at the latest.
 
         Cancelling it leaves connections as they are.

@@ -19,7 +19,7 @@ from aiohttp import web
 from ecdysis_async._accepting.asyncio_servers import GatedServer, ServerConnection
 from ecdysis_async._connections.parcel import Release
 
-from .http import IDLE, FreshMoves, will_move
+from .http import IDLE, UnreadOnly, will_move
 
 __all__ = ["AiohttpMoves", "make_movable", "stays"]
 
@@ -52,7 +52,7 @@ class _Followed:
         return not self._end or (self._end == EMPTY_LINE and self._body is not None and self._body.is_eof())
 
 
-class AiohttpMoves(FreshMoves):
+class AiohttpMoves(UnreadOnly):
     """Connections between two requests, and those before the first one. How long they may be idle begins anew."""
 
     keeps_alive = True

@@ -15,13 +15,13 @@ import termios
 from collections.abc import Collection, Iterator
 from typing import Any, Final
 
-from ecdysis_async._accepting.asyncio_servers import GatedServer, Moves, ServerConnection
-from ecdysis_async._accepting.data_plane import Plane
+from ecdysis_async._accepting.asyncio_servers import GatedServer, ServerConnection, TransferStrategy
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import Acceptor
 from ecdysis_async._connections.parcel import Refused, Release
 from ecdysis_async._connections.tracker import current_connection
 
-__all__ = ["IDLE", "WEBSOCKET", "FreshMoves", "SelfMoving", "let_fresh_ones_move", "servers_but", "will_move"]
+__all__ = ["IDLE", "WEBSOCKET", "SelfMoving", "UnreadOnly", "let_fresh_ones_move", "servers_but", "will_move"]
 
 IDLE: Final = "http/1.1"
 """The kind of what moves between two requests; any server of HTTP/1.1 goes on with it."""
@@ -46,7 +46,7 @@ class SelfMoving(abc.ABC):
         """Go on with a connection that was given away, and not taken."""
 
 
-class FreshMoves(Moves):
+class UnreadOnly(TransferStrategy):
     """Connections that nobody has read from."""
 
     # Whether it also moves connections that have had a response.
@@ -64,7 +64,7 @@ class FreshMoves(Moves):
         return self._make()
 
 
-def servers_but(plane: Plane, others: Collection[Acceptor]) -> Iterator[GatedServer]:
+def servers_but(plane: DataPlane, others: Collection[Acceptor]) -> Iterator[GatedServer]:
     """Return all servers but the other ones, each once for every socket."""
     for acceptor in plane.gate.acceptors:
         server = getattr(acceptor, "server", None)
@@ -72,10 +72,10 @@ def servers_but(plane: Plane, others: Collection[Acceptor]) -> Iterator[GatedSer
             yield server
 
 
-def let_fresh_ones_move(plane: Plane, others: Collection[Acceptor]) -> None:
+def let_fresh_ones_move(plane: DataPlane, others: Collection[Acceptor]) -> None:
     """Let connections move, as long as nobody has read from them, of all servers but the other ones."""
     for server in servers_but(plane, others):
-        server.moves = FreshMoves(server)
+        server.moves = UnreadOnly(server)
 
 
 def will_move() -> bool:
@@ -87,7 +87,7 @@ def will_move() -> bool:
     if not isinstance(connection, ServerConnection) or connection.refused or not connection.server.plane.tracker.moves:
         return False
     moves = connection.server.moves
-    return connection.movable and (not isinstance(moves, FreshMoves) or moves.keeps_alive)
+    return connection.movable and (not isinstance(moves, UnreadOnly) or moves.keeps_alive)
 
 
 def _is_unread(descriptor: int) -> bool:

@@ -18,7 +18,7 @@ from ecdysis_async._accepting.asyncio_servers import GatedServer, ServerConnecti
 from ecdysis_async._connections.parcel import Refused, Release
 from ecdysis_async._connections.tracker import current_connection
 
-from .http import IDLE, WEBSOCKET, FreshMoves, SelfMoving
+from .http import IDLE, WEBSOCKET, SelfMoving, UnreadOnly
 
 try:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -31,12 +31,12 @@ __all__ = ["UvicornMoves", "make_movable", "make_websockets_movable", "moves_of"
 SANSIO = "uvicorn.protocols.websockets.websockets_sansio_impl"
 
 
-def moves_of(server: GatedServer, protocol_class: type[asyncio.Protocol]) -> FreshMoves:
+def moves_of(server: GatedServer, protocol_class: type[asyncio.Protocol]) -> UnreadOnly:
     """Return how the connections of a server move that makes such protocols."""
-    return UvicornMoves(server) if issubclass(protocol_class, H11Protocol | HttpToolsProtocol) else FreshMoves(server)
+    return UvicornMoves(server) if issubclass(protocol_class, H11Protocol | HttpToolsProtocol) else UnreadOnly(server)
 
 
-class UvicornMoves(FreshMoves):
+class UvicornMoves(UnreadOnly):
     """Connections between two requests, and those before the first one."""
 
     keeps_alive = True
@@ -120,7 +120,7 @@ def make_movable(protocol_class: type[asyncio.Protocol]) -> type[asyncio.Protoco
         def on_response_complete(self) -> None:
             super().on_response_complete()
             if isinstance(self._connection, ServerConnection):
-                self._connection.server.plane.tracker.ripen(self._connection)
+                self._connection.server.plane.tracker.note_safe_point(self._connection)
 
     return Movable
 

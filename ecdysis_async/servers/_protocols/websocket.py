@@ -27,7 +27,16 @@ from ecdysis_async.servers._common.goodbye import RESTARTING
 
 from .http import WEBSOCKET, SelfMoving
 
-__all__ = ["GOODBYE", "TRANSFER", "Inbound", "Luggage", "MovingWebSocket", "Muted", "Transfer", "negotiated"]
+__all__ = [
+    "GOODBYE",
+    "TRANSFER",
+    "FrameFollower",
+    "MovingWebSocket",
+    "MutedTransport",
+    "Transfer",
+    "WebSocketState",
+    "negotiated",
+]
 
 TRANSFER: Final = "ecdysis.transfer"
 """Where an application finds the :class:`Transfer` of a WebSocket: in the scope's state, or as an attribute."""
@@ -76,7 +85,7 @@ class Transfer:
         return state
 
 
-class Inbound:
+class FrameFollower:
     """Follows what a client sends: where frames end, and what its compression may refer to."""
 
     def __init__(self) -> None:
@@ -165,13 +174,13 @@ def negotiated(response: Response) -> list[list[str]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Luggage:
+class WebSocketState:
     """What a WebSocket takes along.
 
     Attributes:
         request: that of its handshake.
         settled: what the response to it has settled; see :func:`negotiated`.
-        window: see :class:`Inbound`.
+        window: see :class:`FrameFollower`.
         state: of the application.
     """
 
@@ -186,7 +195,7 @@ class Luggage:
         return Release([self.request.decode("latin-1"), self.settled, window, self.state], kind=WEBSOCKET)
 
     @classmethod
-    def unpack(cls, release: Release) -> Luggage:
+    def unpack(cls, release: Release) -> WebSocketState:
         """Read it.
 
         Raises:
@@ -199,7 +208,7 @@ class Luggage:
                 raise Refused("this release does not understand what the WebSocket brings along")
 
 
-class Muted:
+class MutedTransport:
     """A transport, while the handshake is replayed whose response its client has had.
 
     Args:
@@ -243,11 +252,11 @@ class MovingWebSocket(SelfMoving, asyncio.Protocol):
         super().__init__(*arguments, **options)
         self.ecdysis_transfer = Transfer()
         # What it has brought along, until its handshake is replayed and its application has accepted it again.
-        self._luggage: Luggage | None = None
+        self._luggage: WebSocketState | None = None
         # Set when it is known whether it moves; None while it is not on its way.
         self._verdict: asyncio.Event | None = None
         self._request_bytes = b""
-        self._inbound = Inbound()
+        self._inbound = FrameFollower()
         self._is_followed = False
         # What the client sends while the handshake is replayed.
         self._unread: list[bytes] = []
@@ -282,7 +291,7 @@ class MovingWebSocket(SelfMoving, asyncio.Protocol):
         Raises:
             Refused: it is none that this release knows.
         """
-        self._luggage = Luggage.unpack(release)
+        self._luggage = WebSocketState.unpack(release)
         self.ecdysis_transfer = Transfer(self._luggage.state)
 
     def release(self) -> Release | None:
@@ -293,7 +302,7 @@ class MovingWebSocket(SelfMoving, asyncio.Protocol):
         if self._luggage is not None or self._verdict is not None or not self.ecdysis_transfer.is_offered:
             return None
         settled, state = negotiated(self.response), self.ecdysis_transfer.state()
-        luggage = Luggage(self._request_bytes, settled, self._inbound.window, state)
+        luggage = WebSocketState(self._request_bytes, settled, self._inbound.window, state)
         self._verdict = asyncio.Event()
         return luggage.release()
 
@@ -311,7 +320,7 @@ class MovingWebSocket(SelfMoving, asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if self._luggage is not None:
-            self.transport = Muted(transport, self._give_up)
+            self.transport = MutedTransport(transport, self._give_up)
             self._request_bytes = self._luggage.request
             super().data_received(self._request_bytes)
 
@@ -339,7 +348,7 @@ class MovingWebSocket(SelfMoving, asyncio.Protocol):
 
     @property
     def _real_transport(self) -> Any:
-        return self.transport.real if isinstance(self.transport, Muted) else self.transport
+        return self.transport.real if isinstance(self.transport, MutedTransport) else self.transport
 
     def _unmute(self) -> None:
         self._luggage = None

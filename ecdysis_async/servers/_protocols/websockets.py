@@ -15,14 +15,14 @@ from websockets.asyncio.server import ServerConnection
 from websockets.extensions.base import Extension
 from websockets.protocol import State
 
-from ecdysis_async._accepting.asyncio_servers import GatedServer, Moves
+from ecdysis_async._accepting.asyncio_servers import GatedServer, TransferStrategy
 from ecdysis_async._accepting.asyncio_servers import ServerConnection as Tracked
 from ecdysis_async._connections.parcel import Refused, Release
 
 from .http import WEBSOCKET, SelfMoving
 from .websocket import MovingWebSocket, Transfer
 
-__all__ = ["WebSocketMoves", "movable", "transfer_of"]
+__all__ = ["WebSocketTransfer", "movable", "transfer_of"]
 
 
 def transfer_of(websocket: ServerConnection) -> Transfer:
@@ -31,7 +31,7 @@ def transfer_of(websocket: ServerConnection) -> Transfer:
     return transfer if isinstance(transfer, Transfer) else Transfer()
 
 
-class WebSocketMoves(Moves):
+class WebSocketTransfer(TransferStrategy):
     """Connections between two messages."""
 
     def __init__(self, server: GatedServer) -> None:

@@ -28,7 +28,7 @@ class AnchoredService(Service):
         workers: how many.
         at_anchor: code to run in the anchor before it starts.
         opens: whether the anchor opens the sockets; else the workers do.
-        plan: more arguments of ``Plan``.
+        plan: more arguments of ``AnchorConfig``.
         handoffs: arguments of ``Settings``.
         before: what stands before the anchor's command line.
         settings: as for ``Service``.

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from ecdysis_async._anchor.config import Plan
+from ecdysis_async._anchor.config import AnchorConfig
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.cli import anchor as start
 from ecdysis_async.settings import Settings
@@ -34,5 +34,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     command = (sys.executable, "-W", "error", str(WORKER), sys.argv[1])
     settings = Settings(**SETTINGS["handoffs"], command=command, pid_file=Path(SETTINGS["pid_file"]))
-    plan = Plan(open_sockets, settings=settings, control_path=SETTINGS["control"], **SETTINGS["plan"])
+    plan = AnchorConfig(open_sockets, settings=settings, control_path=SETTINGS["control"], **SETTINGS["plan"])
     sys.exit(start.serve(plan))

@@ -400,7 +400,7 @@ def test_a_worker_whose_line_is_broken_leaves(run_anchor: Run) -> None:
     before = service.workers()[0]
     with service.begin("hold") as busy:
         service.wait_for("holding")
-        service.run("os.write(ecdysis._duty._line.fileno(), b'no frame at all')")
+        service.run("os.write(ecdysis._anchor_client._line.fileno(), b'no frame at all')")
         after = service.wait_for_workers(lambda found: found.keys() == {0} and found[0] != before)
         # And an upgrade of the anchor waits until it has.
         begun = threading.Event()
@@ -479,7 +479,7 @@ def test_an_upgrade_that_fails_changes_nothing(run_anchor: Run) -> None:
 # The new code is executed only when a worker has said something that is not heard yet.
 WAITS_FOR_A_WORD = """
 import os, time
-from ecdysis_async.renewal import Renewal
+from ecdysis_async._anchor.upgrade import Upgrade
 
 def is_at_rest(self):
     open("executing", "w").close()
@@ -487,7 +487,7 @@ def is_at_rest(self):
         time.sleep(0.01)
     return look(self)
 
-look, Renewal._is_at_rest = Renewal._is_at_rest, is_at_rest
+look, Upgrade._is_at_rest = Upgrade._is_at_rest, is_at_rest
 """
 
 
@@ -497,7 +497,7 @@ def test_a_stop_in_the_moment_of_an_upgrade_is_not_lost(run_anchor: Run) -> None
         service.wait_for("holding")
         failing = executor.submit(client.upgrade, service.control, lambda event: None)
         service.wait_until((service.directory / "executing").exists, "it is not upgraded")
-        service.run("ecdysis.stop(); await ecdysis._duty.flush(); open('said', 'w').close()")
+        service.run("ecdysis.stop(); await ecdysis._anchor_client.flush(); open('said', 'w').close()")
         with pytest.raises(client.CommandFailed, match="the service is being stopped"):
             failing.result()
         busy.say("go on").answer()

@@ -29,8 +29,8 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 import ecdysis_async
 from ecdysis_async._connections.tracker import Connection, Tracker
 from ecdysis_async._handoff import predecessor as handover
-from ecdysis_async._handoff.predecessor import Handover
-from ecdysis_async._handoff.successor import Inheritance
+from ecdysis_async._handoff.predecessor import PredecessorSide
+from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.errors import DrainInterrupt, RestartError
 
@@ -115,31 +115,31 @@ def act(side: str, state: str, peer: int | None) -> None:
 
 def watch_handoff() -> None:
     """Tell each state of either side, and act there."""
-    handover_changed, handover_start = Handover.changed, Handover._start
-    inheritance_changed, inheritance_greet = Inheritance.changed, Inheritance.greet
+    handover_changed, handover_start = PredecessorSide.changed, PredecessorSide._start
+    inheritance_changed, inheritance_greet = SuccessorSide.changed, SuccessorSide.greet
 
     @functools.wraps(handover_changed)
-    def changed_handover(self: Handover, before: Any, event: Any, cause: object) -> None:
+    def changed_handover(self: PredecessorSide, before: Any, event: Any, cause: object) -> None:
         handover_changed(self, before, event, cause)
         if self.state is not before:
             tell("predecessor", state=self.state.value, generation=self.generation.number)
             act("predecessor", self.state.value, self.report.successor_pid)
 
     @functools.wraps(handover_start)
-    async def start_handover(self: Handover) -> None:
+    async def start_handover(self: PredecessorSide) -> None:
         await handover_start(self)
         tell("predecessor", state="spawning", generation=self.generation.number, successor=self.report.successor_pid)
         act("predecessor", "spawning", self.report.successor_pid)
 
     @functools.wraps(inheritance_changed)
-    def changed_inheritance(self: Inheritance, before: Any, event: Any, cause: object) -> None:
+    def changed_inheritance(self: SuccessorSide, before: Any, event: Any, cause: object) -> None:
         inheritance_changed(self, before, event, cause)
         if self.state is not before:
             tell("successor", state=self.state.value, generation=self.generation.number)
             act("successor", self.state.value, self.predecessor.pid if self.predecessor is not None else None)
 
     @functools.wraps(inheritance_greet)
-    async def greet_inheritance(self: Inheritance) -> None:
+    async def greet_inheritance(self: SuccessorSide) -> None:
         tell("successor", state="greeting")
         act("successor", "greeting", os.getppid())
         await inheritance_greet(self)
@@ -147,10 +147,10 @@ def watch_handoff() -> None:
         act("successor", "initialising", self.predecessor.pid if self.predecessor is not None else None)
 
     # One thing after the other, because mypy knows how each of them is called.
-    Handover.changed = changed_handover  # type: ignore[method-assign]
-    Handover._start = start_handover  # type: ignore[method-assign]
-    Inheritance.changed = changed_inheritance  # type: ignore[method-assign]
-    Inheritance.greet = greet_inheritance  # type: ignore[method-assign]
+    PredecessorSide.changed = changed_handover  # type: ignore[method-assign]
+    PredecessorSide._start = start_handover  # type: ignore[method-assign]
+    SuccessorSide.changed = changed_inheritance  # type: ignore[method-assign]
+    SuccessorSide.greet = greet_inheritance  # type: ignore[method-assign]
 
 
 def watch_accepts() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ecdysis_async._anchor.takeover import Succession, ask_for_service
+from ecdysis_async._anchor.takeover import Takeover, ask_for_service
 from ecdysis_async.errors import TakeoverFailed
 from tests.scenarios.run.commands import (
     ECDYSIS,
@@ -114,7 +114,7 @@ def test_who_dies_with_the_state_in_hand_is_not_waited_for(places: tuple[Path, P
         assert done.returncode == 0, done.stderr
 
 
-def descriptors_of(succession: Succession) -> list[int]:
+def descriptors_of(succession: Takeover) -> list[int]:
     state = succession.state
     found = [each[key] for each in state["crew"]["workers"] for key in ("pidfd", "line")]
     found += [number for sockets in state["sockets"].values() for number in sockets["descriptors"]]

@@ -30,7 +30,7 @@ from ecdysis_async import Ecdysis, RestartError
 from ecdysis_async._accepting.asyncio_servers import ServerConnection
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
 from ecdysis_async._connections.tracker import current_connection
-from ecdysis_async.servers._common import goodbye as departure
+from ecdysis_async.servers._common import goodbye
 
 TICK_SECONDS = 0.05
 
@@ -107,7 +107,7 @@ def start() -> None:
     if (directory() / "broken").exists():
         raise ArithmeticError("this release is broken")
     if (directory() / "endless").exists():
-        departure.GRACE_SECONDS = 0.2
+        goodbye.GRACE_SECONDS = 0.2
     ecdysis = ecdysis_async.current()
     # A thread, because not every loop has tasks that are nobody's.
     threading.Thread(target=tell_serving, args=[ecdysis], daemon=True).start()

@@ -91,7 +91,7 @@ async def make_room() -> None:
 
 
 async def main() -> None:
-    ecdysis_module.Receiver = Faulty  # type: ignore[misc]
+    vars(ecdysis_module)["Receiver"] = Faulty
     async with (
         anyio.create_task_group() as task_group,
         Ecdysis(probation=0.05, drain_timeout=30) as ecdysis,

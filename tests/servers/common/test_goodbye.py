@@ -14,7 +14,7 @@ import trio.testing
 
 from ecdysis_async._accepting.data_plane import activate, deactivate
 from ecdysis_async.errors import DrainInterrupt
-from ecdysis_async.servers._common.goodbye import STEP_SECONDS, Departure
+from ecdysis_async.servers._common.goodbye import STEP_SECONDS, Goodbye
 from tests.planes import a_plane
 
 WEBSOCKETS = 10
@@ -43,7 +43,7 @@ def test_websockets_are_closed_evenly_and_their_clients_have_time_to_answer(time
         async with a_plane() as plane:
             activate(plane)
             try:
-                departure = Departure(cast("Any", Leaving(timeout)))
+                departure = Goodbye(cast("Any", Leaving(timeout)))
                 begun = anyio.current_time()
 
                 async def close() -> None:
@@ -51,7 +51,7 @@ def test_websockets_are_closed_evenly_and_their_clients_have_time_to_answer(time
 
                 departure.websockets |= {functools.partial(close) for _ in range(WEBSOCKETS)}
                 with anyio.move_on_after(timeout):
-                    await departure.see_off()
+                    await departure.wait_for_last_connection()
             finally:
                 deactivate()
 

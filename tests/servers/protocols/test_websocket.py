@@ -13,7 +13,7 @@ from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Frame, Opcode
 
 from ecdysis_async._connections.parcel import Refused, Release
-from ecdysis_async.servers._protocols.websocket import Inbound, Luggage, Transfer
+from ecdysis_async.servers._protocols.websocket import FrameFollower, Transfer, WebSocketState
 
 LENGTHS = (0, 1, 125, 126, 127, 65535, 65536, 70000)
 
@@ -23,7 +23,7 @@ LENGTHS = (0, 1, 125, 126, 127, 65535, 65536, 70000)
 def test_the_end_of_a_frame_is_known_at_every_cut(length: int, mask: bool) -> None:
     data = Frame(Opcode.BINARY, bytes(length)).serialize(mask=mask)
     for cut in {*range(1, min(len(data), 20)), len(data) // 2, len(data) - 1} - {len(data), 0}:
-        inbound = Inbound()
+        inbound = FrameFollower()
         inbound.feed(data[:cut])
         assert not inbound.is_between_frames
         inbound.feed(data[cut:])
@@ -31,7 +31,7 @@ def test_the_end_of_a_frame_is_known_at_every_cut(length: int, mask: bool) -> No
 
 
 def test_fragments_are_no_message() -> None:
-    inbound = Inbound()
+    inbound = FrameFollower()
     for opcode, fin, is_whole in (
         (Opcode.TEXT, False, False),
         (Opcode.PING, True, False),
@@ -46,7 +46,7 @@ def test_fragments_are_no_message() -> None:
 def test_many_frames_in_any_pieces() -> None:
     frames = b"".join(Frame(Opcode.TEXT, bytes(length)).serialize(mask=True) for length in LENGTHS * 3)
     pieces = random.Random(1)
-    inbound = Inbound()
+    inbound = FrameFollower()
     while frames:
         size = pieces.choice((1, 2, 3, 100, 50000))
         inbound.feed(frames[:size])
@@ -60,7 +60,7 @@ def test_a_fresh_decompressor_goes_on_where_another_one_ended(bits: int) -> None
     client = zlib.compressobj(wbits=-bits)
     words = random.Random(2)
     vocabulary = [bytes(words.choices(range(256), k=40)) for _ in range(60)]
-    inbound, server = Inbound(), PerMessageDeflate(False, False, bits, 12)
+    inbound, server = FrameFollower(), PerMessageDeflate(False, False, bits, 12)
     inbound.follow([server])
     for number in range(60):
         text = b"".join(words.choices(vocabulary, k=words.choice((0, 1, 30, 1500))))
@@ -71,12 +71,12 @@ def test_a_fresh_decompressor_goes_on_where_another_one_ended(bits: int) -> None
         if number % 3 == 0:
             window = inbound.window
             assert len(window) <= 1 << bits
-            inbound, server = Inbound(), PerMessageDeflate(False, False, bits, 12)
+            inbound, server = FrameFollower(), PerMessageDeflate(False, False, bits, 12)
             inbound.restore([server], window)
 
 
 def test_without_a_context_there_is_nothing_to_remember() -> None:
-    inbound, server = Inbound(), PerMessageDeflate(True, False, 12, 12)
+    inbound, server = FrameFollower(), PerMessageDeflate(True, False, 12, 12)
     inbound.follow([server])
     data = zlib.compressobj(wbits=-12)
     server.decode(Frame(Opcode.TEXT, (data.compress(b"text") + data.flush(zlib.Z_SYNC_FLUSH))[:-4], rsv1=True))
@@ -84,16 +84,16 @@ def test_without_a_context_there_is_nothing_to_remember() -> None:
 
 
 def test_luggage_arrives_as_it_was_packed() -> None:
-    luggage = Luggage(
+    luggage = WebSocketState(
         b"GET / HTTP/1.1\r\nX: \xe9\r\n\r\n", [["permessage-deflate"], []], bytes(range(256)), {"count": 1}
     )
-    assert Luggage.unpack(luggage.release()) == luggage
+    assert WebSocketState.unpack(luggage.release()) == luggage
 
 
 @pytest.mark.parametrize("state", [None, [], ["request", [[], []], "", 1][:3], ["request", [[]], "", 1]])
 def test_what_is_no_luggage_is_refused(state: object) -> None:
     with pytest.raises(Refused):
-        Luggage.unpack(Release(state))
+        WebSocketState.unpack(Release(state))
 
 
 def test_an_offer() -> None:

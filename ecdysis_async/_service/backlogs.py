@@ -14,14 +14,14 @@ from ecdysis_async._handoff.generation import Generation
 from ecdysis_async._management.descriptor_store import DescriptorStore
 from ecdysis_async._sockets.registry import Entry, Until
 
-__all__ = ["Queues"]
+__all__ = ["Backlogs"]
 
 # How long a queue that nobody inherited is answered before its socket closes all the same, seconds.
 FLUSH_SECONDS = 5.0
 FLUSH_POLL_SECONDS = 0.001
 
 
-class Queues:
+class Backlogs:
     """The queues of one generation's sockets.
 
     Args:
