@@ -26,12 +26,13 @@ from .errors import (
     SuccessorFailed,
     TakeoverFailed,
 )
-from .report import DrainCount, Outcome, Phase, RestartReport
+from .report import DrainCount, Outcome, Phase, RestartReport, State
 
 if TYPE_CHECKING:
     from ecdysis_async._accepting.loops import run
     from ecdysis_async._handoff.stash import InheritedStash
-    from ecdysis_async._service.ecdysis import Ecdysis, State, current, track, until_draining
+    from ecdysis_async._service.ecdysis import Ecdysis, current, track, until_draining
+
 
 __all__ = [
     "DrainCount",
@@ -67,7 +68,6 @@ __all__ = [
 _MODULES = {
     "Ecdysis": "_service.ecdysis",
     "InheritedStash": "_handoff.stash",
-    "State": "_service.ecdysis",
     "current": "_service.ecdysis",
     "run": "_accepting.loops",
     "track": "_service.ecdysis",

@@ -1,4 +1,4 @@
-"""What a restart did and what it cost: data only, and the way it travels as JSON."""
+"""Where a generation stands, and what a restart did and what it cost: data only, and the way it travels as JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-__all__ = ["DrainCount", "Outcome", "Phase", "RestartReport"]
+__all__ = ["DrainCount", "Outcome", "Phase", "RestartReport", "State"]
+
+
+class State(enum.Enum):
+    """Where a generation stands."""
+
+    STARTING = "starting"  # preparing itself: nothing is accepted
+    WAITING = "waiting"  # ready, and waiting for the predecessor's commit
+    SERVING = "serving"
+    PAUSED = "paused"  # a successor accepts, on probation; connections of this generation are served
+    DRAINING = "draining"  # this generation leaves: it will never accept again
+    ENDED = "ended"
 
 
 class Outcome(enum.StrEnum):

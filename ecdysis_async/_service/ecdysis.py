@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import enum
 import functools
 import logging
 import os
@@ -81,14 +80,14 @@ from ecdysis_async.errors import (
     RestartUnsupported,
     RestartWhileDraining,
 )
-from ecdysis_async.report import Outcome, Phase, RestartReport
+from ecdysis_async.report import Outcome, Phase, RestartReport, State
 from ecdysis_async.settings import Settings, StrPath, read_signals
 
 from .anchor_client import AnchorClient, WorkerCommands
 from .backlogs import Backlogs
 from .listeners import Listeners
 
-__all__ = ["Ecdysis", "State", "current", "track", "until_draining"]
+__all__ = ["Ecdysis", "current", "track", "until_draining"]
 
 T = TypeVar("T")
 
@@ -109,17 +108,6 @@ LEEWAY_SECONDS = 60.0
 
 # How long the connections of "exit" listeners get once everything else has drained, seconds.
 EXIT_SECONDS = 1.0
-
-
-class State(enum.Enum):
-    """Where a generation stands."""
-
-    STARTING = "starting"  # preparing itself: nothing is accepted
-    WAITING = "waiting"  # ready, and waiting for the predecessor's commit
-    SERVING = "serving"
-    PAUSED = "paused"  # a successor accepts, on probation; connections of this generation are served
-    DRAINING = "draining"  # this generation leaves: it will never accept again
-    ENDED = "ended"
 
 
 _current: Ecdysis | None = None

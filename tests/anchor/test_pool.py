@@ -21,8 +21,8 @@ from ecdysis_async._anchor.pool import (
     backoff_seconds,
 )
 from ecdysis_async._ipc.worker_link import WorkerLink
-from ecdysis_async._service.ecdysis import State
 from ecdysis_async._system.process import Process
+from ecdysis_async.report import State
 
 NOW = 1000.0
 

@@ -22,7 +22,7 @@ from ecdysis_async import Ecdysis, SpawnFailed
 from ecdysis_async._handoff.preflight import describe_place
 from ecdysis_async._management import control_server
 from ecdysis_async._management.control_path import ControlLock
-from ecdysis_async._service.ecdysis import State
+from ecdysis_async.report import State
 
 Json = dict[str, Any]
 
