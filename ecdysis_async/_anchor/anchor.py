@@ -45,7 +45,7 @@ from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import check_unit, find_shortcoming, find_systemd
 from ecdysis_async._service import ecdysis as supervisor
 from ecdysis_async._sockets.addresses import listen
-from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._sockets.registry import Entry, Registry
 from ecdysis_async._system.log_files import reopen_logs
 from ecdysis_async._system.messages import say
 from ecdysis_async._system.process import Child, Process, describe_exit, describe_launch, find_process, spawn
@@ -120,6 +120,27 @@ class _CrewsChild:
 
     def close(self) -> None:
         """Nothing: the crew does."""
+
+
+class _AnchorHost:
+    """What the predecessor of a slot that nobody serves is part of: an anchor, which accepts nothing itself.
+
+    Clients wait in the queues of its sockets until the worker that comes accepts.
+    """
+
+    connections = 0
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+
+    async def pause(self, spare: Callable[[Entry], bool]) -> None:
+        """Nothing: nobody accepts here."""
+
+    async def resume(self) -> None:
+        """Nothing: nobody accepts here."""
+
+    def hurry(self) -> None:
+        """Nothing: nothing drains here."""
 
 
 class Anchor:
@@ -209,7 +230,7 @@ class Anchor:
             self._held_sockets.activate(supervisor.take_activation())
             if (complaint := check_unit()) is not None:
                 self.log.warning("%s", complaint)
-        self._plane = DataPlane(self.registry, Gate(), Tracker(), self._tasks)
+        self._host = _AnchorHost(self.registry)
         if self.plan.control_path is not None:
             plane = DataPlane(self._held_sockets.control, Gate(), Tracker(), self._tasks)
             self._control = ControlServer(self.plan.control_path, plane, self._controlled())
@@ -383,7 +404,7 @@ class Anchor:
             # The anchor could not serve in its place: there is nothing to keep a probation for.
             settings = dataclasses.replace(self.plan.settings, probation=0, pid_file=None)
             starter = functools.partial(self._spawn, slot, generation, None)
-            predecessor = Generation(generation - 1, settings, self._plane, self.log)
+            predecessor = Generation(generation - 1, settings, self._host, self.log)
             handover = PredecessorSide(
                 predecessor,
                 lambda handover: self.changes.announce(),

@@ -11,13 +11,13 @@ from typing import Any
 
 import anyio
 
-from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._system.log_files import reopen_logs
 from ecdysis_async._system.process import Child
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.settings import Settings
 
 from .ancestors import Ancestors
+from .host import Host
 from .stash import InheritedStash, Stashes
 
 __all__ = ["Generation", "GenerationLog", "Spawner"]
@@ -43,7 +43,8 @@ class Generation:
 
     number: int
     settings: Settings
-    plane: DataPlane
+    # What is paused, resumed and handed over.
+    host: Host
     log: GenerationLog
     # Keys that this generation's environment got from the env file: forgotten before it is read afresh.
     env_file_keys: tuple[str, ...] = ()

@@ -289,7 +289,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             case Frame(type=DrainMessage.HURRY):
                 item.close()
                 self.generation.log.warning("too many generations drain: the deadline of this one is now")
-                self.generation.plane.tracker.hurry()
+                self.generation.host.hurry()
             case Frame(type=DrainMessage.REOPEN_LOGS):
                 item.close()
                 self._tasks.start_soon(self.generation.reopen_logs)
@@ -489,8 +489,8 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
     async def _send_listeners(self) -> None:
         assert self._stderr is not None
         generation = self.generation
-        self._entries = list(generation.plane.registry.entries)
-        descriptions, sockets = generation.plane.registry.describe(self._entries)
+        self._entries = list(generation.host.registry.entries)
+        descriptions, sockets = generation.host.registry.describe(self._entries)
         ancestors = list(generation.lineage.ancestors)
         with contextlib.ExitStack() as ours:
 
@@ -514,7 +514,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                     "ancestors": [ancestor.to_json() for ancestor in ancestors],
                     "env_file_keys": list(self._env_file_keys),
                     # How many may come to the successor once this has settled.
-                    "connections": len(generation.plane.tracker),
+                    "connections": generation.host.connections,
                 },
                 [
                     owned(os.pidfd_open(os.getpid())),
@@ -560,7 +560,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                     self._paused_at = time.monotonic()
                     # It may have been resumed, for a successor that died, before this had its turn.
                     if self.state is PredecessorState.PAUSING:
-                        await self.generation.plane.gate.pause(spare=unclaimed.__contains__)
+                        await self.generation.host.pause(unclaimed.__contains__)
         except Exception as error:
             self.generation.log.exception("this generation could not stop accepting; the restart is called off")
             self.post(PredecessorEvent.BROKEN, error)
@@ -584,7 +584,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         while True:
             try:
                 async with self.generation.gate_lock:
-                    await self.generation.plane.gate.open()
+                    await self.generation.host.resume()
             except OSError:
                 if not is_said:
                     is_said = True

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import anyio
 
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._connections.sender import make_room
 from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.peer import Death, Peer
@@ -52,6 +53,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
     Args:
         sock: the channel.
         generation: this one.
+        plane: what opens with the commit, with the sockets that are inherited.
         on_change: called after each change of the state.
         is_child: whether the predecessor has started this process, and given it a pipe for its stderr.
 
@@ -73,6 +75,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         self,
         sock: socket.socket,
         generation: Generation,
+        plane: DataPlane,
         on_change: Callable[[SuccessorSide], None],
         *,
         is_child: bool = True,
@@ -85,6 +88,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         self.reason = self.summary = ""
         # What the predecessor has said of its drain before this side knew that it had settled.
         self.farewells: list[Frame | DescriptorsLost] = []
+        self._plane = plane
         self._on_change = on_change
         self._channel = Channel(sock)
         # In the predecessor's order.
@@ -215,7 +219,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
     async def perform(self, action: SuccessorAction) -> None:
         match action:
             case SuccessorAction.SEND_READY:
-                registry = self.generation.plane.registry
+                registry = self._plane.registry
                 # Not by their places in the registry: the application may have closed one of them by now.
                 kept = {entry.sock for entry in registry.entries if entry.claimed}
                 claimed = [index for index, sock in enumerate(self._inherited) if sock in kept]
@@ -228,14 +232,14 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                 await self._send(FromSuccessor.FAILED, {"error": self.reason})
             case SuccessorAction.OPEN:
                 self._restore_stderr()
-                registry = self.generation.plane.registry
+                registry = self._plane.registry
                 # There are some left only where the predecessor died before this side was ready: nobody else has them.
                 for entry in registry.close_unclaimed(unlink=True):
                     self.generation.log.warning("nobody claims %s: it is closed, nobody listens there", entry.name)
                 async with self.generation.gate_lock:
                     # What was created here, also where the task that will accept has not had its turn yet.
                     registry.start_listening()
-                    await self.generation.plane.gate.open()
+                    await self._plane.gate.open()
                 self._opened_at = time.monotonic()
                 self.post(SuccessorEvent.OPENED)
             case SuccessorAction.SEND_SERVING:
@@ -246,7 +250,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                 await self._send(FromSuccessor.STOPPING)
             case SuccessorAction.RETURN:
                 async with self.generation.gate_lock:
-                    await self.generation.plane.gate.end()
+                    await self._plane.gate.end()
                 await self._send(FromSuccessor.RETURNED)
 
     # How it is done
@@ -263,7 +267,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         counters = os.memfd_create("ecdysis-counters", os.MFD_CLOEXEC)
         try:
             os.ftruncate(counters, COUNTERS.size)
-            self.generation.plane.tracker.share(memoryview(mmap.mmap(counters, COUNTERS.size)).cast("Q"))
+            self._plane.tracker.share(memoryview(mmap.mmap(counters, COUNTERS.size)).cast("Q"))
             body = {"versions": list(VERSIONS), "pid": os.getpid()}
             await self._channel.send(FromSuccessor.HELLO, body, [pidfd, counters])
         finally:
@@ -279,8 +283,8 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         descriptors = iter(frame.descriptors)
         peer = Peer(self._channel, next(descriptors))
         self._stderr, self._stderr_read_end = next(descriptors), next(descriptors)
-        generation.plane.registry.inherit(sockets, [next(descriptors) for _ in sockets])
-        self._inherited = [entry.sock for entry in generation.plane.registry.entries[: len(sockets)]]
+        self._plane.registry.inherit(sockets, [next(descriptors) for _ in sockets])
+        self._inherited = [entry.sock for entry in self._plane.registry.entries[: len(sockets)]]
         memories = [next(descriptors) for _ in stashes]
         try:
             generation.inherited_stash.receive(stashes, memories)
@@ -312,8 +316,8 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         os.close(self._stderr)
         self._stderr = -1
         # What was started until now may write to the pipe for as long as it lives, and so does this one pass it on.
-        assert self.generation.plane.task_group is not None
-        self.generation.plane.task_group.start_soon(self._pass_stderr_on)
+        assert self._plane.task_group is not None
+        self._plane.task_group.start_soon(self._pass_stderr_on)
 
     async def _pass_stderr_on(self) -> None:
         read_end, self._stderr_read_end = self._stderr_read_end, -1

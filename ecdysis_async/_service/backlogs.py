@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 
 import anyio
 
+from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import Acceptor
 from ecdysis_async._handoff.generation import Generation
 from ecdysis_async._management.descriptor_store import DescriptorStore
@@ -26,13 +27,15 @@ class Backlogs:
 
     Args:
         generation: this one.
+        plane: its sockets, its gate and its connections.
         store: where systemd may keep its sockets.
     """
 
-    def __init__(self, generation: Generation, store: DescriptorStore) -> None:
+    def __init__(self, generation: Generation, plane: DataPlane, store: DescriptorStore) -> None:
         self._generation = generation
         self._store = store
-        self._gate = generation.plane.gate
+        self._plane = plane
+        self._gate = plane.gate
 
     async def answer(self) -> None:
         """Answer everyone who waits, because no generation comes after this one."""
@@ -50,7 +53,7 @@ class Backlogs:
         Whoever comes only now, to one of several sockets of a port (SO_REUSEPORT), finds another one when it asks again
         (DESIGN.md, trap 11).
         """
-        registry = self._generation.plane.registry
+        registry = self._plane.registry
         for entry in unclaimed:
             # Unless the application was faster, and has closed its server.
             if entry not in registry.entries:
@@ -65,7 +68,7 @@ class Backlogs:
     async def empty(self, acceptors: Collection[Acceptor]) -> None:
         """Accept whatever waits, and then no more; after a while, or in a hurry, though somebody waits."""
         deadline = anyio.current_time() + min(FLUSH_SECONDS, self._generation.settings.drain_timeout)
-        tracker = self._generation.plane.tracker
+        tracker = self._plane.tracker
 
         def is_time() -> bool:
             return anyio.current_time() < deadline and not tracker.is_hurried

@@ -32,6 +32,7 @@ from ecdysis_async._connections.tracker import Tracker, current_connection
 from ecdysis_async._handoff import preflight
 from ecdysis_async._handoff.ancestors import Ancestor
 from ecdysis_async._handoff.generation import Generation, GenerationLog, Spawner
+from ecdysis_async._handoff.host import AcceptingHost
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import (
     DrainMessage,
@@ -316,7 +317,8 @@ class Ecdysis(Listeners):
 
     @property
     def _plane(self) -> data_plane.DataPlane:
-        return self._generation.plane
+        self._require_entered()
+        return self._data_plane
 
     async def __aenter__(self) -> Self:
         global _current
@@ -336,17 +338,17 @@ class Ecdysis(Listeners):
         self._changes = Changes()
         self._resources = ExitStack()
         self._task_group = anyio.create_task_group()
-        plane = data_plane.DataPlane(self._registry, self._gate, self._tracker, self._task_group)
+        self._data_plane = plane = data_plane.DataPlane(self._registry, self._gate, self._tracker, self._task_group)
         self._entered = Generation(
             1,
             self._settings,
-            plane,
+            AcceptingHost(plane),
             GenerationLog(1),
             is_supervised=self._systemd.is_there,
             stashes=self._stashes,
             inherited_stash=self._inherited_stash,
         )
-        self._backlogs = Backlogs(self._entered, self._store)
+        self._backlogs = Backlogs(self._entered, plane, self._store)
         data_plane.activate(plane)
         _current = self
         try:
@@ -361,7 +363,9 @@ class Ecdysis(Listeners):
             if sock is None and self._takeover_path is not None:
                 sock = await run_in_thread(functools.partial(ask_for_channel, self._takeover_path))
             if sock is not None:
-                self._inheritance = SuccessorSide(sock, self._generation, self._on_inheritance, is_child=is_child)
+                self._inheritance = SuccessorSide(
+                    sock, self._generation, plane, self._on_inheritance, is_child=is_child
+                )
                 self._resources.callback(self._inheritance.close)
                 await self._inheritance.greet()
                 self._store.inherit(self._registry.entries)
@@ -799,7 +803,7 @@ class Ecdysis(Listeners):
             reopen_logs=self._generation.reopen_logs,
             state=lambda: self._state.value,
         )
-        self._anchor_client = AnchorClient(sock, self._generation.plane, orders)
+        self._anchor_client = AnchorClient(sock, self._plane, orders)
         self._resources.callback(self._anchor_client.close)
         self._registry.owns_paths = False
         self._generation.shares_sockets = True
@@ -1005,7 +1009,7 @@ class Ecdysis(Listeners):
         self._announce()
 
     def _receive_transfers(self, sock: socket.socket) -> None:
-        receiver = Receiver(sock, self._generation.plane, self._generation.log)
+        receiver = Receiver(sock, self._plane, self._generation.log)
         self._task_group.start_soon(self._run_receiver, receiver)
 
     async def _run_receiver(self, receiver: Receiver) -> None:

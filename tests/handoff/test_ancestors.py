@@ -17,6 +17,7 @@ from ecdysis_async._accepting.gate import Gate
 from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._handoff.ancestors import Ancestor, Ancestors
 from ecdysis_async._handoff.generation import Generation, GenerationLog
+from ecdysis_async._handoff.host import AcceptingHost
 from ecdysis_async._handoff.protocol import DrainMessage, FromPredecessor, SuccessorState
 from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._ipc.channel import Channel, Frame
@@ -137,8 +138,9 @@ async def test_a_lost_way_of_connections_keeps_no_successor_from_settling(
 ) -> None:
     ours, theirs = socket.socketpair()
     other_end = Channel(theirs)
-    generation = Generation(2, Settings(), DataPlane(Registry(), Gate(), Tracker()), GenerationLog(2))
-    inheritance = SuccessorSide(ours, generation, lambda side: None, is_child=False)
+    plane = DataPlane(Registry(), Gate(), Tracker())
+    generation = Generation(2, Settings(), AcceptingHost(plane), GenerationLog(2))
+    inheritance = SuccessorSide(ours, generation, plane, lambda side: None, is_child=False)
     ancestor = Ancestor(1, os.getpid(), Peer(inheritance._channel, os.pidfd_open(os.getpid())))
     inheritance.predecessor, inheritance.state = ancestor, SuccessorState.PROBATION
     try:
