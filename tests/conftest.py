@@ -180,11 +180,29 @@ def find_marked(mark: str) -> set[psutil.Process]:
     for name in filter(str.isdecimal, os.listdir("/proc")):
         # Another user's process, or one that ended meanwhile, is none that this test left running.
         with contextlib.suppress(OSError, psutil.NoSuchProcess):
-            with open(f"/proc/{name}/environ", "rb") as environment:
-                is_marked = f"{GUARD_VARIABLE}={mark}".encode() in environment.read().split(b"\0")
-            if is_marked:
+            if f"{GUARD_VARIABLE}={mark}".encode() in read_environment(name).split(b"\0"):
                 marked.add(psutil.Process(int(name)))
     return marked
+
+
+def read_environment(pid: str) -> bytes:
+    """Return the environment with which a process was started.
+
+    While the kernel executes a program, it is empty: for some time after ``subprocess.Popen`` has returned.
+    """
+    while True:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            environment = file.read()
+        if environment or not is_in_exec(pid):
+            return environment
+
+
+def is_in_exec(pid: str) -> bool:
+    """Say whether a process has memory, and the kernel has put no environment there yet; proc_pid_stat(5)."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()  # from the third on: the second, a name, may hold anything
+    vsize, env_end = fields[20], fields[48]
+    return vsize != b"0" and env_end == b"0"
 
 
 def describe_process(process: psutil.Process) -> str:

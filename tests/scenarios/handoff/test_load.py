@@ -66,7 +66,7 @@ async def restart_under_load(loop: str, stderr: Path) -> None:
         async with running(*options, flags=["-W", "error"], stderr=file) as service:
             await load(service, restarts=1)
             first = await take_stock(service)
-            counts = await load(service, restarts=RESTARTS - 1)
+            counts = await load(service, restarts=RESTARTS - 1, silent_closed=1)
             last = await take_stock(service)
             await service.stop()
 
@@ -81,7 +81,6 @@ async def restart_under_load(loop: str, stderr: Path) -> None:
     assert [report.drain.cut for report in reports] == [0] * len(reports)
     # Closed, as seen from both ends; each connection has one client, and each silent client has seen it.
     assert counts.silent_closed <= sum(report.drain.silent for report in reports)
-    assert counts.silent_closed > 0
 
     assert last.descriptors == first.descriptors
     assert last.threads == first.threads
@@ -89,15 +88,18 @@ async def restart_under_load(loop: str, stderr: Path) -> None:
     assert last.private_bytes < first.private_bytes + TOLERANCE_BYTES
 
 
-async def load(service: RunningService, restarts: int) -> Counts:
-    """Load a service while it restarts, each time as soon as the last restart has settled."""
+async def load(service: RunningService, restarts: int, silent_closed: int = 0) -> Counts:
+    """Load a service while it restarts, each time as soon as the last restart has settled.
+
+    The load goes on until so many silent clients have met a deadline: a fast machine is through the restarts before.
+    """
     clients = Load(service.port, MIX)
     async with asyncio.TaskGroup() as task_group:
         task_group.create_task(clients.run())
         for _ in range(restarts):
             await service.restart()
         # A last generation that nobody asks would show nothing.
-        while not clients.counts.generations[max(service.generations)]:
+        while not clients.counts.generations[max(service.generations)] or clients.counts.silent_closed < silent_closed:
             await clients.wait_for_end(0.01)
         clients.end()
     assert not clients.is_limited, "the load ended before the restarts did"
