@@ -1066,11 +1066,11 @@ async def test_a_stream_that_starts_tls_is_tracked_to_its_end(
 SHORTAGE = """
 import asyncio, os, resource, socket, sys
 import uvloop
-from ecdysis_async.asyncio_servers import create_server
-from ecdysis_async.drain import Tracker
-from ecdysis_async.gate import Gate
-from ecdysis_async.plane import Plane
-from ecdysis_async.registry import Registry
+from ecdysis_async._accepting.asyncio_servers import create_server
+from ecdysis_async._connections.tracker import Tracker
+from ecdysis_async._accepting.gate import Gate
+from ecdysis_async._accepting.data_plane import DataPlane
+from ecdysis_async._sockets.registry import Registry
 
 class Echo(asyncio.Protocol):
     def connection_made(self, transport):
@@ -1087,7 +1087,7 @@ async def main():
     reports = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: reports.append(context))
-    plane = Plane(Registry(), Gate(), Tracker())
+    plane = DataPlane(Registry(), Gate(), Tracker())
     server = await create_server(plane, Echo, "127.0.0.1", 0)
     await plane.gate.open()
     client = socket.socket()

@@ -92,7 +92,7 @@ import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name: None if name == "uvloop" else find_spec(name)
 sys.meta_path.insert(0, Hide())
-from ecdysis_async.loops import run
+from ecdysis_async._accepting.loops import run
 
 async def main():
     assert isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop)

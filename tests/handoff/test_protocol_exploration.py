@@ -1,4 +1,4 @@
-"""Every interleaving of three generations, explored: a model checker for ``ecdysis_async.protocol``.
+"""Every interleaving of three generations, explored: a model checker for ``_handoff/protocol.py``.
 
 P, S and T stand in a chain; each pair runs the handoff over a link of two channels. The checker walks through every
 state that messages, deaths, broken channels, timers, stops, failures and requests lead to, in whatever order they

@@ -16,7 +16,7 @@ from ecdysis_async._management.pid_file import PidFile
 # What a successor does that is killed before it has published.
 KILLED = """
 import os, pathlib, signal, sys
-from ecdysis_async.pid_file import PidFile
+from ecdysis_async._management.pid_file import PidFile
 PidFile(pathlib.Path(sys.argv[1])).prepare()
 os.kill(os.getpid(), signal.SIGKILL)
 """

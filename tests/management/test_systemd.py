@@ -293,7 +293,7 @@ async def test_a_restart_that_would_end_the_unit_is_refused(backend: str, enviro
 # Run as another program, because it is for the descriptors from 3 on of a process that was just executed.
 ACTIVATED = """
 import json, os, sys
-from ecdysis_async import supervisor  # which claims them when it is imported
+from ecdysis_async._service import ecdysis as supervisor  # which claims them when it is imported
 found = supervisor._activation
 print(json.dumps([found, [os.get_inheritable(fd) for fd in found], [key for key in os.environ if "LISTEN" in key]]))
 """

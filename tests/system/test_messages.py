@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 PROGRAM = """
-from ecdysis_async import messages
+from ecdysis_async._system import messages
 messages.say("two lines\\nof one message")
 messages.write_lines("another")
 """

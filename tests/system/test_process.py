@@ -47,7 +47,7 @@ SERVICE = (
     BELOW_THE_PACKAGE
     + """
 import json, os, socket, subprocess
-from ecdysis_async.spawn import claim_channel, describe_launch, spawn
+from ecdysis_async._system.process import claim_channel, describe_launch, spawn
 
 RELEASE = "one"
 
@@ -680,9 +680,9 @@ def test_platforms_without_the_means_can_import_it() -> None:
         "}.items():\n"
         "    for name in names:\n"
         "        delattr(module, name)\n"
-        "import ecdysis_async.channel, ecdysis_async.registry, ecdysis_async.spawn\n"
-        "assert not ecdysis_async.spawn.supported()\n"
-        "registry = ecdysis_async.registry.Registry()\n"
+        "import ecdysis_async._ipc.channel, ecdysis_async._sockets.registry, ecdysis_async._system.process\n"
+        "assert not ecdysis_async._system.process.supported()\n"
+        "registry = ecdysis_async._sockets.registry.Registry()\n"
         "assert registry.listen_tcp('127.0.0.1', 0).kind.value == 'tcp'\n"
         "registry.close(unlink=True)\n"
     )

@@ -21,7 +21,7 @@ from ecdysis_async._system.signals import handled_signals
 
 ENDS = """
 import atexit, os, signal, sys
-from ecdysis_async.signals import handled_signals
+from ecdysis_async._system.signals import handled_signals
 
 stop_signals = (signal.SIGTERM, signal.SIGINT)
 with handled_signals(dict.fromkeys((*stop_signals, signal.SIGHUP), lambda: None)) as receiver:

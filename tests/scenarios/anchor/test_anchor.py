@@ -158,7 +158,7 @@ def test_a_restart_waits_for_a_worker_that_stands_still_on_probation_and_says_so
 # A defect that shows with the second worker of a roll-out, while a file says so.
 DEFECT = """
 import os
-from ecdysis_async.anchor import Anchor
+from ecdysis_async._anchor.anchor import Anchor
 
 def begin_replacing(self, slot, *arguments):
     if slot.index == 1 and os.path.exists("defect"):

@@ -75,7 +75,7 @@ def workers(control: str) -> set[int]:
 
 def test_the_anchor_imports_no_server() -> None:
     program = (
-        "import sys, ecdysis_async.cli.commands, ecdysis_async.anchor; "
+        "import sys, ecdysis_async.cli.commands, ecdysis_async._anchor.anchor; "
         f"sys.exit(sorted({SERVERS!r} & set(sys.modules)) or 0)"
     )
     result = subprocess.run(
