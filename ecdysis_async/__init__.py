@@ -63,22 +63,16 @@ __all__ = [
 ]
 
 
-# Not before they are asked for: the supervisor costs `ecdysis restart`, which has no need of it, half of its start, and
-# asyncio a service on trio 40 ms.
-_MODULES = {
-    "Ecdysis": "_service.ecdysis",
-    "InheritedStash": "_handoff.stash",
-    "current": "_service.ecdysis",
-    "run": "_accepting.loops",
-    "track": "_service.ecdysis",
-    "until_draining": "_service.ecdysis",
-}
+# The names of these modules are loaded when they are asked for, as are those of `_service.ecdysis`, which has the rest.
+# `Ecdysis` costs `ecdysis restart`, which has no need of it, half of its start; asyncio costs a service on trio 40 ms.
+_MODULES = {"InheritedStash": "_handoff.stash", "run": "_accepting.loops"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    module = importlib.import_module(f".{_MODULES.get(name, '_service.ecdysis')}", __name__)
+    value = globals()[name] = getattr(module, name)
     return value
 
 
@@ -86,7 +80,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# What was passed to this process it claims with the first import, before the application can start another one, which
+# What was passed to this process is taken with the first import, before the application can start another process. That
 # would find the marker, or hold the descriptors, as well (DESIGN.md, trap 7). Commands are passed nothing.
 if os.environ.keys() & {"ECDYSIS_CHANNEL", "ECDYSIS_LINE", "LISTEN_PID"}:
-    importlib.import_module("._service.ecdysis", __name__)
+    importlib.import_module("._system.claims", __name__)

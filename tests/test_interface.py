@@ -16,7 +16,7 @@ import pytest
 import ecdysis_async
 from ecdysis_async import Ecdysis, RestartError
 from ecdysis_async._accepting import asyncio_datagrams, asyncio_servers
-from ecdysis_async._system import process as spawn
+from ecdysis_async._system.claims import LINE_MARKER, MARKER
 from ecdysis_async.cli.client import Exit
 
 PUBLIC = {
@@ -246,7 +246,15 @@ def test_a_command_loads_nothing_of_a_service() -> None:
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"set()\n"
 
 
-@pytest.mark.parametrize("key", [spawn.MARKER, spawn.LINE_MARKER, "LISTEN_PID"])
+def test_an_anchor_loads_nothing_of_what_only_a_worker_runs() -> None:
+    program = (
+        "import sys, ecdysis_async.cli.run, ecdysis_async.cli.anchor\n"
+        "print([name for name in sys.modules if name.startswith('ecdysis_async._service')])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"[]\n"
+
+
+@pytest.mark.parametrize("key", [MARKER, LINE_MARKER, "LISTEN_PID"])
 def test_what_was_passed_is_claimed_with_the_package(key: str) -> None:
     """Before the application can start a process that would find it as well (trap 7)."""
     program = f"import os, ecdysis_async; print({key!r} in os.environ)"

@@ -43,9 +43,9 @@ from ecdysis_async._management.control_server import Changes, ControlHandlers, C
 from ecdysis_async._management.pid_file import PidFile
 from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import check_unit, find_shortcoming, find_systemd
-from ecdysis_async._service import ecdysis as supervisor
 from ecdysis_async._sockets.addresses import listen
 from ecdysis_async._sockets.registry import Entry, Registry
+from ecdysis_async._system.claims import take_activation
 from ecdysis_async._system.log_files import reopen_logs
 from ecdysis_async._system.messages import say
 from ecdysis_async._system.process import Child, Process, describe_exit, describe_launch, find_process, spawn
@@ -227,7 +227,7 @@ class Anchor:
     async def _open(self, resources: ExitStack) -> None:
         """Open what the service needs, before the first worker."""
         if self.plan.systemd is not False:
-            self._held_sockets.activate(supervisor.take_activation())
+            self._held_sockets.activate(take_activation())
             if (complaint := check_unit()) is not None:
                 self.log.warning("%s", complaint)
         self._host = _AnchorHost(self.registry)

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ecdysis_async._ipc.worker_link import WorkerLink
-from ecdysis_async._system.process import ANCHOR_CHECK_MARKER, ANCHOR_MARKER, Launch, Process
+from ecdysis_async._system.claims import ANCHOR_CHECK_MARKER, ANCHOR_MARKER, mark
+from ecdysis_async._system.process import Launch, Process
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import RestartReport
 
@@ -209,7 +210,7 @@ def check(launch: Launch, memory: int, timeout: float) -> None:
         result = subprocess.run(
             launch.arguments,
             cwd=launch.directory,
-            env={**launch.environment, ANCHOR_CHECK_MARKER: _mark(memory)},
+            env={**launch.environment, ANCHOR_CHECK_MARKER: mark(memory)},
             pass_fds=[memory],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -295,7 +296,7 @@ def execute(launch: Launch, memory: int, descriptors: Sequence[int]) -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None: nothing is buffered
                 stream.flush()
-        os.execve(launch.arguments[0], launch.arguments, {**launch.environment, ANCHOR_MARKER: _mark(memory)})  # noqa: S606
+        os.execve(launch.arguments[0], launch.arguments, {**launch.environment, ANCHOR_MARKER: mark(memory)})  # noqa: S606
     except OSError as error:
         for descriptor in kept:
             os.set_inheritable(descriptor, False)
@@ -309,8 +310,3 @@ def _working_directory() -> str | None:
         return os.getcwd()
     except FileNotFoundError:
         return None
-
-
-def _mark(descriptor: int) -> str:
-    found = os.fstat(descriptor)
-    return f"{descriptor}:{found.st_dev}:{found.st_ino}"

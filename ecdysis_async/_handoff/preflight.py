@@ -19,15 +19,8 @@ import anyio
 
 from ecdysis_async._ipc.channel import Channel
 from ecdysis_async._sockets.registry import Entry
-from ecdysis_async._system.process import (
-    CHECK_KEY,
-    PRIVATE_KEYS,
-    Launch,
-    Process,
-    describe_exit,
-    describe_launch,
-    spawn,
-)
+from ecdysis_async._system.claims import CHECK_KEY, PRIVATE_KEYS
+from ecdysis_async._system.process import Launch, Process, describe_exit, describe_launch, spawn
 from ecdysis_async._system.stderr import StderrTail
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import ChannelError, RestartError, SpawnFailed
@@ -39,7 +32,6 @@ __all__ = [
     "describe_place",
     "describe_release",
     "digest_environment",
-    "is_check",
     "preflight",
     "tell",
 ]
@@ -55,15 +47,6 @@ PASSING_KEYS: Final = frozenset(
 )
 
 Json = dict[str, Any]
-
-# With the first import, as the channel (supervisor.py): what this process starts is no check.
-_is_check = os.environ.pop(CHECK_KEY, None) is not None
-
-
-def is_check() -> bool:
-    """Say whether this process was started to tell what it is, and to end."""
-    return _is_check
-
 
 # What a release tells
 

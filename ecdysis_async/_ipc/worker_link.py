@@ -9,17 +9,14 @@ from __future__ import annotations
 import enum
 import math
 import os
-import signal
 import socket
 import struct
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anyio
 
-from ecdysis_async._system.process import LINE_MARKER, claim_socket
 from ecdysis_async.errors import ChannelError, DescriptorsLost, RestartError
 
 from .channel import Channel, Frame
@@ -33,8 +30,6 @@ __all__ = [
     "describe_loss",
     "error_from_json",
     "error_to_json",
-    "is_worker",
-    "take",
 ]
 
 
@@ -74,18 +69,6 @@ FLUSH_SECONDS = 2.0
 
 # struct ucred of unix(7): pid, uid, gid.
 _CREDENTIALS = struct.Struct("@iII")
-
-# What a terminal, or an operator who means the anchor, sends to the whole process group: the anchor acts upon it.
-_ANCHORS_SIGNALS = ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
-
-# With the first import, as the channel of a handoff (supervisor.py), and taken by the first Ecdysis that is entered.
-_socket: socket.socket | None = claim_socket(LINE_MARKER)
-_is_worker = _socket is not None
-if _is_worker and threading.current_thread() is threading.main_thread():
-    # From now on, because a worker that still imports its application would die of Ctrl-C with a traceback. By a
-    # handler, which ends with an exec: what the application starts shall not ignore them.
-    for _name in _ANCHORS_SIGNALS:
-        signal.signal(signal.Signals[_name], lambda number, frame: None)
 
 _requests: int | None = None
 
@@ -183,18 +166,6 @@ class WorkerLink:
         """Let go of the line; harmless if done already."""
         self.give_up()
         self._channel.close()
-
-
-def is_worker() -> bool:
-    """Say whether this process was started by an anchor, to be one of its workers."""
-    return _is_worker
-
-
-def take() -> socket.socket | None:
-    """Return the line of this process, once; None if it is no worker, or the line was taken."""
-    global _socket
-    sock, _socket = _socket, None
-    return sock
 
 
 def count_request() -> None:

@@ -22,8 +22,9 @@ from urllib.parse import quote, unquote
 
 from ecdysis_async._handoff.stash import Version
 from ecdysis_async._sockets.registry import Entry, Registry
+from ecdysis_async._system.claims import STATE_PREFIX
 
-from .systemd import SOCKET_PREFIX, STATE_PREFIX, Systemd
+from .systemd import SOCKET_PREFIX, Systemd
 
 __all__ = ["DescriptorStore"]
 

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -22,19 +21,12 @@ import anyio
 
 from ecdysis_async._system.threads import run_in_thread
 
-__all__ = ["Systemd", "check_unit", "claim_activation", "find_shortcoming", "find_systemd", "forbid_restart"]
+__all__ = ["Systemd", "check_unit", "find_shortcoming", "find_systemd", "forbid_restart"]
 
 logger = logging.getLogger("ecdysis_async")
 
-# SD_LISTEN_FDS_START of sd_listen_fds(3): what a process is activated with begins behind stdin, stdout and stderr.
-FIRST_DESCRIPTOR = 3
-
-# What sd_listen_fds_with_names(3) calls a socket that was given no name.
-ANONYMOUS = "unknown"
-
-# Before the name of each socket that this service has parked in the descriptor store, and of each piece of its state.
+# Before the name of each socket that this service has parked in the descriptor store.
 SOCKET_PREFIX = "ecdysis;"
-STATE_PREFIX = "ecdysis-stash;"
 
 # How long systemd may take to read a message, and to answer a barrier, seconds. It takes milliseconds, unless it is
 # stopped, or being executed anew.
@@ -48,33 +40,6 @@ BOOTED = "/run/systemd/system"
 
 # How long systemctl may take, seconds.
 ASK_SECONDS = 2.0
-
-
-def claim_activation() -> dict[int, str]:
-    """Return the sockets that this process was activated with: the name of each, by its descriptor.
-
-    Call it once, as early as possible: it takes ``LISTEN_*`` out of the environment, so that no process started from
-    here takes the sockets for its own. A descriptor that is no socket (ListenFIFO=, a file) is left as it is, unless an
-    earlier process of the service has parked it.
-    """
-    pid, count, names, _ = (
-        os.environ.pop(key, "") for key in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
-    )
-    # Meant for another process: it came through a shell, or through a service that does not take it out.
-    if pid != str(os.getpid()) or not count.isdecimal():
-        return {}
-    sockets = {}
-    given = names.split(":")
-    for index in range(int(count)):
-        descriptor = FIRST_DESCRIPTOR + index
-        # Closed by whoever ran before us in this process.
-        with contextlib.suppress(OSError):
-            # systemd passes them without CLOEXEC, because it executes this program with them.
-            os.set_inheritable(descriptor, False)
-            name = (given[index] if index < len(given) else "") or ANONYMOUS
-            if stat.S_ISSOCK(os.fstat(descriptor).st_mode) or name.startswith(STATE_PREFIX):
-                sockets[descriptor] = name
-    return sockets
 
 
 def find_systemd(wanted: bool | None) -> Systemd:  # noqa: FBT001 - the setting as the user gave it

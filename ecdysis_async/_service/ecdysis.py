@@ -7,7 +7,6 @@ stands in the data planes.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
 import functools
@@ -43,7 +42,6 @@ from ecdysis_async._handoff.protocol import (
 )
 from ecdysis_async._handoff.stash import At, InheritedStash, Producer, Stashes, Version
 from ecdysis_async._handoff.successor import SuccessorSide
-from ecdysis_async._ipc import worker_link
 from ecdysis_async._ipc.worker_link import FromWorker
 from ecdysis_async._management.control_path import locate
 from ecdysis_async._management.control_server import Changes, ControlHandlers, ControlServer, Restart
@@ -59,16 +57,11 @@ from ecdysis_async._management.status import (
     describe_wait,
     report_of,
 )
-from ecdysis_async._management.systemd import (
-    check_unit,
-    claim_activation,
-    find_shortcoming,
-    find_systemd,
-    forbid_restart,
-)
+from ecdysis_async._management.systemd import check_unit, find_shortcoming, find_systemd, forbid_restart
 from ecdysis_async._management.takeover import ask_for_channel
 from ecdysis_async._sockets.registry import Entry, Registry, Until
-from ecdysis_async._system.process import claim_channel, supported
+from ecdysis_async._system.claims import is_check, is_worker, take_activation, take_channel, take_line
+from ecdysis_async._system.process import supported
 from ecdysis_async._system.signals import SignalReceiver, can_handle_signals, handled_signals, is_handled
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import (
@@ -113,23 +106,6 @@ EXIT_SECONDS = 1.0
 
 _current: Ecdysis | None = None
 
-# Claimed with the first import of the package, before the application can start a process that would find the marker,
-# or hold the channel, as well (DESIGN.md, trap 7). Taken by the first Ecdysis that is entered.
-_channel: socket.socket | None = claim_channel()
-if _channel is not None:
-    # A process that dies before it enters the block has nobody else who closes it.
-    atexit.register(_channel.close)
-
-# The same holds for the sockets that systemd has passed to this process.
-_activation: Mapping[int, str] = claim_activation()
-
-
-def take_channel() -> socket.socket | None:
-    """Return the channel to whoever has started this process, once; None if there is none, or it was taken."""
-    global _channel
-    sock, _channel = _channel, None
-    return sock
-
 
 def current() -> Ecdysis:
     """Return the ``Ecdysis`` of this process, for an admin endpoint or a handler.
@@ -140,13 +116,6 @@ def current() -> Ecdysis:
     if _current is None or _current.pid != os.getpid():
         raise LookupError("no Ecdysis runs in this process: enter `async with Ecdysis() as ecdysis:` first")
     return _current
-
-
-def take_activation() -> Mapping[int, str]:
-    """Return the sockets that systemd has passed to this process, once: the name of each, by its descriptor."""
-    global _activation
-    activation, _activation = _activation, {}
-    return activation
 
 
 def until_draining(awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:
@@ -219,7 +188,7 @@ class Ecdysis(Listeners):
         self.pid = os.getpid()
         self._begun = time.monotonic()
         # Of a worker only the anchor is known to systemd.
-        self._systemd = find_systemd(False if worker_link.is_worker() else systemd)
+        self._systemd = find_systemd(False if is_worker() else systemd)
         self._takes_activation = systemd is not False
         self._store = DescriptorStore(self._systemd, os.environ.get("FDSTORE", ""))
         # Why a restart would end the systemd unit that this process is in, if it would.
@@ -324,7 +293,7 @@ class Ecdysis(Listeners):
         global _current
         if self._state is not State.STARTING or self.pid != os.getpid():
             raise RuntimeError("an Ecdysis is entered once, in the process that made it: make a new one")
-        if preflight.is_check():
+        if is_check():
             # What it would serve, only its run would tell.
             await preflight.tell(take_channel(), preflight.describe_release(None, os.environ))
             raise SystemExit(0)
@@ -356,7 +325,7 @@ class Ecdysis(Listeners):
             self._resources.callback(self._store.close)
             self._resources.callback(self._registry.close, unlink=False)
             self._resources.callback(self._generation.lineage.close)
-            if (line_to_anchor := worker_link.take()) is not None:
+            if (line_to_anchor := take_line()) is not None:
                 self._report_for_duty(line_to_anchor)
             sock = take_channel()
             is_child = sock is not None
@@ -808,7 +777,7 @@ class Ecdysis(Listeners):
         self._registry.owns_paths = False
         self._generation.shares_sockets = True
         self._pid_file = self._control_path = None
-        # The others are caught since the import (worker_link.py).
+        # The others are caught since the import (claims.py).
         self._settings = dataclasses.replace(self._settings, restart_signals=(), stop_signals=(signal.SIGTERM,))
         self._generation.settings = self._settings
 

@@ -12,7 +12,6 @@ import math
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -24,12 +23,12 @@ import anyio
 
 from ecdysis_async.errors import RestartError, RestartUnsupported, SpawnFailed
 
+from .claims import LINE_MARKER, MARKER, PRIVATE_KEYS, mark
+
 __all__ = [
     "Child",
     "Launch",
     "Process",
-    "claim_channel",
-    "claim_socket",
     "describe_end",
     "describe_exit",
     "describe_launch",
@@ -38,33 +37,6 @@ __all__ = [
     "spawn",
     "supported",
 ]
-
-# "<descriptor>:<st_dev>:<st_ino>" of the channel. The inode is there because the number alone would be believed by any
-# process that gets the variable and has something else open under it.
-MARKER = "ECDYSIS_CHANNEL"
-# The same for the line between a worker and the anchor that it works for.
-LINE_MARKER = "ECDYSIS_LINE"
-# The same for the memory with the state of an anchor that executes itself anew, or lets the new code try it
-# (upgrade.py).
-ANCHOR_MARKER = "ECDYSIS_ANCHOR"
-ANCHOR_CHECK_MARKER = "ECDYSIS_ANCHOR_CHECK"
-# Set for a process that shall tell what it is over the channel, and end: no generation (check.py).
-CHECK_KEY = "ECDYSIS_CHECK"
-
-# Addressed to this process and to no other: sockets it was activated with (sd_listen_fds(3)), and who must pet the
-# watchdog (sd_watchdog_enabled(3)). WATCHDOG_USEC and NOTIFY_SOCKET hold for the successor as well.
-PRIVATE_KEYS = (
-    MARKER,
-    LINE_MARKER,
-    ANCHOR_MARKER,
-    ANCHOR_CHECK_MARKER,
-    CHECK_KEY,
-    "LISTEN_PID",
-    "LISTEN_PIDFDID",
-    "LISTEN_FDS",
-    "LISTEN_FDNAMES",
-    "WATCHDOG_PID",
-)
 
 # Stands between this process and the successor, and dies when it is let go: then the successor is a child of systemd
 # (reparenting, exit(2)). systemd 254 does not wait for a main process that is not its child when MAINPID= names it:
@@ -335,7 +307,7 @@ def spawn(
         SpawnFailed: there is no process; the text says why and what can be done.
     """
     passed = {MARKER: channel} | ({LINE_MARKER: line} if line is not None else {})
-    environment = launch.environment | {key: _mark(sock) for key, sock in passed.items()}
+    environment = launch.environment | {key: mark(sock.fileno()) for key, sock in passed.items()}
     try:
         if is_kept:
             _require_program(launch)
@@ -400,41 +372,6 @@ def describe_exit(returncode: int) -> str:
     # Real-time signals have no names of their own.
     except ValueError:
         return f"killed by signal {-returncode}"
-
-
-def claim_channel() -> socket.socket | None:
-    """Return the channel to the predecessor, or None where this process is no successor."""
-    return claim_socket(MARKER)
-
-
-def claim_socket(key: str) -> socket.socket | None:
-    """Return the socket that a variable names, which whoever started this process has passed; None if there is none.
-
-    Call it once, as early as possible: it takes the marker out of the environment, so that no process started from
-    here takes itself for a successor. A marker that does not fit what is open under its number is ignored.
-    """
-    marker = os.environ.pop(key, None)
-    if marker is None:
-        return None
-    try:
-        descriptor, device, inode = map(int, marker.split(":"))
-        found = os.fstat(descriptor)
-    # It came through a process in between, which does not have the descriptor; or somebody else wrote it.
-    except (ValueError, OverflowError, OSError):
-        return None
-    if (found.st_dev, found.st_ino) != (device, inode) or not stat.S_ISSOCK(found.st_mode):
-        return None
-    channel = socket.socket(fileno=descriptor)
-    if (channel.family, channel.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
-        channel.detach()
-        return None
-    channel.set_inheritable(False)
-    return channel
-
-
-def _mark(sock: socket.socket) -> str:
-    found = os.fstat(sock.fileno())
-    return f"{sock.fileno()}:{found.st_dev}:{found.st_ino}"
 
 
 def _own_command() -> tuple[str, ...]:

@@ -11,8 +11,7 @@ from typing import Any
 import click
 
 from ecdysis_async._config.options import Option, OptionError, Options, Shape, command_line_options, gather
-from ecdysis_async._handoff import preflight
-from ecdysis_async._ipc import worker_link
+from ecdysis_async._system.claims import is_check, is_worker
 from ecdysis_async._system.descriptors import occupy_standard_descriptors
 
 from .client import Exit
@@ -32,11 +31,11 @@ def serve(options: Options) -> int:
     """
     occupy_standard_descriptors()
     # Imported here: none needs the others, and the anchor shall stay small.
-    if preflight.is_check():
+    if is_check():
         from . import worker
 
         return worker.check(options)
-    if worker_link.is_worker():
+    if is_worker():
         from . import worker
 
         return worker.run(options)

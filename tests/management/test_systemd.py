@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,14 +19,7 @@ import pytest
 from ecdysis_async import Ecdysis, RestartUnsupported, SpawnFailed, State
 from ecdysis_async._ipc.peer import wait_for_death
 from ecdysis_async._management import systemd
-from ecdysis_async._management.systemd import (
-    Systemd,
-    check_unit,
-    claim_activation,
-    find_shortcoming,
-    find_systemd,
-    forbid_restart,
-)
+from ecdysis_async._management.systemd import Systemd, check_unit, find_shortcoming, find_systemd, forbid_restart
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.process import Launch, Process, spawn
 from tests.scenarios.handoff.harness import set_subreaper
@@ -288,60 +280,6 @@ async def test_a_restart_that_would_end_the_unit_is_refused(backend: str, enviro
         await ecdysis.ready()
         with pytest.raises(SpawnFailed):
             await ecdysis.restart()
-
-
-# Run as another program, because it is for the descriptors from 3 on of a process that was just executed.
-ACTIVATED = """
-import json, os, sys
-from ecdysis_async._service import ecdysis as supervisor  # which claims them when it is imported
-found = supervisor._activation
-print(json.dumps([found, [os.get_inheritable(fd) for fd in found], [key for key in os.environ if "LISTEN" in key]]))
-"""
-
-
-def run_activated(sockets: int, names: str | None, pid: str = "$$") -> str:
-    variables = f"LISTEN_PID={pid} LISTEN_FDS={sockets}" + (f" LISTEN_FDNAMES={names}" if names is not None else "")
-    made = [socket.socket() for _ in range(2)]
-    try:
-        # A shell puts them from 3 on, and knows the pid before the exec.
-        command = (
-            f"exec {' '.join(f'{3 + index}<&{sock.fileno() + 20}' for index, sock in enumerate(made))} 5</dev/null; "
-            f'exec env {variables} "$0" -c "$1"'
-        )
-        high = [os.dup2(sock.fileno(), sock.fileno() + 20) for sock in made]
-        try:
-            return subprocess.run(
-                ["bash", "-c", command, sys.executable, ACTIVATED],
-                check=True, capture_output=True, text=True, cwd=PROJECT, pass_fds=high,
-            ).stdout.strip()  # fmt: skip
-        finally:
-            for descriptor in high:
-                os.close(descriptor)
-    finally:
-        for sock in made:
-            sock.close()
-
-
-@pytest.mark.parametrize(
-    ("sockets", "names", "pid", "result"),
-    [
-        (2, "web:web", "$$", '[{"3": "web", "4": "web"}, [false, false], []]'),
-        (2, None, "$$", '[{"3": "unknown", "4": "unknown"}, [false, false], []]'),
-        (3, "web::file", "$$", '[{"3": "web", "4": "unknown"}, [false, false], []]'),
-        (2, "web", "1", "[{}, [], []]"),
-        (0, "", "$$", "[{}, [], []]"),
-    ],
-)
-def test_an_activation_is_claimed_and_its_variables_are_gone(
-    sockets: int, names: str | None, pid: str, result: str
-) -> None:
-    assert run_activated(sockets, names, pid) == result
-
-
-def test_what_was_never_passed_is_not_claimed(environment: Callable[..., None]) -> None:
-    environment(LISTEN_PID=str(os.getpid()), LISTEN_FDS="many", LISTEN_FDNAMES="web")
-    assert claim_activation() == {}
-    assert not [key for key in os.environ if key.startswith("LISTEN_")]
 
 
 def make_listener(family: int = socket.AF_INET, address: object = ("127.0.0.1", 0)) -> socket.socket:

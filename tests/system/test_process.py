@@ -10,7 +10,6 @@ import resource
 import select
 import signal
 import socket
-import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +20,11 @@ import anyio
 import pytest
 
 from ecdysis_async._system import process as spawn_module
+from ecdysis_async._system.claims import MARKER
 from ecdysis_async._system.process import (
-    MARKER,
     UNKNOWN_STATUS,
     Launch,
     Process,
-    claim_channel,
     describe_end,
     describe_exit,
     describe_launch,
@@ -39,7 +37,7 @@ from ecdysis_async.errors import RestartError, RestartUnsupported, SpawnFailed
 BELOW_THE_PACKAGE = f"""
 import sys, types
 package = sys.modules["ecdysis_async"] = types.ModuleType("ecdysis_async")
-package.__path__ = [{str(Path(spawn_module.__file__).parent)!r}]
+package.__path__ = [{str(Path(spawn_module.__file__).parents[1])!r}]
 """
 
 # A service of DEPTH + 1 generations; the last one tells what it finds, and the others pass it on.
@@ -47,7 +45,8 @@ SERVICE = (
     BELOW_THE_PACKAGE
     + """
 import json, os, socket, subprocess
-from ecdysis_async._system.process import claim_channel, describe_launch, spawn
+from ecdysis_async._system.claims import take_channel
+from ecdysis_async._system.process import describe_launch, spawn
 
 RELEASE = "one"
 
@@ -80,7 +79,7 @@ def describe(channel):
 
 
 def main():
-    upward = claim_channel()
+    upward = take_channel()
     depth = int(os.environ["DEPTH"])
     if depth:
         exec(os.environ.get("BEFORE", ""))
@@ -622,48 +621,6 @@ def test_describe_exit() -> None:
     assert (describe_end(7), describe_end(-signal.SIGKILL)) == ("ended with exit status 7", "was killed by SIGKILL")
 
 
-# --- the marker -------------------------------------------------------------------------------------------------------
-
-
-def mark(monkeypatch: pytest.MonkeyPatch, descriptor: int, inode_offset: int = 0) -> None:
-    found = os.fstat(descriptor)
-    monkeypatch.setenv(MARKER, f"{descriptor}:{found.st_dev}:{found.st_ino + inode_offset}")
-
-
-def test_the_channel_is_claimed_once(monkeypatch: pytest.MonkeyPatch, theirs: socket.socket) -> None:
-    assert claim_channel() is None
-    descriptor = os.dup(theirs.fileno())
-    os.set_inheritable(descriptor, True)
-    mark(monkeypatch, descriptor)
-    channel = claim_channel()
-    assert channel is not None
-    with channel:
-        assert channel.fileno() == descriptor
-        assert not channel.get_inheritable()
-        assert MARKER not in os.environ
-        assert claim_channel() is None
-
-
-@pytest.mark.parametrize("marker", ["", "x", "1:2", "0:0:0:0", "-1:0:0", f"{10**30}:0:0", "1000000:0:0", "0:0:0"])
-def test_a_marker_that_fits_nothing_is_ignored(monkeypatch: pytest.MonkeyPatch, marker: str) -> None:
-    monkeypatch.setenv(MARKER, marker)
-    assert claim_channel() is None
-    assert MARKER not in os.environ
-
-
-def test_a_marker_that_fits_something_else_is_ignored(monkeypatch: pytest.MonkeyPatch, theirs: socket.socket) -> None:
-    mark(monkeypatch, theirs.fileno(), inode_offset=1)
-    assert claim_channel() is None
-    with socket.socket() as tcp, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams, open(__file__) as file:
-        for descriptor in tcp.fileno(), datagrams.fileno(), file.fileno():
-            mark(monkeypatch, descriptor)
-            assert claim_channel() is None
-            assert MARKER not in os.environ
-        # None of them was ours to close.
-        assert stat.S_ISSOCK(os.fstat(tcp.fileno()).st_mode)
-        assert stat.S_ISSOCK(os.fstat(datagrams.fileno()).st_mode)
-
-
 def test_supported_here() -> None:
     assert supported()
 
@@ -680,9 +637,11 @@ def test_platforms_without_the_means_can_import_it() -> None:
         "}.items():\n"
         "    for name in names:\n"
         "        delattr(module, name)\n"
-        "import ecdysis_async._ipc.channel, ecdysis_async._sockets.registry, ecdysis_async._system.process\n"
-        "assert not ecdysis_async._system.process.supported()\n"
-        "registry = ecdysis_async._sockets.registry.Registry()\n"
+        "import ecdysis_async._ipc.channel\n"
+        "from ecdysis_async._sockets.registry import Registry\n"
+        "from ecdysis_async._system.process import supported\n"
+        "assert not supported()\n"
+        "registry = Registry()\n"
         "assert registry.listen_tcp('127.0.0.1', 0).kind.value == 'tcp'\n"
         "registry.close(unlink=True)\n"
     )

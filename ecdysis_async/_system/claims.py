@@ -1,0 +1,172 @@
+"""What was passed to this process: taken once, with the first import of the package, and handed out once.
+
+A process is passed a channel, a line or sockets as open descriptors, and a variable says which number is which. The
+application may start a process at any time after its first import. That process would find the variable, or hold the
+descriptors, as well (DESIGN.md, trap 7). So this module takes both when it is imported, and starts nothing else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Mapping
+
+__all__ = [
+    "PRIVATE_KEYS",
+    "is_check",
+    "is_worker",
+    "mark",
+    "take_activation",
+    "take_channel",
+    "take_line",
+]
+
+# "<descriptor>:<st_dev>:<st_ino>" of the channel to the predecessor. The inode is there because the number alone would
+# be believed by any process that gets the variable and has something else open under it.
+MARKER = "ECDYSIS_CHANNEL"
+# The same for the line between a worker and the anchor that it works for.
+LINE_MARKER = "ECDYSIS_LINE"
+# The same for the memory with the state of an anchor that executes itself anew, or lets the new code try it.
+ANCHOR_MARKER = "ECDYSIS_ANCHOR"
+ANCHOR_CHECK_MARKER = "ECDYSIS_ANCHOR_CHECK"
+# Set for a process that tells over the channel what it is, and ends: it is no generation.
+CHECK_KEY = "ECDYSIS_CHECK"
+
+# Addressed to this process and to no other: its markers, the sockets it was activated with (sd_listen_fds(3)), and who
+# must pet the watchdog (sd_watchdog_enabled(3)). WATCHDOG_USEC and NOTIFY_SOCKET hold for the successor as well.
+PRIVATE_KEYS = (
+    MARKER,
+    LINE_MARKER,
+    ANCHOR_MARKER,
+    ANCHOR_CHECK_MARKER,
+    CHECK_KEY,
+    "LISTEN_PID",
+    "LISTEN_PIDFDID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "WATCHDOG_PID",
+)
+
+# SD_LISTEN_FDS_START of sd_listen_fds(3): what a process is activated with begins behind stdin, stdout and stderr.
+FIRST_DESCRIPTOR = 3
+
+# What sd_listen_fds_with_names(3) calls a socket that was given no name.
+ANONYMOUS = "unknown"
+
+# Before the name of each piece of its state that this service has parked in systemd's descriptor store.
+STATE_PREFIX = "ecdysis-stash;"
+
+# What a terminal, or an operator who means the anchor, sends to the whole process group: the anchor acts upon it.
+_ANCHORS_SIGNALS = ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
+def mark(descriptor: int) -> str:
+    """Return the marker of a descriptor, for the variable of the process that is passed it."""
+    found = os.fstat(descriptor)
+    return f"{descriptor}:{found.st_dev}:{found.st_ino}"
+
+
+def claim_socket(key: str) -> socket.socket | None:
+    """Return the Unix stream socket that a variable names; None if there is none.
+
+    The variable is taken out of the environment, so that no process started from here takes itself for the one that is
+    meant. A marker that does not fit what is open under its number is ignored.
+    """
+    marker = os.environ.pop(key, None)
+    if marker is None:
+        return None
+    try:
+        descriptor, device, inode = map(int, marker.split(":"))
+        found = os.fstat(descriptor)
+    # It came through a process in between, which does not have the descriptor; or somebody else wrote it.
+    except (ValueError, OverflowError, OSError):
+        return None
+    if (found.st_dev, found.st_ino) != (device, inode) or not stat.S_ISSOCK(found.st_mode):
+        return None
+    sock = socket.socket(fileno=descriptor)
+    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        sock.detach()
+        return None
+    sock.set_inheritable(False)
+    return sock
+
+
+def claim_activation() -> dict[int, str]:
+    """Return the sockets that systemd has passed to this process: the name of each, by its descriptor.
+
+    ``LISTEN_*`` is taken out of the environment, so that no process started from here takes the sockets for its own. A
+    descriptor that is no socket (ListenFIFO=, a file) is left as it is, unless an earlier process of the service has
+    parked it.
+    """
+    pid, count, names, _ = (
+        os.environ.pop(key, "") for key in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
+    )
+    # The variables of another process came through a shell, or through a service that does not take them out.
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return {}
+    sockets = {}
+    given = names.split(":")
+    for index in range(int(count)):
+        descriptor = FIRST_DESCRIPTOR + index
+        # A program that ran before in this process may have closed it.
+        with contextlib.suppress(OSError):
+            # systemd passes them without CLOEXEC, because it executes this program with them.
+            os.set_inheritable(descriptor, False)
+            name = (given[index] if index < len(given) else "") or ANONYMOUS
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode) or name.startswith(STATE_PREFIX):
+                sockets[descriptor] = name
+    return sockets
+
+
+_channel: socket.socket | None = claim_socket(MARKER)
+if _channel is not None:
+    # A process that ends before anything takes the channel has nobody else who closes it.
+    atexit.register(_channel.close)
+
+_line: socket.socket | None = claim_socket(LINE_MARKER)
+_is_worker = _line is not None
+if _is_worker and threading.current_thread() is threading.main_thread():
+    # These signals are caught from now on, because a worker that still imports its application would die of Ctrl-C
+    # with a traceback. A handler ends with an exec: what the application starts does not ignore them.
+    for _name in _ANCHORS_SIGNALS:
+        signal.signal(signal.Signals[_name], lambda number, frame: None)
+
+_is_check = os.environ.pop(CHECK_KEY, None) is not None
+
+_activation: Mapping[int, str] = claim_activation()
+
+
+def take_channel() -> socket.socket | None:
+    """Return the channel to the process that has started this one, once; None if there is none, or it was taken."""
+    global _channel
+    sock, _channel = _channel, None
+    return sock
+
+
+def take_line() -> socket.socket | None:
+    """Return the line to the anchor, once; None if this process is no worker, or the line was taken."""
+    global _line
+    sock, _line = _line, None
+    return sock
+
+
+def take_activation() -> Mapping[int, str]:
+    """Return the sockets that systemd has passed to this process, once: the name of each, by its descriptor."""
+    global _activation
+    activation, _activation = _activation, {}
+    return activation
+
+
+def is_worker() -> bool:
+    """Say whether this process was started by an anchor, to be one of its workers."""
+    return _is_worker
+
+
+def is_check() -> bool:
+    """Say whether this process was started to tell what it is, and to end."""
+    return _is_check
