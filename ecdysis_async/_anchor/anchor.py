@@ -39,10 +39,13 @@ from ecdysis_async._ipc.worker_link import (
     error_from_json,
     error_to_json,
 )
-from ecdysis_async._management.control_server import Changes, ControlHandlers, ControlServer, Restart
+from ecdysis_async._management.changes import Changes
+from ecdysis_async._management.control_server import ControlServer
+from ecdysis_async._management.controlled import ControlHandlers, Restart
 from ecdysis_async._management.pid_file import PidFile
 from ecdysis_async._management.status import counted
-from ecdysis_async._management.systemd import check_unit, find_shortcoming, find_systemd
+from ecdysis_async._management.systemd import find_systemd
+from ecdysis_async._management.systemd_unit import check_unit, find_shortcoming
 from ecdysis_async._sockets.addresses import listen
 from ecdysis_async._sockets.registry import Entry, Registry
 from ecdysis_async._system.claims import take_activation

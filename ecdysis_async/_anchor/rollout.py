@@ -20,7 +20,7 @@ import anyio
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import PredecessorState
-from ecdysis_async._management.control_server import Changes
+from ecdysis_async._management.changes import Changes
 from ecdysis_async.errors import RestartError, RestartWhileDraining, RolledBack, SuccessorFailed
 from ecdysis_async.report import DrainCount, Outcome, Phase, RestartReport
 

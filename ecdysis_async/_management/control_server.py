@@ -31,13 +31,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import json
 import logging
 import os
 import socket
-import struct
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
@@ -45,16 +42,17 @@ import anyio.to_thread
 
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gated_socket import AcceptingEnded, GatedSocket, accept_connection
-from ecdysis_async._handoff.generation import Spawner
 from ecdysis_async._sockets.registry import Entry, Until
 from ecdysis_async._system.process import Child, Process
 from ecdysis_async._system.threads import run_in_thread
-from ecdysis_async.errors import RestartError, RestartUnsupported, SpawnFailed
+from ecdysis_async.errors import RestartError, SpawnFailed
 from ecdysis_async.report import RestartReport
 
+from .control_connection import ClientGone, ControlConnection
 from .control_path import ControlLock, prepare_directory
+from .controlled import ControlHandlers
 
-__all__ = ["Changes", "ControlHandlers", "ControlServer", "Restart"]
+__all__ = ["ControlServer"]
 
 T = TypeVar("T")
 
@@ -63,10 +61,8 @@ logger = logging.getLogger("ecdysis_async")
 # What the control socket is inherited by.
 NAME = "ecdysis control"
 
-MAX_REQUEST_BYTES = 64 * 1024
-# How long a client may take over its request, and over reading one answer, seconds.
+# How long a client may take over its request, seconds.
 REQUEST_SECONDS = 10.0
-ANSWER_SECONDS = 5.0
 MAX_CLIENTS = 32
 
 # Those who wait for a restart, or for the end, hear something at least this often, seconds: a drain counts down, and
@@ -75,102 +71,6 @@ HEARTBEAT_SECONDS = 1.0
 
 # How long the end of the service waits for its last answers to be read, seconds.
 FAREWELL_SECONDS = 1.0
-
-# socket(7), since Linux 6.5; the module socket does not have it.
-SO_PEERPIDFD = 77
-
-# struct ucred of unix(7): pid, uid, gid.
-CREDENTIALS = struct.Struct("@iII")
-
-
-class Changes:
-    """Something that changes again and again."""
-
-    def __init__(self) -> None:
-        self._next = anyio.Event()
-
-    def announce(self) -> None:
-        """Wake those who wait for the next change."""
-        self._next.set()
-        self._next = anyio.Event()
-
-    def next(self) -> anyio.Event:
-        """Return what will be set at the next change; ask before looking, and no change is missed."""
-        return self._next
-
-
-@dataclass(frozen=True, slots=True)
-class Restart:
-    """A restart that has begun.
-
-    Attributes:
-        report: what stands so far; it grows.
-        wait: waits until it is "serving", "settled" or "drained", and returns the report or raises a ``RestartError``;
-            cancelling the wait does not call the restart off.
-    """
-
-    report: RestartReport
-    wait: Callable[[str], Awaitable[RestartReport]]
-
-
-async def _refuse_anchor(channel: socket.socket, accept: Callable[[], None]) -> None:
-    raise RestartUnsupported(
-        "this service has no anchor that another one (`ecdysis run --takeover`) could take the place of: take it over "
-        "by Ecdysis(takeover=...), or stop it"
-    )
-
-
-def _refuse_takeover(spawner: Spawner) -> Restart:
-    raise RestartUnsupported(
-        "a service of `ecdysis run` can be taken over by `ecdysis run --takeover` alone: both have an anchor, which "
-        "Ecdysis(takeover=...) has not"
-    )
-
-
-async def _refuse_upgrade() -> Callable[[], None]:
-    raise RestartUnsupported(
-        "this service has no anchor, which only `ecdysis run` has: restart it without --anchor, and the new generation "
-        "runs the new code"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class ControlHandlers:
-    """What can be asked of a generation.
-
-    Attributes:
-        status: tells where it stands, as an object of JSON.
-        waiting_for: tells what it waits for, in words; None if for nothing.
-        begin_restart: begins a restart, or raises a ``RestartError``.
-        find_report: returns the report of a restart by its id, where it is known here.
-        stop: stops the service.
-        changes: announces each change of the status.
-        reopen_logs: lets log files that were moved be opened anew; returns how many.
-        begin_takeover: begins a restart whose successor is not started, but passed on to; or raises a
-            ``RestartError``.
-        check: starts what a restart would start, to tell what that would change; or raises a ``RestartError``.
-        compare: tells what a restart into a release would change, which has told of itself elsewhere.
-        workers: tells of each worker, where there are several, an object with "slot" and "waiting_for", what its
-            restart or its drain waits for at this moment.
-        pass_all_on: hands everything over to another anchor, at the end of the channel that it is given, which is to
-            be told before, and does not return; or raises a ``RestartError``.
-        upgrade: sees that the new code of the anchor takes over from this one, and returns what makes it do so; or
-            raises a ``RestartError``.
-    """
-
-    status: Callable[[], dict[str, Any]]
-    waiting_for: Callable[[], str | None]
-    begin_restart: Callable[[], Restart]
-    find_report: Callable[[str], RestartReport | None]
-    stop: Callable[[], None]
-    changes: Changes
-    reopen_logs: Callable[[], Awaitable[int]]
-    check: Callable[[], Awaitable[dict[str, Any]]]
-    compare: Callable[[dict[str, Any]], dict[str, Any]]
-    begin_takeover: Callable[[Spawner], Restart] = _refuse_takeover
-    workers: Callable[[], list[dict[str, Any]]] = list
-    upgrade: Callable[[], Awaitable[Callable[[], None]]] = _refuse_upgrade
-    pass_all_on: Callable[[socket.socket, Callable[[], None]], Awaitable[None]] = _refuse_anchor
 
 
 class ControlServer:
@@ -194,7 +94,7 @@ class ControlServer:
         self._told = ""
         self._clients = 0
         # Those that have not said what they want, the oldest first.
-        self._silent: dict[_Client, anyio.CancelScope] = {}
+        self._silent: dict[ControlConnection, anyio.CancelScope] = {}
         # How many have asked for something and have not heard yet what became of it.
         self._waiting = 0
         self._nobody_waits = anyio.Event()
@@ -307,7 +207,7 @@ class ControlServer:
     async def _serve(self, sock: socket.socket) -> None:
         """Serve one client to its end; nothing that it does ends anything else."""
         with sock:
-            client = _Client(sock)
+            client = ControlConnection(sock)
             try:
                 if (uid := client.read_uid()) not in (0, os.geteuid()):
                     await client.send(
@@ -327,7 +227,7 @@ class ControlServer:
                 with contextlib.suppress(ClientGone):
                     await client.send("error", message=f"the service could not do that: {error!r}; see its log")
 
-    async def _answer(self, client: _Client) -> None:
+    async def _answer(self, client: ControlConnection) -> None:
         request = None
         with anyio.move_on_after(REQUEST_SECONDS) as scope:
             self._silent[client] = scope
@@ -379,7 +279,7 @@ class ControlServer:
                     '"compare" (with "release") or "takeover"',
                 )
 
-    async def _restart(self, client: _Client, until: str) -> None:
+    async def _restart(self, client: ControlConnection, until: str) -> None:
         try:
             restart = self.controlled.begin_restart()
         except RestartError as error:
@@ -394,7 +294,7 @@ class ControlServer:
             else:
                 await client.send("done", report=restart.report.to_json())
 
-    async def _check(self, client: _Client) -> None:
+    async def _check(self, client: ControlConnection) -> None:
         if self._is_checking:
             await client.send("error", message="another check is in progress: try again later")
             return
@@ -408,7 +308,7 @@ class ControlServer:
             self._is_checking = False
         await client.send(event, **facts)
 
-    async def _pass_on(self, client: _Client) -> None:
+    async def _pass_on(self, client: ControlConnection) -> None:
         """Let the process at the other end be the successor."""
         is_passed = False
         pid, pidfd = client.identify()
@@ -436,7 +336,7 @@ class ControlServer:
             if not is_passed:
                 newcomer.close()
 
-    async def _pass_all_on(self, client: _Client) -> None:
+    async def _pass_all_on(self, client: ControlConnection) -> None:
         """Let the process at the other end be the anchor."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
@@ -450,7 +350,7 @@ class ControlServer:
             except RestartError as error:
                 await client.send("failed", **_describe(error), report=None)
 
-    async def _upgrade(self, client: _Client) -> None:
+    async def _upgrade(self, client: ControlConnection) -> None:
         begin: Callable[[], None] | None = None
 
         async def wait() -> None:
@@ -469,7 +369,7 @@ class ControlServer:
             if begin is not None:
                 begin()
 
-    async def _stop(self, client: _Client) -> None:
+    async def _stop(self, client: ControlConnection) -> None:
         with self._until_told():
             # Whether or not the client is still there to hear of it: as with a restart.
             self.controlled.stop()
@@ -477,7 +377,9 @@ class ControlServer:
             await self._accompany(client, self._ending.wait, None)
             await client.send("done")
 
-    async def _accompany(self, client: _Client, wait: Callable[[], Awaitable[T]], report: RestartReport | None) -> T:
+    async def _accompany(
+        self, client: ControlConnection, wait: Callable[[], Awaitable[T]], report: RestartReport | None
+    ) -> T:
         """Tell a client how it goes on, at each change and now and then, until what it waits for has happened.
 
         Returns:
@@ -531,113 +433,6 @@ class ControlServer:
             self._waiting -= 1
             if not self._waiting:
                 self._nobody_waits.set()
-
-
-class ClientGone(Exception):
-    """A client has left, or does not read: it will hear nothing more, and that is no fault of the service."""
-
-
-class _Client:
-    """One connection, each of its messages a line of JSON."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-
-    def read_uid(self) -> int:
-        """Return the user who connected, as the kernel saw it then (SO_PEERCRED, unix(7))."""
-        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-        uid: int = CREDENTIALS.unpack(credentials)[1]
-        return uid
-
-    def identify(self) -> tuple[int, int]:
-        """Return the process that connected, and a new pidfd of it.
-
-        Raises:
-            ClientGone: it has ended. ValueError: it cannot be watched from here.
-        """
-        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-        pid: int = CREDENTIALS.unpack(credentials)[0]
-        if pid == 0:
-            raise ValueError("it is in another pid namespace (another container)")
-        with contextlib.suppress(OSError):  # Linux before 6.5, or a peer that was reaped
-            return pid, self._sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError as error:
-            raise ClientGone from error
-        # It was there after its number was looked up, so that nobody else has got the number.
-        if self.has_left():
-            os.close(pidfd)
-            raise ClientGone("it has ended")
-        return pid, pidfd
-
-    def has_left(self) -> bool:
-        """Say whether it has closed its end, or said something more than its request."""
-        try:
-            self._sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass
-        return True
-
-    def send_with(self, passed: socket.socket, event: str, **facts: Any) -> None:
-        """Send the first message, for which there is room, and a duplicate of a socket with it.
-
-        Raises:
-            ClientGone: it has left.
-        """
-        line = json.dumps({"event": event, **facts}).encode() + b"\n"
-        try:
-            socket.send_fds(self._sock, [line], [passed.fileno()])
-        except OSError as error:
-            raise ClientGone from error
-
-    async def receive(self) -> Any:
-        """Wait for its request: a line, or what it had said when it said that there will be no more.
-
-        Raises:
-            ValueError: it is no JSON, or too long. ClientGone: it has left without one.
-        """
-        line = bytearray()
-        while b"\n" not in line:
-            if len(line) > MAX_REQUEST_BYTES:
-                raise ValueError(f"it is longer than {MAX_REQUEST_BYTES} bytes")
-            try:
-                data = self._sock.recv(MAX_REQUEST_BYTES)
-            except BlockingIOError:
-                await anyio.wait_readable(self._sock)
-                continue
-            except OSError as error:
-                raise ClientGone from error
-            if not data and not line:
-                raise ClientGone("it left without a request")
-            if not data:
-                break
-            line += data
-        try:
-            return json.loads(line.partition(b"\n")[0])
-        except RecursionError as error:
-            raise ValueError("it is nested too deeply") from error
-
-    async def send(self, event: str, **facts: Any) -> None:
-        """Send a message.
-
-        Raises:
-            ClientGone: it has left, or it does not read.
-
-        Cancelled, half of it may be sent: nothing can follow.
-        """
-        rest = memoryview(json.dumps({"event": event, **facts}).encode() + b"\n")
-        try:
-            with anyio.fail_after(ANSWER_SECONDS):
-                while rest:
-                    try:
-                        rest = rest[self._sock.send(rest) :]
-                    except BlockingIOError:
-                        await anyio.wait_writable(self._sock)
-        except OSError as error:
-            raise ClientGone from error
 
 
 def _describe(error: RestartError) -> dict[str, Any]:

@@ -43,8 +43,10 @@ from ecdysis_async._handoff.protocol import (
 from ecdysis_async._handoff.stash import At, InheritedStash, Producer, Stashes, Version
 from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._ipc.worker_link import FromWorker
+from ecdysis_async._management.changes import Changes
 from ecdysis_async._management.control_path import locate
-from ecdysis_async._management.control_server import Changes, ControlHandlers, ControlServer, Restart
+from ecdysis_async._management.control_server import ControlServer
+from ecdysis_async._management.controlled import ControlHandlers, Restart
 from ecdysis_async._management.descriptor_store import DescriptorStore
 from ecdysis_async._management.pid_file import PidFile
 from ecdysis_async._management.status import (
@@ -57,7 +59,8 @@ from ecdysis_async._management.status import (
     describe_wait,
     report_of,
 )
-from ecdysis_async._management.systemd import check_unit, find_shortcoming, find_systemd, forbid_restart
+from ecdysis_async._management.systemd import find_systemd
+from ecdysis_async._management.systemd_unit import check_unit, find_shortcoming, forbid_restart
 from ecdysis_async._management.takeover import ask_for_channel
 from ecdysis_async._sockets.registry import Entry, Registry, Until
 from ecdysis_async._system.claims import is_check, is_worker, take_activation, take_channel, take_line

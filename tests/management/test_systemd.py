@@ -18,8 +18,7 @@ import pytest
 
 from ecdysis_async import Ecdysis, RestartUnsupported, SpawnFailed, State
 from ecdysis_async._ipc.peer import wait_for_death
-from ecdysis_async._management import systemd
-from ecdysis_async._management.systemd import Systemd, check_unit, find_shortcoming, find_systemd, forbid_restart
+from ecdysis_async._management.systemd import Systemd, find_systemd
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.process import Launch, Process, spawn
 from tests.scenarios.handoff.harness import set_subreaper
@@ -59,20 +58,6 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]
     manager = Manager(str(tmp_path / "notify") if request.param == "path" else f"@{tmp_path}")
     yield manager
     manager.close()
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Set variables, and undo at the end what becomes of them."""
-    names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC")
-    for name in (*names, "WATCHDOG_PID", "SYSTEMD_EXEC_PID"):
-        monkeypatch.delenv(name, raising=False)
-
-    def set_variables(**variables: str) -> None:
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    return set_variables
 
 
 async def test_only_the_main_process_speaks(manager: Manager) -> None:
@@ -217,55 +202,6 @@ def test_the_watchdog_holds_for_this_process(
     if pid is not None:
         environment(WATCHDOG_PID=str(os.getpid()) if pid == "own" else pid)
     assert find_systemd(None).watchdog == seconds
-
-
-def test_a_unit_that_cannot_work_is_told_what_to_change(environment: Callable[..., None]) -> None:
-    assert check_unit() is forbid_restart() is None
-    environment(SYSTEMD_EXEC_PID=str(os.getpid()))
-    assert "Type=notify" in (check_unit() or "")
-    assert forbid_restart() == check_unit()
-    environment(NOTIFY_SOCKET="@x")
-    assert check_unit() is forbid_restart() is None
-    environment(SYSTEMD_EXEC_PID="1")
-    assert "NotifyAccess=all" in (check_unit() or "")
-    assert forbid_restart() is None
-
-
-OLD_SYSTEMD = """#!/bin/sh
-case "$*" in
---version) echo "systemd VERSION (VERSION-1~deb12u1)"; echo "+PAM +AUDIT" ;;
-"show --value --property=FileDescriptorStoreMax app.service") echo SIZE ;;
-*) echo "what is $*?" >&2; exit 1 ;;
-esac
-"""
-
-
-@pytest.mark.backends("asyncio")
-@pytest.mark.parametrize(
-    ("version", "size", "complains"), [(252, 16, True), (252, 0, False), (254, 16, False), ("rolling", 16, False)]
-)
-async def test_a_systemd_that_is_too_old_for_the_unit_is_told(
-    environment: Callable[..., None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    version: str | int,
-    size: int,
-    *,
-    complains: bool,
-) -> None:
-    command = tmp_path / "systemctl"
-    command.write_text(OLD_SYSTEMD.replace("VERSION", str(version)).replace("SIZE", str(size)))
-    command.chmod(0o755)
-    environment(NOTIFY_SOCKET="@nobody", SYSTEMD_EXEC_PID=str(os.getpid()), PATH=f"{tmp_path}:{os.environ['PATH']}")
-    # This machine runs another one, or none.
-    monkeypatch.setattr(systemd, "BOOTED", str(tmp_path))
-    monkeypatch.setattr(systemd, "_read_control_group", lambda: ["", "system.slice", "app.service"])
-    complaint = await find_shortcoming(has_socket_unit=False)
-    assert ("FileDescriptorStoreMax=16" in (complaint or "")) == complains
-    assert await find_shortcoming(has_socket_unit=True) is None
-    # One that tells of its store is new enough.
-    environment(FDSTORE="16")
-    assert await find_shortcoming(has_socket_unit=False) is None
 
 
 async def test_a_restart_that_would_end_the_unit_is_refused(backend: str, environment: Callable[..., None]) -> None:

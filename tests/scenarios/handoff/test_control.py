@@ -254,7 +254,7 @@ def test_a_successor_that_may_not_have_it(backend: str, run_service: Run, tmp_pa
 
 def test_hostile_clients_cost_nobody_anything(backend: str, run_service: Run, path: str) -> None:
     """Through a restart: those who say nothing, half of it, too much, or never read. All others are served."""
-    impatience = "from ecdysis_async._management import control_server; control_server.ANSWER_SECONDS = 0.2"
+    impatience = "from ecdysis_async._management import control_connection; control_connection.ANSWER_SECONDS = 0.2"
     service = run_service(backend, ecdysis={"control_socket": path, "probation": 0.5}, at_import=impatience)
     with Clients(service.address) as clients, contextlib.ExitStack() as stack:
         requests = [b'{"command": "status"}\n'] * 50 + [b'{"command": "check"}\n'] * 5

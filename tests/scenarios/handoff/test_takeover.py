@@ -133,7 +133,7 @@ def test_a_stop_ends_both(backend: str, run_service: Run, path: str) -> None:
 
 @pytest.mark.backends("asyncio", "trio")
 def test_a_kernel_that_passes_no_pidfds_of_peers(backend: str, run_service: Run, path: str) -> None:
-    older = "from ecdysis_async._management import control_server; control_server.SO_PEERPIDFD = 9999"
+    older = "from ecdysis_async._management import control_connection; control_connection.SO_PEERPIDFD = 9999"
     service = run_service(backend, ecdysis={"control_socket": path}, at_import=older)
     with Clients(service.address) as clients:
         second = take_over(service, path)

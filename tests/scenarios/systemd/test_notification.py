@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ecdysis_async._management import systemd
+from ecdysis_async._management import systemd_unit
 from tests.scenarios.systemd.harness import NAME, Client, Unit, free_port
 from tests.scenarios.systemd.load import LOUD, Load
 from tests.scenarios.systemd.machine import PROJECT
@@ -53,9 +53,12 @@ def test_what_is_for_one_process_does_not_reach_the_next(unit: Unit) -> None:
         assert {"NOTIFY_SOCKET", "WATCHDOG_USEC"} <= set(names)
         assert not {"WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS"} & set(names)
         # Without a descriptor store it was asked how old systemd is.
-        code = "from ecdysis_async._management import systemd; print(systemd._ask_systemctl('--version').split()[1])"
+        code = (
+            "from ecdysis_async._management.systemd_unit import _ask_systemctl; "
+            "print(_ask_systemctl('--version').split()[1])"
+        )
         version = unit.machine.run("env", f"PYTHONPATH={PROJECT}", sys.executable, "-c", code).strip()
-        assert int(version) >= systemd.TELLS_OF_STORE
+        assert int(version) >= systemd_unit.TELLS_OF_STORE
         assert "too old" not in unit.log
         load.wait_for(2)
     assert load.counts.failures == Counter()

@@ -1,0 +1,132 @@
+"""One client of the control socket: who it is, its one request, and what it is sent. Each message is a line of JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+from typing import Any
+
+import anyio
+
+__all__ = ["ClientGone", "ControlConnection"]
+
+MAX_REQUEST_BYTES = 64 * 1024
+
+# How long a client may take to read one answer, seconds.
+ANSWER_SECONDS = 5.0
+
+# socket(7), since Linux 6.5; the module socket does not have it.
+SO_PEERPIDFD = 77
+
+# struct ucred of unix(7): pid, uid, gid.
+CREDENTIALS = struct.Struct("@iII")
+
+
+class ClientGone(Exception):
+    """A client has left, or does not read: it will hear nothing more, and that is no fault of the service."""
+
+
+class ControlConnection:
+    """One connection, each of its messages a line of JSON."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def read_uid(self) -> int:
+        """Return the user who connected, as the kernel saw it then (SO_PEERCRED, unix(7))."""
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        uid: int = CREDENTIALS.unpack(credentials)[1]
+        return uid
+
+    def identify(self) -> tuple[int, int]:
+        """Return the process that connected, and a new pidfd of it.
+
+        Raises:
+            ClientGone: it has ended. ValueError: it cannot be watched from here.
+        """
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        pid: int = CREDENTIALS.unpack(credentials)[0]
+        if pid == 0:
+            raise ValueError("it is in another pid namespace (another container)")
+        with contextlib.suppress(OSError):  # Linux before 6.5, or a peer that was reaped
+            return pid, self._sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError as error:
+            raise ClientGone from error
+        # It was there after its number was looked up, so that nobody else has got the number.
+        if self.has_left():
+            os.close(pidfd)
+            raise ClientGone("it has ended")
+        return pid, pidfd
+
+    def has_left(self) -> bool:
+        """Say whether it has closed its end, or said something more than its request."""
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def send_with(self, passed: socket.socket, event: str, **facts: Any) -> None:
+        """Send the first message, for which there is room, and a duplicate of a socket with it.
+
+        Raises:
+            ClientGone: it has left.
+        """
+        line = json.dumps({"event": event, **facts}).encode() + b"\n"
+        try:
+            socket.send_fds(self._sock, [line], [passed.fileno()])
+        except OSError as error:
+            raise ClientGone from error
+
+    async def receive(self) -> Any:
+        """Wait for its request: a line, or what it had said when it said that there will be no more.
+
+        Raises:
+            ValueError: it is no JSON, or too long. ClientGone: it has left without one.
+        """
+        line = bytearray()
+        while b"\n" not in line:
+            if len(line) > MAX_REQUEST_BYTES:
+                raise ValueError(f"it is longer than {MAX_REQUEST_BYTES} bytes")
+            try:
+                data = self._sock.recv(MAX_REQUEST_BYTES)
+            except BlockingIOError:
+                await anyio.wait_readable(self._sock)
+                continue
+            except OSError as error:
+                raise ClientGone from error
+            if not data and not line:
+                raise ClientGone("it left without a request")
+            if not data:
+                break
+            line += data
+        try:
+            return json.loads(line.partition(b"\n")[0])
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+
+    async def send(self, event: str, **facts: Any) -> None:
+        """Send a message.
+
+        Raises:
+            ClientGone: it has left, or it does not read.
+
+        Cancelled, half of it may be sent: nothing can follow.
+        """
+        rest = memoryview(json.dumps({"event": event, **facts}).encode() + b"\n")
+        try:
+            with anyio.fail_after(ANSWER_SECONDS):
+                while rest:
+                    try:
+                        rest = rest[self._sock.send(rest) :]
+                    except BlockingIOError:
+                        await anyio.wait_writable(self._sock)
+        except OSError as error:
+            raise ClientGone from error

@@ -1,0 +1,21 @@
+"""What the tests of this wing share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set variables, and undo at the end what becomes of them."""
+    names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC")
+    for name in (*names, "WATCHDOG_PID", "SYSTEMD_EXEC_PID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def set_variables(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
