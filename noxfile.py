@@ -15,26 +15,6 @@ from typing import NoReturn
 
 PROJECT = Path(__file__).resolve().parent
 PYTHONS = ("3.11", "3.12", "3.13")
-HANDOFF = (
-    "chains",
-    "control",
-    "datagrams",
-    "failed_restarts",
-    "hardships",
-    "leaks",
-    "queues",
-    "reused_pids",
-    "sockets",
-    "stash",
-)
-NEWEST_ONLY = (
-    # Other people's servers, systemd and whole commands: they know nothing of Python's version, and take half the time.
-    *(f"scenarios/{wing}" for wing in ("anchor", "run", "servers", "systemd", "transfer")),
-    *("test_benchmarks.py", "cli/test_commands.py"),
-    # What is pure, or goes no other way on another version of asyncio than the tests that run on all of them.
-    *("test_conftest.py", "test_examples.py", "handoff/test_protocol_exploration.py"),
-    *(f"scenarios/handoff/test_{name}.py" for name in (*HANDOFF, "stopping", "takeover")),
-)
 
 
 def run_nox() -> NoReturn:
@@ -69,6 +49,9 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.download_python = "never"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "tests"]
+if any(f"tests-{version}" in argument for version in PYTHONS for argument in sys.argv):
+    # A Python that was asked for by its number is not skipped. All of them together are those that there are.
+    nox.options.error_on_missing_interpreters = True
 
 
 def install(session: nox.Session, group: str) -> None:
@@ -87,15 +70,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """Run the tests, in parallel; a Python that is missing is skipped, or with CI=true an error."""
+    """Run the tests, in parallel; a Python that is missing is skipped, or an error with CI=true or where it is named."""
     install(session, "test")
-    older = [] if session.python == PYTHONS[-1] else [f"--ignore=tests/{each}" for each in NEWEST_ONLY]
-    if older:
-        # Under load, and when a signal hits them, the versions differ by asyncio only.
-        older += ["-k", "not (test_load.py or test_faults.py) or asyncio"]
     # One more than there are processors: many tests wait for processes that they have started.
     processes = (os.cpu_count() or 1) + 1
-    session.run("python", "-m", "pytest", f"--numprocesses={processes}", "--dist=worksteal", *older, *session.posargs)
+    session.run("python", "-m", "pytest", f"--numprocesses={processes}", "--dist=worksteal", *session.posargs)
 
 
 @nox.session

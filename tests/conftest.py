@@ -2,7 +2,8 @@
 
 An ``async def`` test runs three times: on asyncio and on uvloop by pytest-asyncio, and on trio. A plain test that asks
 for ``backend`` runs three times as well, with the name of the loop its child processes shall use. The marker
-``backends`` chooses fewer. Async fixtures (``pytest_asyncio.fixture``) work on asyncio and uvloop only.
+``backends`` chooses fewer. The marker ``newest_python_only`` spares older Pythons what knows nothing of their
+differences. Async fixtures (``pytest_asyncio.fixture``) work on asyncio and uvloop only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gc
 import inspect
 import os
 import signal
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,6 +31,7 @@ LOOP_FACTORIES: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "uvloop": uvloop.new_event_loop,
 }
 BACKENDS = (*LOOP_FACTORIES, "trio")
+NEWEST_PYTHON = (3, 13)
 CURRENT_BACKEND = pytest.StashKey[str]()
 
 # Marks the processes that a test starts, so that they are found also where their parent, a generation that left, has
@@ -57,6 +60,23 @@ def pytest_sessionstart() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # The pipe that serialises its signal handlers.
     uvloop.new_event_loop().close()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out, on an older Python, the tests for the newest one."""
+    if sys.version_info < NEWEST_PYTHON:
+        left_out = {item: is_for_newest_python(item) for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if left_out[item]])
+        items[:] = [item for item in items if not left_out[item]]
+
+
+def is_for_newest_python(item: pytest.Item) -> bool:
+    """Say whether a test, with these parameters, runs on the newest Python only."""
+    marker = item.get_closest_marker("newest_python_only")
+    if marker is None:
+        return False
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return parameters.get("backend", parameters.get("loop")) not in marker.kwargs.get("but", ())
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.newest_python_only
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 # How long a benchmark may take here, seconds: far more than it needs, on a machine that is busy with other tests.

@@ -7,6 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.newest_python_only
+
 HERE = Path(__file__).parent
 
 SUITE = '''

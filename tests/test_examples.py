@@ -23,6 +23,8 @@ import psutil
 import pytest
 import trustme
 
+pytestmark = pytest.mark.newest_python_only
+
 PROJECT = Path(__file__).resolve().parent.parent
 EXAMPLES = PROJECT / "examples"
 

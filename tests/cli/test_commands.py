@@ -24,6 +24,8 @@ from ecdysis_async.cli.progress import Lines, Progress
 from ecdysis_async.report import Outcome, Phase, RestartReport
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS, PROJECT, Service, running
 
+pytestmark = pytest.mark.newest_python_only
+
 Run = Callable[..., Service]
 
 COMMAND = [sys.executable, "-W", "error", "-m", "ecdysis_async.cli"]

@@ -21,6 +21,8 @@ from ecdysis_async.cli.client import Exit
 from tests.scenarios.anchor.harness import AnchoredService, Watchdog
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Clients, Conversation
 
+pytestmark = pytest.mark.newest_python_only
+
 Run = Callable[..., AnchoredService]
 
 # What a release does that fails in one slot only: the one that comes second, once it is told to.

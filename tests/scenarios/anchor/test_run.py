@@ -13,6 +13,8 @@ import pytest
 from ecdysis_async.cli import client
 from tests.scenarios.run.harness import PROJECT, running
 
+pytestmark = pytest.mark.newest_python_only
+
 APPLICATION = """
 import os
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.scenarios.handoff.harness import Lost, Service
 
+pytestmark = pytest.mark.newest_python_only
+
 Run = Callable[..., Service]
 
 DRAINING = "[[each.generation, each.pid, each.connections] for each in ecdysis.draining_generations]"

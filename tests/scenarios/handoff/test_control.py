@@ -15,6 +15,8 @@ import pytest
 
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Clients, Service, running
 
+pytestmark = pytest.mark.newest_python_only
+
 Json = dict[str, Any]
 Run = Callable[..., Service]
 

@@ -14,6 +14,8 @@ import pytest
 
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Service
 
+pytestmark = pytest.mark.newest_python_only
+
 Run = Callable[..., Service]
 
 RESTARTS = 10

@@ -13,6 +13,8 @@ import pytest
 
 from tests.scenarios.handoff.harness import SERVICE, Clients, Service
 
+pytestmark = pytest.mark.newest_python_only
+
 Run = Callable[..., Service]
 
 HOSTILE = Path(__file__).with_name("hostile.py")

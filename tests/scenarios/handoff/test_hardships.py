@@ -12,6 +12,8 @@ import pytest
 from tests.scenarios.handoff.harness import SERVICE, Clients, Conversation, Refused, Service
 from tests.scenarios.handoff.test_restarts import CANCELLABLE_RESTART, SLOW_PAUSE
 
+pytestmark = pytest.mark.newest_python_only
+
 Run = Callable[..., Service]
 
 FIRST = ["listen_tcp", ["127.0.0.1", 0], {}]

@@ -9,6 +9,8 @@ import pytest
 
 from tests.scenarios.handoff.harness import Service
 
+pytestmark = pytest.mark.newest_python_only
+
 Run = Callable[..., Service]
 
 FAILED_RESTARTS = 200

@@ -21,6 +21,9 @@ from benchmarks.running import RunningService, running
 from benchmarks.service import LOOPS
 from ecdysis_async import Outcome
 
+# Under load, the versions differ by asyncio only.
+pytestmark = pytest.mark.newest_python_only(but=("asyncio",))
+
 RESTARTS = 20  # in all: one before the first look, the others before the last
 
 # Slow requests end well before the deadline of a drain, however long a busy machine lets a process wait for its turn.

@@ -11,6 +11,8 @@ import pytest
 
 from tests.scenarios.handoff.harness import Clients, Conversation, Refused, Service
 
+pytestmark = pytest.mark.newest_python_only
+
 Run = Callable[..., Service]
 
 LOOPS = ("asyncio", "uvloop", "anyio", "trio")

@@ -12,6 +12,8 @@ import pytest
 
 from tests.scenarios.handoff.harness import PROJECT
 
+pytestmark = pytest.mark.newest_python_only
+
 SCRIPT = Path(__file__).with_name("reused_pids.py")
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Clients, Conversation, Refused, Service
 
+pytestmark = pytest.mark.newest_python_only
+
 Run = Callable[..., Service]
 
 FIRST = ["listen_tcp", ["127.0.0.1", 0], {}]

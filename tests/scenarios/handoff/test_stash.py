@@ -12,6 +12,8 @@ import pytest
 
 from tests.scenarios.handoff.harness import Clients, Conversation, Service
 
+pytestmark = pytest.mark.newest_python_only
+
 Run = Callable[..., Service]
 
 every_loop = pytest.mark.backends("asyncio", "uvloop", "anyio", "trio")

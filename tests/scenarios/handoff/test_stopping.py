@@ -13,6 +13,8 @@ import pytest
 
 from tests.scenarios.handoff.harness import PROJECT, Clients, Conversation, Lost, Service
 
+pytestmark = pytest.mark.newest_python_only
+
 Run = Callable[..., Service]
 
 every_loop = pytest.mark.backends("asyncio", "uvloop", "anyio", "trio")

@@ -15,6 +15,8 @@ import pytest
 from tests.scenarios.handoff.harness import PROJECT, Clients, Service
 from tests.scenarios.handoff.test_control import ask, asking, status
 
+pytestmark = pytest.mark.newest_python_only
+
 Run = Callable[..., Service]
 
 

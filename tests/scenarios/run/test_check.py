@@ -11,6 +11,8 @@ import pytest
 
 from tests.scenarios.run.commands import call, get, running, write_app
 
+pytestmark = pytest.mark.newest_python_only
+
 SECRET = "correct horse battery staple"
 
 # What its start-up would do; a check never comes so far.

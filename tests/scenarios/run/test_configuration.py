@@ -6,7 +6,11 @@ import asyncio
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.scenarios.run.harness import HERE, by_tcp, get, running
+
+pytestmark = pytest.mark.newest_python_only
 
 APP = """
 import os

@@ -10,6 +10,8 @@ import pytest
 
 from tests.scenarios.run.harness import HERE, by_tcp, get, run_command, running
 
+pytestmark = pytest.mark.newest_python_only
+
 GOOD = """
 async def app(scope, receive, send):
     if scope["type"] == "lifespan":

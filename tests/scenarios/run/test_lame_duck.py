@@ -15,6 +15,8 @@ import yaml
 
 from tests.scenarios.run.commands import PROJECT, Visitors, call, get, make_environment, running, wait_until, write_app
 
+pytestmark = pytest.mark.newest_python_only
+
 MANIFEST = PROJECT / "examples" / "kubernetes.yaml"
 
 

@@ -6,8 +6,11 @@ import signal
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.scenarios.run.commands import Visitors, get, running, wait_until, write_app
+
+pytestmark = pytest.mark.newest_python_only
 
 OPTIONS = ("--bind", "127.0.0.1:0", "--reload", "--drain-timeout", "5")
 RESTARTED = r"rolling generation \d+ out"

@@ -16,6 +16,8 @@ from websockets.exceptions import ConnectionClosed
 
 from tests.scenarios.run.harness import HERE, Run, by_tcp, loading, running, visiting_echo, visiting_http
 
+pytestmark = pytest.mark.newest_python_only
+
 ASGI, AIOHTTP = ("apps:asgi",), ("apps:make_aiohttp", "--factory")
 NORMAL, RESTARTING = 1000, 1012
 

@@ -17,6 +17,8 @@ import trustme
 
 from tests.scenarios.run.harness import HERE, PATIENCE_SECONDS, Open, by_path, by_tcp, get, running
 
+pytestmark = pytest.mark.newest_python_only
+
 ASGI, AIOHTTP = ("apps:asgi",), ("apps:make_aiohttp", "--factory")
 SERVERS = {"uvicorn": ASGI, "hypercorn": ASGI, "aiohttp": AIOHTTP}
 APP_DIR = ("--app-dir", str(HERE))

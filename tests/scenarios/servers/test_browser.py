@@ -10,6 +10,8 @@ import pytest
 from tests.scenarios.servers import programs
 from tests.scenarios.servers.harness import find_blemishes, running
 
+pytestmark = pytest.mark.newest_python_only
+
 RESTARTS = 3
 SETTINGS = {"probation": 0.05, "drain_timeout": 4}
 

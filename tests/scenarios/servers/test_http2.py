@@ -14,6 +14,8 @@ from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, PingFr
 from tests.scenarios.servers.clients import HOST
 from tests.scenarios.servers.harness import PATIENCE_SECONDS, find_blemishes, running
 
+pytestmark = pytest.mark.newest_python_only
+
 RESTARTS = 3
 CLIENTS = 6
 PAUSE_SECONDS = 0.1

@@ -14,6 +14,8 @@ from tests.scenarios.servers import programs
 from tests.scenarios.servers.clients import Load, by_unix
 from tests.scenarios.servers.harness import PATIENCE_SECONDS, find_blemishes, running
 
+pytestmark = pytest.mark.newest_python_only
+
 RESTARTS = 10
 
 # Those of a real service but for the probation: connections that a proxy keeps idle stay open for long, and a proxy

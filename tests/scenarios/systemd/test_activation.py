@@ -15,6 +15,8 @@ from tests.scenarios.systemd.harness import NAME, SERVICE, Client, Unit, free_po
 from tests.scenarios.systemd.load import LOUD, Load
 from tests.scenarios.systemd.machine import PROJECT
 
+pytestmark = pytest.mark.newest_python_only
+
 
 @pytest.mark.parametrize("by", ["name", "address", "descriptor"])
 def test_tcp_and_unix_sockets_are_served_through_generations(unit: Unit, by: str) -> None:

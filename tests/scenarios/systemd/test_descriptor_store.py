@@ -15,6 +15,8 @@ from tests.scenarios.systemd.harness import Client, Unit
 from tests.scenarios.systemd.load import LOST, LOUD, Load
 from tests.scenarios.systemd.phases import PHASES, Standstill
 
+pytestmark = pytest.mark.newest_python_only
+
 STORE = ("FileDescriptorStoreMax=16", "Restart=always", "RestartSec=0")
 
 TCP = ["listen_tcp", ["127.0.0.1", 0], {}]

@@ -7,10 +7,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from ecdysis_async._management import systemd_unit
 from tests.scenarios.systemd.harness import NAME, Client, Unit, free_port
 from tests.scenarios.systemd.load import LOUD, Load
 from tests.scenarios.systemd.machine import PROJECT
+
+pytestmark = pytest.mark.newest_python_only
 
 VOICE = Path(__file__).with_name("voice.py")
 

@@ -13,6 +13,8 @@ from tests.scenarios.systemd.harness import NAME, Client, Unit
 from tests.scenarios.systemd.load import LOST, Load
 from tests.scenarios.systemd.machine import PROJECT
 
+pytestmark = pytest.mark.newest_python_only
+
 
 @pytest.mark.parametrize(("kind", "reloads"), [("notify", 10), ("notify-reload", 4)])
 def test_reloads_in_a_row_lose_nothing(unit: Unit, kind: str, reloads: int) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 from tests.scenarios.systemd.harness import Unit
 from tests.scenarios.systemd.load import LOST, Load
 from tests.scenarios.systemd.test_unit import PrintedUnit
+
+pytestmark = pytest.mark.newest_python_only
 
 
 def test_the_watchdog_bites_where_no_worker_turns(unit: Unit) -> None:

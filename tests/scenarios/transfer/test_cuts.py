@@ -14,6 +14,8 @@ import pytest
 from tests.scenarios.servers.clients import HOST
 from tests.scenarios.servers.harness import PATIENCE_SECONDS, find_blemishes, running
 
+pytestmark = pytest.mark.newest_python_only
+
 SETTINGS = {"probation": 0.3, "drain_timeout": 10}
 
 # Their bytes are so many clients at a time.

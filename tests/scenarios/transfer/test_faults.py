@@ -17,6 +17,8 @@ from ecdysis_async._connections.sender import BATCH
 from tests.scenarios.transfer.subreaper import subreaper
 from tests.test_examples import Service
 
+pytestmark = pytest.mark.newest_python_only
+
 CLIENTS = 160
 # So many leave while their connections are on their way.
 LEAVING = 20

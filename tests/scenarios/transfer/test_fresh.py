@@ -10,6 +10,8 @@ import pytest
 from tests.scenarios.servers.clients import HOST, read_head
 from tests.scenarios.servers.harness import PATIENCE_SECONDS, find_blemishes, running
 
+pytestmark = pytest.mark.newest_python_only
+
 SETTINGS = {"probation": 0.02, "drain_timeout": 5}
 
 CLIENTS = 20

@@ -14,6 +14,8 @@ from tests.scenarios.servers.clients import read_head
 from tests.scenarios.transfer.clients import Crowd
 from tests.scenarios.transfer.test_websockets import Counting
 
+pytestmark = pytest.mark.newest_python_only
+
 # Each starts two interpreters that import uvicorn.
 RESTARTS = 2
 OPTIONS = ("ws=websockets-sansio", "lifespan=off", "timeout_keep_alive=600")

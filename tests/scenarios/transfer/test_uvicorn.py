@@ -10,6 +10,8 @@ import pytest
 from tests.scenarios.servers.harness import find_blemishes, running
 from tests.scenarios.transfer.clients import Crowd
 
+pytestmark = pytest.mark.newest_python_only
+
 RESTARTS = 20
 
 SETTINGS = {"probation": 0.02, "drain_timeout": 10, "max_draining": RESTARTS + 1}
