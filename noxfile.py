@@ -70,7 +70,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """Run the tests, in parallel; a Python that is missing is skipped, or an error with CI=true or where it is named."""
+    """Run the tests, in parallel. A missing Python is skipped; where it is named, or CI=true, it is an error."""
     install(session, "test")
     # One more than there are processors: many tests wait for processes that they have started.
     processes = (os.cpu_count() or 1) + 1

@@ -180,7 +180,7 @@ class Watchdog:
 
 @contextlib.contextmanager
 def anchored(directory: Path, *, serves: bool = True, **settings: Any) -> Iterator[AnchoredService]:
-    """Run a service with an anchor for a test, as ``tests.handoff.harness.running``."""
+    """Run a service with an anchor for a test, as ``tests.scenarios.handoff.harness.running``."""
     service = AnchoredService(directory, **settings)
     try:
         service.start()

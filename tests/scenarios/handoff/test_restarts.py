@@ -209,7 +209,7 @@ seen = subprocess.run(
     capture_output=True, text=True, check=True,
 ).stdout
 import multiprocessing
-from tests.handoff.children import list_descriptors
+from tests.scenarios.handoff.children import list_descriptors
 with multiprocessing.get_context("spawn").Pool(1) as pool:
     in_pool = pool.apply(list_descriptors)
     pool.close()

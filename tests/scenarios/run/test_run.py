@@ -27,7 +27,7 @@ Visit = Callable[[], Coroutine[Any, Any, None]]
 @pytest.mark.parametrize(
     ("target", "server", "loop"),
     [
-        # Each server on each loop is in tests/servers.
+        # Each server on each loop is in tests/scenarios/servers.
         (ASGI, "uvicorn", "asyncio"),
         (ASGI, "hypercorn", "trio"),
         (AIOHTTP, "aiohttp", "uvloop"),

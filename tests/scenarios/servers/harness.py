@@ -24,7 +24,7 @@ ECDYSIS = [*PYTHON, "-m", "ecdysis_async.cli"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROJECT)}
 
 # What ``ecdysis run`` serves, and by what, in the place of each of ``service.SERVE``.
-ASGI = "tests.servers.service:asgi"
+ASGI = "tests.scenarios.servers.service:asgi"
 OPTION = "--server-option"
 UVICORN = [ASGI, "--server=uvicorn", OPTION, "timeout_keep_alive=600"]
 HTTPTOOLS = [*UVICORN, OPTION, "http=httptools", OPTION, "ws=websockets-sansio"]
@@ -33,7 +33,7 @@ TARGETS = {
     "uvicorn-h11": [*UVICORN, OPTION, "http=h11", OPTION, "ws=wsproto", "--no-transfer"],
     "uvicorn-moving": HTTPTOOLS,
     "hypercorn": [ASGI, "--server=hypercorn", OPTION, "keep_alive_timeout=600", "--no-transfer"],
-    "aiohttp": ["tests.servers.service:make_aiohttp", "--factory", "--server=aiohttp", "--no-transfer"],
+    "aiohttp": ["tests.scenarios.servers.service:make_aiohttp", "--factory", "--server=aiohttp", "--no-transfer"],
 }
 
 PATIENCE_SECONDS = 60.0
