@@ -26,7 +26,16 @@ def test_connections_move_to_the_successor_of_their_worker(tmp_path: Path) -> No
 
 
 async def restart_among(loop: str, directory: Path) -> None:
-    arguments = ["tests.scenarios.transfer.run_app:app", "--workers", "2", "--loop", loop, "--port", "0", "--no-access-log"]
+    arguments = [
+        "tests.scenarios.transfer.run_app:app",
+        "--workers",
+        "2",
+        "--loop",
+        loop,
+        "--port",
+        "0",
+        "--no-access-log",
+    ]
     arguments += [f"--server-option={option}" for option in OPTIONS]
     async with running(directory, *arguments) as run, asyncio.TaskGroup() as task_group:
         port = await run.find_port()
