@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from ecdysis_async._connections.parcel import ConnectionResumer, Refused, Release, Transferable, TransferRecord
 from ecdysis_async._connections.tracker import Connection, Verdict, current_connection
 from ecdysis_async._sockets.registry import BACKLOG, Entry, Until
+from ecdysis_async._system.descriptors import EXHAUSTED
 from ecdysis_async.errors import DrainInterrupt
 
 from .data_plane import DataPlane
@@ -54,9 +55,7 @@ STREAM_LIMIT = 2**16
 # kernel's queue, which asyncio takes from the same argument, would be a stall.
 ACCEPTS_PER_TURN = 100
 
-# There is no descriptor, or no memory, for one more connection.
-EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-# How often it is looked whether asyncio watches a socket again that it has left alone for that reason.
+# How often it is looked whether asyncio watches a socket again that it has left alone for want of descriptors, seconds.
 EXHAUSTED_POLL_SECONDS = 0.02
 
 

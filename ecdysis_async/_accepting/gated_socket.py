@@ -24,6 +24,7 @@ from anyio.abc import TaskGroup
 from ecdysis_async._connections.parcel import ConnectionResumer, Refused, Release, TransferRecord
 from ecdysis_async._connections.tracker import Connection, Tracker, Verdict, current_connection
 from ecdysis_async._sockets.registry import Entry, Kind, Until
+from ecdysis_async._system.descriptors import EXHAUSTED
 from ecdysis_async.errors import DrainInterrupt, EcdysisError
 
 from .data_plane import DataPlane, active
@@ -65,8 +66,7 @@ BROKEN_CONNECTION = frozenset(
     }
 )
 
-# There is no descriptor, or no memory, for one more connection. Nothing tells when there is again.
-EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# Nothing tells when there is a descriptor, or memory, for one more connection again: how long it is waited, seconds.
 EXHAUSTED_PAUSE_SECONDS = 0.1
 
 # The largest datagram, in bytes: lengths in IP have 16 bits; for Unix sockets asyncio's limit.

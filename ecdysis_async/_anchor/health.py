@@ -15,7 +15,8 @@ from typing import Final
 import anyio
 import anyio.abc
 
-from ecdysis_async._accepting.gated_socket import EXHAUSTED, EXHAUSTED_PAUSE_SECONDS, accept_connection
+from ecdysis_async._accepting.gated_socket import EXHAUSTED_PAUSE_SECONDS, accept_connection
+from ecdysis_async._system.descriptors import EXHAUSTED
 
 __all__ = ["HealthServer"]
 

@@ -8,7 +8,6 @@ nobody itself, a moment of that is what makes its state one.
 
 from __future__ import annotations
 
-import array
 import json
 import os
 import select
@@ -17,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ecdysis_async._ipc.channel import BATCH, READ_SIZE, Frame, FrameDecoder, encode
+from ecdysis_async._ipc.channel import READ_SIZE, Frame, FrameDecoder, encode
 from ecdysis_async._management.takeover import ask_for_channel
+from ecdysis_async._system.descriptors import DescriptorWriter, receive_with_descriptors
 from ecdysis_async.errors import ChannelError, TakeoverFailed
 
 from . import reexec
@@ -147,25 +147,18 @@ def _translate(state: dict[str, Any], here: Mapping[int, int]) -> dict[str, Any]
 
 
 def _send(sock: socket.socket, type: str, body: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
-    view = memoryview(encode(type, body, len(descriptors)))
-    batches = [descriptors[start : start + BATCH] for start in range(0, len(descriptors), BATCH)]
-    # Each batch with one byte, and the last with all that is left: as Channel sends.
-    while view:
-        batch, batches = (batches[0], batches[1:]) if batches else ((), [])
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", batch))] if batch else []
-        view = view[sock.sendmsg([view[:1] if batches else view], rights, socket.MSG_NOSIGNAL) :]
+    writer = DescriptorWriter(encode(type, body, len(descriptors)), descriptors)
+    while not writer.is_done:
+        writer.write(sock)
 
 
 def _receive(sock: socket.socket, decoder: FrameDecoder) -> Frame:
-    room = socket.CMSG_SPACE(BATCH * array.array("i").itemsize)
     while True:
-        data, ancillary, _, _ = sock.recvmsg(READ_SIZE, room, socket.MSG_CMSG_CLOEXEC)
-        descriptors = array.array("i")
-        for _, _, rights in ancillary:
-            descriptors.frombytes(rights)
-        frames = decoder.feed(data, descriptors.tolist())
+        received = receive_with_descriptors(sock, READ_SIZE)
+        frames = decoder.feed(received.data, received.descriptors, lost_descriptors=received.lost_descriptors)
         if frames:
+            frames[0].require_descriptors()
             return frames[0]
-        if not data:
+        if not received.data:
             decoder.end()
             raise ConnectionResetError("the other end has left")

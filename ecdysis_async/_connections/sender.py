@@ -10,7 +10,6 @@ Nothing here knows a loop or a protocol: see ``parcel.py`` for who does.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
 import fcntl
@@ -22,13 +21,14 @@ import resource
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 
 from ecdysis_async._accepting.data_plane import DataPlane
+from ecdysis_async._system.descriptors import close_all, receive_with_descriptors, send_with_descriptors
 from ecdysis_async._system.garbage import age_all_objects, without_full_collections
 
 from .parcel import ConnectionResumer, Refused, Release, Transferable, TransferRecord
@@ -240,9 +240,9 @@ class Sender:
             return 0
         self._number += 1
         message = f'{{"batch":{self._number},"connections":[{",".join(texts)}]}}'.encode()
-        rights = array.array("i", [connection.fileno() for connection in connections])
+        numbers = [connection.fileno() for connection in connections]
         try:
-            self._sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_NOSIGNAL)
+            send_with_descriptors(self._sock, message, numbers)
         except OSError as error:
             for connection in connections:
                 self._keep(connection)
@@ -404,27 +404,22 @@ class Receiver:
 
     async def _receive(self) -> tuple[dict[str, Any], list[int]] | None:
         """Wait for a batch: what was said of its connections, and as many descriptors as there was room for."""
-        room = socket.CMSG_SPACE(BATCH * 4 * array.array("i").itemsize)
         while True:
             try:
-                message, ancillary, flags, _ = self._sock.recvmsg(MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+                message = receive_with_descriptors(self._sock, MESSAGE_BYTES)
             except BlockingIOError:
                 await anyio.wait_readable(self._sock)
                 continue
             except ConnectionResetError:
                 # Said first, once; the messages that were sent before are still there.
                 continue
-            descriptors = array.array("i")
-            for level, kind, data in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
-            if not message:
+            if not message.data:
                 return None
-            if flags & socket.MSG_TRUNC:
-                _close(descriptors)
+            if message.is_cut:
+                close_all(message.descriptors)
                 self.log.error("transfer: a message of the predecessor's is too long; what is left there drains")
                 return None
-            return json.loads(message), list(descriptors)
+            return json.loads(message.data), message.descriptors
 
     async def _take(self, body: dict[str, Any], descriptors: list[int]) -> None:
         """Say which connections of a batch are served here, and then serve them."""
@@ -436,7 +431,7 @@ class Receiver:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         limit = soft - max(RESERVE_AT_LEAST, int(soft * RESERVE_SHARE))
         fitting = list(itertools.takewhile(lambda number: number < limit, descriptors))
-        _close(descriptors[len(fitting) :])
+        close_all(descriptors[len(fitting) :])
         if len(fitting) < count:
             reasons.add("too many files are open there (ulimit -n, LimitNOFILE=); it is tried again")
         try:
@@ -505,8 +500,3 @@ class Receiver:
             self.log.exception("a connection of the predecessor's was taken over, and failed")
         else:
             self._taken += 1
-
-
-def _close(descriptors: Iterable[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

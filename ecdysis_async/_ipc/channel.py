@@ -7,10 +7,8 @@ it is closed.
 
 from __future__ import annotations
 
-import array
 import errno
 import json
-import os
 import socket
 import struct
 from collections import deque
@@ -21,6 +19,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
+from ecdysis_async._system.descriptors import MAX_PER_MESSAGE, DescriptorWriter, close_all, receive_with_descriptors
 from ecdysis_async.errors import (
     ChannelClosed,
     ChannelError,
@@ -40,9 +39,6 @@ HEADER = struct.Struct(">4sII")
 
 MAX_PAYLOAD = 16 * 1024 * 1024
 MAX_DESCRIPTORS = 16384
-
-# SCM_MAX_FD of Linux (unix(7)): sendmsg fails with EINVAL beyond it, and so nothing received has more.
-BATCH = 253
 
 READ_SIZE = 64 * 1024
 
@@ -67,9 +63,23 @@ class Frame:
     descriptors: tuple[int, ...] = ()
     lost_descriptors: bool = False
 
+    def require_descriptors(self) -> None:
+        """Raise an error where descriptors of it are lost.
+
+        Raises:
+            DescriptorsLost: they are; it has the rest of the frame.
+        """
+        if self.lost_descriptors:
+            raise DescriptorsLost(
+                f"descriptors of {self.type!r} were lost on the way, most likely because this process has too many "
+                "open files: raise the limit (ulimit -n, LimitNOFILE=)",
+                self.type,
+                self.body,
+            )
+
     def close(self) -> None:
         """Close the descriptors. Call it once, and only if nobody else has taken them over."""
-        _close_all(self.descriptors)
+        close_all(self.descriptors)
 
 
 def encode(type: str, body: Mapping[str, Any], descriptor_count: int) -> bytes:
@@ -82,7 +92,7 @@ def encode(type: str, body: Mapping[str, Any], descriptor_count: int) -> bytes:
         raise ValueError('the body of a frame has no "type": that is the name of the message')
     payload = json.dumps({"type": type, **body}, separators=(",", ":"), allow_nan=False).encode("ascii")
     # Every batch of descriptors needs a byte to travel with (unix(7)); JSON may end in spaces.
-    payload = payload.ljust(descriptor_count // BATCH + 1)
+    payload = payload.ljust(descriptor_count // MAX_PER_MESSAGE + 1)
     if len(payload) > MAX_PAYLOAD:
         raise ValueError(f"a frame of {len(payload):,} bytes is too large: the limit is {MAX_PAYLOAD:,}")
     if descriptor_count > MAX_DESCRIPTORS:
@@ -168,7 +178,7 @@ class FrameDecoder:
     def _close_descriptors(self) -> None:
         descriptors = tuple(self._descriptors)
         self._descriptors.clear()
-        _close_all(descriptors)
+        close_all(descriptors)
 
     def _next_frame(self) -> Frame | None:
         # Looked at before the header is complete, so that a peer who talks something else is found out at once.
@@ -287,13 +297,7 @@ class Channel:
                 self._decoder.close()
                 raise
         frame = self._frames.popleft()
-        if frame.lost_descriptors:
-            raise DescriptorsLost(
-                f"descriptors of {frame.type!r} were lost on the way, most likely because this process has too many "
-                "open files: raise the limit (ulimit -n, LimitNOFILE=)",
-                frame.type,
-                frame.body,
-            )
+        frame.require_descriptors()
         return frame
 
     @property
@@ -335,35 +339,29 @@ class Channel:
 
     def _read(self) -> bool:
         """Read once; False where there is nothing to read now."""
-        room = socket.CMSG_SPACE(BATCH * array.array("i").itemsize)
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(READ_SIZE, room, socket.MSG_CMSG_CLOEXEC)
+            received = receive_with_descriptors(self._sock, READ_SIZE)
         except BlockingIOError:
             return False
         except ConnectionResetError as error:
             self._decoder.end()
             raise ChannelClosed("the other end of the channel is gone") from error
-        descriptors = _descriptors_in(ancillary)
-        if not data:
+        if not received.data:
             self._decoder.end()
             raise ChannelClosed("the other end of the channel is closed")
-        # Linux merges messages into one read, but stops after one that carries descriptors (unix_stream_read_generic):
-        # so there is room for all that can come, and they may belong to the last of several frames in `data`.
-        self._frames.extend(self._decoder.feed(data, descriptors, lost_descriptors=bool(flags & socket.MSG_CTRUNC)))
+        self._frames.extend(
+            self._decoder.feed(received.data, received.descriptors, lost_descriptors=received.lost_descriptors)
+        )
         return True
 
     async def _write(self, data: bytes, descriptors: Sequence[int], scope: anyio.CancelScope) -> None:
         """Write a frame; from its first byte on, shield the scope."""
-        view = memoryview(data)
-        batches = [descriptors[start : start + BATCH] for start in range(0, len(descriptors), BATCH)] or [()]
-        while view:
-            # Each batch with one byte, the last with all that is left.
-            chunk = view if len(batches) <= 1 else view[:1]
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", batches[0]))] if batches[0] else []
+        writer = DescriptorWriter(data, descriptors)
+        while not writer.is_done:
             if self._sock.fileno() == -1:
                 raise ChannelClosed("this end of the channel is closed")
             try:
-                sent = self._sock.sendmsg([chunk], ancillary, socket.MSG_NOSIGNAL)
+                writer.write(self._sock)
             except BlockingIOError:
                 await self._wait(anyio.wait_writable)
                 continue
@@ -373,9 +371,6 @@ class Channel:
                 await anyio.sleep(IN_FLIGHT_PAUSE)
                 continue
             scope.shield = True
-            view = view[sent:]
-            # What was written carried its whole batch: the kernel attaches it to the first byte.
-            batches = batches[1:] or [()]
 
     async def _wait(self, wait: Callable[[socket.socket], Awaitable[None]]) -> None:
         self._waiters += 1
@@ -402,17 +397,3 @@ def _parse(payload: bytes) -> tuple[str, dict[str, Any]]:
     if not isinstance(type, str):
         raise GarbledFrame('the payload of a frame is no object with a "type"')
     return type, body
-
-
-def _descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
-    descriptors = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            # A truncated message may end within a descriptor.
-            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
-    return descriptors.tolist()
-
-
-def _close_all(descriptors: Iterable[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

@@ -10,13 +10,13 @@ import enum
 import math
 import os
 import socket
-import struct
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anyio
 
+from ecdysis_async._system.descriptors import close_all, read_credentials
 from ecdysis_async.errors import ChannelError, DescriptorsLost, RestartError
 
 from .channel import Channel, Frame
@@ -67,9 +67,6 @@ class FromWorker(enum.StrEnum):
 # How long the end of a process waits until the other end has its last words, seconds.
 FLUSH_SECONDS = 2.0
 
-# struct ucred of unix(7): pid, uid, gid.
-_CREDENTIALS = struct.Struct("@iII")
-
 _requests: int | None = None
 
 
@@ -87,9 +84,7 @@ class WorkerLink:
     @property
     def peer_pid(self) -> int:
         """The process that has made the line, as the kernel saw it then."""
-        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid: int = _CREDENTIALS.unpack(credentials)[0]
-        return pid
+        return read_credentials(self._sock).pid
 
     def fileno(self) -> int:
         """The socket's descriptor, or -1 once it is closed."""
@@ -112,7 +107,7 @@ class WorkerLink:
     def tell(self, message: str, body: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
         """Let ``run`` send a message, after those before it; the descriptors are taken over."""
         if self._is_broken:
-            _close_all(descriptors)
+            close_all(descriptors)
             return
         self._outbox.append((message, body, descriptors))
         self._sent = anyio.Event()
@@ -144,7 +139,7 @@ class WorkerLink:
                     self.give_up()
                     return
                 self._outbox.popleft()
-                _close_all(descriptors)
+                close_all(descriptors)
             self._sent.set()
             self._told = anyio.Event()
             await self._told.wait()
@@ -159,7 +154,7 @@ class WorkerLink:
         """Send nothing more, and forget what was to be sent."""
         self._is_broken = True
         while self._outbox:
-            _close_all(self._outbox.popleft()[2])
+            close_all(self._outbox.popleft()[2])
         self._sent.set()
 
     def close(self) -> None:
@@ -204,8 +199,3 @@ def error_from_json(body: Mapping[str, Any]) -> RestartError:
     kinds = {kind.__name__: kind for kind in RestartError.__subclasses__()}
     kind = kinds.get(body["error"], RestartError)
     return kind(str(body["message"]), phase=body["phase"], stderr=str(body["stderr"]))
-
-
-def _close_all(descriptors: Sequence[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

@@ -6,10 +6,11 @@ import contextlib
 import json
 import os
 import socket
-import struct
 from typing import Any
 
 import anyio
+
+from ecdysis_async._system.descriptors import read_credentials
 
 __all__ = ["ClientGone", "ControlConnection"]
 
@@ -20,9 +21,6 @@ ANSWER_SECONDS = 5.0
 
 # socket(7), since Linux 6.5; the module socket does not have it.
 SO_PEERPIDFD = 77
-
-# struct ucred of unix(7): pid, uid, gid.
-CREDENTIALS = struct.Struct("@iII")
 
 
 class ClientGone(Exception):
@@ -37,9 +35,7 @@ class ControlConnection:
 
     def read_uid(self) -> int:
         """Return the user who connected, as the kernel saw it then (SO_PEERCRED, unix(7))."""
-        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-        uid: int = CREDENTIALS.unpack(credentials)[1]
-        return uid
+        return read_credentials(self._sock).uid
 
     def identify(self) -> tuple[int, int]:
         """Return the process that connected, and a new pidfd of it.
@@ -47,8 +43,7 @@ class ControlConnection:
         Raises:
             ClientGone: it has ended. ValueError: it cannot be watched from here.
         """
-        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-        pid: int = CREDENTIALS.unpack(credentials)[0]
+        pid = read_credentials(self._sock).pid
         if pid == 0:
             raise ValueError("it is in another pid namespace (another container)")
         with contextlib.suppress(OSError):  # Linux before 6.5, or a peer that was reaped

@@ -21,7 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecdysis_async._ipc.channel import BATCH, HEADER, MAGIC, MAX_DESCRIPTORS, MAX_PAYLOAD, Channel, FrameDecoder, encode
+from ecdysis_async._ipc.channel import HEADER, MAGIC, MAX_DESCRIPTORS, MAX_PAYLOAD, Channel, FrameDecoder, encode
+from ecdysis_async._system.descriptors import MAX_PER_MESSAGE
 from ecdysis_async.errors import (
     ChannelClosed,
     ChannelError,
@@ -225,10 +226,12 @@ def test_encode_refuses_what_no_peer_accepts() -> None:
         encode("hello", {"x": float("nan")}, 0)
 
 
-@pytest.mark.parametrize("count", [0, 1, BATCH, 30 * BATCH, 30 * BATCH + 1, MAX_DESCRIPTORS])
+@pytest.mark.parametrize(
+    "count", [0, 1, MAX_PER_MESSAGE, 30 * MAX_PER_MESSAGE, 30 * MAX_PER_MESSAGE + 1, MAX_DESCRIPTORS]
+)
 def test_each_batch_of_descriptors_has_a_byte_to_travel_with(count: int) -> None:
     data = encode("", {}, count)
-    assert len(data) * BATCH >= count
+    assert len(data) * MAX_PER_MESSAGE >= count
     (frame,) = FrameDecoder().feed(data, range(1_000_000, 1_000_000 + count))
     assert (frame.type, frame.body, len(frame.descriptors)) == ("", {}, count)
 
@@ -261,7 +264,7 @@ async def test_frames_arrive_in_order_with_their_descriptors() -> None:
         assert numbers(opened) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("count", [1, BATCH, BATCH + 1, 1000])
+@pytest.mark.parametrize("count", [1, MAX_PER_MESSAGE, MAX_PER_MESSAGE + 1, 1000])
 async def test_many_descriptors_travel_in_batches(count: int) -> None:
     with file_limit(4096), files(count) as opened, channels() as (here, there):
         async with anyio.create_task_group() as tasks:
@@ -532,7 +535,7 @@ def test_the_kernel_reads_no_two_batches_at_once() -> None:
         send_raw(here, b"a")
         send_raw(here, b"b", opened[:2])
         send_raw(here, b"c", opened[2:])
-        size = socket.CMSG_SPACE(BATCH * 4)
+        size = socket.CMSG_SPACE(MAX_PER_MESSAGE * 4)
         for expected in (b"ab", 2), (b"c", 1):
             data, ancillary, _, _ = there.recvmsg(100, size)
             received = array.array("i", ancillary[0][2])
