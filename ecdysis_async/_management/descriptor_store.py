@@ -17,12 +17,13 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from urllib.parse import quote, unquote
 
-from ecdysis_async._handoff.stash import Version
+from ecdysis_async._handoff.stash import InheritedStash, Version
 from ecdysis_async._sockets.registry import Entry, Registry
 from ecdysis_async._system.claims import STATE_PREFIX
+from ecdysis_async.errors import GarbledFrame
 
 from .systemd import SOCKET_PREFIX, Systemd
 
@@ -121,6 +122,27 @@ class DescriptorStore:
         # What is not parked there after all, systemd does not mind.
         for full_name in [each for each in self._parked | self._inherited if each.startswith(prefix)]:
             self._remove(full_name)
+
+    def read_state(self, stash: InheritedStash) -> None:
+        """Let the application find in its stash what a crash has left."""
+        for (name, version), descriptor in self.state.items():
+            size = os.fstat(descriptor).st_size
+            try:
+                stash.receive([{"name": name, "version": version, "size": size}], [descriptor])
+            except (OSError, GarbledFrame) as error:
+                logger.warning("the stash %r that a crash has left cannot be read: %s", name, error)
+
+    def release_state(self, is_kept: Callable[[str], bool]) -> None:
+        """Park again what a crash has left, now that this start has survived it, as far as that is asked for.
+
+        Args:
+            is_kept: says whether the application wants the state of this name to be kept.
+        """
+        while self.state:
+            (name, version), descriptor = self.state.popitem()
+            if is_kept(name):
+                self.keep(name, version, descriptor)
+            os.close(descriptor)
 
     def close(self) -> None:
         """Close what nobody has taken out of ``state``; systemd's own copies stay."""

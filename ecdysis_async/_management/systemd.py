@@ -107,6 +107,11 @@ class Systemd:
             if self.watchdog is not None:
                 self.tell("WATCHDOG=1")
 
+    async def wait_until_main(self) -> None:
+        """Return when this process is, or was, the unit's main one; at once where there is no systemd."""
+        if self.is_there:
+            await self.begun.wait()
+
     def tell(self, *assignments: str, descriptors: Iterable[int] = ()) -> None:
         """Let ``run`` send a message, after those before it. A process that is not the main one says nothing.
 
@@ -161,7 +166,7 @@ class Systemd:
         """
         self.tell(f"MAINPID={pid}", *assignments)
         self._is_main = False
-        await self.synchronize()
+        await self._synchronize()
 
     async def flush(self) -> None:
         """Send what was told so far."""
@@ -172,7 +177,14 @@ class Systemd:
                 self._forget_first()
 
     async def synchronize(self) -> None:
-        """Return when systemd has read all that was told: who exits earlier may not be heard (sd_notify_barrier(3))."""
+        """Return when systemd has read all that was told: who exits earlier may not be heard (sd_notify_barrier(3)).
+
+        A process that systemd does not take for the main one was not heard, and does not wait.
+        """
+        if self._is_main:
+            await self._synchronize()
+
+    async def _synchronize(self) -> None:
         await self.flush()
         read_end, write_end = os.pipe()
         try:

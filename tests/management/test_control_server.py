@@ -20,7 +20,7 @@ import pytest
 
 from ecdysis_async import Ecdysis, SpawnFailed
 from ecdysis_async._handoff.preflight import describe_place
-from ecdysis_async._management import control_server
+from ecdysis_async._management import control_connection, control_server
 from ecdysis_async._management.control_path import ControlLock
 from ecdysis_async.report import State
 
@@ -265,7 +265,7 @@ async def test_a_stop_is_heard_from_one_who_has_left(tmp_path: Path) -> None:
 
 async def test_a_client_that_never_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_server, "HEARTBEAT_SECONDS", 0)
-    monkeypatch.setattr(control_server, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(control_connection, "ANSWER_SECONDS", 0.05)
     async with serving(tmp_path, command=HANGING) as (ecdysis, path):
         silent = await connect(path, b'{"command": "restart", "until": "settled"}\n')
         async with silent:
