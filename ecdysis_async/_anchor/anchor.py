@@ -49,10 +49,11 @@ from ecdysis_async._management.systemd_unit import check_unit, find_shortcoming
 from ecdysis_async._sockets.addresses import listen
 from ecdysis_async._sockets.registry import Entry, Registry
 from ecdysis_async._system.claims import take_activation
+from ecdysis_async._system.launch import describe_launch
 from ecdysis_async._system.log_files import reopen_logs
-from ecdysis_async._system.messages import say
-from ecdysis_async._system.process import Child, Process, describe_exit, describe_launch, find_process, spawn
+from ecdysis_async._system.process import Child, Process, describe_exit, find_process, spawn
 from ecdysis_async._system.signals import SignalReceiver, handled_signals
+from ecdysis_async._system.stderr import say
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import (
     ChannelClosed,

@@ -23,7 +23,8 @@ from typing import Any, Final
 
 from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._system.claims import ANCHOR_CHECK_MARKER, ANCHOR_MARKER, mark
-from ecdysis_async._system.process import Launch, Process
+from ecdysis_async._system.launch import Launch
+from ecdysis_async._system.process import Process
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import RestartReport
 

@@ -18,7 +18,7 @@ import anyio
 
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._management.changes import Changes
-from ecdysis_async._system.process import Launch, describe_launch
+from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import (
     NotReady,

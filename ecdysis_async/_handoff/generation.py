@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 
 from ecdysis_async._system.log_files import reopen_logs
-from ecdysis_async._system.process import Child
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.settings import Settings
 
@@ -20,10 +17,7 @@ from .ancestors import Ancestors
 from .host import Host
 from .stash import InheritedStash, Stashes
 
-__all__ = ["Generation", "GenerationLog", "Spawner"]
-
-Spawner = Callable[[socket.socket, int], Awaitable[Child]]
-"""Starts a successor with its end of the channel and its stderr, which stay the caller's; raises a RestartError."""
+__all__ = ["Generation", "GenerationLog"]
 
 
 class GenerationLog(logging.LoggerAdapter[logging.Logger]):

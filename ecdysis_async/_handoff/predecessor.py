@@ -19,7 +19,8 @@ import anyio
 from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.peer import Death, Peer, wait_for_death
 from ecdysis_async._sockets.registry import Entry
-from ecdysis_async._system.process import Child, describe_end, describe_launch, spawn
+from ecdysis_async._system.launch import describe_launch
+from ecdysis_async._system.process import Child, Spawner, describe_end, spawn
 from ecdysis_async._system.stderr import StderrTail, duplicate_stderr
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import (
@@ -35,7 +36,7 @@ from ecdysis_async.errors import (
 )
 from ecdysis_async.report import Outcome, Phase, RestartReport
 
-from .generation import Generation, Spawner
+from .generation import Generation
 from .protocol import (
     VERSIONS,
     DrainMessage,

@@ -20,7 +20,8 @@ import anyio
 from ecdysis_async._ipc.channel import Channel
 from ecdysis_async._sockets.registry import Entry
 from ecdysis_async._system.claims import CHECK_KEY, PRIVATE_KEYS
-from ecdysis_async._system.process import Launch, Process, describe_exit, describe_launch, spawn
+from ecdysis_async._system.launch import Launch, describe_launch
+from ecdysis_async._system.process import Process, describe_exit, spawn
 from ecdysis_async._system.stderr import StderrTail
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import ChannelError, RestartError, SpawnFailed

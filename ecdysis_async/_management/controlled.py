@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ecdysis_async._handoff.generation import Spawner
+from ecdysis_async._system.process import Spawner
 from ecdysis_async.errors import RestartUnsupported
 from ecdysis_async.report import RestartReport
 

@@ -30,7 +30,7 @@ from ecdysis_async._connections.sender import Receiver, Sender
 from ecdysis_async._connections.tracker import Tracker, current_connection
 from ecdysis_async._handoff import preflight
 from ecdysis_async._handoff.ancestors import Ancestor
-from ecdysis_async._handoff.generation import Generation, GenerationLog, Spawner
+from ecdysis_async._handoff.generation import Generation, GenerationLog
 from ecdysis_async._handoff.host import AcceptingHost
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import (
@@ -64,7 +64,7 @@ from ecdysis_async._management.systemd_unit import check_unit, find_shortcoming,
 from ecdysis_async._management.takeover import ask_for_channel
 from ecdysis_async._sockets.registry import Entry, Registry, Until
 from ecdysis_async._system.claims import is_check, is_worker, take_activation, take_channel, take_line
-from ecdysis_async._system.process import supported
+from ecdysis_async._system.process import Spawner, supported
 from ecdysis_async._system.signals import SignalReceiver, can_handle_signals, handled_signals, is_handled
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import (

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 import threading
 from collections.abc import Callable
+from typing import TextIO
 
 import anyio
 
 from .threads import run_in_thread
 
-__all__ = ["StderrTail", "duplicate_stderr", "identity", "pass_on"]
+__all__ = ["StderrTail", "duplicate_stderr", "identity", "pass_on", "say", "write_lines"]
 
 STDERR_LINES = 40
 STDERR_BYTES = 16 * 1024
@@ -21,6 +23,24 @@ PIPE_BYTES = 64 * 1024
 
 # How long the last words of a dead successor may take to be written, seconds.
 REST_SECONDS = 1.0
+
+
+def say(text: str) -> None:
+    """Say something in the command's own name, mostly why it ends."""
+    write_lines(f"ecdysis: {text}")
+
+
+def write_lines(text: str) -> None:
+    """Write lines to stderr in one piece.
+
+    Several processes write there. `print` writes the end of the line by itself under PYTHONUNBUFFERED, which containers
+    like to set, and what another process writes in that moment would stand before it.
+    """
+    stderr: TextIO | None = sys.stderr
+    # It is None where Python was started without one.
+    if stderr is not None:
+        stderr.write(f"{text}\n")
+        stderr.flush()
 
 
 class StderrTail:

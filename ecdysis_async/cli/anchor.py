@@ -14,8 +14,8 @@ from ecdysis_async._anchor.takeover import ask_for_service
 from ecdysis_async._config.logging import configure_logging
 from ecdysis_async._config.options import OptionError, Options, find_control_path
 from ecdysis_async._handoff.preflight import preflight
-from ecdysis_async._system.messages import say
-from ecdysis_async._system.process import describe_launch
+from ecdysis_async._system.launch import describe_launch
+from ecdysis_async._system.stderr import say
 from ecdysis_async.errors import RestartError, StartupError, TakeoverFailed
 
 __all__ = ["run", "serve"]

@@ -11,7 +11,7 @@ import anyio
 
 from ecdysis_async._handoff.preflight import CheckFailed, preflight
 from ecdysis_async._management.control_path import is_live
-from ecdysis_async._system.process import Launch
+from ecdysis_async._system.launch import Launch
 from ecdysis_async.errors import RestartError
 
 from . import client

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from ecdysis_async._management.control_path import is_live
-from ecdysis_async._system.messages import say
+from ecdysis_async._system.stderr import say
 
 from . import client
 from .client import CommandFailed, Exit

@@ -25,7 +25,7 @@ from ecdysis_async._sockets.addresses import name_sockets
 from ecdysis_async._sockets.registry import Entry
 from ecdysis_async._sockets.registry import Kind as SocketKind
 from ecdysis_async._system.claims import take_channel
-from ecdysis_async._system.messages import say, write_lines
+from ecdysis_async._system.stderr import say, write_lines
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async._system.tracebacks import describe_failure
 from ecdysis_async.errors import StartupError

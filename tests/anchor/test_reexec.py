@@ -16,7 +16,8 @@ from ecdysis_async._anchor import reexec
 from ecdysis_async._anchor.pool import Slot, Worker, WorkerPool, WorkerState
 from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._system.claims import ANCHOR_CHECK_MARKER, ANCHOR_MARKER
-from ecdysis_async._system.process import Launch, Process
+from ecdysis_async._system.launch import Launch
+from ecdysis_async._system.process import Process
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from ecdysis_async import Ecdysis, RestartUnsupported, SpawnFailed, State
 from ecdysis_async._ipc.peer import wait_for_death
 from ecdysis_async._management.systemd import Systemd, find_systemd
 from ecdysis_async._sockets.registry import Registry
-from ecdysis_async._system.process import Launch, Process, spawn
+from ecdysis_async._system.launch import Launch
+from ecdysis_async._system.process import Process, spawn
 from tests.scenarios.handoff.harness import set_subreaper
 
 PROJECT = Path(__file__).resolve().parents[2]

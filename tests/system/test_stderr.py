@@ -1,13 +1,22 @@
-"""What a successor writes to stderr before it is ready: nothing of it is lost on its way."""
+"""What is written to stderr: nothing of a successor's is lost on its way, and a message of the command is whole."""
 
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 
 import anyio
 import pytest
 
 from ecdysis_async._system.stderr import StderrTail, _write
+
+PROGRAM = """
+from ecdysis_async._system import stderr
+stderr.say("two lines\\nof one message")
+stderr.write_lines("another")
+"""
 
 
 async def wait_for(text: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -44,3 +53,19 @@ async def test_it_is_passed_on_until_somebody_else_does(backend: str, capfd: pyt
     finally:
         tail.close_write_end()
         tail.close()
+
+
+def test_a_message_is_one_write() -> None:
+    """However Python's streams are buffered: several processes write there, each between two writes of another."""
+    reader, writer = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with reader:
+        with writer:
+            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            subprocess.run([sys.executable, "-c", PROGRAM], check=True, stderr=writer.fileno(), env=environment)
+        # A record is what one write has written.
+        assert [reader.recv(1000) for _ in range(3)] == [b"ecdysis: two lines\nof one message\n", b"another\n", b""]
+
+
+def test_a_message_that_has_no_place_to_go_ends_nothing() -> None:
+    command = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, "-c", PROGRAM]
+    subprocess.run(command, check=True)

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ecdysis_async._system.process import Launch, spawn
+from ecdysis_async._system.launch import Launch
+from ecdysis_async._system.process import spawn
 from ecdysis_async.cli import main as run_command
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Lost, running
 
