@@ -129,7 +129,7 @@ class RunningService:
 
 @contextlib.asynccontextmanager
 async def running(
-    *options: str, flags: Sequence[str] = (), stderr: IO[bytes] | None = None
+    *options: str, flags: Sequence[str] = (), stderr: IO[bytes] | None = None, directory: Path = PROJECT
 ) -> AsyncIterator[RunningService]:
     """Start a service, and yield it when it serves; at the end nothing is left of it, orderly or not.
 
@@ -137,6 +137,7 @@ async def running(
         options: of ``benchmarks.service``.
         flags: of the interpreter; each generation has them from the one before.
         stderr: for the stderr of all generations, instead of that of this process.
+        directory: where the service and the library are taken from; through a link that is there, at each restart anew.
 
     Raises:
         RuntimeError: it ended before it served.
@@ -144,7 +145,12 @@ async def running(
     command = [sys.executable, *flags, "-m", "benchmarks.service", *options]
     # Not by asyncio's own: that child would be killed with the transport of this process' end (DESIGN.md, trap 17).
     first = subprocess.Popen(  # noqa: ASYNC220 - vfork is over within a millisecond
-        command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
+        command,
+        cwd=directory,
+        env={**os.environ, "PWD": str(directory)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
     )
     assert first.stdout is not None
     facts = asyncio.StreamReader()

@@ -141,6 +141,24 @@ def running(cwd: Path, *arguments: str, directory: Path | None = None, **environ
         run.process.wait()
 
 
+@contextlib.contextmanager
+def taking_over(
+    former: Running, cwd: Path, *arguments: str, directory: Path | None = None, **environment: str
+) -> Iterator[Running]:
+    """Run a newcomer, with the control socket of the one that it takes over."""
+    log = (directory or cwd) / "log"
+    newcomer = Running(cwd, log, former.control, "--takeover", former.control, *arguments, **environment)
+    try:
+        yield newcomer
+        if newcomer.process.poll() is None:
+            newcomer.process.terminate()
+            assert newcomer.wait() == 0
+    finally:
+        print(newcomer.log)  # noqa: T201 - pytest shows it with a failure
+        newcomer.process.kill()
+        newcomer.process.wait()
+
+
 class Visitors:
     """A client in a thread of its own, whose every request must be answered.
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -24,6 +22,7 @@ from tests.scenarios.run.commands import (
     get,
     make_environment,
     running,
+    taking_over,
     wait_until,
     write_app,
 )
@@ -42,22 +41,6 @@ def places(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "one", tmp_path / "two"
 
 
-@contextlib.contextmanager
-def taking_over(former: Running, cwd: Path, *arguments: str) -> Iterator[Running]:
-    """Run a newcomer, with the control socket of the one that it takes over."""
-    log = cwd / "log"
-    newcomer = Running(cwd, log, former.control, *QUICK, "--takeover", former.control, *arguments)
-    try:
-        yield newcomer
-        if newcomer.process.poll() is None:
-            newcomer.process.terminate()
-            assert newcomer.wait() == 0
-    finally:
-        print(newcomer.log)  # noqa: T201 - pytest shows it with a failure
-        newcomer.process.kill()
-        newcomer.process.wait()
-
-
 def test_a_newcomer_goes_on(places: tuple[Path, Path]) -> None:
     """No request is lost, the control socket and the pid file stay where they are, and all workers are its own."""
     one, two = places
@@ -67,7 +50,7 @@ def test_a_newcomer_goes_on(places: tuple[Path, Path]) -> None:
         port, inode = former.find_port(), os.stat(former.control).st_ino
         with Visitors(port) as visitors:
             visitors.wait_for("one")
-            with taking_over(former, two, *more) as newcomer:
+            with taking_over(former, two, *QUICK, *more) as newcomer:
                 assert former.wait() == 0
                 visitors.wait_for("two")
                 newcomer.wait_for(f"taken over from pid {former.process.pid}: ")
@@ -96,7 +79,7 @@ def test_a_release_that_does_not_start_changes_nothing(places: tuple[Path, Path]
     write_app(two / "main.py", "broken", "import nowhere")
     with running(one, *QUICK) as former:
         port = former.find_port()
-        with taking_over(former, two) as newcomer:
+        with taking_over(former, two, *QUICK) as newcomer:
             assert newcomer.wait() == 3
             assert "No module named 'nowhere'" in newcomer.log
             assert "the new release fails its check" in newcomer.log
