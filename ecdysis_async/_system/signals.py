@@ -41,19 +41,20 @@ def is_handled(number: signal.Signals) -> bool:
 def handled_signals(handlers: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[SignalReceiver]:
     """Install handlers; run the receiver that is returned, and it calls them as the signals come."""
     receiver = SignalReceiver(handlers)
-    former = {}
+    former: dict[signal.Signals, signal._HANDLER] = {}
+    _replaced.append(former)
     try:
         receiver.wake_from_c()
         for each in handlers:
             former[each] = signal.signal(each, receiver.note)
         yield receiver
     finally:
+        _replaced.remove(former)
         for each, handler in former.items():
             if each in receiver.ignored_afterwards:
                 signal.signal(each, signal.SIG_IGN)
             else:
-                # None: a handler that was not installed from Python, and cannot be put back from here.
-                signal.signal(each, signal.SIG_DFL if handler is None else handler)
+                _put_back(each, handler)
         receiver.close()
 
 
@@ -128,3 +129,48 @@ class SignalReceiver:
         self._read_end = self._write_end = -1
         os.close(read_end)
         os.close(write_end)
+
+
+# The handlers that were there before ours, for each block of :func:`handled_signals` that is entered.
+_replaced: list[dict[signal.Signals, signal._HANDLER]] = []
+
+
+def _put_back(number: signal.Signals, handler: signal._HANDLER) -> None:
+    # None is a handler that was not installed from Python: it cannot be put back from here.
+    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _hold_signals() -> None:
+    """Block the signals that are handled here, from just before a fork.
+
+    A signal that reached the child before its handlers are put back would be noted there, and be lost: `terminate`
+    right after `start` would end nobody.
+    """
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, set().union(*_replaced)) if _replaced else None
+
+
+def _let_signals_through() -> None:
+    if _forking.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _put_all_back_in_child() -> None:
+    """Give a forked child the handlers that it would have without us: `Process.terminate` is to end it.
+
+    The pipe that wakes the parent's loop is shared with the child. A signal of the child must not be written there.
+    """
+    if _replaced:
+        signal.set_wakeup_fd(-1)
+    for former in reversed(_replaced):
+        for number, handler in former.items():
+            _put_back(number, handler)
+    _let_signals_through()
+
+
+# The mask of each thread that forks: two may do so at once.
+_forking = threading.local()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_hold_signals, after_in_parent=_let_signals_through, after_in_child=_put_all_back_in_child
+    )
