@@ -19,12 +19,13 @@ from anyio.abc import TaskGroup
 
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._handoff.ancestors import Ancestor
-from ecdysis_async._handoff.generation import GenerationLog, Spawner
+from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import DrainMessage
 from ecdysis_async._handoff.stash import InheritedStash, Stashes
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.claims import take_activation
+from ecdysis_async._system.process import Spawner
 from ecdysis_async._system.signals import SignalReceiver, can_handle_signals, handled_signals
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import ChannelError, RestartUnsupported

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ecdysis_async._system import process as spawn_module
+from ecdysis_async._system import launch
 from ecdysis_async._system.claims import MARKER
 from ecdysis_async._system.launch import describe_launch
 from ecdysis_async.errors import RestartError, RestartUnsupported
@@ -21,7 +21,7 @@ from ecdysis_async.errors import RestartError, RestartUnsupported
 BELOW_THE_PACKAGE = f"""
 import sys, types
 package = sys.modules["ecdysis_async"] = types.ModuleType("ecdysis_async")
-package.__path__ = [{str(Path(spawn_module.__file__).parents[1])!r}]
+package.__path__ = [{str(Path(launch.__file__).parents[1])!r}]
 """
 
 # A service of DEPTH + 1 generations; the last one tells what it finds, and the others pass it on.
@@ -30,7 +30,8 @@ SERVICE = (
     + """
 import json, os, socket, subprocess
 from ecdysis_async._system.claims import take_channel
-from ecdysis_async._system.process import describe_launch, spawn
+from ecdysis_async._system.launch import describe_launch
+from ecdysis_async._system.process import spawn
 
 RELEASE = "one"
 
@@ -203,7 +204,7 @@ def test_a_frozen_program_is_its_own_interpreter(service: Path) -> None:
 def test_a_program_on_standard_input_cannot_run_again(tmp_path: Path, arguments: list[str]) -> None:
     code = (
         "from ecdysis_async.errors import RestartUnsupported\n"
-        "from ecdysis_async._system.process import describe_launch\n"
+        "from ecdysis_async._system.launch import describe_launch\n"
         "try:\n"
         "    describe_launch(None, None, None)\n"
         "except RestartUnsupported as error:\n"
@@ -335,9 +336,9 @@ def test_an_explicit_environment_keeps_what_an_env_file_once_had(tmp_path: Path)
 
 def test_an_env_file_is_relative_to_the_start_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "env").write_text("A=1\n")
-    monkeypatch.setattr(spawn_module, "_START_DIRECTORY", str(tmp_path))
-    launch, _ = describe_launch(["true"], {}, "env")
-    assert launch.environment == {"A": "1", "PWD": str(tmp_path)}
+    monkeypatch.setattr(launch, "_START_DIRECTORY", str(tmp_path))
+    described, _ = describe_launch(["true"], {}, "env")
+    assert described.environment == {"A": "1", "PWD": str(tmp_path)}
 
 
 @pytest.mark.parametrize("content", [None, b"A=\xff\n"])

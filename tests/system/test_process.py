@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 import pytest
 
-from ecdysis_async._system import process as spawn_module
+from ecdysis_async._system import process as process_module
 from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.process import UNKNOWN_STATUS, Process, describe_end, describe_exit, spawn, supported
 from ecdysis_async.errors import SpawnFailed
@@ -27,7 +27,7 @@ from ecdysis_async.errors import SpawnFailed
 BELOW_THE_PACKAGE = f"""
 import sys, types
 package = sys.modules["ecdysis_async"] = types.ModuleType("ecdysis_async")
-package.__path__ = [{str(Path(spawn_module.__file__).parents[1])!r}]
+package.__path__ = [{str(Path(process_module.__file__).parents[1])!r}]
 """
 
 PYTHONPATH = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
