@@ -20,6 +20,7 @@ import anyio
 import anyio.lowlevel
 
 from ecdysis_async._system.descriptors import MAX_PER_MESSAGE, DescriptorWriter, close_all, receive_with_descriptors
+from ecdysis_async._system.forking import withhold_from_children
 from ecdysis_async.errors import (
     ChannelClosed,
     ChannelError,
@@ -226,6 +227,8 @@ class Channel:
         self._failure: ChannelError | None = None
         self._sending = anyio.Lock()
         self._waiters = 0
+        # The peer learns of this process' death by the end of the channel, whoever was forked meanwhile.
+        withhold_from_children(self)
 
     def fileno(self) -> int:
         """The socket's descriptor, or -1 once the channel is closed."""

@@ -64,6 +64,7 @@ from ecdysis_async._management.systemd_unit import check_unit, find_shortcoming,
 from ecdysis_async._management.takeover import ask_for_channel
 from ecdysis_async._sockets.registry import Entry, Registry, Until
 from ecdysis_async._system.claims import is_check, is_worker, take_activation, take_channel, take_line
+from ecdysis_async._system.forking import withholding_from_children
 from ecdysis_async._system.process import Spawner, supported
 from ecdysis_async._system.signals import SignalReceiver, can_handle_signals, handled_signals, is_handled
 from ecdysis_async._system.threads import run_in_thread
@@ -327,6 +328,9 @@ class Ecdysis(Listeners):
             self._resources.callback(self._systemd.close)
             self._resources.callback(self._store.close)
             self._resources.callback(self._registry.close, unlink=False)
+            self._resources.enter_context(
+                withholding_from_children(lambda: [entry.sock for entry in self._registry.entries])
+            )
             self._resources.callback(self._generation.lineage.close)
             if (line_to_anchor := take_line()) is not None:
                 self._report_for_duty(line_to_anchor)

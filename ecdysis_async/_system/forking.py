@@ -11,10 +11,10 @@ import contextlib
 import os
 import stat
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-__all__ = ["withhold_from_children"]
+__all__ = ["withhold_from_children", "withholding_from_children"]
 
 
 class HasDescriptor(Protocol):
@@ -25,11 +25,26 @@ class HasDescriptor(Protocol):
 
 
 _withheld: weakref.WeakSet[HasDescriptor] = weakref.WeakSet()
+_finders: list[Callable[[], Iterable[HasDescriptor]]] = []
 
 
 def withhold_from_children(holder: HasDescriptor) -> None:
     """Let forked children have nothing of a socket, nor of its duplicates, for as long as its owner lives."""
     _withheld.add(holder)
+
+
+@contextlib.contextmanager
+def withholding_from_children(find: Callable[[], Iterable[HasDescriptor]]) -> Iterator[None]:
+    """Let children that are forked inside this block have none of the sockets that are found at that moment."""
+    _finders.append(find)
+    try:
+        yield
+    finally:
+        _finders.remove(find)
+
+
+def _holders() -> list[HasDescriptor]:
+    return [*_withheld, *(holder for find in _finders for holder in find())]
 
 
 def _let_go_in_child() -> None:
@@ -40,7 +55,7 @@ def _let_go_in_child() -> None:
     parent's event loop notices nothing.
     """
     inodes = set()
-    for holder in tuple(_withheld):
+    for holder in _holders():
         with contextlib.suppress(OSError, ValueError):
             if (number := holder.fileno()) >= 0:
                 inodes.add(os.fstat(number).st_ino)
@@ -62,7 +77,7 @@ def _open_descriptors() -> Iterator[int]:
         yield from map(int, os.listdir("/proc/self/fd"))
     except OSError:
         # Without /proc the owners' own numbers are all that is known: duplicates stay.
-        for holder in tuple(_withheld):
+        for holder in _holders():
             with contextlib.suppress(OSError, ValueError):
                 yield holder.fileno()
 

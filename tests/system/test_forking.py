@@ -7,27 +7,32 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from ecdysis_async._system.forking import withhold_from_children
+from ecdysis_async._system.forking import withhold_from_children, withholding_from_children
 from ecdysis_async._system.signals import handled_signals
 
 
 @contextlib.contextmanager
-def forked(before: Callable[[], None] = lambda: None) -> Iterator[int]:
+def forked() -> Iterator[int]:
     """Fork a child that waits until it is ended."""
+    began, begins = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            before()
+            os.write(begins, b"!")
             signal.pause()
         finally:
             os._exit(9)
     try:
+        # The child lets go before it returns from fork(), which may be long after this process has.
+        assert os.read(began, 1) == b"!"
         yield pid
     finally:
+        os.close(began)
+        os.close(begins)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
@@ -71,6 +76,19 @@ def test_the_end_of_a_channel_is_seen_while_a_child_lives() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_what_is_withheld_within_a_block_is_asked_for_at_the_fork() -> None:
+    socks: list[socket.socket] = []
+    with withholding_from_children(lambda: socks), listen() as sock:
+        socks.append(sock)
+        with forked():
+            address = sock.getsockname()
+            sock.close()
+            with socket.socket() as again:
+                again.bind(address)
+                again.listen()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_closed_socket_is_no_hindrance() -> None:
     with listen() as sock:
         withhold_from_children(sock)
@@ -88,6 +106,13 @@ def test_a_child_has_the_signal_handlers_that_were_there_before(in_thread: bool)
         with forked() as pid:
             os.kill(pid, signal.SIGTERM)
             status.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        # Before it has returned from fork(), most of the time.
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+            os._exit(9)
+        os.kill(pid, signal.SIGTERM)
+        status.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
     with handled_signals({signal.SIGTERM: lambda: None}), handled_signals({signal.SIGTERM: lambda: None}):
         if in_thread:
@@ -96,4 +121,4 @@ def test_a_child_has_the_signal_handlers_that_were_there_before(in_thread: bool)
             thread.join()
         else:
             end_one()
-    assert status == [-signal.SIGTERM]
+    assert status == [-signal.SIGTERM] * 2
