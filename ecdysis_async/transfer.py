@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ._connections.parcel import Release, Transferable
+from ecdysis_async._connections.parcel import Release, Transferable
 
 __all__ = ["Release", "Transferable"]

@@ -84,7 +84,7 @@ class AnyioListener(Listener[SocketStream]):
                 task_group = await stack.enter_async_context(anyio.create_task_group())
             if resume is not None:
                 resuming = functools.partial(self._resume, resume)
-                self.acceptor.adopter = StreamResumer(self.acceptor, task_group, resuming)
+                self.acceptor.resumer = StreamResumer(self.acceptor, task_group, resuming)
                 self.acceptor.is_resumable = True
             while True:
                 try:

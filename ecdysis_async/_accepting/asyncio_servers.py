@@ -22,8 +22,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
+from ecdysis_async._connections.connection import Connection, Verdict, current_connection
 from ecdysis_async._connections.parcel import ConnectionResumer, Refused, Release, Transferable, TransferRecord
-from ecdysis_async._connections.tracker import Connection, Verdict, current_connection
 from ecdysis_async._sockets.registry import BACKLOG, Entry, Until
 from ecdysis_async._system.descriptors import EXHAUSTED
 from ecdysis_async.errors import DrainInterrupt
@@ -716,7 +716,7 @@ class _ServerAcceptor(Acceptor, ConnectionResumer):
 
     def __init__(self, server: GatedServer, entry: Entry, tls_options: dict[str, Any]) -> None:
         self.entry = entry
-        self.adopter = self
+        self.resumer = self
         self.server = server
         self._loop = server.get_loop()
         self._is_asyncio = isinstance(self._loop, asyncio.SelectorEventLoop)

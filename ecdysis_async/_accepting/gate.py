@@ -36,8 +36,8 @@ class Acceptor(abc.ABC):
     """
 
     entry: Entry
-    # What goes on with connections of the predecessor's that were accepted from this socket, where that can be.
-    adopter: ConnectionResumer | None = None
+    # What resumes connections that the predecessor has accepted from this socket; None where nothing can.
+    resumer: ConnectionResumer | None = None
 
     @abc.abstractmethod
     async def open(self) -> None:
@@ -75,6 +75,11 @@ class Gate:
     def open_acceptors(self) -> AbstractSet[Acceptor]:
         """Those that accept at this moment."""
         return self._open
+
+    def find_resumer(self, name: str) -> ConnectionResumer | None:
+        """Return what resumes connections of the listener of a name; None where there is no such thing."""
+        found = (each.resumer for each in self._acceptors if each.entry.name == name and each.resumer is not None)
+        return next(found, None)
 
     async def add(self, acceptor: Acceptor) -> None:
         """Put an acceptor behind the gate; it is opened at once where the gate stands open.

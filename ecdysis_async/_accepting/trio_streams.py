@@ -14,8 +14,8 @@ from typing import Any, cast
 import trio
 from anyio.abc import TaskGroup
 
+from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._connections.parcel import Release
-from ecdysis_async._connections.tracker import current_connection
 from ecdysis_async._sockets.registry import Entry
 
 from .data_plane import DataPlane
@@ -90,7 +90,7 @@ async def _serve(
     task_group: TaskGroup,
 ) -> None:
     if resume is not None:
-        acceptor.adopter = StreamResumer(acceptor, task_group, functools.partial(_resume, resume, acceptor))
+        acceptor.resumer = StreamResumer(acceptor, task_group, functools.partial(_resume, resume, acceptor))
         acceptor.is_resumable = True
     while True:
         try:

@@ -1,22 +1,18 @@
-"""Connections that are tracked, the safe points at which they may end, and the drain that waits for them.
+"""All connections of one generation, what is counted of them, and the drain that waits for their end.
 
-A data plane opens one :class:`Connection` for everything it accepts, before anything can fail, and closes it when the
-peer has seen the last of it. Nothing here accepts, reads or writes, and nothing knows a loop: a connection says itself
-how it is interrupted, cancelled and aborted.
+A data plane opens one :class:`Connection` for everything it accepts, before anything can fail. It closes the connection
+when the peer has seen the last of it. Nothing here accepts, reads or writes, and nothing knows a loop.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import json
 import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -27,18 +23,15 @@ from ecdysis_async._system.garbage import age_all_objects
 from ecdysis_async.errors import DrainInterrupt
 from ecdysis_async.report import DrainCount
 
-from .parcel import TransferRecord
+from .connection import LEAVING, Connection, current_connection
 
-__all__ = ["Connection", "Offer", "Tracker", "Verdict", "current_connection"]
+__all__ = ["Tracker"]
 
 T = TypeVar("T")
 
-current_connection: ContextVar[Connection | None] = ContextVar("ecdysis_current_connection", default=None)
-"""The connection, or the tracked work, that the running task serves; data planes set it in each handler."""
-
 # An idle connection is told to close this long before the deadline, so that its goodbye still gets out: a second, and a
 # little for each connection, but no more than a tenth of the drain. Closing it any earlier races with the client's next
-# request (DESIGN.md, trap 2).
+# request.
 FAREWELL_SHARE = 0.1
 FAREWELL_SECONDS = 1.0
 FAREWELL_SECONDS_EACH = 0.0003
@@ -49,189 +42,26 @@ CANCEL_GRACE_SECONDS = 1.0
 # Finishing tasks are started in batches of this many with a turn of the loop between: 10,000 at once would stall those
 # that are still being served, and each costs 50 microseconds.
 BATCH = 50
-# How many of these are told in one turn of the loop that a moment has come: to close one costs up to 200 microseconds.
+# How many of these tasks are told in one turn of the loop that a moment has come: each close costs up to 200
+# microseconds.
 CALLED_PER_TURN = 20
-# How long one that is told to close only after the deadline has for it, seconds.
+# How long a connection has to close that is told so only after the deadline, seconds.
 LATE_SECONDS = 0.1
 
 # Connections that ended without telling are looked for in batches as well: to ask 10,000 costs some 13 ms.
 ASKED_PER_TURN = 200
 ASKED_PER_NEWCOMER = 8
-# How often a drain does that, and which share of the CPU it takes for it at the most.
+# How often a drain looks for them, and which share of the CPU it takes for that at the most.
 PRUNE_SECONDS = 0.05
 PRUNE_SHARE = 0.02
 
-# How long at most the drain leaves all connections to the transfer, before it begins to wait for each one as well, and
-# which share of the drain. To move 10,000 takes half a second; on a machine that is short of processors, far longer.
+# The drain leaves all connections to the transfer for so long at the most, and for this share of its own time. Then it
+# begins to wait for each one as well. To move 10,000 takes half a second; on a machine that is short of processors, far
+# longer.
 SWEEP_SECONDS = 10.0
 SWEEP_SHARE = 0.25
 
-# What a handler is told at its safe point.
-LEAVING = "this generation is leaving: close the connection now"
-MOVABLE = "this generation is leaving, and this connection can move to the next one: await transfer(state)"
-MOVED = "this connection has moved to the next generation"
-
 Move = Callable[[Callable[[], None]], Awaitable[None]]
-
-
-class Verdict(enum.Enum):
-    """What becomes of a connection that its handler has offered for transfer."""
-
-    OPEN = "open"
-    SENT = "sent"  # it is on its way, and nothing is known
-    STAYS = "stays"
-    MOVED = "moved"
-
-
-@dataclass(slots=True)
-class Offer:
-    """What a handler that has reached a safe point gives away of its connection, and what it is told then."""
-
-    state: Any
-    verdict: Verdict = Verdict.OPEN
-    decided: anyio.Event = field(default_factory=anyio.Event)
-
-    def decide(self, verdict: Verdict) -> None:
-        """Let the handler go on, or end."""
-        self.verdict = verdict
-        self.decided.set()
-
-
-class Connection:
-    """One connection, or one piece of tracked work.
-
-    The base class is what a data plane derives from; each of the three requests below may come at any time and more
-    than once, and none of them may raise or block.
-    """
-
-    __slots__ = (
-        "_idle_scopes",
-        "interrupted",
-        "invited",
-        "moved",
-        "news",
-        "offer",
-        "refused",
-        "silent",
-        "since",
-        "until",
-    )
-
-    # Whether a client is at the other end: only those can be lost.
-    is_accepted: ClassVar[bool] = True
-
-    def __init__(self, until: Until = Until.DRAIN) -> None:
-        self.until = until
-        # When it was accepted, also where that was in another process.
-        self.since = time.monotonic()
-        # What the drain that waits for this connection waits for: its end, or the next moment. Most end without one.
-        self.news: anyio.Event | None = None
-        # Whether the drain has asked it to close, and whether it was at a safe point then.
-        self.interrupted = False
-        self.silent = False
-        # Whether its handler shall offer it for transfer, as soon as it can; its offer; whether it has moved;
-        # and whether the successor will never take it.
-        self.invited = False
-        self.offer: Offer | None = None
-        self.moved = False
-        self.refused = False
-        self._idle_scopes: list[anyio.CancelScope] = []
-
-    def interrupt(self) -> None:
-        """Close at a safe point if there is one: wake the ``until_draining`` of this connection's handler."""
-        self.interrupted = True
-        for scope in self._idle_scopes:
-            scope.cancel()
-
-    def cancel(self) -> None:
-        """End the handler: the deadline has come."""
-
-    def abort(self) -> None:
-        """Let go of the socket without waiting for anything."""
-
-    def is_over(self) -> bool:
-        """Say whether it ended without telling: asked now and then of connections that cannot always know."""
-        return False
-
-    # How it moves to a successor
-
-    @property
-    def movable(self) -> bool:
-        """Whether it can ever move, at one of the moments to come."""
-        return False
-
-    def fileno(self) -> int:
-        """Return the descriptor of its socket."""
-        raise NotImplementedError
-
-    def pack(self) -> TransferRecord | None:
-        """Stop reading, and return what travels; None, and nothing has changed, where it is at no safe point.
-
-        Until ``keep`` or ``let_go`` is called, nothing may read from it or write to it.
-        """
-        return None
-
-    def keep(self) -> None:
-        """Go on with it: it was packed, and has not moved."""
-
-    def let_go(self) -> None:
-        """Close this process' copy without a word to the peer: it has moved."""
-
-    def invite(self) -> None:
-        """Wake its handler at its next safe point, so that it offers the connection for transfer."""
-        self.invited = True
-        for scope in self._idle_scopes:
-            scope.cancel()
-
-    def decline(self) -> None:
-        """Let its handler go on, because nothing moves any more; not while it is on its way."""
-        self.invited = False
-        if self.offer is not None and self.offer.verdict is Verdict.OPEN:
-            self.offer.decide(Verdict.STAYS)
-
-    async def transfer(self, state: Any, tracker: Tracker) -> None:
-        """Offer it for transfer, and wait for what becomes of that; see ``Ecdysis.transfer``."""
-        # Here, where the handler's traceback shows who is to blame.
-        json.dumps(state, allow_nan=False)
-        await anyio.lowlevel.checkpoint()
-        if self.interrupted:
-            raise DrainInterrupt(LEAVING)
-        if not tracker.moves or not self.movable:
-            return
-        offer = self.offer = Offer(state)
-        tracker.note_safe_point(self)
-        try:
-            await offer.decided.wait()
-        finally:
-            if offer.verdict is Verdict.SENT:
-                with anyio.CancelScope(shield=True):
-                    await offer.decided.wait()
-            self.offer = None
-        if offer.verdict is Verdict.MOVED:
-            raise DrainInterrupt(MOVED, moved=True)
-
-    async def at_safe_point(self, awaitable: Awaitable[T]) -> T:
-        """Await something that ``interrupt`` may cancel; see ``Ecdysis.until_draining``."""
-        scope = anyio.CancelScope()
-        self._idle_scopes.append(scope)
-        try:
-            with scope:
-                # Not before the scope: what is finished already is returned even now, and a coroutine gets its await.
-                if self.interrupted or self.invited:
-                    scope.cancel()
-                return await awaitable
-        finally:
-            self._idle_scopes.remove(scope)
-        raise self._leave_safe_point()
-
-    def _leave_safe_point(self) -> DrainInterrupt:
-        """Return what the handler is told."""
-        if self.interrupted:
-            self.silent = True
-            return DrainInterrupt(LEAVING)
-        # One that does not take part is invited again, and not at once: it may loop.
-        self.invited = False
-        return DrainInterrupt(MOVABLE)
 
 
 class _Work(Connection):
@@ -250,12 +80,12 @@ class _Work(Connection):
 
 
 class _Moment:
-    """A moment of a drain, which may be brought forward. It comes to the connections a few at a time."""
+    """A moment of a drain, which may be brought forward; the connections learn of it a few at a time."""
 
     def __init__(self, at: float) -> None:
         self.at = at
         self.has_come = anyio.Event()
-        # Ended at once, and all of them.
+        # All of these are cancelled at once when it comes.
         self.scopes: set[anyio.CancelScope] = set()
         self._waiting: set[anyio.Event] = set()
         self._asleep = anyio.CancelScope(deadline=at)
@@ -265,7 +95,7 @@ class _Moment:
         self.at = self._asleep.deadline = min(self.at, at)
 
     async def run(self) -> None:
-        """Wait until it comes, and tell everybody."""
+        """Wait until it comes, cancel the scopes, and wake the waiting connections."""
         with self._asleep:
             await anyio.sleep_forever()
         self.has_come.set()
@@ -277,7 +107,7 @@ class _Moment:
             await anyio.lowlevel.checkpoint()
 
     async def wait(self, news: anyio.Event) -> None:
-        """Wait until it comes here, or somebody else sets the event."""
+        """Wait until the moment comes to this connection, or its event is set for another reason."""
         if not self.has_come.is_set():
             self._waiting.add(news)
             try:
@@ -287,27 +117,33 @@ class _Moment:
 
 
 class Tracker:
-    """All connections of one generation, from their acceptance to their end, and the drain that ends them."""
+    """All connections of one generation, from their acceptance to their end, and the drain that ends them.
+
+    Attributes:
+        draining: set when this generation leaves.
+        count: how the connections have ended since then.
+        moves: whether connections move to a successor at this time: then no client is told to come back on a new one.
+        on_safe_point: told of each connection that reaches a safe point, while connections are sent to a successor.
+    """
 
     def __init__(self) -> None:
         self.draining = anyio.Event()
         self.count = DrainCount()
-        # Whether connections move to a successor at this time: then nobody is told to come back on a new one. And who
-        # shall know when one reaches a safe point.
         self.moves = False
-        self.on_ripe: Callable[[Connection], None] | None = None
-        # In the order in which they are asked whether they have ended without telling: who was asked goes to the end.
+        self.on_safe_point: Callable[[Connection], None] | None = None
+        # In the order in which they are asked whether they have ended without telling: the asked ones go to the end.
         self._connections: OrderedDict[Connection, None] = OrderedDict()
-        # How many are still to be asked since the table had doubled, and how many there were when all had been.
+        # How many are still to be asked since the table had doubled, and how many there were when all had been asked.
         self._unasked = self._asked_size = 0
-        # Everyone outside a connection who waits at a safe point: a background task, a handler of the user's own.
+        # Stands for every task that waits at a safe point without a connection: a background task, a handler of the
+        # user's own.
         self._bystander = Connection()
-        # While a drain runs: whom it still has to start a finishing task for. It does that itself, because connections
-        # are opened in callbacks of asyncio, where there is no task, and anyio can start none.
+        # While a drain runs, the connections that it still has to start a finishing task for. The drain starts it,
+        # because connections are opened in callbacks of asyncio, where there is no task and anyio can start none.
         self._awaited: deque[Connection] | None = None
         self._finishing: Collection[Until] = ()
         self._unfinished = 0
-        # Calls the drain: there is somebody to wait for, or nobody any more, or it shall hurry.
+        # Wakes the drain: there is a connection to wait for, or none any more, or the drain shall hurry.
         self._call = anyio.Event()
         self._hurried = False
         # Until when the drain leaves the connections to the transfer.
@@ -315,6 +151,8 @@ class Tracker:
         # Two counters, opened and closed. In a successor they lie in memory shared with the predecessor, which reads
         # off them what was lost if this process dies before it has settled.
         self._cells = memoryview(bytearray(16)).cast("Q")
+        # How many requests were counted; None as long as no server counts them.
+        self._requests: int | None = None
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -324,13 +162,22 @@ class Tracker:
         """How many connections this generation has accepted."""
         return self._cells[0]
 
+    @property
+    def requests(self) -> int:
+        """How many requests this generation has begun to answer; of servers that count none, its connections."""
+        return self.opened if self._requests is None else self._requests
+
+    def count_request(self) -> None:
+        """Count a request, for ``--max-requests``: called by adapters of servers that know requests."""
+        self._requests = (self._requests or 0) + 1
+
     def share(self, cells: memoryview) -> None:
         """Keep the counters in ``cells`` (two native unsigned 64-bit integers) from now on."""
         cells[0], cells[1] = self._cells[0], self._cells[1]
         self._cells = cells
 
     def connections(self) -> tuple[Connection, ...]:
-        """Those that are open; of very many, some may have ended without telling: not all are asked at one time."""
+        """Return the open connections; of very many, some may have ended without telling, because not all are asked."""
         self.prune(ASKED_PER_TURN)
         return tuple(self._connections)
 
@@ -351,7 +198,7 @@ class Tracker:
             self._call.set()
 
     def close(self, connection: Connection) -> None:
-        """Count it no more; harmless if it was closed already."""
+        """Stop counting a connection; harmless if it was closed already."""
         if connection in self._connections:
             del self._connections[connection]
             if connection.is_accepted:
@@ -360,7 +207,7 @@ class Tracker:
                 connection.news.set()
 
     def note_moved(self, connection: Connection) -> None:
-        """Count one that a successor has taken over; it is closed when its last trace here has gone."""
+        """Count a connection that a successor has taken over; it is closed when its last trace here has gone."""
         connection.moved = True
         self.count.transferred += 1
 
@@ -371,11 +218,11 @@ class Tracker:
 
     def note_safe_point(self, connection: Connection) -> None:
         """Say that a connection has reached a safe point: it may be passed on at once, if there is a successor."""
-        if self.on_ripe is not None:
-            self.on_ripe(connection)
+        if self.on_safe_point is not None:
+            self.on_safe_point(connection)
 
     def prune(self, count: int) -> None:
-        """Ask so many, the next ones, and close those that ended without telling."""
+        """Ask the next ``count`` connections, and close those that ended without telling."""
         for _ in range(min(count, len(self._connections))):
             connection = next(iter(self._connections))
             if connection.is_over():
@@ -384,7 +231,7 @@ class Tracker:
                 self._connections.move_to_end(connection)
 
     async def prune_all(self) -> float:
-        """Ask all, some of them in each turn of the loop: to ask 5,000 costs 7 ms. Return the seconds it took."""
+        """Ask all of them, some in each turn of the loop: to ask 5,000 costs 7 ms. Return the seconds it took."""
         spent = 0.0
         for _ in range(0, len(self._connections), ASKED_PER_TURN):
             begun = time.perf_counter()
@@ -395,7 +242,8 @@ class Tracker:
 
     def until_draining(self, awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:
         """Await something at a safe point, where this connection may also end. See ``Ecdysis.until_draining``."""
-        # No coroutine around the coroutine, here and in those who call this: each request pays for every one of them.
+        # Returns the coroutine itself, and so do the callers of this: each request would pay for every coroutine around
+        # it.
         return (current_connection.get() or self._bystander).at_safe_point(awaitable)
 
     @contextlib.asynccontextmanager
@@ -413,9 +261,16 @@ class Tracker:
         if scope.cancelled_caught:
             raise DrainInterrupt("the drain's deadline came before this work was done")
 
-    def transfer(self, state: Any) -> Coroutine[Any, Any, None]:
+    async def transfer(self, state: Any) -> None:
         """Offer the running handler's connection for transfer. See ``Ecdysis.transfer``."""
-        return (current_connection.get() or self._bystander).transfer(state, self)
+        # Here, where the handler's traceback shows which code offers what is no JSON.
+        json.dumps(state, allow_nan=False)
+        connection = current_connection.get() or self._bystander
+        await anyio.lowlevel.checkpoint()
+        if connection.interrupted:
+            raise DrainInterrupt(LEAVING)
+        if self.moves and connection.movable:
+            await connection.transfer(state, self.note_safe_point)
 
     async def drain(self, timeout: float, *, kinds: Collection[Until] = tuple(Until), move: Move | None = None) -> None:
         """Wait for every connection, each in a task of its own; interrupt, cancel and abort what is left at the end.
@@ -424,12 +279,12 @@ class Tracker:
 
         Args:
             timeout: seconds until the deadline.
-            kinds: which connections: those of listeners that end with the drain, those that serve to the exit, or all.
+            kinds: which connections to wait for: of listeners that end with the drain, or serve to the exit, or both.
             move: passes connections on to a successor until it is cancelled, and calls back once each was asked. What
                 it has moved by then costs the drain no task.
         """
         self.draining.set()
-        # Those that ended before, without telling, are not what this drain has waited for.
+        # Connections that ended before, without telling, are none that this drain has waited for.
         if len(self._connections) <= ASKED_PER_TURN:
             self.prune(ASKED_PER_TURN)
         else:
@@ -452,8 +307,8 @@ class Tracker:
                     housekeepers.start_soon(self._move, move, farewell)
                 async with anyio.create_task_group() as finishers:
                     self._awaited = deque(each for each in self._connections if each.until in kinds)
-                    # Not left to the end of the task group: it refuses new tasks a moment before we would know, and
-                    # work may begin in that very moment.
+                    # The end of the task group cannot decide when all is done: it refuses new tasks a moment before
+                    # the drain would know, and work may begin in that very moment.
                     while self._awaited or self._unfinished:
                         self._call = anyio.Event()
                         if self._hurried and not hurries:
@@ -466,8 +321,8 @@ class Tracker:
                             continue
                         self._finish_some(finishers, self._awaited, farewell, deadline)
                         if len(self._awaited) >= BATCH:
-                            # Each of these tasks lives for as long as its connection. Not for every single one that
-                            # comes later: young collections would never see any garbage again.
+                            # Each of these tasks lives for as long as its connection. A single task that comes later
+                            # is not aged: then young collections would never see any garbage again.
                             age_all_objects()
                         if self._awaited:
                             await anyio.lowlevel.checkpoint()
@@ -533,15 +388,17 @@ class Tracker:
 
     async def _finish(self, connection: Connection, news: anyio.Event, farewell: _Moment, deadline: _Moment) -> None:
         try:
-            await self._see_off(connection, news, farewell, deadline)
+            await self._wait_for_end(connection, news, farewell, deadline)
         finally:
-            # Where the drain was cancelled, the next one begins afresh.
+            # After a cancelled drain, the next one begins afresh.
             connection.news = None
             self._unfinished -= 1
             if not self._unfinished:
                 self._call.set()
 
-    async def _see_off(self, connection: Connection, news: anyio.Event, farewell: _Moment, deadline: _Moment) -> None:
+    async def _wait_for_end(
+        self, connection: Connection, news: anyio.Event, farewell: _Moment, deadline: _Moment
+    ) -> None:
         """See one connection to its end: first its own way, then politely, then by force."""
         await farewell.wait(news)
         if connection not in self._connections:
@@ -554,7 +411,7 @@ class Tracker:
                 await news.wait()
         else:
             await deadline.wait(news)
-        # It may have ended without telling, since the last time that such ones were looked for.
+        # It may have ended without telling, since such connections were last looked for.
         if connection not in self._connections or connection.is_over():
             self.close(connection)
             self._note_end(connection)
@@ -567,7 +424,7 @@ class Tracker:
                 await news.wait()
             if connection not in self._connections:
                 return
-        # Its handler ignores cancellation, or its protocol never hears of the abort (a TLS handshake, trap 20).
+        # Its handler ignores cancellation, or its protocol never hears of the abort: during a TLS handshake none does.
         self.close(connection)
 
     async def _interrupt_bystanders(self, farewell: _Moment) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 import anyio
 
 from ecdysis_async._accepting.data_plane import DataPlane
-from ecdysis_async._connections.sender import make_room
+from ecdysis_async._connections.receiver import make_room
 from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.peer import Death, Peer
 from ecdysis_async._system.stderr import identity, pass_on

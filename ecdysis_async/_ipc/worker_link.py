@@ -25,8 +25,6 @@ __all__ = [
     "FromAnchor",
     "FromWorker",
     "WorkerLink",
-    "count_request",
-    "counted_requests",
     "describe_loss",
     "error_from_json",
     "error_to_json",
@@ -66,8 +64,6 @@ class FromWorker(enum.StrEnum):
 
 # How long the end of a process waits until the other end has its last words, seconds.
 FLUSH_SECONDS = 2.0
-
-_requests: int | None = None
 
 
 class WorkerLink:
@@ -161,17 +157,6 @@ class WorkerLink:
         """Let go of the line; harmless if done already."""
         self.give_up()
         self._channel.close()
-
-
-def count_request() -> None:
-    """Count a request, for ``--max-requests``: for servers that know them. Without it connections are counted."""
-    global _requests
-    _requests = (_requests or 0) + 1
-
-
-def counted_requests() -> int | None:
-    """Return how many requests were counted; None where nobody counts them."""
-    return _requests
 
 
 def describe_loss(frame: Frame) -> str:

@@ -28,7 +28,6 @@ from ecdysis_async._ipc.worker_link import (
     FromAnchor,
     FromWorker,
     WorkerLink,
-    counted_requests,
     describe_loss,
     error_from_json,
     error_to_json,
@@ -265,7 +264,7 @@ class AnchorClient:
             # Also on what it serves to the end, whose queue it answers at last (Queues.answer).
             "is_done_accepting": gate.state is GateState.ENDED and not gate.acceptors,
             "connections": len(self._plane.tracker),
-            "requests": self._plane.tracker.opened if (counted := counted_requests()) is None else counted,
+            "requests": self._plane.tracker.requests,
             "rss": _resident_bytes(),
         }
 

@@ -25,9 +25,10 @@ import anyio
 
 from ecdysis_async._accepting import data_plane
 from ecdysis_async._accepting.gate import Gate
-from ecdysis_async._connections import sender as transfer
-from ecdysis_async._connections.sender import Receiver, Sender
-from ecdysis_async._connections.tracker import Tracker, current_connection
+from ecdysis_async._connections.connection import current_connection
+from ecdysis_async._connections.receiver import Receiver
+from ecdysis_async._connections.sender import Sender, socketpair
+from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._handoff import preflight
 from ecdysis_async._handoff.ancestors import Ancestor
 from ecdysis_async._handoff.generation import Generation, GenerationLog
@@ -985,7 +986,7 @@ class Ecdysis(Listeners):
         self._announce()
 
     def _receive_transfers(self, sock: socket.socket) -> None:
-        receiver = Receiver(sock, self._plane, self._generation.log)
+        receiver = Receiver(sock, self._gate.find_resumer, self._generation.log)
         self._task_group.start_soon(self._run_receiver, receiver)
 
     async def _run_receiver(self, receiver: Receiver) -> None:
@@ -1282,7 +1283,7 @@ class Ecdysis(Listeners):
         # Not before it is told that this has settled.
         await handover.over.wait()
         try:
-            ours, theirs = transfer.socketpair()
+            ours, theirs = socketpair()
         except OSError as error:
             self._tracker.moves = False
             self._generation.log.warning("no connection can be passed on: %s", error)

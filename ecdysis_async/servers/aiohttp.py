@@ -23,8 +23,7 @@ from aiohttp.typedefs import Handler, Middleware
 from ecdysis_async._accepting.asyncio_servers import ServerConnection
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._config.options import Options
-from ecdysis_async._connections.tracker import current_connection
-from ecdysis_async._ipc.worker_link import count_request
+from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.errors import StartupError
 from ecdysis_async.servers._common.forwarded import Trusted
@@ -167,13 +166,14 @@ class _Clients:
     def __init__(self, ecdysis: Ecdysis, runner: web.AppRunner) -> None:
         self.departure = Goodbye(ecdysis, self._close_idle)
         self._runner = runner
+        self._tracker = active().tracker
         # Each connection that has made a request; and whether it has one now.
         self._is_busy: dict[ServerConnection, bool] = {}
 
     @web.middleware
     async def note_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Know a connection that makes a request, and its task, which lives as long as it does."""
-        count_request()
+        self._tracker.count_request()
         connection = current_connection.get()
         if not isinstance(connection, ServerConnection):
             return await handler(request)

@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed
 
 from ecdysis_async._accepting import asyncio_servers
 from ecdysis_async._config.options import Options
-from ecdysis_async._connections.tracker import current_connection
+from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.goodbye import RESTARTING, Goodbye
 from ecdysis_async.servers._common.listening import make_ssl_context, open_sockets

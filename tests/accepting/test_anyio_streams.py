@@ -19,7 +19,7 @@ from anyio.streams.tls import TLSListener
 
 from ecdysis_async._accepting.anyio_streams import AnyioListener, DatagramListener, serve
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
-from ecdysis_async._connections.tracker import current_connection
+from ecdysis_async._connections.connection import current_connection
 from ecdysis_async.errors import DrainInterrupt
 from tests.planes import a_plane, connect, read, run_clients, turn, wait_for_end
 

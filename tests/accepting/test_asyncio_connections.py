@@ -11,7 +11,8 @@ import anyio
 import pytest
 
 from ecdysis_async._accepting.asyncio_servers import ServerConnection, start_server
-from ecdysis_async._connections.tracker import Tracker, current_connection
+from ecdysis_async._connections.connection import current_connection
+from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async.errors import DrainInterrupt
 from tests.planes import a_plane, turn
 

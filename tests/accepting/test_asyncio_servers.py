@@ -32,7 +32,7 @@ from ecdysis_async._accepting.asyncio_servers import (
 )
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import GateState
-from ecdysis_async._connections.tracker import current_connection
+from ecdysis_async._connections.connection import current_connection
 from ecdysis_async.errors import DrainInterrupt
 from tests.planes import a_plane, read, turn
 

@@ -19,7 +19,7 @@ from ecdysis_async._accepting.asyncio_datagrams import DatagramEndpoint
 from ecdysis_async._accepting.asyncio_servers import GatedServer, ServerConnection, start_server
 from ecdysis_async._accepting.data_plane import DataPlane, activate, active, deactivate
 from ecdysis_async._accepting.loops import LoopName, loop_factory, run
-from ecdysis_async._connections.tracker import current_connection
+from ecdysis_async._connections.connection import current_connection
 from tests.planes import a_plane, turn
 
 LOCALHOST = "127.0.0.1"

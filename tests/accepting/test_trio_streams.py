@@ -15,7 +15,7 @@ import trustme
 
 from ecdysis_async._accepting.anyio_streams import serve
 from ecdysis_async._accepting.trio_streams import TrioAcceptingEnded, TrioListener
-from ecdysis_async._connections.tracker import current_connection
+from ecdysis_async._connections.connection import current_connection
 from ecdysis_async.errors import DrainInterrupt
 from tests.planes import a_plane, connect, read, run_clients, turn, wait_for_end
 

@@ -15,7 +15,8 @@ from anyio.abc import SocketStream, TaskGroup
 
 from ecdysis_async._accepting.anyio_streams import serve
 from ecdysis_async._connections import tracker as drain
-from ecdysis_async._connections.tracker import Connection, Tracker, current_connection
+from ecdysis_async._connections.connection import Connection, current_connection
+from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._sockets.registry import Until
 from ecdysis_async.errors import DrainInterrupt
 from ecdysis_async.report import DrainCount
@@ -373,57 +374,6 @@ async def test_those_that_ended_without_telling_are_found_by_newcomers_a_few_by_
     assert Ended.asked - before <= drain.ASKED_PER_TURN
     await tracker.prune_all()
     assert len(tracker) == 1000
-
-
-async def test_a_finished_result_is_returned_also_while_draining() -> None:
-    tracker = Tracker()
-
-    async def result() -> str:
-        return "result"
-
-    assert await tracker.until_draining(result()) == "result"
-    await tracker.drain(0)
-    assert await tracker.until_draining(result()) == "result"
-    with pytest.raises(DrainInterrupt):
-        await tracker.until_draining(anyio.sleep_forever())
-
-
-async def test_a_request_that_comes_in_the_tick_of_the_interrupt_is_not_lost() -> None:
-    """Either the request is returned, or its bytes are still there to be read."""
-
-    async def handle(stream: SocketStream, tracker: Tracker, requests: list[bytes]) -> None:
-        connection = Connection()
-        current_connection.set(connection)
-        tracker.open(connection)
-        try:
-            requests.append(await tracker.until_draining(stream.receive()))
-        except DrainInterrupt:
-            requests.append(await stream.receive())
-        tracker.close(connection)
-
-    for turns in range(6):
-        requests: list[bytes] = []
-        tracker = Tracker()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            async with await SocketStream.from_socket(ours) as stream, anyio.create_task_group() as task_group:
-                task_group.start_soon(handle, stream, tracker, requests)
-                await turn()
-                theirs.send(b"request")
-                await turn(turns)
-                for connection in tracker.connections():
-                    connection.interrupt()
-        assert requests == [b"request"]
-
-
-async def test_errors_of_the_awaited_pass_through() -> None:
-    tracker = Tracker()
-
-    async def fail() -> None:
-        raise LookupError("this one")
-
-    with pytest.raises(LookupError, match="this one"):
-        await tracker.until_draining(fail())
 
 
 async def test_a_task_without_a_connection_is_interrupted_at_the_farewell() -> None:

@@ -9,7 +9,8 @@ import anyio
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import Gate
 from ecdysis_async._accepting.gated_socket import AcceptingEnded, GatedSocket, accept_connection
-from ecdysis_async._connections.tracker import Connection, Tracker
+from ecdysis_async._connections.connection import Connection
+from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._handoff.host import AcceptingHost
 from ecdysis_async._sockets.registry import Registry
 

@@ -16,9 +16,9 @@ from typing import Any
 from weakref import WeakSet
 
 from ecdysis_async._accepting.asyncio_servers import ServerConnection
+from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
-from ecdysis_async._connections.tracker import current_connection
-from ecdysis_async._ipc.worker_link import count_request
+from ecdysis_async._connections.connection import current_connection
 from ecdysis_async.servers._protocols.http import will_move
 
 from .goodbye import DRAINING, RESTARTING, Goodbye
@@ -67,6 +67,7 @@ class Application:
         self._app = app
         self._departure = departure
         self._draining = departure.ecdysis.draining
+        self._tracker = active().tracker
         # The requests that each connection has at this moment: with HTTP/2 that may be many.
         self._requests: dict[ServerConnection, set[asyncio.Task[Any]]] = {}
         # Those whose client has hung up.
@@ -79,7 +80,7 @@ class Application:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
-        count_request()
+        self._tracker.count_request()
         scope.setdefault("state", {})[DRAINING] = self._draining
         connection = current_connection.get()
         if self._send_goaway is None and scope["http_version"] == "2" and isinstance(connection, ServerConnection):

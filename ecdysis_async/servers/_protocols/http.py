@@ -18,8 +18,8 @@ from typing import Any, Final
 from ecdysis_async._accepting.asyncio_servers import GatedServer, ServerConnection, TransferStrategy
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import Acceptor
+from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._connections.parcel import Refused, Release
-from ecdysis_async._connections.tracker import current_connection
 
 __all__ = ["IDLE", "WEBSOCKET", "SelfMoving", "UnreadOnly", "let_fresh_ones_move", "servers_but", "will_move"]
 

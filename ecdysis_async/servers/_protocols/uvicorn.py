@@ -15,8 +15,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ecdysis_async._accepting.asyncio_servers import GatedServer, ServerConnection
+from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._connections.parcel import Refused, Release
-from ecdysis_async._connections.tracker import current_connection
 
 from .http import IDLE, WEBSOCKET, SelfMoving, UnreadOnly
 

@@ -27,7 +27,8 @@ import anyio.abc
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 import ecdysis_async
-from ecdysis_async._connections.tracker import Connection, Tracker
+from ecdysis_async._connections.connection import Connection
+from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._handoff import predecessor as handover
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.successor import SuccessorSide

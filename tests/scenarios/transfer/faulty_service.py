@@ -20,7 +20,7 @@ import anyio
 import ecdysis_async
 from ecdysis_async import Ecdysis, current
 from ecdysis_async._connections.parcel import Refused
-from ecdysis_async._connections.sender import RESERVE_AT_LEAST, Receiver
+from ecdysis_async._connections.receiver import RESERVE_AT_LEAST, Delivery, Receiver
 from ecdysis_async._service import ecdysis as ecdysis_module
 from ecdysis_async.transfer import Release, Transferable
 
@@ -53,12 +53,12 @@ class Faulty(Receiver):
 
     batches = 0
 
-    async def _take(self, body: dict[str, Any], descriptors: list[int]) -> None:
+    async def _take(self, delivery: Delivery) -> None:
         self.batches += 1
         if current().generation == 2:
             log.info("a batch has come")
             await exists("go")
-        await super()._take(body, descriptors)
+        await super()._take(delivery)
 
     async def _answer(self, message: bytes) -> None:
         if current().generation == 4 and self.batches == 2:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ecdysis_async._connections.sender import BATCH
+from ecdysis_async._connections.parcel import BATCH
 from tests.scenarios.transfer.subreaper import subreaper
 from tests.test_examples import Service
 
