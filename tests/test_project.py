@@ -18,7 +18,7 @@ PACKAGE = PROJECT / "ecdysis_async"
 # The wings, top to bottom. A file imports its own wing and those below it; wings of one line do not know each other.
 LAYERS = (
     {"cli"},
-    {"servers", "__init__"},
+    {"servers", "_proving", "__init__"},
     {"_anchor", "_service", "_config"},
     {"_management"},
     {"_handoff", "anyio_listeners", "trio_listeners"},
@@ -31,7 +31,7 @@ LAYERS = (
 FACES = {"transfer", "anyio_listeners", "trio_listeners"}
 
 # All others are written once, on anyio.
-NATIVE = ("_accepting", "servers")
+NATIVE = ("_accepting", "_proving", "servers")
 LOOPS = {"asyncio", "trio", "uvloop"}
 
 # What protocol.py would do I/O, tell the time or know a loop with.

@@ -28,6 +28,9 @@ P = ParamSpec("P")
 # How often `status --watch` looks, seconds.
 WATCH_SECONDS = 1.0
 
+# Commands in modules of their own names, which load half of the service.
+LOADED_LATE = ("prove", "run", "unit")
+
 CODES = """Exit codes: 0 the new generation serves; 1 it failed and the old one serves; 2 usage; 3 no service there;
 4 a restart is in progress; 5 rolled back; 6 the outcome is unknown; 130 interrupted, and the service goes on."""
 
@@ -81,10 +84,10 @@ class _Commands(click.Group):
     """Those of this module, and others that load half of the service: each of them only where it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted((*super().list_commands(ctx), "run", "unit"))
+        return sorted((*super().list_commands(ctx), *LOADED_LATE))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in ("run", "unit"):
+        if cmd_name in LOADED_LATE:
             found: click.Command = getattr(importlib.import_module(f".{cmd_name}", __package__), cmd_name)
             return found
         return super().get_command(ctx, cmd_name)
