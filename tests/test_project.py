@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
+import io
+import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +41,79 @@ LOOPS = {"asyncio", "trio", "uvloop"}
 # What protocol.py would do I/O, tell the time or know a loop with.
 IMPURE = {*LOOPS, "anyio", "datetime", "io", "logging", "mmap", "os", "pathlib", "random", "select", "selectors"}
 IMPURE |= {"signal", "socket", "ssl", "subprocess", "tempfile", "threading", "time"}
+
+# Foreign libraries whose private names are read, each where a comment on the line says which one it is.
+FOREIGN = {*LOOPS, "aiohttp", "anyio", "CPython", "h11", "httptools", "hypercorn", "typeshed", "uvicorn", "websockets"}
+# Documented, in spite of their underscores.
+DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
+# Files that still read private names of others without saying of which library.
+UNDERSCORES_TO_GO = {
+    "_accepting/anyio_streams.py",
+    "_accepting/asyncio_servers.py",
+    "_accepting/gated_socket.py",
+    "_system/log_files.py",
+    "_system/signals.py",
+    "servers/_protocols/aiohttp.py",
+    "servers/aiohttp.py",
+}
+
+# Modules without a test file of their own name, and why.
+TESTED_ELSEWHERE = {
+    "servers/aiohttp.py": "tests/scenarios/servers runs each server as a whole, and nothing less would show anything",
+    "servers/hypercorn.py": "as aiohttp.py",
+    "servers/uvicorn.py": "as aiohttp.py",
+    "servers/websockets.py": "as aiohttp.py",
+    "servers/_hypercorn_trio.py": "as aiohttp.py",
+    "cli/run.py": "tests/scenarios/run runs the command as a whole",
+}
+# Those that shall have one.
+TESTS_TO_COME = {
+    "_anchor/anchor.py",
+    "_anchor/config.py",
+    "_anchor/reconcile.py",
+    "_anchor/reload.py",
+    "_anchor/sockets.py",
+    "_anchor/status.py",
+    "_anchor/takeover.py",
+    "_anchor/upgrade.py",
+    "_config/logging.py",
+    "_connections/parcel.py",
+    "_handoff/generation.py",
+    "_handoff/predecessor.py",
+    "_handoff/side.py",
+    "_handoff/successor.py",
+    "_ipc/worker_link.py",
+    "_management/changes.py",
+    "_management/control_connection.py",
+    "_management/controlled.py",
+    "_management/management.py",
+    "_management/status.py",
+    "_management/takeover.py",
+    "_service/anchor_client.py",
+    "_service/backlogs.py",
+    "_service/listeners.py",
+    "_sockets/addresses.py",
+    "_system/threads.py",
+    "cli/anchor.py",
+    "cli/check.py",
+    "cli/client.py",
+    "cli/progress.py",
+    "cli/reload.py",
+    "cli/unit.py",
+    "errors.py",
+    "servers/_common/asgi.py",
+    "servers/_common/forwarded.py",
+    "servers/_common/listening.py",
+    "servers/_common/server_options.py",
+    "servers/_protocols/aiohttp.py",
+    "servers/_protocols/http.py",
+    "servers/_protocols/uvicorn.py",
+    "servers/_protocols/uvicorn_websocket.py",
+    "servers/_protocols/websockets.py",
+}
+
+# The only file outside of the package, and of its tests, that may look inside.
+LOOKS_INSIDE = "benchmarks/stash.py"
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -163,6 +240,84 @@ def test_nothing_inside_imports_a_face(path: Path) -> None:
 def test_the_control_plane_knows_no_loop(path: Path) -> None:
     imported = {name.partition(".")[0] for name in imported_names(path, at_import_time=True)}
     assert not imported & LOOPS
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_file)
+def test_nothing_private_crosses_a_file_unless_it_is_a_foreign_library_s(path: Path) -> None:
+    found = find_private(path.read_text())
+    assert bool(found) == (name_file(path) in UNDERSCORES_TO_GO), found or "it is clean: take it out of the list"
+
+
+def find_private(source: str) -> list[str]:
+    """List what a module imports and reads of others' private names, each with its line."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in {"self", "cls", "super()"}:
+            names = [node.attr]
+        for name in names:
+            is_private = name.startswith("_") and not name.startswith("__") and name not in DOCUMENTED
+            line = getattr(node, "end_lineno", 0)
+            if is_private and not FOREIGN & set(re.findall(r"\w+", comments.get(line, ""))):
+                found.append(f"{line}: {name}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from .plane import _gate, Gate", ["1: _gate"]),
+        ("self._gate = cls._make_gate(super()._gates)", []),
+        ("plane._gate\nself.plane._gate", ["1: _gate", "2: _gate"]),
+        ("stream._protocol  # noqa: SLF001 - anyio", []),
+        ("stream._protocol  # noqa: SLF001 - there is no other way", ["1: _protocol"]),
+        ("os._exit(1)\nplane.__class__", []),
+    ],
+)
+def test_private_names_are_found(source: str, found: list[str]) -> None:
+    assert find_private(source) == found
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if not path.name.startswith("__")], ids=name_file)
+def test_a_module_has_a_test_file_of_its_name(path: Path) -> None:
+    *wings, name = (part.lstrip("_") for part in path.relative_to(PACKAGE).parts)
+    exists = PROJECT.joinpath("tests", *wings, f"test_{name}").is_file()
+    excused = {*TESTED_ELSEWHERE, *TESTS_TO_COME, *(f"{face}.py" for face in FACES)}
+    assert exists != (name_file(path) in excused), "it has one: take it out of the list" if exists else "write one"
+
+
+def test_excuses_are_for_what_exists() -> None:
+    assert {*UNDERSCORES_TO_GO, *TESTED_ELSEWHERE, *TESTS_TO_COME} <= {name_file(path) for path in MODULES}
+
+
+def python_outside() -> Iterator[tuple[str, str]]:
+    """Yield name and text of each program that is not part of the package: examples, benchmarks, those of README.md."""
+    for path in sorted([*PROJECT.glob("examples/**/*.py"), *PROJECT.glob("benchmarks/*.py")]):
+        yield str(path.relative_to(PROJECT)), path.read_text()
+    text = (PROJECT / "README.md").read_text() if (PROJECT / "README.md").exists() else ""
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)):
+        yield f"README.md {number}", block
+
+
+@pytest.mark.parametrize(("name", "text"), [pytest.param(*each, id=each[0]) for each in python_outside()])
+def test_programs_for_users_import_public_names_only(name: str, text: str) -> None:
+    imported = [each for each in find_imports(text, ("programs",)) if each.split(".")[0] == PACKAGE.name]
+    private = [each for each in imported if not is_public(each)]
+    assert bool(private) == (name == LOOKS_INSIDE), private
+
+
+def is_public(name: str) -> bool:
+    """Say whether a name, in full, is one of a module without an underscore, and of its ``__all__``."""
+    if any(part.startswith("_") for part in name.split(".")):
+        return False
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        module, _, last = name.rpartition(".")
+        return last in importlib.import_module(module).__all__
+    return True
 
 
 def test_the_protocol_is_pure() -> None:
