@@ -1,0 +1,170 @@
+"""A process that shall end is ended: whatever its application has left behind, and with a word on what that is.
+
+A thread that is no daemon, a job in an executor, a child process of multiprocessing, a shutdown that blocks: each of
+them keeps a Python process alive for ever once its work is done. A thread of our own looks at the clock instead of the
+loop, which may be what is blocked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import asyncio
+    from multiprocessing.process import BaseProcess
+
+__all__ = ["ExitDeadline", "find_what_keeps"]
+
+# How long child processes get from SIGTERM to SIGKILL, and the process itself once they are gone, seconds.
+CHILD_SECONDS = 1.0
+
+# How long the last words may take to be written, seconds: standard output may be a pipe that nobody reads.
+FLUSH_SECONDS = 0.5
+
+# How many threads, tasks and children are named at the most.
+NAMED_AT_MOST = 10
+
+
+class ExitDeadline:
+    """Ends this process by force once its time is over. One per process, with a thread of its own from the first `set`.
+
+    Args:
+        tell: is called in that thread, with one line for each thing that has kept the process. It may not block.
+        status: the exit status.
+    """
+
+    def __init__(self, tell: Callable[[list[str]], None], status: int = 0) -> None:
+        self._tell = tell
+        self.status = status
+        self._deadline = math.inf
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._loop = _find_loop()
+
+    def set(self, seconds: float) -> None:
+        """Let this process end in so many seconds, or at an earlier moment that was set before.
+
+        Where no thread can be had (``ulimit -u``) nothing is done: those who follow this process still end it.
+        """
+        with self._changed:
+            self._deadline = min(self._deadline, time.monotonic() + seconds)
+            self._changed.notify()
+        if self._thread is None and self._deadline < math.inf:
+            self._thread = threading.Thread(target=self._run, name="ecdysis-exit-deadline", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:
+                self._thread = None
+
+    def cancel(self) -> None:
+        """Let this process live: it is not to end after all."""
+        with self._changed:
+            self._deadline = math.inf
+            self._changed.notify()
+
+    def _run(self) -> None:
+        with self._changed:
+            while (seconds := self._deadline - time.monotonic()) > 0:
+                self._changed.wait(min(seconds, threading.TIMEOUT_MAX))
+        kept = find_what_keeps(self._loop)
+        with contextlib.suppress(Exception):  # the process ends in any case
+            self._tell(kept)
+        _end_children()
+        _flush()
+        os._exit(self.status)
+
+
+def find_what_keeps(loop: asyncio.AbstractEventLoop | None = None) -> list[str]:
+    """Say in one line each what keeps this process: threads with where they stand, tasks, child processes."""
+    frames = sys._current_frames()  # noqa: SLF001 - documented, and the only way to another thread's stack
+    main = threading.main_thread()
+    threads = [
+        thread
+        for thread in threading.enumerate()
+        if thread is not threading.current_thread() and (thread is main or not thread.daemon)
+    ]
+    kept = [f"thread {thread.name}{_describe_place(frames.get(thread.ident or 0))}" for thread in threads]
+    tasks = _unfinished_tasks(loop)
+    kept += [f"task {task.get_name()}: {_describe_coroutine(task)}" for task in tasks[:NAMED_AT_MOST]]
+    if len(tasks) > NAMED_AT_MOST:
+        kept.append(f"{len(tasks) - NAMED_AT_MOST} more tasks")
+    kept += [f"child process {child.name} (pid {child.pid})" for child in _children()]
+    return kept
+
+
+def _describe_place(frame: FrameType | None) -> str:
+    """Say where a thread stands: its innermost line outside the standard library, or else its innermost line."""
+    if frame is None:
+        return ""
+    stack = traceback.extract_stack(frame)
+    library = os.path.dirname(os.__file__)
+    own = [each for each in stack if not each.filename.startswith((library, "<frozen"))]
+    place = (own or stack)[-1]
+    innermost = "" if place is stack[-1] else f", in {stack[-1].name}"
+    return f" at {place.filename}:{place.lineno} ({place.name}{innermost})"
+
+
+def _describe_coroutine(task: asyncio.Task[Any]) -> str:
+    frames = task.get_stack(limit=1)
+    name = getattr(task.get_coro(), "__qualname__", repr(task.get_coro()))
+    return f"{name} at {frames[-1].f_code.co_filename}:{frames[-1].f_lineno}" if frames else name
+
+
+def _find_loop() -> asyncio.AbstractEventLoop | None:
+    # A service on trio has not loaded asyncio, and shall not for this.
+    module = sys.modules.get("asyncio")
+    if module is None:
+        return None
+    try:
+        loop: asyncio.AbstractEventLoop = module.get_running_loop()
+    except RuntimeError:
+        return None
+    return loop
+
+
+def _unfinished_tasks(loop: asyncio.AbstractEventLoop | None) -> list[asyncio.Task[Any]]:
+    if loop is None or loop.is_closed():
+        return []
+    try:
+        return [task for task in sys.modules["asyncio"].all_tasks(loop) if not task.done()]
+    except RuntimeError:
+        return []  # the set has changed under the reader's eyes, time and again
+
+
+def _children() -> Iterable[BaseProcess]:
+    # Loaded only where the application has made children with it.
+    multiprocessing = sys.modules.get("multiprocessing")
+    return multiprocessing.active_children() if multiprocessing is not None else ()
+
+
+def _end_children() -> None:
+    """Ask the children of multiprocessing to end, then kill them; without a parent they would live on."""
+    with contextlib.suppress(Exception):
+        for child in _children():
+            child.terminate()
+        deadline = time.monotonic() + CHILD_SECONDS
+        while list(_children()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for child in _children():
+            child.kill()
+
+
+def _flush() -> None:
+    def flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+
+    thread = threading.Thread(target=flush, daemon=True)
+    with contextlib.suppress(RuntimeError):
+        thread.start()
+        thread.join(FLUSH_SECONDS)

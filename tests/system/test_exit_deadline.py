@@ -1,0 +1,134 @@
+"""A process that shall end is ended, and says what has kept it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+HEAD = """
+import asyncio, atexit, concurrent.futures, multiprocessing, os, signal, sys, threading, time
+from ecdysis_async._system.exit_deadline import ExitDeadline
+
+def tell(kept):
+    print(*kept, sep="\\n", flush=True)
+
+def set_deadline(seconds=0.3):
+    deadline = ExitDeadline(tell, status=7)
+    deadline.set(seconds)
+    return deadline
+
+def stand():
+    time.sleep(600)
+"""
+
+KEEPS = {
+    "a thread": ("set_deadline(); threading.Thread(target=stand, name='poller').start()", "thread poller at <string>"),
+    "a job in an executor": (
+        "set_deadline(); concurrent.futures.ThreadPoolExecutor(thread_name_prefix='jobs').submit(stand)",
+        "thread jobs_0 at <string>",
+    ),
+    "an exit hook": ("set_deadline(); atexit.register(stand)", "thread MainThread at <string>"),
+    "a blocked loop": (
+        """
+        async def main():
+            set_deadline()
+            stand()
+        asyncio.run(main())
+        """,
+        "(stand)",
+    ),
+    "a task that cannot be cancelled": (
+        """
+        async def stubborn():
+            while True:
+                try:
+                    await asyncio.sleep(600)
+                except asyncio.CancelledError:
+                    pass
+        async def main():
+            set_deadline()
+            task = asyncio.create_task(stubborn(), name="stubborn")
+            await asyncio.sleep(0)
+        asyncio.run(main())
+        """,
+        "task stubborn: stubborn at <string>",
+    ),
+    "a child process": (
+        """
+        child = multiprocessing.get_context("fork").Process(target=stand, name="helper")
+        child.start()
+        set_deadline()
+        """,
+        "child process helper (pid ",
+    ),
+    "a child that ignores SIGTERM": (
+        """
+        def ignore():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            stand()
+        child = multiprocessing.get_context("fork").Process(target=ignore, name="deaf")
+        child.start()
+        set_deadline()
+        """,
+        "child process deaf (pid ",
+    ),
+}
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    # The pipe ends only once no child has it any more.
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", HEAD + textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("what", KEEPS)
+def test_what_keeps_a_process_is_named_and_it_ends(what: str) -> None:
+    program, named = KEEPS[what]
+    ended = run(program)
+    # A process that only its children have kept may end by itself, once they are gone.
+    assert ended.returncode == 7 or ("child" in what and ended.returncode == 0), ended.stderr
+    assert named in ended.stdout
+
+
+def test_a_process_that_ends_by_itself_is_left_alone() -> None:
+    ended = run("set_deadline(600)")
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
+def test_the_earlier_of_two_deadlines_counts() -> None:
+    ended = run("deadline = set_deadline(600); deadline.set(0.1); deadline.set(600); stand()")
+    assert ended.returncode == 7
+
+
+def test_a_deadline_that_is_cancelled_ends_nothing() -> None:
+    ended = run("deadline = set_deadline(600); deadline.cancel(); deadline.set(0.2); deadline.cancel(); time.sleep(1)")
+    assert ended.returncode == 0
+
+
+def test_a_process_ends_although_nobody_reads_what_it_writes() -> None:
+    program = """
+    read, write = os.pipe()
+    os.dup2(write, 1)
+    os.set_blocking(1, False)
+    try:
+        while os.write(1, b"x" * 4096):
+            pass
+    except BlockingIOError:
+        os.set_blocking(1, True)
+    ExitDeadline(lambda kept: None, status=7).set(0.1)
+    sys.stdout.write("one more")
+    stand()
+    """
+    assert run(program).returncode == 7
+
+
+def test_a_word_that_cannot_be_said_ends_the_process_all_the_same() -> None:
+    assert run("ExitDeadline(lambda kept: 1 / 0, status=7).set(0.1); stand()").returncode == 7
