@@ -52,7 +52,6 @@ UNDERSCORES_TO_GO = {
     "_accepting/asyncio_servers.py",
     "_accepting/gated_socket.py",
     "_system/log_files.py",
-    "_system/signals.py",
     "servers/_protocols/aiohttp.py",
     "servers/aiohttp.py",
 }

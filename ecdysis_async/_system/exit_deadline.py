@@ -85,7 +85,7 @@ class ExitDeadline:
 
 def find_what_keeps(loop: asyncio.AbstractEventLoop | None = None) -> list[str]:
     """Say in one line each what keeps this process: threads with where they stand, tasks, child processes."""
-    frames = sys._current_frames()  # noqa: SLF001 - documented, and the only way to another thread's stack
+    frames = sys._current_frames()  # noqa: SLF001 - CPython documents it: no other way to a stack
     main = threading.main_thread()
     threads = [
         thread

@@ -13,10 +13,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 import anyio
 
 __all__ = ["SignalReceiver", "can_handle_signals", "handled_signals", "is_handled"]
+
+
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
 def can_handle_signals() -> bool:
@@ -41,7 +45,7 @@ def is_handled(number: signal.Signals) -> bool:
 def handled_signals(handlers: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[SignalReceiver]:
     """Install handlers; run the receiver that is returned, and it calls them as the signals come."""
     receiver = SignalReceiver(handlers)
-    former: dict[signal.Signals, signal._HANDLER] = {}
+    former: dict[signal.Signals, Handler] = {}
     _replaced.append(former)
     try:
         receiver.wake_from_c()
@@ -132,10 +136,10 @@ class SignalReceiver:
 
 
 # The handlers that were there before ours, for each block of :func:`handled_signals` that is entered.
-_replaced: list[dict[signal.Signals, signal._HANDLER]] = []
+_replaced: list[dict[signal.Signals, Handler]] = []
 
 
-def _put_back(number: signal.Signals, handler: signal._HANDLER) -> None:
+def _put_back(number: signal.Signals, handler: Handler) -> None:
     # None is a handler that was not installed from Python: it cannot be put back from here.
     signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
