@@ -89,6 +89,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         on_change: called after each change of the state.
         spawner: who brings the successor, where it is not started in the way of this generation.
         number: the successor's, where it is not the next one: a worker may be replaced within one generation.
+        probation: how long the successor can be called back, seconds; None: as long as the settings say.
         title: what the log calls it, where it is no restart but a start.
 
     Attributes:
@@ -108,6 +109,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         *,
         spawner: Spawner | None = None,
         number: int | None = None,
+        probation: float | None = None,
         title: str | None = None,
     ) -> None:
         super().__init__(PredecessorState.SPAWNING, step_predecessor, generation)
@@ -116,7 +118,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             Timer.READY: settings.ready_timeout,
             Timer.PAUSE: PAUSE_SECONDS,
             Timer.SERVING: SERVING_SECONDS,
-            Timer.PROBATION: settings.probation,
+            Timer.PROBATION: settings.probation if probation is None else probation,
         }
         self.report = RestartReport(
             id=uuid.uuid4().hex[:12],

@@ -1,7 +1,7 @@
-"""What a worker does for its anchor: it tells how it is, takes orders, and has its successor started and ended.
+"""A worker is managed by its anchor: it tells how it is, takes orders, and has its successor started and ended.
 
-One end of the line (``line.py``), on the side of a generation. What is decided here is nothing: orders are the
-supervisor's to carry out.
+This is the worker's end of the link between them (``_ipc/worker_link.py``). Nothing is decided here: the generation
+carries out what it is told.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import itertools
 import logging
 import math
 import os
+import signal
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
+from anyio.abc import TaskGroup
 
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import GateState
+from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._handoff.predecessor import PredecessorSide
-from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState, Timer
+from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState
 from ecdysis_async._ipc.channel import Frame
 from ecdysis_async._ipc.worker_link import (
     FromAnchor,
@@ -32,6 +35,7 @@ from ecdysis_async._ipc.worker_link import (
     error_from_json,
     error_to_json,
 )
+from ecdysis_async._management.management import Management
 from ecdysis_async._sockets.registry import Entry
 from ecdysis_async._system.process import UNKNOWN_STATUS, Child
 from ecdysis_async.errors import ChannelError, RestartError, SpawnFailed
@@ -55,12 +59,14 @@ class WorkerCommands:
         begin_restart: begins to replace this worker by one of the generation that is given; raises a ``RestartError``.
         stop: lets this worker leave.
         reopen_logs: opens log files anew that were moved; tells how many.
+        note_report: takes note of the last restart of the service.
         state: tells where it stands.
     """
 
     begin_restart: Callable[[int], PredecessorSide]
     stop: Callable[[], None]
     reopen_logs: Callable[[], Awaitable[int]]
+    note_report: Callable[[RestartReport], None]
     state: Callable[[], str]
 
 
@@ -79,10 +85,10 @@ class _Answer:
 class _AnchorsChild:
     """A successor whose parent is the anchor."""
 
-    def __init__(self, duty: AnchorClient, pid: int, pidfd: int) -> None:
+    def __init__(self, client: AnchorClient, pid: int, pidfd: int) -> None:
         self.pid = pid
         self.pidfd = pidfd
-        self._anchor_client = duty
+        self._client = client
         self._exited = anyio.Event()
         self._status = UNKNOWN_STATUS
 
@@ -92,14 +98,14 @@ class _AnchorsChild:
 
     async def end(self, grace: float) -> int:
         if not self._exited.is_set():
-            self._anchor_client.tell(FromWorker.END, {"pid": self.pid, "grace": grace})
+            self._client.tell(FromWorker.END, {"pid": self.pid, "grace": grace})
         return await self.wait()
 
     async def let_go(self) -> None:
         """Nothing to do: it is the anchor that systemd knows."""
 
     def close(self) -> None:
-        self._anchor_client.forget(self)
+        self._client.forget(self)
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
@@ -111,23 +117,42 @@ class _AnchorsChild:
             self._exited.set()
 
 
-class AnchorClient:
-    """A worker's end of its line. Owns it.
+class AnchorClient(Management):
+    """A worker, of which the anchor speaks for the service: it is told, and asked, over a link. Owns the link.
+
+    What there is one of in a service is the anchor's business: pid file, control socket, systemd, most signals.
 
     Args:
-        sock: the line.
+        sock: the link.
         plane: the sockets and connections of this generation.
-        orders: whom it acts upon.
+        commands: what the anchor can order.
+        log: of this generation.
+        signals: what is to be done at which signal, of those that are left to a worker.
 
     Attributes:
-        anchor_pid: the anchor.
+        spawner: the anchor starts the successors of its workers.
+        probation: it says when all workers have been on probation for long enough.
+        keeps_sockets: the other workers, and the anchor, have the sockets as well.
     """
 
-    def __init__(self, sock: socket.socket, plane: DataPlane, orders: WorkerCommands) -> None:
-        self._line = WorkerLink(sock)
-        self.anchor_pid = self._line.peer_pid
+    probation = math.inf
+    keeps_sockets = True
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        plane: DataPlane,
+        commands: WorkerCommands,
+        log: GenerationLog,
+        signals: Mapping[signal.Signals, Callable[[], None]],
+    ) -> None:
+        super().__init__(log, signals)
+        self.spawner = self.spawn
+        self._link = WorkerLink(sock)
+        self._resources.callback(self._link.close)
+        self._anchor_pid = self._link.peer_pid
         self._plane = plane
-        self._orders = orders
+        self._commands = commands
         self._numbers = itertools.count(1)
         self._answers: dict[int, _Answer] = {}
         self._children: dict[int, _AnchorsChild] = {}
@@ -136,47 +161,65 @@ class AnchorClient:
         self._passed_on: list[Entry] = []
         self._due = anyio.Event()
         self._beat_seconds = BEAT_SECONDS
-        self._is_forsaken = False
+        self._has_lost_anchor = False
+
+    # What a generation tells its management
+
+    def start(self, task_group: TaskGroup) -> None:
+        super().start(task_group)
+        task_group.start_soon(self.run)
+
+    async def finish(self) -> None:
+        await self._link.flush()
+
+    def is_anchor(self, pid: int) -> bool:
+        return pid == self._anchor_pid
+
+    async def prepare(self, describe: Callable[[], str]) -> None:
+        self._share_created()
+        # Sent before the rest: the anchor, which says it once for all workers, has it when this worker serves.
+        self.tell(FromWorker.DESCRIPTION, {"text": describe()})
+
+    def announce(self, description: str) -> None:
+        self._log.debug("%s", description)
+
+    def changed(self) -> None:
+        self._due.set()
+
+    def restart_changed(self, handover: PredecessorSide) -> None:
+        if handover is self._handover:
+            self._tell_handover(handover)
 
     # What it tells
 
-    def note(self) -> None:
-        """Tell of this worker's state now, because it has changed."""
-        self._due.set()
-
     def tell(self, message: FromWorker, body: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         """Let ``run`` send a message, after those before it; the descriptors are taken over."""
-        self._line.tell(message, body, descriptors)
+        self._link.tell(message, body, descriptors)
 
-    def tell_handover(self) -> None:
-        """Tell where the restart of this slot stands."""
-        if (handover := self._handover) is not None:
-            self.tell(
-                FromWorker.HANDOVER,
-                {
-                    "state": handover.state.value,
-                    "is_over": handover.over.is_set(),
-                    "report": handover.report.to_json(),
-                    "error": error_to_json(handover.error) if handover.error is not None else None,
-                },
-            )
+    def _tell_handover(self, handover: PredecessorSide) -> None:
+        self.tell(
+            FromWorker.HANDOVER,
+            {
+                "state": handover.state.value,
+                "is_over": handover.over.is_set(),
+                "report": handover.report.to_json(),
+                "error": error_to_json(handover.error) if handover.error is not None else None,
+            },
+        )
 
-    def share_created(self) -> None:
+    def _share_created(self) -> None:
         """Let the anchor have what this generation has created, so that the other workers, and later ones, get it."""
-        entries = self._plane.registry.entries
-        created = [entry for entry in entries if not entry.inherited]
+        created = [entry for entry in self._plane.registry.entries if not entry.inherited]
         if created:
             descriptions, descriptors = self._plane.registry.describe(created)
             self.tell(FromWorker.CREATED, {"sockets": descriptions}, [os.dup(each) for each in descriptors])
 
-    async def flush(self) -> None:
-        """Return when all that was told is sent, or nobody takes it."""
-        await self._line.flush()
-
     # What it asks
 
-    async def restart(self, until: str) -> RestartReport:
+    async def restart(self, until: str, here: Callable[[str], Awaitable[RestartReport]]) -> RestartReport:
         """Ask the anchor to restart the service, and wait for what becomes of it.
+
+        Cancelling it calls the restart off, as far as the anchor can still do so.
 
         Raises:
             RestartError: what the anchor says, or that there is none any more.
@@ -192,10 +235,12 @@ class AnchorClient:
         frame.close()
         if frame.body.get("error") is not None:
             raise error_from_json(frame.body["error"])
-        return RestartReport.from_json(frame.body["report"])
+        report = RestartReport.from_json(frame.body["report"])
+        self._commands.note_report(report)
+        return report
 
-    def stop_service(self) -> None:
-        """Ask the anchor to stop the service."""
+    def stop(self, here: Callable[[], None]) -> None:
+        """Ask the anchor to stop the service, and with it this worker."""
         self.tell(FromWorker.STOP, {})
 
     async def spawn(self, channel: socket.socket, stderr: int) -> Child:
@@ -226,25 +271,21 @@ class AnchorClient:
     async def run(self) -> None:
         """Serve the anchor until it is gone; then let this worker leave."""
         async with anyio.create_task_group() as self._tasks:
-            self._tasks.start_soon(self._line.run)
+            self._tasks.start_soon(self._link.run)
             self._tasks.start_soon(self._beat)
             try:
                 while True:
-                    self._hear(await self._line.receive())
+                    self._hear(await self._link.receive())
             except ChannelError as error:
                 logger.warning("%s (%s)", GONE, error)
-            self._is_forsaken = True
-            self._line.give_up()
+            self._has_lost_anchor = True
+            self._link.give_up()
             for answer in self._answers.values():
                 answer.give(None)
             for child in tuple(self._children.values()):
                 child.note_exit(UNKNOWN_STATUS)
-            self._orders.stop()
+            self._commands.stop()
             self._tasks.cancel_scope.cancel()
-
-    def close(self) -> None:
-        """Let go of the line. Not while ``run`` runs."""
-        self._line.close()
 
     async def _beat(self) -> None:
         while True:
@@ -260,7 +301,7 @@ class AnchorClient:
         gate = self._plane.gate
         return {
             "pid": os.getpid(),
-            "state": self._orders.state(),
+            "state": self._commands.state(),
             # Also on what it serves to the end, whose queue it answers at last (Queues.answer).
             "is_done_accepting": gate.state is GateState.ENDED and not gate.acceptors,
             "connections": len(self._plane.tracker),
@@ -296,7 +337,7 @@ class AnchorClient:
         match frame.type:
             case FromAnchor.WELCOME:
                 self._beat_seconds = float(body["beat_seconds"])
-                self.note()
+                self.changed()
             case FromAnchor.RESTART:
                 self._pass_on(body["sockets"], frame.descriptors)
                 self._restart(int(body["generation"]))
@@ -306,7 +347,7 @@ class AnchorClient:
             case FromAnchor.REVERT if self._handover is not None:
                 self._revert(self._handover, error_from_json(body["error"]))
             case FromAnchor.STOP:
-                self._orders.stop()
+                self._commands.stop()
             case FromAnchor.HURRY:
                 self._plane.tracker.hurry()
             case FromAnchor.REOPEN_LOGS:
@@ -327,13 +368,11 @@ class AnchorClient:
 
     def _restart(self, generation: int) -> None:
         try:
-            handover = self._orders.begin_restart(generation)
+            handover = self._commands.begin_restart(generation)
         except RestartError as error:
             self._refuse(error)
             return
         self._handover = handover
-        # The anchor says when all workers have been on probation for long enough.
-        handover.limits = {**handover.limits, Timer.PROBATION: math.inf}
         self._tasks.start_soon(self._tell_end, handover)
 
     def _refuse(self, error: RestartError) -> None:
@@ -344,11 +383,11 @@ class AnchorClient:
         if handover.error is not None:
             while self._passed_on:
                 self._plane.registry.release(self._passed_on.pop())
-        self.tell_handover()
-        self.note()
+        self._tell_handover(handover)
+        self.changed()
 
     async def _reopen_logs(self, number: int) -> None:
-        self.tell(FromWorker.REOPENED, {"number": number, "handlers": await self._orders.reopen_logs()})
+        self.tell(FromWorker.REOPENED, {"number": number, "handlers": await self._commands.reopen_logs()})
 
     def _revert(self, handover: PredecessorSide, error: RestartError) -> None:
         if handover.state is PredecessorState.PROBATION:
@@ -375,7 +414,7 @@ class AnchorClient:
     ) -> Frame | None:
         answer = self._answers[number] = _Answer()
         try:
-            if self._is_forsaken:
+            if self._has_lost_anchor:
                 for descriptor in descriptors:
                     os.close(descriptor)
                 return None

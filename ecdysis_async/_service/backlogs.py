@@ -1,6 +1,6 @@
-"""Who waits in the kernel's queues when this generation stops accepting: answered here, where nobody else will.
+"""Those who wait in the kernel's queues when a generation stops accepting: answered here, where nobody else will be.
 
-Whether that is so the supervisor knows; and it holds the gate meanwhile (``Generation.gate_lock``).
+Whether that is so, ``leaving.py`` knows; it also holds the gate meanwhile (``Generation.gate_lock``).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import anyio
 
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import Acceptor
-from ecdysis_async._handoff.generation import Generation
-from ecdysis_async._management.descriptor_store import DescriptorStore
+from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._sockets.registry import Entry, Until
 
 __all__ = ["Backlogs"]
@@ -26,16 +25,19 @@ class Backlogs:
     """The queues of one generation's sockets.
 
     Args:
-        generation: this one.
         plane: its sockets, its gate and its connections.
-        store: where systemd may keep its sockets.
+        log: of this generation.
+        limit: how long those who wait are answered at the most, seconds.
+        is_shared: whether somebody else holds the sockets open: other workers, or systemd for the next start. Then the
+            sockets go on listening, and newcomers are left to the others.
     """
 
-    def __init__(self, generation: Generation, plane: DataPlane, store: DescriptorStore) -> None:
-        self._generation = generation
-        self._store = store
+    def __init__(self, plane: DataPlane, log: GenerationLog, limit: float, *, is_shared: bool) -> None:
         self._plane = plane
         self._gate = plane.gate
+        self._log = log
+        self._limit = min(FLUSH_SECONDS, limit)
+        self._is_shared = is_shared
 
     async def answer(self) -> None:
         """Answer everyone who waits, because no generation comes after this one."""
@@ -43,19 +45,19 @@ class Backlogs:
         for acceptor in acceptors:
             self._refuse_newcomers(acceptor.entry)
         await self.empty(acceptors)
-        if self._is_nobody_elses:
+        if not self._is_shared:
             for acceptor in acceptors:
                 acceptor.entry.stop_listening()
 
     async def finish(self, unclaimed: Iterable[Entry]) -> None:
         """Answer everyone who waits on what the successor did not claim, and close it: nobody else can.
 
-        Whoever comes only now, to one of several sockets of a port (SO_REUSEPORT), finds another one when it asks again
+        Who comes later, to one of several sockets of a port (SO_REUSEPORT), finds another one when it asks again
         (DESIGN.md, trap 11).
         """
         registry = self._plane.registry
         for entry in unclaimed:
-            # Unless the application was faster, and has closed its server.
+            # The application may have been faster, and have closed its server.
             if entry not in registry.entries:
                 continue
             self._refuse_newcomers(entry)
@@ -66,8 +68,8 @@ class Backlogs:
             registry.release(entry, unlink=True)
 
     async def empty(self, acceptors: Collection[Acceptor]) -> None:
-        """Accept whatever waits, and then no more; after a while, or in a hurry, though somebody waits."""
-        deadline = anyio.current_time() + min(FLUSH_SECONDS, self._generation.settings.drain_timeout)
+        """Accept all who wait, and then no more. After a while, or in a hurry, it ends though somebody waits."""
+        deadline = anyio.current_time() + self._limit
         tracker = self._plane.tracker
 
         def is_time() -> bool:
@@ -80,7 +82,7 @@ class Backlogs:
                 await anyio.sleep(FLUSH_POLL_SECONDS)
             for acceptor in acceptors:
                 await self._gate.pause_one(acceptor)
-            # One may come between the last look and the pause: then once more.
+            # A client may come between the last look and the pause: then once more.
             waiting = [each for each in acceptors if each in self._gate.acceptors and each.entry.is_waited_for()]
             if not waiting or not is_time():
                 return
@@ -88,14 +90,9 @@ class Backlogs:
                 for acceptor in waiting:
                     await self._gate.open_one(acceptor)
             except OSError:
-                self._generation.log.exception("those who wait to be accepted cannot be answered")
+                self._log.exception("those who wait to be accepted cannot be answered")
                 return
 
     def _refuse_newcomers(self, entry: Entry) -> None:
-        if self._is_nobody_elses:
+        if not self._is_shared:
             entry.refuse_newcomers()
-
-    @property
-    def _is_nobody_elses(self) -> bool:
-        # Else they are the others', or the next start's: where there are other workers, or systemd keeps the sockets.
-        return not (self._generation.shares_sockets or self._store.is_there)

@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from ecdysis_async._config.logging import configure_logging
@@ -125,30 +125,22 @@ def _run_on(loop: str, main: Callable[[], Any]) -> None:
         run_gated(main, loop=loop)  # type: ignore[arg-type] # one of three: see Options
 
 
-class _Service(Ecdysis):
-    """An ``Ecdysis`` that tells in one line what it serves, where, and by what."""
+def _describe_serving(options: Options, server: str, entries: Sequence[Entry], control_path: str | None) -> str:
+    """Say in one line what is served, where, and by what."""
+    scheme = {"main": "", "websockets": "ws"}.get(server, "http")
+    if scheme and options.is_tls:
+        scheme += "s"
+    version = "" if server == "main" else f" {_find_version(server)}"
+    places = ", ".join(_describe_place(entry, scheme) for entry in entries if entry.address != control_path)
+    control = f", control socket {control_path}" if control_path is not None else ""
+    return f"serving on {places or 'nothing'}: {options.target} by {server}{version} on {_name_loop(options)}{control}"
 
-    scheme = ""
-    description = ""
 
-    def describe(self, options: Options, server: str) -> None:
-        """Learn what is about to be served."""
-        scheme = {"main": "", "websockets": "ws"}.get(server, "http")
-        self.scheme = f"{scheme}s" if scheme and options.is_tls else scheme
-        version = "" if server == "main" else f" {_find_version(server)}"
-        self.description = f"{options.target} by {server}{version} on {_name_loop(options)}"
-
-    def _describe_serving(self) -> str:
-        entries = [entry for entry in self._registry.entries if entry.address != self._control_path]
-        places = ", ".join(map(self._describe_place, entries))
-        control = f", control socket {self._control_path}" if self._control_path is not None else ""
-        return f"serving on {places or 'nothing'}: {self.description}{control}"
-
-    def _describe_place(self, entry: Entry) -> str:
-        address = describe_listeners([entry])[0]["address"]
-        if entry.kind is SocketKind.UNIX:
-            return f"unix:{address}"
-        return f"{self.scheme}://{address}" if self.scheme and entry.kind is SocketKind.TCP else address
+def _describe_place(entry: Entry, scheme: str) -> str:
+    address = describe_listeners([entry])[0]["address"]
+    if entry.kind is SocketKind.UNIX:
+        return f"unix:{address}"
+    return f"{scheme}://{address}" if scheme and entry.kind is SocketKind.TCP else address
 
 
 def _find_version(server: str) -> str:
@@ -170,7 +162,7 @@ def _name_loop(options: Options) -> str:
 
 
 async def _serve(options: Options) -> None:
-    async with _Service(
+    async with Ecdysis(
         ready_timeout=options.ready_timeout,
         drain_timeout=options.drain_timeout,
         probation=options.probation,
@@ -181,7 +173,7 @@ async def _serve(options: Options) -> None:
         try:
             app = await load(options.target, app_dir=options.app_dir, factory=options.factory)
             server = _choose_server(app, options)
-            ecdysis.describe(options, server)
+            ecdysis.describe_serving = functools.partial(_describe_serving, options, server)
             if server == "main":
                 await app(ecdysis)
             else:

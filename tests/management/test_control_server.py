@@ -22,6 +22,8 @@ from ecdysis_async import Ecdysis, SpawnFailed
 from ecdysis_async._handoff.preflight import describe_place
 from ecdysis_async._management import control_connection, control_server
 from ecdysis_async._management.control_path import ControlLock
+from ecdysis_async._management.control_server import ControlServer
+from ecdysis_async._management.management import OwnManagement
 from ecdysis_async.report import State
 
 Json = dict[str, Any]
@@ -41,6 +43,13 @@ async def serving(directory: Path, **options: Any) -> AsyncIterator[tuple[Ecdysi
         async with Ecdysis(control_socket=path, restart_signals=(), stop_signals=(), **options) as ecdysis:
             await ecdysis.ready()
             yield ecdysis, path
+
+
+def server_of(ecdysis: Ecdysis) -> ControlServer:
+    management = ecdysis._life.management
+    assert isinstance(management, OwnManagement)
+    assert management._control is not None
+    return management._control
 
 
 async def connect(path: str, data: bytes = b"") -> anyio.abc.SocketStream:
@@ -201,9 +210,8 @@ async def test_a_hundred_who_say_nothing(tmp_path: Path) -> None:
             # The oldest had to make way.
             [answer] = await read_rest(streams[0])
             assert answer["event"] == "error"
-            assert ecdysis._control is not None
-            assert ecdysis._control._clients <= control_server.MAX_CLIENTS
-        server = ecdysis._control
+            assert server_of(ecdysis)._clients <= control_server.MAX_CLIENTS
+        server = server_of(ecdysis)
         await until(lambda: not server._clients)
 
 
@@ -271,7 +279,7 @@ async def test_a_client_that_never_reads(tmp_path: Path, monkeypatch: pytest.Mon
         async with silent:
             await until(lambda: ecdysis.last_report is not None)
             # Its queue is full, and it is let go; the restart goes on.
-            await until(lambda: ecdysis._control is not None and not ecdysis._control._clients)
+            await until(lambda: not server_of(ecdysis)._clients)
             [answer] = await ask(path, command="status")
             assert answer["status"]["restart"]["phase"] == "spawning"
         ecdysis.stop()
@@ -295,7 +303,7 @@ async def test_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             await until(lambda: ecdysis.connections)
             task_group.start_soon(stop, path)
             await ecdysis.finished()
-            await until(lambda: ecdysis._waiting_for() is not None)
+            await until(lambda: server_of(ecdysis).controlled.waiting_for() is not None)
             # Who asks is still answered.
             [answer] = await ask(path, command="status")
             assert answer["status"]["state"] == "draining"
@@ -356,12 +364,12 @@ async def test_a_request_that_fails_ends_nothing_else(tmp_path: Path, caplog: py
 
 async def test_a_request_that_fails_is_answered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with serving(tmp_path) as (ecdysis, path):
-        assert ecdysis._control is not None
 
         async def fail() -> int:
             raise OSError("the disk is gone")
 
-        ecdysis._control.controlled = dataclasses.replace(ecdysis._control.controlled, reopen_logs=fail)
+        server = server_of(ecdysis)
+        server.controlled = dataclasses.replace(server.controlled, reopen_logs=fail)
         [answer] = await ask(path, command="reopen-logs")
         assert answer["message"] == "the service could not do that: OSError('the disk is gone'); see its log"
         assert [each["event"] for each in await ask(path, command="status")] == ["status"]
@@ -397,7 +405,7 @@ async def test_reopening_logs_ends_nothing_else(tmp_path: Path, caplog: pytest.L
     try:
         async with serving(tmp_path) as (ecdysis, path):
             # What SIGUSR1 does, which is another's where the tests run.
-            ecdysis._on_reopen_signal()
+            ecdysis._task_group.start_soon(ecdysis._life.generation.reopen_logs)
             await until(lambda: "it has not begun to listen" in caplog.text)
             assert [each["event"] for each in await ask(path, command="status")] == ["status"]
     finally:
@@ -409,7 +417,7 @@ async def test_another_service_in_the_place_of_a_removed_one_is_left_alone(
 ) -> None:
     # Its lock file was removed, and so could a third service have begun beside it.
     async with serving(tmp_path) as (ecdysis, path):
-        server = ecdysis._control
+        server = server_of(ecdysis)
         assert server is not None
         for each in tmp_path.iterdir():
             each.unlink()
@@ -440,7 +448,7 @@ async def test_workers_are_told_of(tmp_path: Path) -> None:
     """Whoever speaks for several processes tells of each of them, on the way to the end of a restart."""
     workers: list[Json] = [{"slot": 1, "waiting_for": "generation 2 to get ready"}, {"slot": 2, "waiting_for": None}]
     async with serving(tmp_path, command=FAILING) as (ecdysis, path):
-        assert ecdysis._control is not None
-        ecdysis._control.controlled = dataclasses.replace(ecdysis._control.controlled, workers=lambda: workers)
+        server = server_of(ecdysis)
+        server.controlled = dataclasses.replace(server.controlled, workers=lambda: workers)
         answers = await ask(path, command="restart", until="serving")
         assert {"phase"} == {each["event"] for each in answers if each.get("workers") == workers}

@@ -96,7 +96,8 @@ async def test_goodbyes_begin_before_the_successor_is_told_of_the_transfer(backe
     with theirs:
         async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
             await ecdysis.ready()
-            ecdysis._handover = handover = PredecessorSide(ecdysis._generation, lambda handover: None)
+            life = ecdysis._life
+            life.handover = handover = PredecessorSide(life.generation, lambda handover: None)
             handover._peer = Peer(Channel(ours), os.pidfd_open(os.getpid()))
             handover.over.set()
             # It does not read.
@@ -106,10 +107,10 @@ async def test_goodbyes_begin_before_the_successor_is_told_of_the_transfer(backe
             before = descriptors()
             with anyio.fail_after(10):
                 async with anyio.create_task_group() as task_group:
-                    task_group.start_soon(ecdysis._move_connections, lambda: None)
+                    task_group.start_soon(ecdysis._leaving._move_connections, lambda: None)
                     while descriptors() < before + 2:
                         await turn()
                     task_group.cancel_scope.cancel()
             assert descriptors() == before
             handover._peer.close()
-            ecdysis._handover = None
+            life.handover = None

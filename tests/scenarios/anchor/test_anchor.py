@@ -402,7 +402,7 @@ def test_a_worker_whose_line_is_broken_leaves(run_anchor: Run) -> None:
     before = service.workers()[0]
     with service.begin("hold") as busy:
         service.wait_for("holding")
-        service.run("os.write(ecdysis._anchor_client._line.fileno(), b'no frame at all')")
+        service.run("os.write(ecdysis._life.management._link.fileno(), b'no frame at all')")
         after = service.wait_for_workers(lambda found: found.keys() == {0} and found[0] != before)
         # And an upgrade of the anchor waits until it has.
         begun = threading.Event()
@@ -499,7 +499,7 @@ def test_a_stop_in_the_moment_of_an_upgrade_is_not_lost(run_anchor: Run) -> None
         service.wait_for("holding")
         failing = executor.submit(client.upgrade, service.control, lambda event: None)
         service.wait_until((service.directory / "executing").exists, "it is not upgraded")
-        service.run("ecdysis.stop(); await ecdysis._anchor_client.flush(); open('said', 'w').close()")
+        service.run("ecdysis.stop(); await ecdysis._life.management.finish(); open('said', 'w').close()")
         with pytest.raises(client.CommandFailed, match="the service is being stopped"):
             failing.result()
         busy.say("go on").answer()

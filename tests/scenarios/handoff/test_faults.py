@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
 CLIENT_PAUSE_SECONDS = 0.01
 
 # What the clock would say, at a moment that the test knows: no limit is then too short for a busy machine.
-TIME_IS_UP = "ecdysis._handover.post(ecdysis._handover.timed_out)"
+TIME_IS_UP = "ecdysis._life.handover.post(ecdysis._life.handover.timed_out)"
 
 # The successor is gone, or does not move: this generation goes on as if nothing had been asked, or comes back.
 KILLED = [

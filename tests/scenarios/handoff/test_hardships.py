@@ -171,7 +171,9 @@ def test_a_wrapper_that_ends_before_what_it_started(backend: str, run_service: R
         service.signal(wrapper, signal.SIGUSR1)
         service.wait_for_death(wrapper)
         clients.wait_for(second)
-        control.say("run", code="ecdysis._handover.foresee = None\necdysis._handover.post('whatever')").answer()
+        control.say(
+            "run", code="ecdysis._life.handover.before_event = None\necdysis._life.handover.post('whatever')"
+        ).answer()
         service.wait_for_death(second)
         clients.wait_for(first)
         assert control.say("run", code="str(ecdysis.last_report.error)").answer().startswith("the restart broke down")

@@ -129,7 +129,8 @@ def test_a_stop_after_the_successor_was_called_back_leaves_the_queue_to_this_gen
     service = run_service(backend, ecdysis={"probation": 60})
     first = service.pids[0]
     recall = (
-        "from ecdysis_async._handoff.protocol import PredecessorEvent\necdysis._handover.post(PredecessorEvent.RECALL)"
+        "from ecdysis_async._handoff.protocol import PredecessorEvent\n"
+        "ecdysis._life.handover.post(PredecessorEvent.RECALL)"
     )
     with contextlib.ExitStack() as stack:
         control = stack.enter_context(service.begin("hello"))

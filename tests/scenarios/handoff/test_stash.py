@@ -205,10 +205,10 @@ def test_a_restart_is_called_off_while_one_is_made(backend: str, at: str, run_se
 with anyio.CancelScope() as scope:
     async with anyio.create_task_group() as group:
         group.start_soon(ecdysis.restart)
-        while ecdysis._handover is None or ecdysis._handover._stash.making is None:
+        while ecdysis._life.handover is None or ecdysis._life.handover._stash.making is None:
             await anyio.sleep(0.01)
         group.cancel_scope.cancel()
-await ecdysis._handover.over.wait()
+await ecdysis._life.handover.over.wait()
 ecdysis.last_report.error
 """
     assert service.run(cancel).startswith("the restart was called off")

@@ -1,0 +1,177 @@
+"""What a generation does when it is told to from outside: by a signal, by a command, or by its anchor."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ecdysis_async._handoff import preflight
+from ecdysis_async._management.changes import Changes
+from ecdysis_async._management.controlled import ControlHandlers, Restart
+from ecdysis_async._management.management import Management, OwnManagement
+from ecdysis_async._management.systemd import Systemd
+from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._system.claims import take_line
+from ecdysis_async._system.process import Spawner
+from ecdysis_async._system.signals import can_handle_signals, is_handled
+from ecdysis_async.errors import RestartError, RestartInProgress, RestartWhileDraining
+from ecdysis_async.report import RestartReport
+
+from .anchor_client import AnchorClient, WorkerCommands
+from .description import Description
+from .leaving import Leaving
+from .life import Life
+from .restarts import Restarts
+
+__all__ = ["Commands"]
+
+
+class Commands:
+    """What can be asked of a generation.
+
+    Args:
+        life: of this generation.
+        restarts: what it is asked for most.
+        leaving: its way out.
+    """
+
+    def __init__(self, life: Life, restarts: Restarts, leaving: Leaving) -> None:
+        self._life = life
+        self._restarts = restarts
+        self._leaving = leaving
+        self._description = Description(life)
+        self._control_path: str | None = None
+
+    def find_management(
+        self, systemd: Systemd, *, takes_activation: bool, control_path: str | None, pid_file: Path | None
+    ) -> Management:
+        """Return who speaks for this service: the anchor that has started this process, or else the process itself.
+
+        Args:
+            systemd: the way to it.
+            takes_activation: whether what systemd has passed to this process is taken.
+            control_path: where the control socket is, if there shall be one.
+            pid_file: where the pid file is, if there shall be one.
+
+        Raises:
+            ChannelError: the anchor is gone.
+        """
+        life, generation = self._life, self._life.generation
+        if (line := take_line()) is not None:
+            life.plane.registry.owns_paths = False
+            # The other signals are caught since the first import (worker_link.py): they are the anchor's business.
+            generation.settings = dataclasses.replace(
+                generation.settings, restart_signals=(), stop_signals=(signal.SIGTERM,)
+            )
+            orders = WorkerCommands(
+                begin_restart=lambda number: self._restarts.begin(number=number),
+                stop=self._leaving.stop,
+                reopen_logs=generation.reopen_logs,
+                note_report=self._note_report,
+                state=lambda: life.state.value,
+            )
+            return AnchorClient(line, life.plane, orders, generation.log, self._signal_handlers())
+        self._control_path = control_path
+        return OwnManagement(
+            generation.log,
+            systemd,
+            life.plane.registry,
+            control=self._control_handlers(Changes()),
+            signals=self._signal_handlers(),
+            describe=self._description.line,
+            is_accepting=lambda: life.is_accepting,
+            plane=life.plane,
+            control_path=control_path,
+            pid_file=pid_file,
+            takes_activation=takes_activation,
+            stashes=generation.stashes,
+            inherited_stash=generation.inherited_stash,
+        )
+
+    def _note_report(self, report: RestartReport) -> None:
+        self._life.last_report = report
+
+    # Signals
+
+    def _signal_handlers(self) -> Mapping[signal.Signals, Callable[[], None]]:
+        settings = self._life.generation.settings
+        handlers = dict.fromkeys(settings.restart_signals, self._on_restart_signal)
+        handlers |= dict.fromkeys(settings.stop_signals, self._on_stop_signal)
+        # The application may have another use for it. Without anybody's, it would end the process.
+        if handlers and can_handle_signals() and signal.SIGUSR1 not in handlers and not is_handled(signal.SIGUSR1):
+            handlers[signal.SIGUSR1] = self._on_reopen_signal
+        return handlers
+
+    def _on_stop_signal(self) -> None:
+        life = self._life
+        # One more on the way out, once this block has put the former handlers back, must not change the exit status.
+        life.management.ignore_on_the_way_out(*life.generation.settings.stop_signals)
+        life.stop_signals += 1
+        if life.stop_signals > 1:
+            life.generation.log.warning("told to stop again: the deadline of the drain is now")
+            self._leaving.hurry()
+        self._leaving.hurry_if_forsaken()
+        self._leaving.stop()
+
+    def _on_reopen_signal(self) -> None:
+        self._life.task_group.start_soon(self._life.generation.reopen_logs)
+
+    def _on_restart_signal(self) -> None:
+        self._life.task_group.start_soon(self._restart_by_signal)
+
+    async def _restart_by_signal(self) -> None:
+        management, log = self._life.management, self._life.generation.log
+        management.restart_asked()
+        try:
+            report = await management.restart("settled", self._restarts.restart)
+            log.info("%s", report)
+        except RestartWhileDraining as error:
+            log.info("%s", error)
+        except RestartInProgress as error:
+            # The end of the restart that is in progress answers this one as well.
+            log.error("the restart that a signal asked for is refused: %s", error)  # noqa: TRY400
+        except RestartError as error:
+            management.restart_refused()
+            # Without a traceback: the message says what happened, in the successor's own words.
+            log.error("the restart that a signal asked for failed: %s", error)  # noqa: TRY400
+
+    # The control socket
+
+    def _control_handlers(self, changes: Changes) -> ControlHandlers:
+        return ControlHandlers(
+            status=self._description.status,
+            waiting_for=self._description.waiting_for,
+            begin_restart=functools.partial(self._begin_restart, is_told=True),
+            find_report=self._description.find_report,
+            stop=self._leaving.stop,
+            changes=changes,
+            reopen_logs=self._life.generation.reopen_logs,
+            begin_takeover=self._begin_takeover,
+            check=self._check,
+            compare=self._compare,
+        )
+
+    def _begin_restart(self, spawner: Spawner | None = None, *, is_told: bool = False) -> Restart:
+        handover = self._restarts.begin(spawner, is_told=is_told)
+        return Restart(handover.report, functools.partial(self._restarts.see_through, handover))
+
+    def _begin_takeover(self, spawner: Spawner) -> Restart:
+        self._life.management.check_takeover()
+        return self._begin_restart(spawner)
+
+    async def _check(self) -> dict[str, Any]:
+        generation = self._life.generation
+        return await preflight.check_release(
+            generation.settings, generation.env_file_keys, self._public_entries(), os.environ
+        )
+
+    def _compare(self, release: dict[str, Any]) -> dict[str, Any]:
+        return preflight.compare(release, self._public_entries(), os.environ)
+
+    def _public_entries(self) -> list[Entry]:
+        return [entry for entry in self._life.plane.registry.entries if entry.address != self._control_path]

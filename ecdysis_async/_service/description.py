@@ -1,0 +1,92 @@
+"""What a generation says of itself: as an object of JSON to commands, in one line to `systemctl status`."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import anyio
+
+from ecdysis_async._management.status import (
+    counted,
+    describe_ancestors,
+    describe_failed_restart,
+    describe_listeners,
+    describe_process,
+    describe_restart,
+    describe_wait,
+    report_of,
+)
+from ecdysis_async.report import RestartReport
+
+from .life import Life
+
+__all__ = ["Description"]
+
+
+class Description:
+    """One generation in words. Nothing here changes anything, or waits.
+
+    Args:
+        life: of this generation.
+    """
+
+    def __init__(self, life: Life) -> None:
+        self._life = life
+        self._begun = time.monotonic()
+
+    def line(self) -> str:
+        """Say in one line what `systemctl status` shows."""
+        life = self._life
+        number, lineage = life.generation.number, life.generation.lineage
+        parts = [f"generation {number} is {life.state.value}, {counted(self._connections, 'connection')}"]
+        parts += [
+            f"generation {each.generation} drains, {counted(each.connections, 'connection')}"
+            for each in lineage.ancestors
+            if each.connections is not None
+        ]
+        if life.handover is not None and (error := life.handover.error) is not None:
+            parts.append(describe_failed_restart(error))
+        return "; ".join(parts)
+
+    def waiting_for(self) -> str | None:
+        """Say what is waited for at this moment; None if for nothing."""
+        life, now = self._life, anyio.current_time()
+        return describe_wait(
+            life.handover,
+            life.inheritance,
+            phase_seconds=now - life.phase_begun,
+            connections=self._connections,
+            deadline_seconds=life.drain_deadline - now if life.drain_deadline is not None else None,
+        )
+
+    def status(self) -> dict[str, Any]:
+        """Return where this generation stands, as an object of JSON."""
+        life = self._life
+        return {
+            "generation": life.generation.number,
+            "pid": os.getpid(),
+            "state": life.state.value,
+            "uptime": time.monotonic() - self._begun,
+            "connections": self._connections,
+            "listeners": describe_listeners(life.plane.registry.entries),
+            "waiting_for": self.waiting_for(),
+            "restart": describe_restart(life.handover, phase_seconds=anyio.current_time() - life.phase_begun),
+            "last_report": life.last_report.to_json() if life.last_report is not None else None,
+            "draining": describe_ancestors(life.generation.lineage.ancestors),
+            "process": describe_process(),
+        }
+
+    def find_report(self, id: str) -> RestartReport | None:
+        """Return the report of a restart by its id, where it is known here."""
+        life = self._life
+        if life.last_report is not None and life.last_report.id == id:
+            return life.last_report
+        if life.inheritance is not None and life.inheritance.restart_id == id:
+            return report_of(life.inheritance)
+        return None
+
+    @property
+    def _connections(self) -> int:
+        return len(self._life.plane.tracker.connections())

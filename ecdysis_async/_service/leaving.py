@@ -1,0 +1,311 @@
+"""How a generation leaves: it accepts no more, its connections drain, and what it has opened is brought to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import anyio
+
+from ecdysis_async._connections.sender import Sender, socketpair
+from ecdysis_async._handoff.protocol import (
+    DrainMessage,
+    PredecessorEvent,
+    PredecessorState,
+    SuccessorEvent,
+    SuccessorState,
+)
+from ecdysis_async._management.management import LEEWAY_SECONDS
+from ecdysis_async._sockets.registry import Until
+from ecdysis_async.report import Phase, State
+
+from .backlogs import Backlogs
+from .life import Life, Stop
+
+__all__ = ["Leaving", "first_of"]
+
+# How often a draining generation tells the newest one how many connections are left, seconds.
+PROGRESS_SECONDS = 1.0
+
+# How long the connections of "exit" listeners get once everything else has drained, seconds.
+EXIT_SECONDS = 1.0
+
+
+class Leaving:
+    """The way of one generation out: :meth:`begin`, :meth:`stop_accepting`, :meth:`drain`, :meth:`finish`.
+
+    Args:
+        life: of this generation.
+    """
+
+    def __init__(self, life: Life) -> None:
+        self._life = life
+        # Whether this generation was ever to accept, as it was when it began to leave.
+        self._has_served = False
+
+    @property
+    def _backlogs(self) -> Backlogs:
+        life = self._life
+        limit = life.generation.settings.drain_timeout
+        return Backlogs(life.plane, life.generation.log, limit, is_shared=life.management.keeps_sockets)
+
+    def stop(self, *, partial: bool = False) -> None:
+        """Stop this generation, and call off a restart that is under way, or stop its successor as well.
+
+        Args:
+            partial: whether the application itself tells the service manager.
+        """
+        life = self._life
+        life.generation.log.info("stopping%s", " (partially)" if partial else "")
+        if life.is_leaving:
+            return
+        life.stop = Stop.PARTIAL if partial else Stop.ASKED
+        if life.inheritance is not None and not life.inheritance.state.final:
+            life.inheritance.post(SuccessorEvent.STOP_HERE)
+        elif life.handover is not None and not life.handover.state.final:
+            life.handover.post(PredecessorEvent.STOP)
+        else:
+            if life.state is State.STARTING:
+                # Nobody is served yet, and whoever stops the service would have to wait for the end of this start.
+                life.body.cancel()
+            self.begin()
+
+    def begin(self) -> None:
+        """Accept no more, and begin to drain; there is no way back. It may be called where no task can be started."""
+        life = self._life
+        if life.is_leaving:
+            return
+        # A successor may be stopped when it was told to accept, and could not note yet that it does.
+        is_committed = life.inheritance is not None and life.inheritance.state is SuccessorState.STOPPED
+        self._has_served = life.is_accepting or is_committed
+        life.state = State.DRAINING
+        # Everybody who learns that this generation leaves knows by then whether connections move: none is to be sent
+        # away that could.
+        life.plane.tracker.moves = life.has_successor
+        life.plane.tracker.draining.set()
+        if not life.has_successor:
+            limit = life.generation.settings.drain_timeout + LEEWAY_SECONDS
+            life.management.leaving(limit, is_partial=life.stop is Stop.PARTIAL)
+        life.leaving.set()
+
+    async def run(self) -> None:
+        """Wait until this generation leaves, and see its connections to their end."""
+        life = self._life
+        # The block waits for the drain, also where it is cancelled from outside; so this task must not be.
+        with anyio.CancelScope(shield=True):
+            await life.leaving.wait()
+            try:
+                try:
+                    await self.stop_accepting()
+                finally:
+                    # The application hears of it last: it may close its servers then, and those who queue there are to
+                    # be answered first.
+                    life.finished.set()
+                await self.drain()
+            except Exception:
+                # What has drained has, and the rest ends with this process.
+                life.generation.log.exception("the drain broke down")
+            finally:
+                life.drained.set()
+
+    async def stop_accepting(self) -> None:
+        """Accept no more, for good; what waits in a queue that nobody goes on with is answered first."""
+        life, gate = self._life, self._life.plane.gate
+        if life.handover is not None and life.handover.state is PredecessorState.STOPPING:
+            # The successor is being ended; where the commit had failed, it may accept until it is dead.
+            await life.handover.over.wait()
+        async with life.generation.gate_lock:
+            if life.has_successor or not self._is_last():
+                await self._backlogs.finish(life.handover.unclaimed if life.handover is not None else ())
+            else:
+                await self._backlogs.answer()
+            await gate.end(spare=lambda entry: entry.until is Until.EXIT and not life.has_successor)
+
+    def _is_last(self) -> bool:
+        """Say whether no generation of this slot will accept after this one; where in doubt, another one will (G2).
+
+        A successor that died after it had settled may have had a successor of its own, which cannot be asked any more.
+        So where there was none, nobody answers who waits on the sockets: they are reset when this generation ends.
+        """
+        if not self._has_served:
+            return False
+        inheritance, handover = self._life.inheritance, self._life.handover
+        if inheritance is not None and inheritance.state not in (SuccessorState.SETTLED, SuccessorState.STOPPED):
+            return False
+        # A successor that has stopped by itself during its probation answers for as long as it lives. One that was
+        # called back accepts no more.
+        return handover is None or handover.state is PredecessorState.ROLLED_BACK or handover.successor_is_dead
+
+    async def drain(self) -> None:
+        """Wait for the connections, or pass them on, until the deadline; then cut those that are left."""
+        life, tracker, gate = self._life, self._life.plane.tracker, self._life.plane.gate
+        begun = anyio.current_time()
+        log, timeout = life.generation.log, life.generation.settings.drain_timeout
+        life.drain_deadline = begun + timeout
+        life.management.changed()
+        log.info("draining %d connections, for %g seconds at the most", len(tracker), timeout)
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(self._tell_progress)
+            if life.has_successor:
+                await tracker.drain(timeout, move=self._move_connections)
+            else:
+                await tracker.drain(timeout, kinds=(Until.DRAIN,))
+            task_group.cancel_scope.cancel()
+        async with life.generation.gate_lock:
+            if self._is_last():
+                await self._backlogs.empty([each for each in gate.acceptors if each.entry.has_queue])
+            await gate.end()
+        await tracker.drain(min(EXIT_SECONDS, timeout))
+        count = tracker.count
+        log.info("drained: %d by themselves, %d silent, %d cut", count.drained, count.silent, count.cut)
+        if life.handover is not None and life.has_successor:
+            report = life.handover.report
+            report.drain = count
+            report.phases[Phase.DRAIN] = anyio.current_time() - begun
+            life.management.restart_changed(life.handover)
+            await life.handover.tell(DrainMessage.DRAINED, {"report": report.to_json()})
+
+    async def _move_connections(self, on_swept: Callable[[], None]) -> None:
+        """Pass on to the successor what can go on there."""
+        handover, tracker, log = self._life.handover, self._life.plane.tracker, self._life.generation.log
+        assert handover is not None
+        # The successor is told first that the restart has settled.
+        await handover.over.wait()
+        try:
+            ours, theirs = socketpair()
+        except OSError as error:
+            tracker.moves = False
+            log.warning("no connection can be passed on: %s", error)
+            return
+        # Both ends are closed also where the goodbyes begin, which cancels this, before the successor could be told.
+        with ours:
+            with theirs:
+                await handover.tell(DrainMessage.TRANSFER, {}, [theirs.fileno()])
+            try:
+                await Sender(ours, tracker, log).run(handover.successor_died, on_swept)
+            except Exception:
+                # A defect of this library, or no memory: it may cost the transfer, never the drain.
+                log.exception("the transfer broke down; what is left drains here")
+
+    async def _tell_progress(self) -> None:
+        while self._life.has_successor and self._life.handover is not None:
+            await self._life.handover.tell(DrainMessage.PROGRESS, {"connections": len(self._life.plane.tracker)})
+            await anyio.sleep(PROGRESS_SECONDS)
+
+    def hurry(self) -> None:
+        """Let the deadline of the drain be now."""
+        self._life.plane.tracker.hurry()
+
+    def hurry_if_forsaken(self) -> None:
+        """Let the deadline be now where systemd waits for the end of this process to start the service anew.
+
+        That is so where the successor, which is the main process, has died, and the service was told to stop. Nobody
+        listens until then, which costs more than what drains here.
+        """
+        life = self._life
+        if life.management.is_supervised and life.stop_signals and life.has_successor and life.handed_over.is_set():
+            life.generation.log.warning("the successor is dead, and the service is stopped: the deadline is now")
+            self.hurry()
+
+    # The end of the block
+
+    async def finish(self, error: BaseException | None) -> BaseException | None:
+        """Bring everything to its end that the block has begun, and be cut short by no cancellation.
+
+        Args:
+            error: what the body has raised, if it has.
+
+        Returns:
+            The last cancellation that came meanwhile, which is still to be raised.
+        """
+        left = anyio.Event()
+
+        async def leave() -> None:
+            try:
+                with anyio.CancelScope(shield=True):
+                    await self._finish(error)
+            finally:
+                left.set()
+
+        cancelled: BaseException | None = None
+        self._life.task_group.start_soon(leave)
+        while not left.is_set():
+            try:
+                with anyio.CancelScope(shield=True):
+                    await left.wait()
+            except anyio.get_cancelled_exc_class() as cancellation:
+                # asyncio's own cancellation knows no shield. Who sends it has no time for the whole drain.
+                cancelled = cancellation
+                self.hurry()
+        return cancelled
+
+    async def _finish(self, error: BaseException | None) -> None:
+        life = self._life
+        log, management = life.generation.log, life.management
+        is_orderly = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
+        if not is_orderly:
+            management.failed(f"generation {life.generation.number} has failed: {error!r}", error)
+        has_begun = life.has_begun
+        if not has_begun and is_orderly:
+            log.warning("the block is left without ready(): nothing was ever accepted")
+        if life.inheritance is not None and not life.inheritance.state.final:
+            life.inheritance.post(SuccessorEvent.STOP_HERE if is_orderly else SuccessorEvent.FAILED, error)
+            await life.inheritance.over.wait()
+        if not is_orderly and (life.is_aborted or not isinstance(error, Exception)):
+            # Cancelled, interrupted, or failed on probation: then the predecessor waits for this process' death.
+            self.hurry()
+        await self._let_handover_end()
+        self.begin()
+        await life.drained.wait()
+        if life.handover is not None:
+            await life.handover.over.wait()
+        if life.has_successor:
+            await management.main_process_named()
+        else:
+            await management.outlive(self._wait_for_others)
+        await management.withdraw(has_successor=life.is_aborted or life.has_successor)
+        self._close_sockets(has_served=has_begun and not life.is_aborted, is_orderly=is_orderly)
+        await management.finish()
+        log.info("this generation ends")
+
+    async def _let_handover_end(self) -> None:
+        """See a restart through that is under way while the body leaves: call it off, or let it settle."""
+        handover = self._life.handover
+        if handover is None or handover.state.final or self._life.state is State.DRAINING:
+            return
+        if not handover.committed:
+            handover.post(PredecessorEvent.CANCELLED)
+        else:
+            await first_of(handover.serving, handover.over)
+            handover.post(PredecessorEvent.SETTLE)
+        await handover.over.wait()
+
+    async def _wait_for_others(self) -> None:
+        """Wait for all other generations of the service, which have as long to drain as this one."""
+        with anyio.move_on_after(self._life.generation.settings.drain_timeout + EXIT_SECONDS):
+            if self._life.handover is not None:
+                await self._life.handed_over.wait()
+            await self._life.generation.lineage.outlive()
+
+    def _close_sockets(self, *, has_served: bool, is_orderly: bool) -> None:
+        life, registry = self._life, self._life.plane.registry
+        if not has_served:
+            # The predecessor serves on what it handed down, or the next start on what a crash has left. What was made
+            # here goes.
+            for entry in registry.entries:
+                registry.release(entry, unlink=not entry.inherited)
+            return
+        if not life.has_successor:
+            life.management.leave_to_next_start(is_orderly=is_orderly)
+        registry.close(unlink=not life.has_successor)
+
+
+async def first_of(*events: anyio.Event) -> None:
+    """Wait until one of several events has happened."""
+
+    async def wait(event: anyio.Event) -> None:
+        await event.wait()
+        task_group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as task_group:
+        for event in events:
+            task_group.start_soon(wait, event)

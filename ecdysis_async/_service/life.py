@@ -1,0 +1,103 @@
+"""Where one generation stands: data that its block, its restarts, its leaving and its management share."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import anyio
+from anyio.abc import TaskGroup
+
+from ecdysis_async._accepting.data_plane import DataPlane
+from ecdysis_async._handoff.generation import Generation
+from ecdysis_async._handoff.predecessor import PredecessorSide
+from ecdysis_async._handoff.protocol import SuccessorState
+from ecdysis_async._handoff.successor import SuccessorSide
+from ecdysis_async._management.management import Management
+from ecdysis_async.report import Outcome, RestartReport, State
+
+__all__ = ["Life", "Stop"]
+
+
+class Stop(enum.Enum):
+    """Whether a generation was told to stop before it began to leave."""
+
+    NOT_ASKED = enum.auto()
+    ASKED = enum.auto()
+    PARTIAL = enum.auto()  # the application itself tells the service manager
+
+
+@dataclass(slots=True, eq=False)
+class Life:
+    """One generation of a service, from its first socket to its end.
+
+    Attributes:
+        generation: what its handoffs are told.
+        plane: its sockets, its gate and its connections.
+        task_group: where its tasks run, to the end of the block.
+        body: the body of the block; cancelled where this generation is not to serve any more.
+        management: who speaks for the service.
+        state: where it stands.
+        stop: whether it was told to stop. It is remembered, because a restart that is over in the same moment does not
+            hear of it any more.
+        stop_signals: how many signals have told it so.
+        inheritance: the handoff that it came from, if it did.
+        handover: the last restart that was asked for.
+        last_report: what has become of that, or else of the restart that it came from.
+        phase_begun: since when the restart is in its state, on the loop's clock.
+        drain_deadline: until when the drain may last, on the loop's clock, once it has begun.
+        leaving: set when this generation will never accept again.
+        finished: set when it accepts no more, and the application may close its servers.
+        drained: set when its connections have ended.
+        inherited: set when the handoff that it came from has settled.
+        handed_over: set when the last restart is over on this side, and its successor has ended or is to be left alone.
+    """
+
+    generation: Generation
+    plane: DataPlane
+    task_group: TaskGroup
+    body: anyio.CancelScope
+    management: Management = field(init=False)
+    state: State = State.STARTING
+    stop: Stop = Stop.NOT_ASKED
+    stop_signals: int = 0
+    inheritance: SuccessorSide | None = None
+    handover: PredecessorSide | None = None
+    last_report: RestartReport | None = None
+    phase_begun: float = 0.0
+    drain_deadline: float | None = None
+    leaving: anyio.Event = field(default_factory=anyio.Event)
+    finished: anyio.Event = field(default_factory=anyio.Event)
+    drained: anyio.Event = field(default_factory=anyio.Event)
+    inherited: anyio.Event = field(default_factory=anyio.Event)
+    handed_over: anyio.Event = field(default_factory=anyio.Event)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has ever accepted, or was told to."""
+        return self.state not in (State.STARTING, State.WAITING)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it will never accept again."""
+        return self.state in (State.DRAINING, State.ENDED)
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether it accepts, or may do so again."""
+        return self.state in (State.SERVING, State.PAUSED)
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether the restart that it came from has failed, so that it is not to serve."""
+        return self.inheritance is not None and self.inheritance.state is SuccessorState.ABORTED
+
+    @property
+    def has_successor(self) -> bool:
+        """Whether a successor goes on with what this generation leaves."""
+        return self.handover is not None and self.handover.report.outcome is Outcome.SETTLED
+
+    def note_change(self) -> None:
+        """Note that a restart is in another state, and tell those who look on."""
+        self.phase_begun = anyio.current_time()
+        self.management.changed()
