@@ -202,7 +202,7 @@ def tell(event: str, **facts: Any) -> None:
 
 def run_on(loop: str, main: Callable[[], Coroutine[Any, Any, None]], *, bare: bool) -> None:
     """Run on a loop; the modules that an ``Ecdysis`` needs there are imported with and without one."""
-    for module in ("anyio_listeners", "trio_listeners") if loop == "trio" else ("anyio_listeners", "loops"):
+    for module in ("anyio_listeners", "trio_listeners") if loop == "trio" else ("anyio_listeners", "_accepting.loops"):
         importlib.import_module(f"ecdysis_async.{module}")
     if loop == "trio":
         anyio.run(main, backend="trio")

@@ -65,7 +65,7 @@ def test_the_module_is_pure() -> None:
     tree = ast.parse(inspect.getsource(protocol))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert imported == {"__future__", "collections.abc", "enum", "errors", "typing"}
+    assert imported == {"__future__", "collections.abc", "ecdysis_async.errors", "enum", "typing"}
 
 
 def test_every_state_can_be_reached() -> None:
