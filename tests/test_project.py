@@ -69,9 +69,13 @@ TESTED_ELSEWHERE = {
 TESTS_TO_COME = {
     "_anchor/anchor.py",
     "_anchor/config.py",
+    "_anchor/dispatch.py",
+    "_anchor/filling.py",
+    "_anchor/reaping.py",
     "_anchor/reconcile.py",
     "_anchor/reload.py",
     "_anchor/sockets.py",
+    "_anchor/state.py",
     "_anchor/status.py",
     "_anchor/takeover.py",
     "_anchor/upgrade.py",

@@ -1,7 +1,7 @@
 """The health endpoints: the few lines of HTTP/1.1 by which a load balancer, or Kubernetes, asks how a service is.
 
 ``GET`` or ``HEAD`` of ``/live`` is answered by 200 for as long as this process lives, of ``/ready`` by 200, or by 503
-with the reason in one line. One request a connection, and all that a client can take is bounded: places, bytes, time.
+with the reason in one line. A connection has one request. All that a client can take is bounded: places, bytes, time.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ __all__ = ["HealthServer"]
 
 logger = logging.getLogger("ecdysis_async")
 
-# How many clients are heard at once; one more takes the place of the one that has been there for longest.
+# How many clients are heard at once. One more takes the place of the client that has been there for longest.
 MAX_CLIENTS = 32
 
 # How long a request and its headers may be, bytes, and how long all of a connection may take, seconds.
 MAX_HEAD_BYTES = 8 * 1024
 CLIENT_SECONDS = 5.0
 
-# What a client still sends that has its answer is read for so long, because a reset would take the answer from it.
+# For how long, and up to how many bytes, a client that has its answer is read on. Closing before that would reset the
+# connection, and take the answer from the client.
 REST_SECONDS = 1.0
 MAX_REST_BYTES = 64 * 1024
 
@@ -42,14 +43,20 @@ REQUEST_PARTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response: its status line without the version, and the line of text that is its body."""
+    """A response.
+
+    Attributes:
+        status: the status line without the version.
+        text: the line of text that is the body.
+        allow: whether the allowed methods are listed.
+    """
 
     status: str
     text: str
     allow: bool = False
 
     def to_bytes(self, *, with_body: bool) -> bytes:
-        """Return it as it is sent; the one to HEAD tells of a body that does not follow."""
+        """Return it as it is sent. The answer to HEAD tells of a body that does not follow."""
         body = self.text.encode() + b"\n"
         lines = [
             f"HTTP/1.1 {self.status}",
@@ -67,15 +74,15 @@ class HealthServer:
     """Answers on a listening socket, which stays its owner's.
 
     Args:
-        sock: it listens already.
-        why_not_ready: returns why the service is not ready, or None if it is; must not block.
+        sock: a socket that listens already.
+        why_not_ready: returns why the service is not ready, or None if it is. It must not block.
     """
 
     def __init__(self, sock: socket.socket, why_not_ready: Callable[[], str | None]) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._why_not_ready = why_not_ready
-        # The oldest first.
+        # The clients that are heard, the oldest first.
         self._clients: dict[socket.socket, anyio.CancelScope] = {}
 
     async def run(self) -> None:
@@ -90,13 +97,13 @@ class HealthServer:
                 except OSError as error:
                     if error.errno not in EXHAUSTED:
                         raise
-                    # A place of ours can be had at once, one of somebody else's later.
+                    # A descriptor of this server's can be freed at once. Other ones are freed later.
                     if not self._make_room():
                         await anyio.sleep(EXHAUSTED_PAUSE_SECONDS)
                     continue
                 if len(self._clients) >= MAX_CLIENTS:
                     self._make_room()
-                # Not in the task, which may have its first turn only after many more have come.
+                # The client is noted before its task, which may have its first turn only after many more have come.
                 scope = self._clients[client] = anyio.CancelScope(deadline=anyio.current_time() + CLIENT_SECONDS)
                 task_group.start_soon(self._serve, client, scope)
 
@@ -160,7 +167,7 @@ def _is_whole(head: bytes) -> bool:
 
 
 async def _receive_head(client: socket.socket) -> bytes:
-    """Return what came until the empty line, the end, or the limit."""
+    """Return what a client sent until the empty line, its end, or the limit."""
     head = b""
     while not _is_whole(head) and len(head) <= MAX_HEAD_BYTES and (data := await _receive(client)):
         head += data

@@ -1,12 +1,13 @@
 """The workers of an anchor and the slots they work in: data, and what can be told from it.
 
-No I/O and no clock: the anchor notes what it hears and when, and asks here what follows from it.
+Nothing here does I/O or reads a clock. The anchor notes what it hears and when, and asks here what follows from that.
 """
 
 from __future__ import annotations
 
 import enum
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from ecdysis_async._handoff.protocol import PredecessorState
 from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._system.process import Process
 from ecdysis_async.errors import RestartError
-from ecdysis_async.report import RestartReport
+from ecdysis_async.report import RestartReport, State
 
 __all__ = [
     "HandoffStatus",
@@ -23,25 +24,13 @@ __all__ = [
     "SlotActivity",
     "Worker",
     "WorkerPool",
-    "WorkerState",
     "backoff_seconds",
 ]
 
-# A worker that crashed is replaced at once if it had served for so long; else it waits, twice as long each time.
+# A crashed worker that had served for so long is replaced at once. Otherwise its slot waits, twice as long each time.
 HEALTHY_SECONDS = 10.0
 FIRST_BACKOFF_SECONDS = 0.25
 LONGEST_BACKOFF_SECONDS = 30.0
-
-
-class WorkerState(enum.StrEnum):
-    """Where a worker says that it stands: the states of its ``Ecdysis`` (see ``State`` in supervisor.py)."""
-
-    STARTING = "starting"
-    WAITING = "waiting"
-    SERVING = "serving"
-    PAUSED = "paused"
-    DRAINING = "draining"
-    ENDED = "ended"
 
 
 class SlotActivity(enum.Enum):
@@ -55,7 +44,14 @@ class SlotActivity(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class HandoffStatus:
-    """What a worker has said last of the restart that it carries out."""
+    """What a worker has said last of the restart that it carries out.
+
+    Attributes:
+        state: where its side of the handoff stands; None before the first state is known.
+        is_over: whether the handoff has ended.
+        report: what the worker's report says so far.
+        error: why the handoff has failed.
+    """
 
     state: PredecessorState | None
     is_over: bool
@@ -65,37 +61,39 @@ class HandoffStatus:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One process.
+    """One process that serves, as its anchor knows it.
 
     Attributes:
-        generation: which roll-out it came with.
-        process: as it was spawned.
-        line: this end of it.
-        born: when, on the anchor's clock.
-        starter: the worker that it follows, if that asked for it.
-        pid: its own word for it, which is another one where a wrapper was spawned.
-        state: its own word.
-        is_done_accepting: its own word, too: it accepts no more, and has answered who queued.
-        connections, requests, rss: its own words; requests are connections where its server counts none.
+        generation: the roll-out that it came with.
+        process: the process that was spawned.
+        link: the anchor's end of the socket between the two.
+        born: when it was spawned, on the anchor's clock.
+        starter: the worker that asked for it, and that it follows.
+        pid: what it calls its pid. This differs from ``process.pid`` where a wrapper was spawned.
+        state: where it says that it stands.
+        is_done_accepting: whether it says that it accepts no more, and has answered everyone who queued.
+        connections: how many connections it has.
+        requests: how many requests it has served, or connections where its server counts no requests.
+        rss: how many bytes of it are resident; None where it cannot tell.
         request_limit: after how many requests it is replaced.
-        silence: for how many seconds it has said nothing, not counting those in which the anchor did not listen.
-        handoff: what it has said of its successor.
-        served_since: when it began to serve; NaN before.
-        successor_generation: which one its successor is to be.
-        reopened: the number of the last request to open its log files anew that it has answered, and how many it did.
+        silence: for how many seconds it has said nothing. Seconds in which the anchor did not listen do not count.
+        handoff: what it has said of its restart.
+        served_since: when it began to serve; NaN before that.
+        successor_generation: the generation that its successor is to be.
+        reopened: the number of the last request to open log files anew that it has answered, and how many files it had.
         is_told_to_leave: whether it was told to stop, so that its end is no crash.
-        has_deserted: whether it leaves of its own accord, and nobody has taken its place.
-        environment: what it was started with.
+        left_unasked: whether it leaves of its own accord, and no worker has taken its place.
+        environment: the variables that it was started with.
         exit_status: how it ended; None while it lives.
     """
 
     generation: int
     process: Process
-    line: WorkerLink
+    link: WorkerLink
     born: float
     starter: Worker | None = None
     pid: int = 0
-    state: WorkerState = WorkerState.STARTING
+    state: State = State.STARTING
     is_done_accepting: bool = False
     connections: int = 0
     requests: int = 0
@@ -119,7 +117,31 @@ class Worker:
     @property
     def serves(self) -> bool:
         """Whether it accepts."""
-        return self.is_alive and self.state is WorkerState.SERVING
+        return self.is_alive and self.state is State.SERVING
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it will never accept again."""
+        return self.state in (State.DRAINING, State.ENDED)
+
+    @property
+    def has_ended_handoff(self) -> bool:
+        """Whether nothing more will come of its restart: the handoff is over, or the worker is dead."""
+        return not self.is_alive or (self.handoff is not None and self.handoff.is_over)
+
+    def find_replace_reason(self, max_rss: int | None) -> ReplaceReason | None:
+        """Say which limit it has reached, so that another worker is to take its place.
+
+        Args:
+            max_rss: how many bytes may be resident.
+        """
+        if not self.serves:
+            return None
+        if self.requests >= self.request_limit:
+            return ReplaceReason.REQUESTS
+        if max_rss is not None and self.rss is not None and self.rss > max_rss:
+            return ReplaceReason.MEMORY
+        return None
 
 
 @dataclass(slots=True, eq=False)
@@ -127,10 +149,10 @@ class Slot:
     """Where one worker follows another.
 
     Attributes:
-        index: from 0 on.
+        index: its number, from 0 on.
         workers: those alive, the oldest first.
-        occupation: what is being done about it.
-        failures: how often in a row its worker ended before it had served for long.
+        activity: what is being done about it.
+        failures: how often in a row its worker has ended before it had served for long.
         retry_at: when a worker may be started here again, on the anchor's clock.
     """
 
@@ -147,14 +169,14 @@ class Slot:
 
     @property
     def is_vacant(self) -> bool:
-        """Whether nobody serves here, and nobody is about to, or can again."""
-        return all(worker.state in (WorkerState.DRAINING, WorkerState.ENDED) for worker in self.workers)
+        """Whether no worker here serves, is about to, or can again."""
+        return all(worker.is_leaving for worker in self.workers)
 
     def note_end(self, worker: Worker, now: float) -> None:
         """Take a dead worker out; where it should have lived on, say when the next one may be started."""
         self.workers.remove(worker)
-        # One that never served has failed to start: that counts whoever has started it.
-        is_orderly = worker.is_told_to_leave or worker.left_unasked or worker.state is WorkerState.DRAINING
+        is_orderly = worker.is_told_to_leave or worker.left_unasked or worker.state is State.DRAINING
+        # A worker that never served has failed to start. Its starter counts that.
         if is_orderly or math.isnan(worker.served_since):
             return
         if self.is_vacant:
@@ -183,10 +205,11 @@ class ReplaceReason(enum.Enum):
 
 @dataclass(slots=True)
 class WorkerPool:
-    """All slots.
+    """All slots of a service, and through them all workers.
 
     Attributes:
-        target: how many there shall be.
+        target: how many slots there shall be.
+        slots: the slots there are, by their numbers.
     """
 
     target: int
@@ -200,15 +223,22 @@ class WorkerPool:
         """How many slots are served."""
         return sum(slot.serving_worker is not None for slot in self.slots)
 
+    @property
+    def connections(self) -> int:
+        """How many connections all workers have together."""
+        return sum(worker.connections for worker in self)
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The variables that a serving worker was started with, which stands for all; without one, the anchor's own."""
+        worker = next((worker for worker in self if worker.serves), None)
+        return worker.environment if worker is not None else os.environ
+
     def enlarge(self) -> Slot:
         """Add a slot."""
         slot = Slot(self.slots[-1].index + 1 if self.slots else 0)
         self.slots.append(slot)
         return slot
-
-    def find_slot(self, worker: Worker) -> Slot | None:
-        """Return the slot that a worker is in."""
-        return next((slot for slot in self.slots if worker in slot.workers), None)
 
 
 def backoff_seconds(failures: int) -> float:

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import anyio
 
+from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._ipc.worker_link import FromAnchor
+from ecdysis_async.report import State
 
 from .config import AnchorConfig
-from .pool import ReplaceReason, Slot, SlotActivity, Worker, WorkerState
-from .rollout import Foreman, RollOut, replace, wait_until
-from .upgrade import Upgrade
+from .pool import ReplaceReason, Slot, SlotActivity, Worker
+from .rollout import replace, settle
+from .sockets import HeldSockets
+from .state import AnchorState, Begin, Fill, Life, wait_until
 
-__all__ = ["Kept", "Reconciler"]
+__all__ = ["Reconciler", "find_beat_seconds"]
 
 # How long to wait where the workers could not be looked after, seconds.
 RETRY_SECONDS = 1.0
 
-# How often a worker tells of itself in the time that systemd's watchdog has; and for which share of it, and how many
-# seconds at the most, all of them may be silent until it is left unfed. Where this process had no turn for a while, a
-# sound one seems to have been silent for three beats.
+# How often a worker tells of itself in the time that systemd's watchdog has.
 BEATS_PER_WATCHDOG = 8
+# For which share of that time, and how many seconds at the most, all workers may be silent until the watchdog is left
+# unfed. Where this process had no turn for a while, a sound worker seems to have been silent for three beats.
 SILENT_SHARE = 0.75
 SILENT_SECONDS = 15.0
 
@@ -35,174 +37,179 @@ ABORT_SECONDS = 1.0
 STATUS_SECONDS = 5.0
 
 
-class Kept(Foreman, Protocol):
-    """What keeping asks of the anchor, besides what a roll-out does.
+def find_beat_seconds(config: AnchorConfig, watchdog: float | None) -> float:
+    """Return how often a worker has to tell of itself, seconds.
 
-    Attributes:
-        plan: what it is to run.
-        generation: what its workers are.
-        roll_out: the last one, which keeps the workers itself.
-        is_stopping: whether it was told to stop.
-        renewal: how it is followed, by itself or another one.
+    Args:
+        config: what the anchor is to run.
+        watchdog: within how many seconds systemd wants to hear of a sound service, if it does.
     """
-
-    plan: AnchorConfig
-    generation: int
-    roll_out: RollOut | None
-    is_stopping: bool
-    renewal: Upgrade
-
-    def begin(self, function: Callable[..., Coroutine[Any, Any, object]], *arguments: object) -> None:
-        """Run something beside all else, whose defects cost that, and never the service."""
-
-    def tell_status(self) -> None:
-        """Tell systemd how things are."""
+    if watchdog is None:
+        return config.beat_seconds
+    return min(config.beat_seconds, watchdog / BEATS_PER_WATCHDOG)
 
 
 class Reconciler:
     """What keeps the workers of an anchor.
 
     Args:
-        anchor: whose.
+        state: what the anchor knows.
+        sockets: what the workers share.
+        log: the anchor's log.
+        begin: runs something beside everything else.
+        fill: starts a worker in a slot that has none.
+        tell_status: tells systemd how things are.
         watchdog: within how many seconds systemd wants to hear of a sound service, if it does.
-
-    Attributes:
-        beat_seconds: how often a worker has to tell of itself.
     """
 
-    def __init__(self, anchor: Kept, watchdog: float | None = None) -> None:
-        self._anchor = anchor
+    def __init__(
+        self,
+        state: AnchorState,
+        sockets: HeldSockets,
+        log: GenerationLog,
+        *,
+        begin: Begin,
+        fill: Fill,
+        tell_status: Callable[[], None],
+        watchdog: float | None = None,
+    ) -> None:
+        self._state = state
+        self._sockets = sockets
+        self.log = log
+        self._begin = begin
+        self._fill = fill
+        self._tell_status = tell_status
         self._watchdog = watchdog
-        self.beat_seconds = anchor.plan.beat_seconds
-        if watchdog is not None:
-            self.beat_seconds = min(self.beat_seconds, watchdog / BEATS_PER_WATCHDOG)
 
     async def manage(self) -> None:
         """See that there are as many workers as there shall be, and none that should be replaced."""
-        while not self._anchor.is_stopping:
-            change = self._anchor.changes.next()
+        while not self._state.is_stopping:
+            change = self._state.changes.next()
             try:
-                pause = self._reconcile()
+                pause = self.reconcile(anyio.current_time())
             except Exception:
-                self._anchor.log.exception("the workers could not be looked after; trying on")
+                self.log.exception("the workers could not be looked after; trying on")
                 pause = RETRY_SECONDS
             with anyio.move_on_after(pause):
                 await change.wait()
 
-    def _reconcile(self) -> float:
+    def reconcile(self, now: float) -> float:
         """Begin what has to be done; return after how many seconds there is more to do."""
-        if (
-            self._anchor.is_stopping
-            or self._anchor.renewal.is_under_way
-            or (self._anchor.roll_out is not None and not self._anchor.roll_out.over.is_set())
-        ):
+        # A roll-out looks after the workers itself, and nothing may begin that an upgrade would have to wait for.
+        if self._state.life in (Life.UPGRADING, Life.STOPPING) or self._state.is_rolling:
             return math.inf
-        crew, now = self._anchor.crew, anyio.current_time()
-        while len(crew.slots) < crew.target:
-            crew.enlarge()
-        staying = [slot for slot in crew.slots if slot.activity is not SlotActivity.RETIRING]
-        for slot in staying[crew.target :]:
+        pool = self._state.pool
+        while len(pool.slots) < pool.target:
+            pool.enlarge()
+        staying = [slot for slot in pool.slots if slot.activity is not SlotActivity.RETIRING]
+        for slot in staying[pool.target :]:
             if slot.activity is SlotActivity.NONE:
                 slot.activity = SlotActivity.RETIRING
-                self._anchor.begin(self._retire, slot)
+                self._begin(self._retire, slot)
+        return min(self._fill_vacant(staying[: pool.target], now), self._replace_one(staying, now))
+
+    def _fill_vacant(self, slots: list[Slot], now: float) -> float:
+        """Begin to fill what nobody serves; return after how many seconds there is more to fill."""
         pause = math.inf
-        for slot in staying[: crew.target]:
+        for slot in slots:
             if slot.activity is SlotActivity.NONE and slot.is_vacant:
                 if slot.retry_at <= now:
                     slot.activity = SlotActivity.FILLING
-                    self._anchor.begin(self._refill, slot)
+                    self._begin(self._refill, slot)
                 else:
-                    pause = min(pause, slot.retry_at - now)
-        if not any(slot.activity is SlotActivity.REPLACING for slot in staying):
-            for slot in staying[: crew.target]:
-                worker = slot.serving_worker
-                if slot.activity is SlotActivity.NONE and worker is not None and self.why_recycle(worker) is not None:
-                    if slot.retry_at <= now:
-                        slot.activity = SlotActivity.REPLACING
-                        self._anchor.begin(self._recycle, slot, worker)
-                        break
                     pause = min(pause, slot.retry_at - now)
         return pause
 
+    def _replace_one(self, staying: list[Slot], now: float) -> float:
+        """Begin to replace a worker that has reached a limit; return after how many seconds there is one to replace."""
+        pause = math.inf
+        # One at a time, so that all others serve meanwhile.
+        if any(slot.activity is SlotActivity.REPLACING for slot in staying):
+            return pause
+        for slot in staying[: self._state.pool.target]:
+            worker = slot.serving_worker
+            if slot.activity is SlotActivity.NONE and worker is not None and self._why_replace(worker) is not None:
+                if slot.retry_at <= now:
+                    slot.activity = SlotActivity.REPLACING
+                    self._begin(self._replace, slot, worker)
+                    break
+                pause = min(pause, slot.retry_at - now)
+        return pause
+
+    def _why_replace(self, worker: Worker) -> ReplaceReason | None:
+        return worker.find_replace_reason(self._state.config.max_rss)
+
     async def _refill(self, slot: Slot) -> None:
-        handover = await self._anchor.fill(slot, self._anchor.generation)
-        if handover.error is not None and not self._anchor.is_stopping:
+        filled = await self._fill(slot, self._state.generation)
+        if filled.error is not None and not self._state.is_stopping:
             slot.note_crash(anyio.current_time())
-            self._anchor.log.error(
+            self.log.error(
                 "worker %d does not start (again in %.1f s): %s",
                 slot.index,
                 max(0.0, slot.retry_at - anyio.current_time()),
-                handover.error.args[0],
+                filled.error.args[0],
             )
-            self._anchor.changes.announce()
+            self._state.changes.announce()
 
     async def _retire(self, slot: Slot) -> None:
         """Let a slot go with its worker."""
-        self._anchor.log.info("worker %d retires", slot.index)
+        self.log.info("worker %d retires", slot.index)
         for worker in slot.workers:
             worker.is_told_to_leave = True
-            worker.line.tell(FromAnchor.STOP, {})
-        await wait_until(self._anchor.changes, lambda: not slot.workers)
-        self._anchor.crew.slots.remove(slot)
-        self._anchor.changes.announce()
+            worker.link.tell(FromAnchor.STOP, {})
+        await wait_until(self._state.changes, lambda: not slot.workers)
+        self._state.pool.slots.remove(slot)
+        self._state.changes.announce()
 
-    async def _recycle(self, slot: Slot, worker: Worker) -> None:
+    async def _replace(self, slot: Slot, worker: Worker) -> None:
         """Replace one worker by another one of the same generation, as in a roll-out."""
-        why = self.why_recycle(worker)
+        state = self._state
+        why = self._why_replace(worker)
         assert why is not None
-        self._anchor.log.info(
+        self.log.info(
             "worker %d (pid %d) is replaced: %s",
             slot.index,
             worker.pid,
             why.value.format(requests=worker.requests, megabytes=(worker.rss or 0) / 1e6),
         )
         try:
-            error = await replace(self._anchor, slot, worker, self._anchor.generation)
+            error = await replace(state, self._sockets, slot, worker, state.generation)
             if error is None and worker.is_alive:
-                with anyio.move_on_after(self._anchor.plan.settings.probation):
-                    await wait_until(
-                        self._anchor.changes, lambda: worker.handoff is not None and worker.handoff.is_over
-                    )
-                self._anchor.settle(worker)
-                await wait_until(
-                    self._anchor.changes,
-                    lambda: not worker.is_alive or (worker.handoff is not None and worker.handoff.is_over),
-                )
+                with anyio.move_on_after(state.config.settings.probation):
+                    await wait_until(state.changes, lambda: worker.handoff is not None and worker.handoff.is_over)
+                settle(worker)
+                await wait_until(state.changes, lambda: worker.has_ended_handoff)
                 error = worker.handoff.error if worker.handoff is not None else None
         finally:
             slot.activity = SlotActivity.NONE
-        if error is not None and not self._anchor.is_stopping:
+        if error is not None and not state.is_stopping:
             slot.note_crash(anyio.current_time())
-            self._anchor.log.error("worker %d could not be replaced, and goes on: %s", slot.index, error)
-        self._anchor.changes.announce()
-
-    def why_recycle(self, worker: Worker) -> ReplaceReason | None:
-        """Say what a worker that serves has reached the limit of, so that another is to take its place."""
-        if not worker.serves:
-            return None
-        if worker.requests >= worker.request_limit:
-            return ReplaceReason.REQUESTS
-        if self._anchor.plan.max_rss is not None and worker.rss is not None and worker.rss > self._anchor.plan.max_rss:
-            return ReplaceReason.MEMORY
-        return None
+            self.log.error("worker %d could not be replaced, and goes on: %s", slot.index, error)
+        state.changes.announce()
 
     async def watch(self) -> None:
         """Find the workers whose loop does not turn; tell systemd how things are."""
-        hang = self._anchor.plan.hang_timeout
-        tick = STATUS_SECONDS if hang is None and self._watchdog is None else self.beat_seconds
+        config = self._state.config
+        is_fast = config.hang_timeout is not None or self._watchdog is not None
+        tick = find_beat_seconds(config, self._watchdog) if is_fast else STATUS_SECONDS
         looked = anyio.current_time()
         while True:
             await anyio.sleep(tick)
-            # Not more than twice a tick at a time: where this process itself had no turn, nobody was silent.
+            # At most two ticks count at a time: where this process itself had no turn, no worker was silent.
             elapsed, looked = min(anyio.current_time() - looked, 2 * tick), anyio.current_time()
-            for worker in tuple(self._anchor.crew):
-                # One that is starting may block for as long as ready_timeout allows.
-                if worker.state in (WorkerState.SERVING, WorkerState.PAUSED, WorkerState.DRAINING):
-                    worker.silence += elapsed
-                    if hang is not None and worker.silence > hang:
-                        worker.silence = -math.inf
-                        self._anchor.begin(self._end_hanging, worker)
-            self._anchor.tell_status()
+            self.note_silence(elapsed)
+            self._tell_status()
+
+    def note_silence(self, elapsed: float) -> None:
+        """Take note that so many seconds have passed; begin to end the workers that were silent for too long."""
+        hang = self._state.config.hang_timeout
+        for worker in tuple(self._state.pool):
+            # A worker that is starting may block for as long as ready_timeout allows.
+            if worker.state in (State.SERVING, State.PAUSED, State.DRAINING):
+                worker.silence += elapsed
+                if hang is not None and worker.silence > hang:
+                    worker.silence = -math.inf
+                    self._begin(self._end_hanging, worker)
 
     def has_sound_worker(self) -> bool:
         """Say whether a worker's loop turns, if there is one: what systemd's watchdog asks, while this loop turns.
@@ -210,17 +217,17 @@ class Reconciler:
         Where it was said how long a loop may stand still, a worker that hangs is replaced, and the service is not
         started anew for it.
         """
-        if self._watchdog is None or self._anchor.plan.hang_timeout is not None:
+        if self._watchdog is None or self._state.config.hang_timeout is not None:
             return True
         limit = min(self._watchdog * SILENT_SHARE, SILENT_SECONDS)
-        bound = [worker for worker in self._anchor.crew if worker.state in (WorkerState.SERVING, WorkerState.PAUSED)]
+        bound = [worker for worker in self._state.pool if worker.state in (State.SERVING, State.PAUSED)]
         return not bound or any(worker.silence < limit for worker in bound)
 
     async def _end_hanging(self, worker: Worker) -> None:
-        self._anchor.log.error(
+        self.log.error(
             "worker pid %d hangs: its loop has not turned for %g seconds (--hang-timeout); it is ended",
             worker.pid,
-            self._anchor.plan.hang_timeout,
+            self._state.config.hang_timeout,
         )
         worker.process.send_signal(signal.SIGABRT)
         with anyio.move_on_after(ABORT_SECONDS):

@@ -1,13 +1,12 @@
-"""The upgrade of an anchor in place: what it knows goes into sealed memory, and its successor is itself, executed anew.
+"""The upgrade of an anchor in place: what it knows goes into sealed memory, and then the process executes itself anew.
 
 The pid, the children, the sockets and every other descriptor stay; only the code is another one. What must not be lost
-in between stays in the kernel: connections in their queues, the workers' words in their lines, signals, because they
-are blocked, and deaths, because a dead child waits to be reaped.
+in between stays in the kernel. Connections wait in their queues, and the workers' words in their links. Signals wait
+because they are blocked, and deaths because a dead child waits to be reaped.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
 import json
@@ -21,14 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._system.claims import ANCHOR_CHECK_MARKER, ANCHOR_MARKER, mark
 from ecdysis_async._system.launch import Launch
-from ecdysis_async._system.process import Process
 from ecdysis_async.errors import RestartError
-from ecdysis_async.report import RestartReport
 
-from .pool import Slot, Worker, WorkerPool, WorkerState
+from .config import AnchorConfig
+from .state import AnchorState
 
 __all__ = [
     "FORMAT",
@@ -37,19 +34,18 @@ __all__ = [
     "blocked_signals",
     "check",
     "claim",
-    "describe_crew",
     "execute",
     "repeat_signals",
-    "restore_crew",
     "seal",
     "try_state",
     "unblock_signals",
 ]
 
-# Raised whenever an older release could not read what is written here, or the other way round.
+# The number of the format. It is raised whenever an older release could not read what is written here, or the other way
+# round.
 FORMAT: Final = 1
 
-# What a process gets for itself while it has no handlers.
+# The signals that are blocked while the process has no handlers for them.
 SIGNALS: Final = frozenset(
     {
         signal.SIGCHLD,
@@ -63,7 +59,7 @@ SIGNALS: Final = frozenset(
     }
 )
 
-# How much of what the new code writes, where it fails, is passed on.
+# How much of what failing new code has written is passed on.
 ERROR_CHARACTERS = 4096
 
 
@@ -76,90 +72,20 @@ class ReceivedState:
     """What this process was executed with.
 
     Attributes:
-        state: what the former code knew; see :func:`describe_crew` and ``Anchor``.
-        is_check: this process only has to say, by its exit status, whether it can read that.
+        state: what the former code knew; see ``AnchorState.describe``.
+        is_check: whether this process only has to say, by its exit status, that it can read the state.
     """
 
     state: Mapping[str, Any]
     is_check: bool
 
 
-def describe_crew(crew: WorkerPool) -> tuple[dict[str, Any], list[int]]:
-    """Return the workers as JSON, and the descriptors that have to survive, which it names."""
-    descriptors: list[int] = []
-    workers = []
-    numbers = {worker: index for index, worker in enumerate(crew)}
-    for slot in crew.slots:
-        for worker in slot.workers:
-            descriptors += [worker.process.pidfd, worker.line.fileno()]
-            workers.append(
-                {
-                    "slot": slot.index,
-                    "generation": worker.generation,
-                    "process": worker.process.pid,
-                    "pidfd": worker.process.pidfd,
-                    "line": worker.line.fileno(),
-                    "pending": base64.b64encode(worker.line.pending).decode(),
-                    "born": worker.born,
-                    "starter": numbers.get(worker.starter) if worker.starter is not None else None,
-                    "pid": worker.pid,
-                    "state": worker.state.value,
-                    "connections": worker.connections,
-                    "requests": worker.requests,
-                    "rss": worker.rss,
-                    # JSON knows no infinity, and no NaN.
-                    "request_limit": worker.request_limit if worker.request_limit < 2**63 else None,
-                    "served_since": worker.served_since if worker.served_since == worker.served_since else None,
-                    "is_told_to_leave": worker.is_told_to_leave,
-                    "environment": dict(worker.environment),
-                }
-            )
-    slots = [{"index": each.index, "failures": each.failures, "retry_at": each.retry_at} for each in crew.slots]
-    return {"target": crew.target, "slots": slots, "workers": workers}, descriptors
-
-
-def restore_crew(body: Mapping[str, Any]) -> WorkerPool:
-    """Return the crew that was described; it owns the descriptors.
+def seal(state: Mapping[str, Any]) -> int:
+    """Write a state into memory that nobody can change any more; return its descriptor, which is the caller's.
 
     Raises:
-        KeyError, TypeError, ValueError: it is described otherwise.
+        OSError: there is no room for it.
     """
-    slots = [
-        Slot(int(each["index"]), failures=int(each["failures"]), retry_at=float(each["retry_at"]))
-        for each in body["slots"]
-    ]
-    by_index = {slot.index: slot for slot in slots}
-    workers: list[Worker] = []
-    for each in body["workers"]:
-        starter, limit, since = each["starter"], each["request_limit"], each["served_since"]
-        for descriptor in (each["pidfd"], each["line"]):
-            os.set_inheritable(descriptor, False)
-        worker = Worker(
-            generation=int(each["generation"]),
-            process=Process(int(each["process"]), int(each["pidfd"])),
-            line=WorkerLink(socket.socket(fileno=int(each["line"]))),
-            born=float(each["born"]),
-            starter=workers[starter] if starter is not None else None,
-            pid=int(each["pid"]),
-            state=WorkerState(each["state"]),
-            connections=int(each["connections"]),
-            requests=int(each["requests"]),
-            rss=each["rss"],
-            is_told_to_leave=bool(each["is_told_to_leave"]),
-            environment={str(name): str(value) for name, value in each["environment"].items()},
-        )
-        if limit is not None:
-            worker.request_limit = float(limit)
-        if since is not None:
-            worker.served_since = float(since)
-        worker.line.resume(base64.b64decode(each["pending"]))
-        workers.append(worker)
-        by_index[int(each["slot"])].workers.append(worker)
-    return WorkerPool(int(body["target"]), slots)
-
-
-def seal(state: Mapping[str, Any]) -> int:
-    """Write a state into memory that nobody can change any more; return its descriptor, which is the caller's."""
     memory = os.memfd_create("ecdysis-anchor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         view = memoryview(json.dumps({"format": FORMAT, **state}).encode())
@@ -177,10 +103,10 @@ def seal(state: Mapping[str, Any]) -> int:
 
 
 def claim() -> ReceivedState | None:
-    """Return what this process was executed with; None where it is no upgrade. Call it once.
+    """Return what this process was executed with; None where it was not executed by a former anchor. Call it once.
 
     Raises:
-        UpgradeFailed: there is something, and it cannot be read.
+        UpgradeFailed: there is a state, and it cannot be read.
     """
     for marker in (ANCHOR_CHECK_MARKER, ANCHOR_MARKER):
         text = os.environ.pop(marker, None)
@@ -202,10 +128,10 @@ def claim() -> ReceivedState | None:
 
 
 def check(launch: Launch, memory: int, timeout: float) -> None:
-    """Run the new code on a state, as a child that only says whether it can read that. It blocks.
+    """Run the new code on a state, as a child that only says whether it can read the state. It blocks.
 
     Raises:
-        UpgradeFailed: it cannot, or does not start; with what it has written.
+        UpgradeFailed: the new code cannot read it, or does not start; with what it has written.
     """
     try:
         result = subprocess.run(
@@ -233,7 +159,7 @@ def check(launch: Launch, memory: int, timeout: float) -> None:
 
 @contextlib.contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Let signals wait in the kernel. Call it in the main thread, which alone is there after an exec."""
+    """Let signals wait in the kernel. Call it in the main thread, the only one that there is after an exec."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -242,7 +168,7 @@ def blocked_signals() -> Iterator[None]:
 
 
 def unblock_signals() -> None:
-    """Take the signals that waited."""
+    """Let the signals come that have waited."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
@@ -254,23 +180,21 @@ def repeat_signals(pipe: int) -> None:
     os.close(pipe)
 
 
-def try_state(state: Mapping[str, Any]) -> None:
+def try_state(config: AnchorConfig, state: Mapping[str, Any]) -> None:
     """See that a state can be restored, without the descriptors that it names.
 
     Raises:
-        KeyError, TypeError, ValueError: it cannot.
+        KeyError, TypeError, ValueError: it cannot be restored.
     """
     workers = []
     for each in state["crew"]["workers"]:
         ours, theirs = socket.socketpair()
         ours.close()
         workers.append({**each, "pidfd": os.open(os.devnull, os.O_RDONLY), "line": theirs.detach()})
-    crew = restore_crew({**state["crew"], "workers": workers})
-    for worker in crew:
-        worker.line.close()
+    restored = AnchorState.restore(config, {**state, "crew": {**state["crew"], "workers": workers}})
+    for worker in restored.pool:
+        worker.link.close()
         worker.process.close()
-    if state["last_report"] is not None:
-        RestartReport.from_json(state["last_report"])
     for sockets in state["sockets"].values():
         if len(sockets["descriptions"]) != len(sockets["descriptors"]):
             raise ValueError("sockets and descriptors do not match")
@@ -285,7 +209,7 @@ def execute(launch: Launch, memory: int, descriptors: Sequence[int]) -> None:
         descriptors: what has to survive.
 
     Raises:
-        UpgradeFailed: it could not be executed, and everything is as it was.
+        UpgradeFailed: the new code could not be executed, and everything is as it was.
     """
     kept = [memory, *descriptors]
     former = _working_directory()

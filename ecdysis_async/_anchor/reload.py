@@ -1,6 +1,6 @@
-"""``--reload``, as whoever serves sees it: a child that watches files, and asks for restarts by the control socket.
+"""``--reload``, as the service sees it: a child that watches files, and asks for restarts by the control socket.
 
-A child, because what watches needs threads and memory that a service, and an anchor above all, shall not have.
+It is a child because watching needs threads and memory that a service, and an anchor above all, shall not have.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger("ecdysis_async")
 
 WATCHER = "ecdysis_async.cli.reload"
 
-# What the child gets to end by itself once nobody is there any more, seconds.
+# How long the child gets to end by itself once its pipe is closed, seconds.
 END_GRACE_SECONDS = 2.0
 
 
@@ -32,17 +32,17 @@ def require_watchfiles() -> None:
     """Check that files can be watched.
 
     Raises:
-        StartupError: the package for it is missing.
+        StartupError: the package that watches files is missing.
     """
     if importlib.util.find_spec("watchfiles") is None:
         raise StartupError("--reload needs watchfiles: pip install 'ecdysis_async[reload]'")
 
 
 async def watch_files(control: str, paths: Sequence[str]) -> None:
-    """Let a child watch until this is cancelled. Its end before that is told, and costs nothing else.
+    """Let a child watch until this is cancelled. If the child ends before that, the log says so, and no more.
 
     Args:
-        control: the control socket.
+        control: the path of the control socket.
         paths: files, and directories with all Python files below them.
     """
     process, held, told = await run_in_thread(lambda: _start(control, paths))
@@ -64,13 +64,13 @@ async def watch_files(control: str, paths: Sequence[str]) -> None:
 
 
 def _start(control: str, paths: Sequence[str]) -> tuple[Process, int, int]:
-    """Return the child, the end of the pipe that keeps it alive, and that of the one on which it tells of itself."""
+    """Return the child, the end of a pipe that keeps it alive, and the end of a pipe on which it tells of itself."""
     child = subprocess.Popen(
         [sys.executable, "-m", WATCHER, control, *paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
     )
     assert child.stdin is not None and child.stdout is not None
     with child.stdin, child.stdout:
         process = Process(child.pid, os.pidfd_open(child.pid))
-        # It is reaped by its pidfd.
+        # The child is reaped by its pidfd, so Popen shall take it for dead.
         child.returncode = 0
         return process, os.dup(child.stdin.fileno()), os.dup(child.stdout.fileno())

@@ -1,32 +1,31 @@
 """A roll-out: the workers of an anchor are replaced one after the other, and all of it becomes final, or none of it.
 
-Each worker hands its slot over to its successor by the handoff that a service without workers has too, and stays on
+Each worker hands its slot over to its successor by the handoff that a service without workers has too. It stays on
 probation, able to take its place again, until the last slot is served by the new code and has been for a while. Only
 then all settle. A failure in between takes every slot back.
 """
 
 from __future__ import annotations
 
-import enum
 import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
 
 import anyio
 
 from ecdysis_async._handoff.generation import GenerationLog
-from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import PredecessorState
+from ecdysis_async._ipc.worker_link import FromAnchor, error_to_json
 from ecdysis_async._management.changes import Changes
 from ecdysis_async.errors import RestartError, RestartWhileDraining, RolledBack, SuccessorFailed
 from ecdysis_async.report import DrainCount, Outcome, Phase, RestartReport
 
-from .pool import HandoffStatus, Slot, SlotActivity, Worker, WorkerPool
+from .pool import HandoffStatus, Slot, SlotActivity, Worker
+from .sockets import HeldSockets
+from .state import AnchorState, Fill, RollOut, RollOutStage, Turn, TurnState, wait_until
 
-__all__ = ["Foreman", "RollOut", "Turn", "TurnState", "replace", "sum_up"]
+__all__ = ["RollOutRunner", "call_off", "end_probation", "make_roll_out", "replace", "settle", "sum_up"]
 
 # What a worker may take over its handoff besides its successor's start, seconds; its own limits are below that.
 HANDOFF_SECONDS = 60.0
@@ -34,66 +33,43 @@ HANDOFF_SECONDS = 60.0
 ANSWER_SECONDS = 30.0
 
 
-class Foreman(Protocol):
-    """What a roll-out asks of the anchor."""
-
-    crew: WorkerPool
-    changes: Changes
-    log: GenerationLog
-    ready_timeout: float
-
-    def prepare(self, roll_out: RollOut) -> None:
-        """Tell whom it concerns that a roll-out begins, now that no other is under way."""
-
-    def conclude(self, roll_out: RollOut) -> None:
-        """Draw the consequences of what a roll-out has come to, and tell whom it concerns."""
-
-    async def fill(self, slot: Slot, generation: int) -> PredecessorSide:
-        """Start a worker where there is none; return once it serves, or has failed."""
-
-    def begin_replacing(self, slot: Slot, worker: Worker, generation: int) -> None:
-        """Let a worker make its successor."""
-
-    def settle(self, worker: Worker) -> None:
-        """Tell a worker that its successor is there to stay."""
-
-    def revert(self, worker: Worker, error: RestartError) -> None:
-        """Tell a worker to take the place of its successor again."""
+def make_roll_out(generation: int, *, is_told: bool, before: RollOut | None) -> RollOut:
+    """Return a roll-out that nothing has happened in yet."""
+    report = RestartReport(
+        id=uuid.uuid4().hex[:12],
+        generation=generation,
+        # The anchor's pid is the service's, before and after.
+        predecessor_pid=os.getpid(),
+        successor_pid=os.getpid(),
+        started_at=time.time(),
+    )
+    return RollOut(generation, report, is_told=is_told, before=before)
 
 
-class TurnState(enum.Enum):
-    """Where a slot stands in a roll-out."""
-
-    PENDING = "pending"
-    UNDER_WAY = "under way"
-    SERVED = "served"  # by the new code; the old worker is on probation with it, if there is one
-    FAILED = "failed"  # its old worker serves, if there is one
-    REVERTED = "reverted"  # it was served by the new code, and is by the old one again
-    KEPT = "kept"  # the same, but the old worker is dead: there is only the new code left
-    SETTLED = "settled"
-
-
-@dataclass(slots=True, eq=False)
-class Turn:
-    """One slot of a roll-out.
-
-    Attributes:
-        slot: which.
-        state: where it stands.
-        old: the worker to be replaced; None where there was none.
-        report: the restart of this slot.
-    """
-
-    slot: Slot
-    state: TurnState = TurnState.PENDING
-    old: Worker | None = None
-    report: RestartReport | None = None
+def call_off(roll_out: RollOut, changes: Changes) -> None:
+    """Undo a roll-out in which no new worker was told to accept yet; later it goes on."""
+    current = roll_out.current
+    is_early = all(turn.state is TurnState.PENDING for turn in roll_out.turns if turn is not current)
+    if roll_out.is_over or not is_early or (current is not None and current.is_committed):
+        return
+    roll_out.called_off = RestartError("the restart was called off")
+    if current is not None and current.old is not None:
+        _revert(current.old, roll_out.called_off)
+    changes.announce()
 
 
-async def replace(foreman: Foreman, slot: Slot, old: Worker, generation: int) -> RestartError | None:
+def end_probation(roll_out: RollOut, changes: Changes) -> None:
+    """Let the probation of a roll-out end now, or as soon as it has begun."""
+    roll_out.is_hurried = True
+    changes.announce()
+
+
+async def replace(
+    state: AnchorState, sockets: HeldSockets, slot: Slot, old: Worker, generation: int
+) -> RestartError | None:
     """Let a worker be followed by one of another generation; return once that serves, on probation, or why not."""
     try:
-        foreman.begin_replacing(slot, old, generation)
+        begin_replacing(sockets, slot, old, generation)
     except RestartError as failure:
         return failure
     error: RestartError | None = None
@@ -106,7 +82,7 @@ async def replace(foreman: Foreman, slot: Slot, old: Worker, generation: int) ->
             return handoff.is_over
         if old.is_alive:
             return handoff is not None and handoff.state is PredecessorState.PROBATION
-        # Killed in the middle: its successor goes on without it, if that can (guarantee G6).
+        # The old worker was killed in the middle. Its successor goes on without it, if it can (guarantee G6).
         if slot.serving_worker is not None:
             return True
         if slot.workers:
@@ -114,154 +90,131 @@ async def replace(foreman: Foreman, slot: Slot, old: Worker, generation: int) ->
         error = SuccessorFailed(f"worker {slot.index} (pid {old.pid}) died while it was being replaced")
         return True
 
-    with anyio.move_on_after(foreman.ready_timeout + HANDOFF_SECONDS) as scope:
-        await wait_until(foreman.changes, is_decided)
+    with anyio.move_on_after(state.config.settings.ready_timeout + HANDOFF_SECONDS) as scope:
+        await wait_until(state.changes, is_decided)
     if scope.cancelled_caught:
         error = RestartError(
             f"worker {slot.index} (pid {old.pid}) does not answer: is it stopped (SIGSTOP, a debugger)? "
             "Continue or kill it, and try again"
         )
-        # Should it go on after all, it shall not begin.
-        foreman.revert(old, error)
+        # Should the worker go on after all, it shall not begin the handoff.
+        _revert(old, error)
     return error
 
 
-async def wait_until(changes: Changes, is_so: Callable[[], bool]) -> None:
-    """Wait until something is so, looking again at each change."""
-    while True:
-        change = changes.next()
-        if is_so():
-            return
-        await change.wait()
+def begin_replacing(sockets: HeldSockets, slot: Slot, old: Worker, generation: int) -> None:
+    """Tell a worker to make its successor.
+
+    Raises:
+        RestartError: there is no room for the descriptors that it needs for that.
+    """
+    old.handoff = None
+    old.successor_generation = generation
+    try:
+        descriptions, descriptors = sockets.share()
+    except OSError as error:
+        raise RestartError(f"worker {slot.index} cannot be given its sockets: {error}") from error
+    old.link.tell(FromAnchor.RESTART, {"generation": generation, "sockets": descriptions}, descriptors)
 
 
-class RollOut:
-    """One roll-out.
+def settle(old: Worker) -> None:
+    """Tell a worker that its successor is there to stay."""
+    old.link.tell(FromAnchor.SETTLE, {})
+
+
+def _revert(old: Worker, error: RestartError) -> None:
+    """Tell a worker to take the place of its successor again."""
+    old.link.tell(FromAnchor.REVERT, {"error": error_to_json(error)})
+
+
+class RollOutRunner:
+    """What carries a roll-out out.
 
     Args:
-        foreman: the anchor.
-        generation: what its new workers are.
-        probation: how long every slot must be served by the new code before it is final, seconds.
-        is_told: systemd may know of it already.
-        before: another one that is on probation, or about to settle: it is waited for.
-
-    Attributes:
-        generation: what its new workers are.
-        report: what stands so far, for all workers together, and for each.
-        error: why it failed, once it has.
-        turns: its slots, in the order they are replaced; none before it has begun.
-        is_told: whether systemd may know of it already.
-        before: the one that has to end first; None once it has.
-        serving: set when every slot is served by the new code.
-        over: set when it is final, or has failed and been undone.
-        drained: set when no old worker is left.
+        roll_out: the roll-out, which it notes everything in.
+        state: what the anchor knows.
+        sockets: what the workers share.
+        log: the anchor's log.
+        fill: starts a worker in a slot that has none.
+        prepare: called when the roll-out begins, now that no other one is under way.
+        conclude: called when it is over, before anybody else hears of that.
     """
 
     def __init__(
-        self, foreman: Foreman, generation: int, probation: float, *, is_told: bool, before: RollOut | None
+        self,
+        roll_out: RollOut,
+        state: AnchorState,
+        sockets: HeldSockets,
+        log: GenerationLog,
+        *,
+        fill: Fill,
+        prepare: Callable[[RollOut], None],
+        conclude: Callable[[RollOut], None],
     ) -> None:
-        self.generation = generation
-        self.report = RestartReport(
-            id=uuid.uuid4().hex[:12],
-            generation=generation,
-            # Whom everybody outside knows, before and after.
-            predecessor_pid=os.getpid(),
-            successor_pid=os.getpid(),
-            started_at=time.time(),
-        )
-        self.error: RestartError | None = None
-        self.turns: list[Turn] = []
-        self.serving = anyio.Event()
-        self.over = anyio.Event()
-        self.drained = anyio.Event()
-        self.probation_ends: float | None = None
-        self.is_told = is_told
-        self.before = before
-        self._foreman = foreman
-        self._probation = probation
-        self._called_off: RestartError | None = None
-        self._stopped = False
-        self._is_hurried = False
-
-    @property
-    def current(self) -> Turn | None:
-        """The slot that is being replaced at this moment."""
-        return next((turn for turn in self.turns if turn.state is TurnState.UNDER_WAY), None)
+        self._roll_out = roll_out
+        self._state = state
+        self._sockets = sockets
+        self.log = log
+        self._fill = fill
+        self._prepare = prepare
+        self._conclude = conclude
 
     async def run(self) -> None:
         """Carry it out, to its very end: until the old workers have drained. Never raises what went wrong."""
+        roll_out = self._roll_out
         try:
             try:
                 await self._begin()
                 error = await self._replace_all() or await self._watch_probation()
-                if self._stopped:
+                if self._state.is_stopping:
                     self._fail(RestartWhileDraining("the service was stopped while it restarted"), Outcome.STOPPED)
                 elif error is not None:
                     await self._undo(error)
                 else:
                     await self._settle()
             except Exception as error:
-                # A defect of this library, or a machine in distress: it may cost the roll-out, never the service.
-                self._foreman.log.exception("restart %s broke down", self.report.id)
+                # A defect of this library, or a machine in distress, may cost the roll-out, but never the service.
+                self.log.exception("restart %s broke down", roll_out.report.id)
                 await self._undo_after(RestartError(f"the roll-out broke down in the anchor: {error!r}"))
-            self.over.set()
-            # Before anybody hears of it: what is said and done next may stand on it.
+            roll_out.stage = RollOutStage.OVER
+            # The consequences are drawn before anybody hears of the end: what is said and done next may stand on them.
             try:
-                self._foreman.conclude(self)
+                self._conclude(roll_out)
             except Exception:
-                self._foreman.log.exception("restart %s is over, and not all that follows from it done", self.report.id)
+                self.log.exception("restart %s is over, and not all that follows from it done", roll_out.report.id)
         finally:
-            self.over.set()
-            self._foreman.changes.announce()
-        if self.report.outcome is Outcome.SETTLED:
-            await wait_until(self._foreman.changes, self._is_drained)
-        self.drained.set()
-        self._foreman.changes.announce()
-
-    def call_off(self) -> None:
-        """Undo it, if no new worker was told to accept yet; later it goes on."""
-        current = self.current
-        is_early = all(turn.state is TurnState.PENDING for turn in self.turns if turn is not current)
-        if self.over.is_set() or not is_early or (current is not None and _is_committed(current)):
-            return
-        self._called_off = RestartError("the restart was called off")
-        if current is not None and current.old is not None:
-            self._foreman.revert(current.old, self._called_off)
-        self._foreman.changes.announce()
-
-    def end_probation(self) -> None:
-        """Let the probation end now, or as soon as it has begun."""
-        self._is_hurried = True
-        self._foreman.changes.announce()
-
-    def stop(self) -> None:
-        """Take note that the service stops: there is nothing left to decide."""
-        self._stopped = True
-        if self.before is not None:
-            self.before.stop()
-        self._foreman.changes.announce()
+            roll_out.stage = RollOutStage.OVER
+            self._state.changes.announce()
+        if roll_out.report.outcome is Outcome.SETTLED:
+            await wait_until(self._state.changes, self._is_drained)
+        roll_out.stage = RollOutStage.DRAINED
+        self._state.changes.announce()
 
     # The way there
 
     async def _begin(self) -> None:
-        if self.before is not None:
-            await self.before.over.wait()
-            self.before = None
-        if self._stopped:
+        roll_out = self._roll_out
+        if (before := roll_out.before) is not None:
+            await wait_until(self._state.changes, lambda: before.is_over)
+            roll_out.before = None
+        if self._state.is_stopping:
             return
-        self._foreman.prepare(self)
-        # Empty slots first: nobody serves there meanwhile.
-        self.turns = [Turn(slot) for slot in sorted(self._foreman.crew.slots, key=lambda slot: not slot.is_vacant)]
-        self._foreman.log.info(
-            "restart %s: rolling generation %d out to %d workers", self.report.id, self.generation, len(self.turns)
+        self._prepare(roll_out)
+        # Empty slots come first: nobody serves there meanwhile.
+        roll_out.turns = [Turn(slot) for slot in sorted(self._state.pool.slots, key=lambda slot: not slot.is_vacant)]
+        self.log.info(
+            "restart %s: rolling generation %d out to %d workers",
+            roll_out.report.id,
+            roll_out.generation,
+            len(roll_out.turns),
         )
 
     async def _replace_all(self) -> RestartError | None:
-        for turn in self.turns:
+        for turn in self._roll_out.turns:
             await self._wait_until(lambda turn=turn: turn.slot.activity is SlotActivity.NONE)  # type: ignore[misc]
-            if self._stopped or (error := self._find_failure()) is not None:
+            if self._state.is_stopping or (error := self._find_failure()) is not None:
                 break
-            if turn.slot not in self._foreman.crew.slots:
+            if turn.slot not in self._state.pool.slots:
                 turn.state = TurnState.SETTLED
                 continue
             turn.state = TurnState.UNDER_WAY
@@ -279,16 +232,17 @@ class RollOut:
         return self._find_failure()
 
     async def _replace(self, turn: Turn) -> RestartError | None:
-        old = turn.old
+        old, generation = turn.old, self._roll_out.generation
         if old is not None:
-            error = await self._unless_stopped(lambda: replace(self._foreman, turn.slot, old, self.generation))
-            if old.is_alive or not turn.slot.is_vacant or self._stopped or self._called_off is not None:
+            error = await self._unless_stopped(lambda: replace(self._state, self._sockets, turn.slot, old, generation))
+            is_unwanted = self._state.is_stopping or self._roll_out.called_off is not None
+            if old.is_alive or not turn.slot.is_vacant or is_unwanted:
                 return error
-            # It was killed too early for its successor to go on alone. That says nothing of the new code.
+            # The old worker was killed too early for its successor to go on alone. That says nothing of the new code.
             turn.old = None
-        handover = await self._foreman.fill(turn.slot, self.generation)
-        turn.report = handover.report
-        return handover.error
+        filled = await self._fill(turn.slot, generation)
+        turn.report = filled.report
+        return filled.error
 
     async def _unless_stopped(self, what: Callable[[], Awaitable[RestartError | None]]) -> RestartError | None:
         error: RestartError | None = None
@@ -300,36 +254,37 @@ class RollOut:
 
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(run)
-            await wait_until(self._foreman.changes, lambda: self._sum_up() or self._stopped)
+            await wait_until(self._state.changes, lambda: self._sum_up() or self._state.is_stopping)
             task_group.cancel_scope.cancel()
         return error
 
     async def _watch_probation(self) -> RestartError | None:
         """See that every slot goes on being served for a while."""
-        if self._stopped:
+        if self._state.is_stopping:
             return None
-        self.report.outcome = Outcome.SERVING
-        self.serving.set()
+        roll_out, probation = self._roll_out, self._state.config.settings.probation
+        roll_out.report.outcome = Outcome.SERVING
+        roll_out.stage = RollOutStage.PROBATION
         begun = anyio.current_time()
-        self.probation_ends = begun + self._probation
-        self._foreman.changes.announce()
-        with anyio.move_on_after(self._probation):
-            await self._wait_until(lambda: self._is_hurried)
-        self.report.phases[Phase.PROBATION] = min(self._probation, anyio.current_time() - begun)
+        roll_out.probation_ends = begun + probation
+        self._state.changes.announce()
+        with anyio.move_on_after(probation):
+            await self._wait_until(lambda: roll_out.is_hurried)
+        roll_out.report.phases[Phase.PROBATION] = min(probation, anyio.current_time() - begun)
         return self._find_failure()
 
     async def _wait_until(self, is_so: Callable[[], bool]) -> None:
         """Wait until something is so, or the roll-out has failed, or is not wanted any more."""
         await wait_until(
-            self._foreman.changes,
-            lambda: self._sum_up() or self._stopped or self._find_failure() is not None or is_so(),
+            self._state.changes,
+            lambda: self._sum_up() or self._state.is_stopping or self._find_failure() is not None or is_so(),
         )
 
     def _find_failure(self) -> RestartError | None:
         """Return why the roll-out cannot go on: of a slot that was replaced, and is not served any more."""
-        if self._called_off is not None:
-            return self._called_off
-        for turn in self.turns:
+        if self._roll_out.called_off is not None:
+            return self._roll_out.called_off
+        for turn in self._roll_out.turns:
             if turn.state is not TurnState.SERVED:
                 continue
             if turn.old is not None and turn.old.is_alive:
@@ -342,32 +297,37 @@ class RollOut:
     # The end
 
     async def _settle(self) -> None:
-        self._foreman.log.info("restart %s: settling all workers", self.report.id)
-        olds = [turn.old for turn in self.turns if turn.old is not None]
+        roll_out = self._roll_out
+        self.log.info("restart %s: settling all workers", roll_out.report.id)
+        olds = [turn.old for turn in roll_out.turns if turn.old is not None]
         for old in olds:
-            self._foreman.settle(old)
+            settle(old)
         with anyio.move_on_after(ANSWER_SECONDS):
-            await wait_until(self._foreman.changes, lambda: self._sum_up() or all(map(_has_ended_probation, olds)))
-        for turn in self.turns:
+            await wait_until(
+                self._state.changes, lambda: self._sum_up() or all(each.has_ended_handoff for each in olds)
+            )
+        for turn in roll_out.turns:
             if turn.old is not None and turn.old.serves:
-                # Its successor died in the very moment. The others cannot be undone any more: this one follows later.
-                self._foreman.log.error("worker %d still runs the former generation", turn.slot.index)
+                # Its successor died in this very moment. The other slots cannot be undone any more, so that this one
+                # follows with the next roll-out.
+                self.log.error("worker %d still runs the former generation", turn.slot.index)
                 turn.state = TurnState.REVERTED
             else:
                 turn.state = TurnState.SETTLED
-        self.report.outcome = Outcome.SETTLED
+        roll_out.report.outcome = Outcome.SETTLED
         self._sum_up()
 
     async def _undo(self, error: RestartError) -> None:
         """Let the old workers serve again, wherever they live."""
-        served = [turn for turn in self.turns if turn.state is TurnState.SERVED]
-        failed = [turn for turn in self.turns if turn.state is TurnState.FAILED]
+        turns = self._roll_out.turns
+        served = [turn for turn in turns if turn.state is TurnState.SERVED]
+        failed = [turn for turn in turns if turn.state is TurnState.FAILED]
         if served:
             where = f"worker {failed[0].slot.index}: " if failed else ""
             was, error = (
                 error,
                 RolledBack(
-                    f"{where}{error.args[0]}; all {len(self.turns)} workers go on with the former code",
+                    f"{where}{error.args[0]}; all {len(turns)} workers go on with the former code",
                     phase=error.phase,
                     stderr=error.stderr,
                 ),
@@ -375,52 +335,53 @@ class RollOut:
             error.__cause__ = was
         reverting = [turn.old for turn in served if turn.old is not None and turn.old.is_alive]
         for old in reverting:
-            self._foreman.revert(old, error)
+            _revert(old, error)
         with anyio.move_on_after(ANSWER_SECONDS):
             await wait_until(
-                self._foreman.changes,
-                lambda: self._sum_up() or self._stopped or all(map(_has_ended_probation, reverting)),
+                self._state.changes,
+                lambda: self._sum_up() or self._state.is_stopping or all(each.has_ended_handoff for each in reverting),
             )
         for turn in served:
             if turn.old is not None and turn.old.is_alive:
                 turn.state = TurnState.REVERTED
             else:
                 turn.state = TurnState.KEPT
-                self._foreman.log.warning(
-                    "worker %d goes on with the new code: its old process has died", turn.slot.index
-                )
+                self.log.warning("worker %d goes on with the new code: its old process has died", turn.slot.index)
         is_rolled_back = isinstance(error, RolledBack)
         self._fail(error, Outcome.ROLLED_BACK if is_rolled_back else Outcome.FAILED)
 
     async def _undo_after(self, error: RestartError) -> None:
         """Undo what can be undone, whatever it was that broke down."""
         try:
-            if (turn := self.current) is not None:
+            if (turn := self._roll_out.current) is not None:
                 turn.state = TurnState.FAILED
                 if turn.old is not None and turn.old.is_alive:
-                    self._foreman.revert(turn.old, error)
+                    _revert(turn.old, error)
             await self._undo(error)
         except Exception:
-            self._foreman.log.exception("restart %s could not be undone", self.report.id)
+            self.log.exception("restart %s could not be undone", self._roll_out.report.id)
             self._fail(error, Outcome.FAILED)
 
     def _fail(self, error: RestartError, outcome: Outcome) -> None:
-        self.error = error
-        self.report.error = str(error)
-        self.report.outcome = outcome
+        roll_out = self._roll_out
+        roll_out.error = error
+        roll_out.report.error = str(error)
+        roll_out.report.outcome = outcome
         self._sum_up()
-        self._foreman.log.info("restart %s: %s", self.report.id, outcome)
+        self.log.info("restart %s: %s", roll_out.report.id, outcome)
 
     def _is_drained(self) -> bool:
         self._sum_up()
-        return not any(turn.old is not None and turn.old.is_alive for turn in self.turns)
+        return not any(turn.old is not None and turn.old.is_alive for turn in self._roll_out.turns)
 
     def _sum_up(self) -> bool:
-        for turn in self.turns:
+        """Bring the report up to date; False, so that it can stand in a condition that is waited for."""
+        turns = self._roll_out.turns
+        for turn in turns:
             handoff: HandoffStatus | None = turn.old.handoff if turn.old is not None else None
             if handoff is not None and handoff.report is not None:
                 turn.report = handoff.report
-        sum_up(self.report, [turn.report for turn in self.turns if turn.report is not None])
+        sum_up(self._roll_out.report, [turn.report for turn in turns if turn.report is not None])
         return False
 
 
@@ -430,11 +391,11 @@ def sum_up(report: RestartReport, workers: Iterable[RestartReport]) -> None:
     for phase in (Phase.START, Phase.INITIALISE, Phase.PAUSE, Phase.COMMIT):
         durations = [each.phases[phase] for each in report.workers if phase in each.phases]
         if durations:
-            # One after the other.
+            # The workers go through these phases one after the other.
             report.phases[phase] = sum(durations)
     drains = [each.phases[Phase.DRAIN] for each in report.workers if Phase.DRAIN in each.phases]
     if drains:
-        # All at a time.
+        # The workers drain at the same time.
         report.phases[Phase.DRAIN] = max(drains)
     report.accept_gap = max((each.accept_gap for each in report.workers if each.accept_gap is not None), default=None)
     for names in ("inherited", "created", "unclaimed"):
@@ -446,12 +407,3 @@ def sum_up(report: RestartReport, workers: Iterable[RestartReport]) -> None:
         transferred=sum(each.drain.transferred for each in report.workers),
         cut=sum(each.drain.cut for each in report.workers),
     )
-
-
-def _is_committed(turn: Turn) -> bool:
-    handoff = turn.old.handoff if turn.old is not None else None
-    return handoff is not None and handoff.state in (PredecessorState.COMMITTING, PredecessorState.PROBATION)
-
-
-def _has_ended_probation(old: Worker) -> bool:
-    return not old.is_alive or (old.handoff is not None and old.handoff.is_over)

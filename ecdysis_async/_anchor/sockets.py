@@ -1,7 +1,7 @@
 """The sockets that an anchor holds, as long as the service runs: those of its workers, its own, and what systemd keeps.
 
-Nobody accepts here on what the workers have. What they create is held as well, and what none of a release wants is
-closed once that release has settled.
+The anchor accepts nothing on the sockets of the workers. It holds what workers create as well. What no worker of a
+release wants is closed once that release has settled.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ __all__ = ["HeldSockets"]
 
 
 class HeldSockets:
-    """What an anchor holds.
+    """The sockets of a service, and of its anchor.
 
     Args:
-        systemd: which may keep them, too.
-        log: of the anchor.
+        systemd: the service manager, which may keep them as well.
+        log: the anchor's log.
 
     Attributes:
-        service: what the workers inherit.
-        control, health: the anchor's own.
+        service: the sockets that the workers inherit.
+        control: the anchor's own control socket.
+        health: the anchor's own sockets for /live and /ready.
     """
 
     def __init__(self, systemd: Systemd, log: GenerationLog) -> None:
@@ -41,34 +42,34 @@ class HeldSockets:
         self._store = DescriptorStore(systemd, os.environ.get("FDSTORE", ""))
 
     def activate(self, passed: Mapping[int, str]) -> None:
-        """Take over what systemd has passed: what its socket units listen on, and what it has kept."""
+        """Take over what systemd has passed: the sockets of its socket units, and those that it has kept."""
         self.service.activate(self._store.recover(passed, self.service))
 
     @property
     def are_kept(self) -> bool:
-        """Whether systemd keeps what the workers have, so that clients can wait there for the next start."""
+        """Whether systemd keeps the workers' sockets, so that clients can wait there for the next start."""
         return self._store.is_there
 
     def park(self) -> None:
-        """Let systemd keep those on which clients can wait by now."""
+        """Let systemd keep the sockets on which clients can wait by now."""
         self._store.park(self.service.entries)
 
     def park_for_next_start(self) -> None:
-        """Let systemd keep only those that need no path: nobody can come to the others any more."""
+        """Let systemd keep only the sockets without a path: nobody can come to the others any more."""
         self._store.park(entry for entry in self.service.entries if entry.inode is None)
 
     def refuse_newcomers(self) -> None:
-        """Let only those be answered who wait by now; whoever came later would be reset where the last one closes."""
+        """Let only the clients be answered that wait by now: later ones would be reset when the last process closes."""
         for entry in self.service.entries:
             entry.refuse_newcomers()
 
     def stop_listening(self) -> None:
-        """Refuse whoever comes, now that no worker accepts any more."""
+        """Refuse every client that comes, now that no worker accepts any more."""
         for entry in self.service.entries:
             entry.stop_listening()
 
     def take(self, descriptions: list[dict[str, Any]], descriptors: Sequence[int]) -> None:
-        """Hold what a worker has created, for the other ones and for ever."""
+        """Hold what a worker has created, for the other workers and for ever; the descriptors are taken over."""
         known = {(entry.name, entry.address) for entry in self.service.entries}
         fresh = []
         for description, descriptor in zip(descriptions, descriptors, strict=True):
@@ -79,16 +80,19 @@ class HeldSockets:
         try:
             self.service.inherit([description for description, _ in fresh], [descriptor for _, descriptor in fresh])
         except (ChannelError, OSError) as error:
-            # It has closed them all.
+            # The registry has closed them all.
             self._log.error("what a worker has opened cannot be held: %s", error)
 
     def share(self) -> tuple[list[dict[str, Any]], list[int]]:
-        """Return what a worker may not have, because another one has created it; the descriptors are the caller's.
+        """Return the sockets that a worker may not have, because another worker has created them.
+
+        Returns:
+            Descriptions for JSON, and descriptors, which are the caller's.
 
         Raises:
-            OSError: there is no room for so many.
+            OSError: there is no room for so many descriptors.
         """
-        # Those that this anchor opened itself, and all that existed when it started, the worker has.
+        # Every worker has the sockets that this anchor opened itself, and all that existed when the worker started.
         shared = [entry for entry in self.service.entries if entry.inherited and entry.number is None]
         descriptions, descriptors = self.service.describe(shared)
         given: list[int] = []
@@ -100,7 +104,7 @@ class HeldSockets:
         return descriptions, given
 
     def drop_unclaimed(self, reports: Sequence[RestartReport | None]) -> None:
-        """Close what no worker of a release wants; the service manager's own stay, as it passes them but once."""
+        """Close what no worker of a release wants. The service manager's own stay, because it passes them but once."""
         for entry in self.service.entries:
             if not reports or not all(report is not None and entry.name in report.unclaimed for report in reports):
                 continue
@@ -116,13 +120,13 @@ class HeldSockets:
             self.service.release(entry, unlink=True)
 
     def close(self, *, unlink: bool) -> None:
-        """Close them all.
+        """Close all sockets.
 
         Args:
-            unlink: also the paths of what was inherited; what a crash has left is the next start's, where this one has
-                failed.
+            unlink: whether the paths of inherited sockets are removed as well. Where this start has failed, the sockets
+                that a crash has left are the next start's.
         """
-        # Each of them, whatever becomes of those before.
+        # Each socket is closed, whatever becomes of those before it.
         with contextlib.ExitStack() as ends:
             ends.callback(self._store.close)
             for entry in self.service.entries:
@@ -130,13 +134,13 @@ class HeldSockets:
             for registry in (self.control, self.health):
                 ends.callback(registry.close, unlink=True)
 
-    # For the code that follows
+    # What is left to the code that follows
 
     def _registries(self) -> Iterator[tuple[str, Registry]]:
         yield from (("service", self.service), ("control", self.control), ("health", self.health))
 
     def describe(self) -> tuple[dict[str, Any], list[int]]:
-        """Return them all as JSON, and the descriptors that it names."""
+        """Return all sockets as JSON, and the descriptors that it names."""
         sockets: dict[str, Any] = {}
         descriptors: list[int] = []
         for name, registry in self._registries():
@@ -146,10 +150,10 @@ class HeldSockets:
         return sockets, descriptors
 
     def restore(self, sockets: Mapping[str, Any]) -> None:
-        """Take over what was described."""
+        """Take over the sockets that were described."""
         for name, registry in self._registries():
             registry.inherit(sockets[name]["descriptions"], sockets[name]["descriptors"])
 
     def know_parked(self) -> None:
-        """Know what the former code may have had systemd keep."""
+        """Take note of the sockets that the former code may have had systemd keep."""
         self._store.inherit(self.service.entries)

@@ -1,149 +1,121 @@
 """What an anchor tells of its service: to people who ask, to load balancers and to systemd.
 
-Nothing here changes anything, or waits.
+Nothing here changes anything, or waits. Every answer is made of an `AnchorState`.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import anyio
 
-from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.preflight import describe_place
 from ecdysis_async._management.status import counted, describe_failed_restart, describe_listeners
-from ecdysis_async._sockets.registry import Registry
-from ecdysis_async.report import RestartReport
+from ecdysis_async._sockets.registry import Entry
+from ecdysis_async.report import State
 
-from .pool import Slot, WorkerPool, WorkerState
-from .rollout import RollOut, Turn, TurnState
-from .upgrade import Upgrade
+from .state import AnchorState, Life, RollOut, RollOutStage, Turn, TurnState
 
-__all__ = ["Told", "describe", "describe_status", "describe_wait", "describe_waits", "why_not_ready"]
+__all__ = ["describe", "describe_status", "describe_wait", "describe_waits", "why_not_ready"]
 
-# A worker that accepts, or is about to, or can again: one of a slot is.
-_ACCEPTING = (WorkerState.WAITING, WorkerState.SERVING, WorkerState.PAUSED)
+# A worker in one of these states accepts, or is about to, or can again.
+_ACCEPTING = (State.WAITING, State.SERVING, State.PAUSED)
 
 
-class Told(Protocol):
-    """What is told of an anchor.
-
-    Attributes:
-        crew: its workers.
-        generation: what they are.
-        registry: their sockets.
-        begun: when it began, on the system's clock that counts on.
-        fillings: the handoffs of workers that follow nobody.
-        roll_out: the last one.
-        last_report: of that, or of one before an upgrade.
-        is_serving: whether all its workers have served.
-        is_stopping: whether it was told to stop.
-        lame_duck: where it was told to stop, and goes on for a while: until when.
-        renewal: how it is followed, by itself or another one.
-    """
-
-    crew: WorkerPool
-    generation: int
-    registry: Registry
-    begun: float
-    fillings: dict[Slot, PredecessorSide]
-    roll_out: RollOut | None
-    last_report: RestartReport | None
-    is_serving: bool
-    is_stopping: bool
-    lame_duck: anyio.CancelScope | None
-    renewal: Upgrade
-
-    @property
-    def is_lame_duck(self) -> bool:
-        """Whether it was told to stop, and goes on for a while."""
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """What its workers were started with."""
-
-
-def why_not_ready(anchor: Told) -> str | None:
+def why_not_ready(state: AnchorState) -> str | None:
     """Say why a load balancer shall send nobody here; None where it shall."""
-    if anchor.is_stopping or anchor.is_lame_duck:
+    if state.is_leaving:
         return "the service is about to stop"
-    if not anchor.is_serving:
-        return f"the service is starting: {anchor.crew.serving} of {counted(anchor.crew.target, 'worker')} serving"
-    if not _accepts(anchor):
+    if state.life is Life.STARTING:
+        return f"the service is starting: {state.pool.serving} of {counted(state.pool.target, 'worker')} serving"
+    if not _accepts(state):
         return "no worker serves: clients wait for one"
     return None
 
 
-def describe_waits(anchor: Told) -> list[dict[str, Any]]:
+def describe_waits(state: AnchorState) -> list[dict[str, Any]]:
     """Say of each worker what its restart, or its drain, waits for."""
-    roll_out = anchor.roll_out
-    if anchor.is_stopping or roll_out is None or len(roll_out.turns) < 2:  # noqa: PLR2004 - one is no list
+    roll_out = state.roll_out
+    if state.is_stopping or roll_out is None or len(roll_out.turns) < 2:  # noqa: PLR2004 - one is no list
         return []
     return [{"slot": turn.slot.index, "waiting_for": _wait_of(turn)} for turn in roll_out.turns]
 
 
-def describe_wait(anchor: Told) -> str | None:
+def describe_wait(state: AnchorState) -> str | None:
     """Say what the service waits for; None if for nothing but clients."""
-    if anchor.is_stopping:
-        connections = sum(worker.connections for worker in anchor.crew)
-        return counted(connections, "connection") if connections else "the workers to end"
-    if anchor.renewal.is_under_way:
-        return "the new anchor to take over"
-    if anchor.is_lame_duck and anchor.lame_duck is not None:
-        seconds = max(0.0, anchor.lame_duck.deadline - anyio.current_time())
-        return f"load balancers to look elsewhere, for {seconds:.1f} s more"
-    roll_out = anchor.roll_out
-    if roll_out is not None and not roll_out.over.is_set():
-        if (turn := roll_out.current) is not None:
-            place = f"worker {roll_out.turns.index(turn) + 1} of {len(roll_out.turns)}"
-            filling = anchor.fillings.get(turn.slot)
-            handoff = turn.old.handoff if turn.old is not None else None
-            state = filling.state if filling is not None else handoff.state if handoff is not None else None
-            return f"{place}: {state.value if state is not None else 'its turn'}"
-        if roll_out.probation_ends is not None:
-            seconds = max(0.0, roll_out.probation_ends - anyio.current_time())
-            return f"generation {roll_out.generation}, on probation for {seconds:.1f} s more"
-        if roll_out.before is not None:
-            return f"restart {roll_out.before.report.id} to settle, whose probation this one has ended"
-        if all(turn.state is TurnState.PENDING for turn in roll_out.turns):
-            return "the first worker's turn"
-        return "the former workers to take their places again"
-    if roll_out is not None and not roll_out.drained.is_set():
-        left = sum(turn.old.connections for turn in roll_out.turns if turn.old is not None and turn.old.is_alive)
-        return counted(left, "connection") if left else "the former workers to end"
-    if anchor.crew.serving < len(anchor.crew.slots):
-        return f"{len(anchor.crew.slots) - anchor.crew.serving} of {counted(len(anchor.crew.slots), 'worker')} to serve"
+    match state.life:
+        case Life.STOPPING:
+            connections = state.pool.connections
+            return counted(connections, "connection") if connections else "the workers to end"
+        case Life.UPGRADING:
+            return "the new anchor to take over"
+        case Life.LAME_DUCK:
+            seconds = max(0.0, state.lame_duck_ends - anyio.current_time())
+            return f"load balancers to look elsewhere, for {seconds:.1f} s more"
+    if state.roll_out is not None and (wait := _wait_of_roll_out(state, state.roll_out)) is not None:
+        return wait
+    pool = state.pool
+    if pool.serving < len(pool.slots):
+        return f"{len(pool.slots) - pool.serving} of {counted(len(pool.slots), 'worker')} to serve"
     return None
 
 
-def describe_status(anchor: Told) -> dict[str, Any]:
-    """Return what `ecdysis status` is answered with."""
-    roll_out = anchor.roll_out
-    draining = [worker for worker in anchor.crew if worker.state in (WorkerState.PAUSED, WorkerState.DRAINING)]
+def _wait_of_roll_out(state: AnchorState, roll_out: RollOut) -> str | None:
+    """Say what a roll-out waits for; None if for nothing any more."""
+    if roll_out.is_over:
+        if roll_out.stage is RollOutStage.DRAINED:
+            return None
+        left = sum(turn.old.connections for turn in roll_out.turns if turn.old is not None and turn.old.is_alive)
+        return counted(left, "connection") if left else "the former workers to end"
+    if (turn := roll_out.current) is not None:
+        place = f"worker {roll_out.turns.index(turn) + 1} of {len(roll_out.turns)}"
+        filling = state.fillings.get(turn.slot)
+        handoff = turn.old.handoff if turn.old is not None else None
+        phase = filling.state if filling is not None else handoff.state if handoff is not None else None
+        return f"{place}: {phase.value if phase is not None else 'its turn'}"
+    if roll_out.probation_ends is not None:
+        seconds = max(0.0, roll_out.probation_ends - anyio.current_time())
+        return f"generation {roll_out.generation}, on probation for {seconds:.1f} s more"
+    if roll_out.before is not None:
+        return f"restart {roll_out.before.report.id} to settle, whose probation this one has ended"
+    if all(turn.state is TurnState.PENDING for turn in roll_out.turns):
+        return "the first worker's turn"
+    return "the former workers to take their places again"
+
+
+def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, Any]:
+    """Return what `ecdysis status` is answered with.
+
+    Args:
+        state: what the anchor knows.
+        entries: the sockets of the workers.
+    """
+    roll_out, pool = state.roll_out, state.pool
+    draining = [worker for worker in pool if worker.state in (State.PAUSED, State.DRAINING)]
     now = anyio.current_time()
     return {
-        "generation": anchor.generation,
+        "generation": state.generation,
         "pid": os.getpid(),
-        "state": _state(anchor),
-        "uptime": time.monotonic() - anchor.begun,
-        "connections": sum(worker.connections for worker in anchor.crew),
-        "listeners": describe_listeners(anchor.registry.entries),
-        "waiting_for": describe_wait(anchor),
+        "state": _describe_state(state).value,
+        "uptime": time.monotonic() - state.begun,
+        "connections": pool.connections,
+        "listeners": describe_listeners(entries),
+        "waiting_for": describe_wait(state),
         "restart": None
-        if roll_out is None or roll_out.over.is_set()
+        if roll_out is None or roll_out.is_over
         else {
             "id": roll_out.report.id,
             "generation": roll_out.generation,
             "pid": None,
-            "phase": describe_wait(anchor),
+            "phase": describe_wait(state),
             "seconds": time.time() - roll_out.report.started_at,
         },
-        "last_report": anchor.last_report.to_json() if anchor.last_report is not None else None,
-        "anchor": {"upgrades": anchor.renewal.count, "error": anchor.renewal.error},
-        "process": {**describe_place(), "environment": sorted(anchor.environment)},
+        "last_report": state.last_report.to_json() if state.last_report is not None else None,
+        "anchor": {"upgrades": state.upgrades, "error": state.upgrade_error},
+        "process": {**describe_place(), "environment": sorted(pool.environment)},
         "draining": [
             {"generation": worker.generation, "pid": worker.pid, "connections": worker.connections}
             for worker in draining
@@ -159,37 +131,36 @@ def describe_status(anchor: Told) -> dict[str, Any]:
                 "rss": worker.rss,
                 "uptime": now - worker.born,
             }
-            for slot in anchor.crew.slots
+            for slot in pool.slots
             for worker in slot.workers
         ],
     }
 
 
-def describe(anchor: Told) -> str:
+def describe(state: AnchorState) -> str:
     """Say in one line what `systemctl status` shows."""
-    crew = anchor.crew
-    connections = sum(worker.connections for worker in crew)
-    serving = f"{crew.serving} of {counted(len(crew.slots), 'worker')} serving"
-    parts = [f"generation {anchor.generation}: {serving}, {counted(connections, 'connection')}"]
-    if (roll_out := anchor.roll_out) is not None and not roll_out.over.is_set():
+    pool = state.pool
+    serving = f"{pool.serving} of {counted(len(pool.slots), 'worker')} serving"
+    parts = [f"generation {state.generation}: {serving}, {counted(pool.connections, 'connection')}"]
+    if (roll_out := state.roll_out) is not None and not roll_out.is_over:
         parts.append(f"rolling out generation {roll_out.generation}")
     elif roll_out is not None and roll_out.error is not None:
         parts.append(describe_failed_restart(roll_out.error))
     return "; ".join(parts)
 
 
-def _state(anchor: Told) -> WorkerState:
-    if anchor.is_stopping:
-        return WorkerState.DRAINING
-    return WorkerState.SERVING if anchor.is_serving and _accepts(anchor) else WorkerState.STARTING
+def _describe_state(state: AnchorState) -> State:
+    if state.is_stopping:
+        return State.DRAINING
+    return State.SERVING if state.life is not Life.STARTING and _accepts(state) else State.STARTING
 
 
-def _accepts(anchor: Told) -> bool:
+def _accepts(state: AnchorState) -> bool:
     """Say whether a worker serves, or will in a moment.
 
-    Between a pause and a commit nobody accepts, and clients wait in the kernel's queue: that is no news.
+    Between a pause and a commit nobody accepts, and clients wait in the kernel's queue. That is no news.
     """
-    return any(worker.is_alive and worker.state in _ACCEPTING for worker in anchor.crew)
+    return any(worker.is_alive and worker.state in _ACCEPTING for worker in state.pool)
 
 
 def _wait_of(turn: Turn) -> str | None:

@@ -1,9 +1,9 @@
 """The takeover of a whole anchor: another process goes on with its workers, its sockets and all it knows.
 
-What an upgrade in place leaves to the same process (reexec.py), travels to another one here, and with it every
-descriptor. Each side waits for the other's word before it acts, so that two never do: the newcomer begins at the
-former one's last word, or at its death, proved by its pidfd. Everything here blocks: for an anchor, which serves
-nobody itself, a moment of that is what makes its state one.
+The state that an upgrade in place leaves to the same process (reexec.py) travels to another one here, and with it every
+descriptor. Each side waits for the other's word before it acts, so that two never act at once. The newcomer begins at
+the former anchor's last word, or at its death, proved by its pidfd. Everything here blocks. An anchor serves nobody
+itself, and while it is blocked its state cannot change.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["Takeover", "ask_for_service", "pass_service_on"]
 
 STATE, TAKEN, GO = "state", "taken", "go"
 
-# How long either side may take over its next word, seconds: far more than it needs, and for as long the former anchor
-# hears nobody else.
+# How long either side may take over its next word, seconds. That is far more than it needs, and the former anchor hears
+# nobody else meanwhile.
 ANSWER_SECONDS = 5.0
 
 # An end of file comes a moment before the pidfd of a dying process is readable, milliseconds.
@@ -37,11 +37,11 @@ DEATH_GRACE_MILLISECONDS = 2000
 
 @dataclass(slots=True)
 class Takeover:
-    """What a newcomer was given.
+    """What a newcomer was given, and its way to say that it has taken it.
 
     Attributes:
-        state: what the former anchor knew, its descriptors by the numbers that they have here.
-        former_pid: of the former anchor.
+        state: what the former anchor knew. Descriptors have the numbers in it that they have in this process.
+        former_pid: the pid of the former anchor.
     """
 
     state: Mapping[str, Any]
@@ -51,17 +51,17 @@ class Takeover:
     _pidfd: int
 
     def confirm(self) -> None:
-        """Say that it is taken; return when this process is the anchor.
+        """Say that the state is taken; return when this process is the anchor.
 
         Raises:
-            TakeoverFailed: the former one goes on.
+            TakeoverFailed: the former anchor goes on.
         """
         try:
             if self._hear_go():
                 return
             poll = select.poll()
             poll.register(self._pidfd, select.POLLIN)
-            # Its word may have been lost with it: then nobody else is there to go on.
+            # The former anchor's last word may have been lost with it. If it is dead, nobody else is there to go on.
             if not poll.poll(DEATH_GRACE_MILLISECONDS):
                 raise TakeoverFailed("the service did not hand over in the end, and goes on: its log says why")
         finally:
@@ -82,7 +82,7 @@ def ask_for_service(path: str) -> Takeover:
     """Ask the anchor with a control socket for everything that it has.
 
     Raises:
-        TakeoverFailed: nobody is there, or it refuses, or cannot be understood; nothing has changed then.
+        TakeoverFailed: no anchor is there, or it refuses, or cannot be understood; nothing has changed then.
     """
     sock = ask_for_channel(path, anchor=reexec.FORMAT)
     sock.settimeout(ANSWER_SECONDS)
@@ -91,7 +91,7 @@ def ask_for_service(path: str) -> Takeover:
         frame = _receive(sock, decoder)
         memory, pidfd, *descriptors = frame.descriptors
         with os.fdopen(memory, "rb") as file:
-            # Its offset is the writer's.
+            # The offset of the file is where the writer has left it.
             file.seek(0)
             state = json.load(file)
         if state["format"] != reexec.FORMAT:
@@ -110,12 +110,12 @@ def pass_service_on(channel: socket.socket, state: Mapping[str, Any], numbers: S
     """Let another process go on with this state; when it returns, this process has to end, without a further word.
 
     Args:
-        channel: to that process.
+        channel: the channel to the other process.
         state: see ``reexec.seal``.
         numbers: the descriptors that the state names.
 
     Raises:
-        TakeoverFailed: it does not, and this one goes on.
+        TakeoverFailed: the other process does not go on, so this one does.
     """
     channel.settimeout(ANSWER_SECONDS)
     memory = reexec.seal(state)

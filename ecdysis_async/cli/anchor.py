@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import functools
+import os
+from pathlib import Path
 
 import anyio
 
 from ecdysis_async._anchor import reexec
 from ecdysis_async._anchor.anchor import STARTUP_FAILED, Anchor
-from ecdysis_async._anchor.config import AnchorConfig, make_config
+from ecdysis_async._anchor.config import AnchorConfig
 from ecdysis_async._anchor.reload import require_watchfiles
 from ecdysis_async._anchor.takeover import ask_for_service
 from ecdysis_async._config.logging import configure_logging
-from ecdysis_async._config.options import OptionError, Options, find_control_path
+from ecdysis_async._config.options import DEFAULT_BIND, OptionError, Options, find_control_path
 from ecdysis_async._handoff.preflight import preflight
+from ecdysis_async._management.control_path import locate
+from ecdysis_async._sockets.addresses import listen
+from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.launch import describe_launch
 from ecdysis_async._system.stderr import say
 from ecdysis_async.errors import RestartError, StartupError, TakeoverFailed
+from ecdysis_async.settings import Settings
 
-__all__ = ["run", "serve"]
+__all__ = ["make_config", "run", "serve"]
 
 USAGE = 2
+
+# With --reload, the longest probation, seconds: a developer who saves a file again does not want to wait.
+RELOAD_PROBATION_SECONDS = 0.2
 
 
 def run(options: Options) -> int:
@@ -44,38 +53,81 @@ def run(options: Options) -> int:
     return serve(make_config(options, control_path))
 
 
-def serve(plan: AnchorConfig) -> int:
+def serve(config: AnchorConfig) -> int:
     """Run a service until it is stopped; return the exit status of this process."""
     try:
         found = reexec.claim()
         if found is not None and found.is_check:
-            reexec.try_state(found.state)
+            reexec.try_state(config, found.state)
             return 0
-        if found is None and plan.takeover is not None:
-            return _take_over(plan, plan.takeover)
-        anchor = Anchor(plan, found.state if found is not None else None)
+        if found is None and config.takeover is not None:
+            return _take_over(config, config.takeover)
+        anchor = Anchor(config, found.state if found is not None else None)
     except (KeyError, OSError, TypeError, ValueError, reexec.UpgradeFailed) as error:
         say(f"this release does not take over from the one that runs: {error!r}")
         return STARTUP_FAILED
     return anyio.run(anchor.run)
 
 
-def _take_over(plan: AnchorConfig, path: str) -> int:
+def _take_over(config: AnchorConfig, path: str) -> int:
     """Go on with the service of another anchor, and then replace its workers."""
     try:
-        if plan.is_checked_first:
-            # Before anything has moved: its workers would not start anyway.
-            settings = plan.settings
+        if config.is_checked_first:
+            # The check comes before anything has moved. Where it fails, new workers would not start either.
+            settings = config.settings
             launch, _ = describe_launch(settings.command, settings.environment, settings.env_file)
             anyio.run(functools.partial(preflight, launch, settings.ready_timeout))
-        succession = ask_for_service(path)
-        anchor = Anchor(plan, succession.state, succession.former_pid)
-        succession.confirm()
+        takeover = ask_for_service(path)
+        anchor = Anchor(config, takeover.state, takeover.former_pid)
+        takeover.confirm()
     except TakeoverFailed as error:
         say(str(error))
         return STARTUP_FAILED
     except RestartError as error:
-        # What it has written stands above.
+        # What the new release has written stands above.
         say(str(error.args[0]))
         return STARTUP_FAILED
     return anyio.run(anchor.run)
+
+
+def make_config(options: Options, control_path: str | None) -> AnchorConfig:
+    """Return what the anchor of `ecdysis run` is to run.
+
+    Args:
+        options: what the user wants.
+        control_path: the absolute path of the control socket; None for none.
+    """
+
+    def open_sockets(registry: Registry) -> None:
+        # Without --bind the first worker opens its own sockets: an `async def main` may listen elsewhere.
+        for address in options.bind if options.bind != DEFAULT_BIND else ():
+            listen(registry, address, backlog=options.backlog, mode=options.unix_mode)
+
+    return AnchorConfig(
+        open_sockets,
+        workers=options.workers,
+        settings=Settings(
+            ready_timeout=options.ready_timeout,
+            drain_timeout=options.drain_timeout,
+            probation=min(options.probation, RELOAD_PROBATION_SECONDS) if options.reload else options.probation,
+            pid_file=Path(options.pid_file) if options.pid_file is not None else None,
+            env_file=Path(options.env_file).absolute() if options.env_file is not None else None,
+        ),
+        control_path=control_path,
+        hang_timeout=options.hang_timeout,
+        max_requests=options.max_requests,
+        max_requests_jitter=options.max_requests_jitter,
+        max_rss=options.max_rss,
+        health=options.health_bind,
+        lame_duck=options.lame_duck,
+        reload_paths=_find_reload_paths(options),
+        takeover=locate(options.takeover) if options.takeover is not None else None,
+        is_checked_first=True,
+    )
+
+
+def _find_reload_paths(options: Options) -> tuple[str, ...]:
+    if not options.reload:
+        return ()
+    files = [os.path.abspath(path) for path in (options.env_file, options.config) if path is not None]
+    return (*map(os.path.abspath, options.reload_dirs or (options.app_dir,)), *files)

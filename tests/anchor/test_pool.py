@@ -1,4 +1,4 @@
-"""The data of a crew: who serves, who is missing, and when the next worker may be started."""
+"""The data of a pool: who serves, who is missing, and when the next worker may be started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ecdysis_async._anchor.pool import (
     Slot,
     Worker,
     WorkerPool,
-    WorkerState,
     backoff_seconds,
 )
 from ecdysis_async._ipc.worker_link import WorkerLink
@@ -33,24 +32,20 @@ def worker() -> Iterator[Worker]:
     with theirs:
         found = Worker(1, Process(os.getpid(), os.pidfd_open(os.getpid())), WorkerLink(ours), born=NOW)
         yield found
-        found.line.close()
+        found.link.close()
         found.process.close()
 
 
-def test_the_states_of_a_worker_are_those_of_its_ecdysis() -> None:
-    assert {state.value for state in WorkerState} == {state.value for state in State}
-
-
-@pytest.mark.parametrize("state", WorkerState)
-def test_a_slot_is_vacant_where_nobody_can_serve_any_more(state: WorkerState, worker: Worker) -> None:
+@pytest.mark.parametrize("state", State)
+def test_a_slot_is_vacant_where_nobody_can_serve_any_more(state: State, worker: Worker) -> None:
     slot = Slot(0, [worker])
     worker.state = state
-    assert slot.is_vacant == (state in (WorkerState.DRAINING, WorkerState.ENDED))
-    assert slot.serving_worker == (worker if state is WorkerState.SERVING else None)
+    assert slot.is_vacant == (state in (State.DRAINING, State.ENDED))
+    assert slot.serving_worker == (worker if state is State.SERVING else None)
 
 
 def test_a_dead_worker_does_not_serve(worker: Worker) -> None:
-    worker.state = WorkerState.SERVING
+    worker.state = State.SERVING
     assert WorkerPool(1, [Slot(0, [worker])]).serving == 1
     worker.exit_status = 0
     assert WorkerPool(1, [Slot(0, [worker])]).serving == 0
@@ -58,7 +53,7 @@ def test_a_dead_worker_does_not_serve(worker: Worker) -> None:
 
 def test_a_worker_that_had_served_for_long_is_replaced_at_once(worker: Worker) -> None:
     slot = Slot(0, [worker], failures=3)
-    worker.state = WorkerState.SERVING
+    worker.state = State.SERVING
     worker.served_since = NOW - HEALTHY_SECONDS
     slot.note_end(worker, NOW)
     assert (slot.workers, slot.failures, slot.retry_at) == ([], 0, NOW)
@@ -66,7 +61,7 @@ def test_a_worker_that_had_served_for_long_is_replaced_at_once(worker: Worker) -
 
 def test_a_worker_that_crashes_soon_has_to_wait(worker: Worker) -> None:
     slot = Slot(0, [worker], failures=1)
-    worker.state = WorkerState.SERVING
+    worker.state = State.SERVING
     worker.served_since = NOW - HEALTHY_SECONDS / 2
     slot.note_end(worker, NOW)
     assert (slot.failures, slot.retry_at) == (2, NOW + 2 * FIRST_BACKOFF_SECONDS)
@@ -76,7 +71,7 @@ def test_a_worker_that_crashes_soon_has_to_wait(worker: Worker) -> None:
 def test_an_orderly_end_is_no_crash(reason: str, worker: Worker) -> None:
     slot = Slot(0, [worker])
     worker.is_told_to_leave = reason == "told"
-    worker.state = WorkerState.DRAINING if reason == "drained" else WorkerState.SERVING
+    worker.state = State.DRAINING if reason == "drained" else State.SERVING
     slot.note_end(worker, NOW)
     assert (slot.workers, slot.failures) == ([], 0)
 
@@ -86,10 +81,10 @@ def test_a_worker_that_leaves_of_its_own_accord_has_to_wait(reason: str, worker:
     slot = Slot(0, [worker])
     worker.is_told_to_leave = reason == "told"
     worker.handoff = HandoffStatus(None, True, None, None) if reason == "followed" else None
-    worker.state = WorkerState.DRAINING
+    worker.state = State.DRAINING
     worker.served_since = NOW - 1
     slot.note_leaving(worker, NOW)
-    worker.state = WorkerState.ENDED
+    worker.state = State.ENDED
     failures = 1 if reason == "none" else 0
     assert (worker.left_unasked, slot.failures) == (reason == "none", failures)
     if worker.left_unasked:
@@ -105,10 +100,10 @@ def test_the_pauses_grow_and_end_growing() -> None:
 
 
 def test_slots_are_numbered_on() -> None:
-    crew = WorkerPool(2)
-    assert [crew.enlarge().index for _ in range(3)] == [0, 1, 2]
-    crew.slots.pop(1)
-    assert crew.enlarge().index == 3
+    pool = WorkerPool(2)
+    assert [pool.enlarge().index for _ in range(3)] == [0, 1, 2]
+    pool.slots.pop(1)
+    assert pool.enlarge().index == 3
 
 
 def test_no_limit_of_requests_is_ever_reached(worker: Worker) -> None:

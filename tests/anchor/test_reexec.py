@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -13,27 +12,32 @@ from typing import Any
 import pytest
 
 from ecdysis_async._anchor import reexec
-from ecdysis_async._anchor.pool import Slot, Worker, WorkerPool, WorkerState
+from ecdysis_async._anchor.config import AnchorConfig
+from ecdysis_async._anchor.pool import Slot, Worker, WorkerPool
+from ecdysis_async._anchor.state import AnchorState
 from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._system.claims import ANCHOR_CHECK_MARKER, ANCHOR_MARKER
 from ecdysis_async._system.launch import Launch
 from ecdysis_async._system.process import Process
+from ecdysis_async.report import State
+
+CONFIG = AnchorConfig(lambda registry: None)
 
 
 @pytest.fixture
-def crew() -> Iterator[WorkerPool]:
+def known() -> Iterator[AnchorState]:
     ours, theirs = socket.socketpair()
     with theirs:
         worker = Worker(3, Process(os.getpid(), os.pidfd_open(os.getpid())), WorkerLink(ours), born=5.0)
-        worker.state, worker.requests, worker.environment = WorkerState.SERVING, 7, {"A": "b"}
-        yield WorkerPool(2, [Slot(0, [worker], failures=1, retry_at=9.0), Slot(4)])
-        worker.line.close()
+        worker.state, worker.requests, worker.environment = State.SERVING, 7, {"A": "b"}
+        yield AnchorState(CONFIG, WorkerPool(2, [Slot(0, [worker]), Slot(4)]))
+        worker.link.close()
         worker.process.close()
 
 
-def make_state(crew: WorkerPool) -> dict[str, Any]:
-    described, _ = reexec.describe_crew(crew)
-    return {"crew": described, "last_report": None, "sockets": {"service": {"descriptions": [], "descriptors": []}}}
+def make_body(known: AnchorState) -> dict[str, Any]:
+    body, _ = known.describe()
+    return {**body, "sockets": {"service": {"descriptions": [], "descriptors": []}}}
 
 
 def mark(descriptor: int) -> str:
@@ -41,46 +45,27 @@ def mark(descriptor: int) -> str:
     return f"{descriptor}:{found.st_dev}:{found.st_ino}"
 
 
-def test_a_crew_is_restored_as_it_was(crew: WorkerPool) -> None:
-    described, descriptors = reexec.describe_crew(crew)
-    (worker,) = crew
-    assert descriptors == [worker.process.pidfd, worker.line.fileno()]
-    for each in described["workers"]:
-        each["pidfd"], each["line"] = os.dup(each["pidfd"]), os.dup(each["line"])
-    restored = reexec.restore_crew(json.loads(json.dumps(described)))
-    (twin,) = restored
-    try:
-        assert restored.target == 2
-        assert [(slot.index, slot.failures, slot.retry_at) for slot in restored.slots] == [(0, 1, 9.0), (4, 0, 0.0)]
-        for name in ("generation", "born", "pid", "state", "requests", "request_limit", "environment"):
-            assert getattr(twin, name) == getattr(worker, name)
-        assert not os.get_inheritable(twin.line.fileno())
-    finally:
-        twin.line.close()
-        twin.process.close()
-
-
-def test_a_state_is_sealed_and_claimed_once(crew: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = reexec.seal(make_state(crew))
+def test_a_state_is_sealed_and_claimed_once(known: AnchorState, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = reexec.seal(make_body(known))
     with pytest.raises(PermissionError):
         os.pwrite(memory, b"x", 0)
     monkeypatch.setenv(ANCHOR_MARKER, mark(memory))
     found = reexec.claim()
     assert found is not None
     assert not found.is_check
-    reexec.try_state(found.state)
+    reexec.try_state(CONFIG, found.state)
     assert reexec.claim() is None
 
 
-def test_a_state_that_cannot_be_read_is_refused(crew: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_cannot_be_read_is_refused(known: AnchorState, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reexec, "FORMAT", 2)
-    memory = reexec.seal(make_state(crew))
+    memory = reexec.seal(make_body(known))
     monkeypatch.setattr(reexec, "FORMAT", 1)
     monkeypatch.setenv(ANCHOR_CHECK_MARKER, mark(memory))
     with pytest.raises(reexec.UpgradeFailed, match="format 2"):
         reexec.claim()
     with pytest.raises(KeyError):
-        reexec.try_state({"crew": {"workers": []}})
+        reexec.try_state(CONFIG, {"crew": {"workers": []}})
 
 
 def test_a_marker_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +87,8 @@ def test_new_code_that_fails_is_quoted() -> None:
         os.close(memory)
 
 
-def test_an_exec_that_fails_leaves_everything_as_it_was(crew: WorkerPool) -> None:
-    _, descriptors = reexec.describe_crew(crew)
+def test_an_exec_that_fails_leaves_everything_as_it_was(known: AnchorState) -> None:
+    _, descriptors = known.describe()
     memory = reexec.seal({})
     directory = os.getcwd()
     try:

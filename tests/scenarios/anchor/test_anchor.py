@@ -160,14 +160,14 @@ def test_a_restart_waits_for_a_worker_that_stands_still_on_probation_and_says_so
 # A defect that shows with the second worker of a roll-out, while a file says so.
 DEFECT = """
 import os
-from ecdysis_async._anchor.anchor import Anchor
+from ecdysis_async._anchor import rollout
 
-def begin_replacing(self, slot, *arguments):
+def begin_replacing(sockets, slot, *arguments):
     if slot.index == 1 and os.path.exists("defect"):
         raise TypeError("a defect")
-    begin(self, slot, *arguments)
+    begin(sockets, slot, *arguments)
 
-begin, Anchor.begin_replacing = Anchor.begin_replacing, begin_replacing
+begin, rollout.begin_replacing = rollout.begin_replacing, begin_replacing
 """
 
 
