@@ -212,6 +212,7 @@ class ControlServer:
                 if (uid := client.read_uid()) not in (0, os.geteuid()):
                     await client.send(
                         "error",
+                        reason="permission",
                         message=f"uid {uid} may not control a service of uid {os.geteuid()}: ask as that user, or root",
                     )
                     return

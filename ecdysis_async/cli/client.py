@@ -1,7 +1,8 @@
 """The client of the control socket: blocking, because a command has nothing else to do.
 
 It asks, and finds out what became of what it has asked for, also where the generation that was asked dies over it.
-What is printed, and how, is decided elsewhere.
+What is printed, and how, is decided elsewhere. Nothing that a service says is believed before it was looked at:
+somebody else may listen on that path.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import enum
 import json
 import os
+import re
 import select
 import socket
 import time
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ecdysis_async._management.control_path import default_directories, find_live, is_live, locate
+from ecdysis_async.report import RestartReport
 
 __all__ = ["CommandFailed", "Exit", "check", "compare", "find", "reopen_logs", "restart", "status", "stop", "upgrade"]
 
@@ -39,8 +42,9 @@ FORSAKEN_SECONDS = 1.0
 # How long an anchor may take to be itself again, seconds.
 UPGRADE_SECONDS = 30.0
 
-# How long a process may take from its last word to its end, seconds.
-EXIT_SECONDS = 5.0
+# How long a process may take from its last word to its end, seconds. What its application has left behind is ended by
+# force within exit_timeout, which is 10 seconds unless somebody has set it.
+EXIT_SECONDS = 20.0
 
 
 class Exit(enum.IntEnum):
@@ -53,8 +57,12 @@ class Exit(enum.IntEnum):
     IN_PROGRESS = 4  # another restart is
     ROLLED_BACK = 5
     UNKNOWN = 6  # what became of it
+    PERMISSION = 7  # you may not
     INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 
+
+# All but the end of a line and the tabulator: C0, DEL and C1, which some terminals obey in UTF-8 as well.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 ERRORS = {
     "RestartInProgress": Exit.IN_PROGRESS,
@@ -84,6 +92,27 @@ class NoAnswer(Exception):
 
 class ConnectionLost(NoAnswer):
     """It ended: whoever was asked is no more, or was executed anew at that moment."""
+
+
+@contextlib.contextmanager
+def understanding(path: str) -> Iterator[None]:
+    """Read what a service has said, where it may be another release's, or no service's at all.
+
+    Raises:
+        CommandFailed: something in it is missing, or is not what it should be.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise _strange(path, f"{type(error).__name__}: {error}") from error
+
+
+def _strange(path: str, what: str) -> CommandFailed:
+    return CommandFailed(
+        f"what listens on {path} does not answer as a service of this library ({_printable(what)}): is it another "
+        "program's socket, or another release's?",
+        Exit.UNKNOWN,
+    )
 
 
 def find(control: str | None) -> str:
@@ -120,22 +149,27 @@ def upgrade(path: str, on_event: Callable[[Event], None]) -> Event:
     before: Event | None = None
     try:
         for event in _ask(path, {"command": "upgrade"}, SILENCE_SECONDS):
-            on_event(event)
+            with understanding(path):
+                on_event(event)
             if event["event"] == "failed":
-                raise _failure(event)
+                raise _failure(event, path)
             if event["event"] == "accepted":
-                before = event
+                with understanding(path):
+                    before = {"upgrades": int(event["upgrades"])}
     except NoAnswer as error:
         if before is None:
             raise CommandFailed(f"the service at {path} does not answer: {error}", Exit.UNKNOWN) from error
     deadline = time.monotonic() + UPGRADE_SECONDS
     while before is not None and time.monotonic() < deadline:
         with contextlib.suppress(NoAnswer):  # in the moment of the exec
-            found: Event = _ask_once(path, {"command": "status"}, SILENCE_SECONDS)["status"]
-            if found["anchor"]["upgrades"] > before["upgrades"]:
-                return found
-            if found["anchor"]["error"] is not None:
-                raise CommandFailed(f"the anchor goes on as it is: {found['anchor']['error']}", Exit.FAILED)
+            answer = _ask_once(path, {"command": "status"}, SILENCE_SECONDS)
+            with understanding(path):
+                found: Event = answer["status"]
+                if found["anchor"]["upgrades"] > before["upgrades"]:
+                    return found
+                failure = found["anchor"]["error"]
+            if failure is not None:
+                raise CommandFailed(f"the anchor goes on as it is: {failure}", Exit.FAILED)
         time.sleep(VERDICT_POLL_SECONDS)
     raise CommandFailed("the anchor has not said what became of its upgrade: see `ecdysis status`", Exit.UNKNOWN)
 
@@ -146,7 +180,11 @@ def status(path: str) -> Event:
     Raises:
         CommandFailed: nobody is there, or nobody answers.
     """
-    found: Event = _ask_for(path, {"command": "status"}, "status")["status"]
+    answer = _ask_for(path, {"command": "status"}, "status")
+    with understanding(path):
+        found: Event = dict(answer["status"])
+        # What no status of any release lacks.
+        int(found["generation"]), int(found["pid"]), str(found["state"]), found["listeners"], found["draining"]
     return found
 
 
@@ -156,7 +194,9 @@ def reopen_logs(path: str) -> Event:
     Raises:
         CommandFailed: nobody is there, or nobody answers.
     """
-    return _ask_for(path, {"command": "reopen-logs"}, "reopened")
+    answer = _ask_for(path, {"command": "reopen-logs"}, "reopened")
+    with understanding(path):
+        return {**answer, "handlers": int(answer["handlers"])}
 
 
 def check(path: str) -> Event:
@@ -169,10 +209,11 @@ def check(path: str) -> Event:
         for event in _ask(path, {"command": "check"}, SILENCE_SECONDS):
             match event["event"]:
                 case "checked":
-                    comparison: Event = event["comparison"]
+                    with understanding(path):
+                        comparison: Event = dict(event["comparison"])
                     return comparison
                 case "failed":
-                    raise CommandFailed(event["message"], Exit.FAILED, event)
+                    raise _failure(event, path)
     except NoAnswer as error:
         raise CommandFailed(f"the service at {path} does not answer: {error}", Exit.UNKNOWN) from error
     raise AssertionError("a conversation ends by its last word, or by NoAnswer")
@@ -184,7 +225,9 @@ def compare(path: str, release: Event) -> Event:
     Raises:
         CommandFailed: nobody is there, or nobody answers.
     """
-    comparison: Event = _ask_for(path, {"command": "compare", "release": release}, "checked")["comparison"]
+    answer = _ask_for(path, {"command": "compare", "release": release}, "checked")
+    with understanding(path):
+        comparison: Event = dict(answer["comparison"])
     return comparison
 
 
@@ -213,20 +256,24 @@ def restart(path: str, until: str, on_event: Callable[[Event], None]) -> Event:
     Raises:
         CommandFailed: there is no new generation, or nobody knows.
     """
-    last: Event | None = None
+    last: str | None = None
     try:
         for event in _ask(path, {"command": "restart", "until": until}, SILENCE_SECONDS):
-            on_event(event)
+            with understanding(path):
+                on_event(event)
             match event["event"]:
                 case "done":
+                    with understanding(path):
+                        RestartReport.from_json(event["report"])
                     return event
                 case "failed":
-                    raise _failure(event)
+                    raise _failure(event, path)
                 case "accepted":
-                    last = event
+                    with understanding(path):
+                        last = str(event["id"])
     except NoAnswer as error:
         if last is not None:
-            return _seek_verdict(path, last["id"], until)
+            return _seek_verdict(path, last, until)
         if not is_live(path):
             raise CommandFailed(f"the service at {path} has ended without an answer", Exit.NO_SERVICE) from error
         raise CommandFailed(
@@ -241,14 +288,24 @@ def stop(path: str, on_event: Callable[[Event], None]) -> None:
     Raises:
         CommandFailed: nobody is there, or it is not known whether it stops.
     """
-    pidfd = -1
+    pid = pidfd = -1
     try:
         for event in _ask(path, {"command": "stop"}, SILENCE_SECONDS):
-            on_event(event)
+            with understanding(path):
+                on_event(event)
             if event["event"] == "accepted":
-                pidfd = _open_pidfd(event["pid"])
+                with understanding(path):
+                    pid = int(event["pid"])
+                pidfd = _open_pidfd(pid)
             if event["event"] == "done":
-                _wait_for_death(pidfd)
+                if pid < 0:
+                    raise _strange(path, "it says that something is done which it has not accepted")
+                if pidfd >= 0 and not _wait_for_death(pidfd):
+                    raise CommandFailed(
+                        f"the service at {path} has said that it has stopped, but its process (pid {pid}) is still "
+                        f"there after {EXIT_SECONDS:.0f} seconds",
+                        Exit.UNKNOWN,
+                    )
                 return
     except NoAnswer as error:
         # Whoever is killed while it stops has stopped as well.
@@ -271,7 +328,9 @@ def _seek_verdict(path: str, id: str, until: str) -> Event:
             # It is just leaving, or a successor is about to accept.
             answer = {"event": "unknown"}
         if answer["event"] == "verdict":
-            report = answer["report"]
+            with understanding(path):
+                report = answer["report"]
+                RestartReport.from_json(report)
             match report["outcome"]:
                 # That drain ended with its generation, if that is what was waited for.
                 case "settled":
@@ -279,11 +338,11 @@ def _seek_verdict(path: str, id: str, until: str) -> Event:
                 case "serving" if until == "serving":
                     return {"event": "done", "report": report}
                 case "failed":
-                    raise _failure(_failed("SuccessorFailed", report))
+                    raise _failure(_failed("SuccessorFailed", report), path)
                 case "rolled back":
-                    raise _failure(_failed("RolledBack", report))
+                    raise _failure(_failed("RolledBack", report), path)
                 case "stopped":
-                    raise _failure(_failed("RestartWhileDraining", report))
+                    raise _failure(_failed("RestartWhileDraining", report), path)
                 case _:
                     # It goes on, bounded by the service's own limits.
                     begun = time.monotonic()
@@ -310,12 +369,13 @@ def _is_forsaken() -> bool:
 
 
 def _failed(error: str, report: Event) -> Event:
-    message = report["error"] or "the service was stopped while it restarted"
+    message = report.get("error") or "the service was stopped while it restarted"
     return {"event": "failed", "error": error, "message": message, "phase": None, "report": report}
 
 
-def _failure(event: Event) -> CommandFailed:
-    return CommandFailed(event["message"], ERRORS.get(event["error"], Exit.FAILED), event)
+def _failure(event: Event, path: str) -> CommandFailed:
+    with understanding(path):
+        return CommandFailed(str(event["message"]), ERRORS.get(str(event["error"]), Exit.FAILED), event)
 
 
 def _ask_once(path: str, request: Event, timeout: float) -> Event:
@@ -342,8 +402,8 @@ def _ask(path: str, request: Event, timeout: float) -> Iterator[Event]:
             raise CommandFailed(f"no service has the control socket {path}", Exit.NO_SERVICE) from error
         except PermissionError as error:
             raise CommandFailed(
-                f"the control socket {path} may not be used by uid {os.geteuid()}: ask as the service's user, or root",
-                Exit.FAILED,
+                f"the control socket {path} may not be used by uid {os.geteuid()}: ask as the service's user or root",
+                Exit.PERMISSION,
             ) from error
         except TimeoutError as error:
             raise NoAnswer(f"its queue has been full for {timeout:.0f} seconds") from error
@@ -362,6 +422,8 @@ def _ask(path: str, request: Event, timeout: float) -> Iterator[Event]:
                     ) from error
                 except OSError as error:
                     raise ConnectionLost(f"the connection broke: {error.strerror}") from error
+                if len(line) >= MAX_ANSWER_BYTES:
+                    raise _strange(path, f"a line of more than {MAX_ANSWER_BYTES} bytes")
                 if not line.endswith(b"\n"):
                     raise ConnectionLost("the connection ended")
                 yield _read_event(line, path)
@@ -369,15 +431,29 @@ def _ask(path: str, request: Event, timeout: float) -> Iterator[Event]:
 
 def _read_event(line: bytes, path: str) -> Event:
     try:
-        event: Event = json.loads(line)
-        match event:
-            case {"event": "error", "message": str(message)}:
-                raise CommandFailed(message, Exit.FAILED, event)
-            case {"event": str()}:
-                return event
-    except ValueError:
-        pass  # no JSON at all: the same as JSON that says something else
-    raise CommandFailed(f"whoever listens on {path} is no service of this library", Exit.USAGE)
+        event = _printable(json.loads(line))
+    except (RecursionError, ValueError) as error:
+        raise _strange(path, "what it says is no JSON") from error
+    match event:
+        case {"event": "error", "message": str(message)}:
+            code = Exit.PERMISSION if event.get("reason") == "permission" else Exit.FAILED
+            raise CommandFailed(message, code, event)
+        case {"event": str()}:
+            found: Event = event
+            return found
+    raise _strange(path, "what it says is no event")
+
+
+def _printable(value: Any) -> Any:
+    """Return what a service has said without characters that would move a terminal's cursor, or rename its window."""
+    match value:
+        case str():
+            return _CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found[0]):02x}", value)
+        case dict():
+            return {_printable(key): _printable(each) for key, each in value.items()}
+        case list():
+            return [_printable(each) for each in value]
+    return value
 
 
 def _open_pidfd(pid: int) -> int:

@@ -19,6 +19,7 @@ from ecdysis_async.report import RestartReport
 
 from . import client
 from .client import CommandFailed, Exit
+from .output import has_reader, let_readers_leave
 from .progress import Progress, describe_check, describe_outcome, describe_status, showing, watching
 
 __all__ = ["command"]
@@ -32,21 +33,28 @@ WATCH_SECONDS = 1.0
 LOADED_LATE = ("prove", "run", "unit")
 
 CODES = """Exit codes: 0 the new generation serves; 1 it failed and the old one serves; 2 usage; 3 no service there;
-4 a restart is in progress; 5 rolled back; 6 the outcome is unknown; 130 interrupted, and the service goes on."""
+4 a restart is in progress; 5 rolled back; 6 the outcome is unknown; 7 you may not; 130 interrupted, and the service
+goes on. A reader that leaves (`| head -1`) or a closed stdout changes none of them."""
 
 control_option = click.option(
     "--control",
     metavar="PATH",
-    help="The service's control socket, or its bare name in the default directory. Found by itself where one runs.",
+    envvar="ECDYSIS_CONTROL",
+    help="The service's control socket, or its bare name in the default directory; else ECDYSIS_CONTROL. Found by "
+    "itself where one runs.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, on stdout.")
 
 
 def failures_exit(function: Callable[P, None]) -> Callable[P, None]:
-    """Let a command that fails print why, and exit by the code of it; with ``--json`` as JSON on stdout."""
+    """Let a command that fails print why, and exit by the code of it; with ``--json`` as JSON on stdout.
+
+    The code tells of the service alone: it is the same where nobody reads what is printed.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **named: P.kwargs) -> None:
+        let_readers_leave()
         try:
             function(*args, **named)
         except CommandFailed as error:
@@ -134,7 +142,8 @@ def restart(until: str, anchor: bool, check: bool, as_json: bool, control: str |
         if as_json:
             print_json({"event": "checked", "comparison": checked})
         else:
-            click.echo(describe_check(checked))
+            with client.understanding(path):
+                click.echo(describe_check(checked))
     if as_json:
         with interruptible("the restart"):
             print_json(client.restart(path, until, lambda event: None))
@@ -200,16 +209,18 @@ def status(as_json: bool, watch: bool, control: str | None) -> None:  # noqa: FB
         if as_json:
             print_json(found)
         else:
-            click.echo(describe_status(found))
+            with client.understanding(path):
+                click.echo(describe_status(found))
         return
     try:
         with watching() if not as_json else contextlib.nullcontext() as display:
-            while True:
+            while has_reader():
                 found = client.status(path)
-                if display is None:
-                    print_json(found)
-                else:
-                    display.show(found)
+                with client.understanding(path):
+                    if display is None:
+                        print_json(found)
+                    else:
+                        display.show(found)
                 time.sleep(WATCH_SECONDS)
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)

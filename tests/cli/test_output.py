@@ -1,0 +1,50 @@
+"""Whoever reads what a command prints may leave: its exit status tells of the service alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+from ecdysis_async.cli.output import has_reader, let_readers_leave
+let_readers_leave()
+for number in range(100_000):
+    print("a line", number)
+print("more", file=sys.stderr)
+sys.exit(5 if has_reader() else 7)
+"""
+
+
+def run(*, closed: str = "", stdout: int | None = subprocess.DEVNULL) -> int:
+    command = [sys.executable, "-W", "error", "-c", PROGRAM]
+    if closed:
+        command = ["/bin/sh", "-c", f'exec "$@" {closed}', "sh", *command]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.DEVNULL, check=False, timeout=60).returncode
+
+
+def test_a_reader_that_leaves_changes_nothing() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        assert run(stdout=write) == 7
+    finally:
+        os.close(write)
+
+
+def test_a_full_disk_changes_nothing() -> None:
+    with open("/dev/full", "wb") as full:
+        assert run(stdout=full.fileno()) == 7
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing(closed: str) -> None:
+    assert run(closed=closed) == 5
+
+
+def test_what_is_read_is_written() -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", PROGRAM], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (5, 100_000, "more\n")
