@@ -11,7 +11,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
@@ -23,16 +23,12 @@ from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._handoff.preflight import check_release, compare
 from ecdysis_async._handoff.protocol import PredecessorEvent
 from ecdysis_async._ipc.worker_link import FromAnchor
-from ecdysis_async._management.control_server import ControlServer
 from ecdysis_async._management.controlled import ControlHandlers, Restart
-from ecdysis_async._management.pid_file import PidFile
+from ecdysis_async._management.management import LEEWAY_SECONDS, OwnManagement
 from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import find_systemd
-from ecdysis_async._management.systemd_unit import check_unit, find_shortcoming
 from ecdysis_async._sockets.addresses import listen
-from ecdysis_async._system.claims import take_activation
 from ecdysis_async._system.log_files import reopen_logs
-from ecdysis_async._system.signals import SignalReceiver, handled_signals
 from ecdysis_async._system.stderr import say
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import NotReady, RestartError, RestartInProgress, RestartWhileDraining
@@ -63,11 +59,6 @@ REOPEN_SECONDS = 5.0
 EXIT_SECONDS = 15.0
 # How long they have once they were told to hurry, seconds.
 HURRY_SECONDS = 5.0
-# What a restart may take besides its own limits, as systemd is told, seconds.
-LEEWAY_SECONDS = 60.0
-
-# How often it is looked whether the control socket is still there, seconds.
-CONTROL_SECONDS = 1.0
 
 _STAGES = {"serving": RollOutStage.PROBATION, "settled": RollOutStage.OVER, "drained": RollOutStage.DRAINED}
 
@@ -92,11 +83,10 @@ class Anchor:
     def __init__(
         self, config: AnchorConfig, body: Mapping[str, Any] | None = None, former_pid: int | None = None
     ) -> None:
-        self._config = config
         self.log = _AnchorLog()
+        self._config = config
         self._former_pid = former_pid
-        self._systemd = find_systemd(config.systemd)
-        self._held_sockets = HeldSockets(self._systemd, self.log)
+        self._held_sockets = HeldSockets(self.log)
         # The pipe of signals that the former code has not acted upon; -1 for none.
         self._signals_before = -1
         if body is None:
@@ -106,6 +96,7 @@ class Anchor:
             self._state = AnchorState.restore(config, body)
             self._signals_before = int(body["signals"])
             os.set_inheritable(self._signals_before, False)
+        systemd = find_systemd(config.systemd)
         # As PID 1 it is the parent of every orphan, and new code is the parent of what the former code has started.
         self._reaper = Reaper(reaps_orphans=os.getpid() == 1 or self._is_follower)
         self._dispatcher = Dispatcher(
@@ -114,22 +105,21 @@ class Anchor:
             self._reaper,
             self.log,
             begin=self._begin,
-            beat_seconds=find_beat_seconds(config, self._systemd.watchdog),
+            beat_seconds=find_beat_seconds(config, systemd.watchdog),
             restart=self._restart,
             see_through=self._see_through,
-            stop=self.stop,
+            stop=self._stop,
         )
-        filler = Filler(self._state, self._held_sockets.service, self.log, self._dispatcher.make_spawner)
-        self._fill = filler.fill
+        self._fill = Filler(self._state, self._held_sockets.service, self.log, self._dispatcher.make_spawner).fill
         self._reconciler = Reconciler(
             self._state,
             self._held_sockets,
             self.log,
             begin=self._begin,
             fill=self._fill,
-            tell_status=self._tell_status,
-            watchdog=self._systemd.watchdog,
+            watchdog=systemd.watchdog,
         )
+        systemd.is_sound = self._reconciler.has_sound_worker
         self._upgrade = Upgrade(
             self._state,
             self._dispatcher,
@@ -137,11 +127,23 @@ class Anchor:
             self.log,
             begin=self._begin,
             describe=self._describe,
-            is_bound=self._systemd.is_there or os.getpid() == 1,
+            is_bound=systemd.is_there or os.getpid() == 1,
         )
-        self._pid_file = PidFile(config.settings.pid_file) if config.settings.pid_file is not None else None
-        self._control: ControlServer | None = None
-        self._signals: SignalReceiver | None = None
+        # Behind the gate of the control socket is the server of commands. The workers' sockets have no gate here.
+        self._control_plane = DataPlane(self._held_sockets.control, Gate(), Tracker())
+        self._management = OwnManagement(
+            self.log,
+            systemd,
+            self._held_sockets.service,
+            control=self._handle_commands(),
+            signals=self._handle_signals(),
+            describe=functools.partial(status.describe, self._state),
+            is_accepting=self._keeps_what_is_open,
+            plane=self._control_plane,
+            control_path=config.control_path,
+            pid_file=config.settings.pid_file,
+            takes_activation=config.systemd is not False,
+        )
         # The number of each request to open log files anew.
         self._numbers = itertools.count(1)
         self._stop_signals = 0
@@ -157,50 +159,50 @@ class Anchor:
 
     async def run(self) -> int:
         """Serve until the service is stopped, and return the exit status."""
+        management = self._management
         self._stopped = anyio.Event()
         # Ends the time as a lame duck.
         self._lame_duck = anyio.CancelScope()
-        with ExitStack() as resources:
-            resources.callback(self._systemd.close)
+        async with AsyncExitStack() as resources:
             # What a crash has left is the next start's, where this start has failed.
             resources.callback(lambda: self._held_sockets.close(unlink=self._state.has_served))
-            self._signals = resources.enter_context(handled_signals(self._handlers()))
+            resources.callback(management.close)
+            management.handle_signals()
             if self._signals_before >= 0:
                 reexec.repeat_signals(self._signals_before)
                 reexec.unblock_signals()
             async with anyio.create_task_group() as self._tasks:
-                self._tasks.start_soon(self._signals.run)
-                try:
-                    await self._open(resources)
-                except (OSError, LookupError, ValueError) as error:
-                    if not self._is_follower:
-                        say(str(error))
-                        self._systemd.begin()
-                        await self._tell_failure(error)
-                        self._tasks.cancel_scope.cancel()
-                        return STARTUP_FAILED
-                    # The workers serve, whatever this is.
-                    self.log.error("the upgraded anchor goes on without something: %s", error)  # noqa: TRY400
-                exit_status = await self._run()
+                exit_status = await self._open_and_run(resources)
                 self._tasks.cancel_scope.cancel()
         return exit_status
 
-    async def _open(self, resources: ExitStack) -> None:
-        """Open what the service needs, before the first worker."""
-        config, sockets = self._config, self._held_sockets
-        if config.systemd is not False:
-            sockets.activate(take_activation())
-            if (complaint := check_unit()) is not None:
-                self.log.warning("%s", complaint)
-        if config.control_path is not None:
-            plane = DataPlane(sockets.control, Gate(), Tracker(), self._tasks)
-            self._control = ControlServer(config.control_path, plane, self._controlled())
-            resources.callback(self._control.close)
-            await self._control.open()
+    async def _open_and_run(self, resources: AsyncExitStack) -> int:
+        try:
+            await self._open(resources)
+        except (OSError, LookupError, ValueError) as error:
+            if not self._is_follower:
+                say(str(error))
+                self._management.systemd.begin()
+                await self._tell_failure(error)
+                return STARTUP_FAILED
+            # The workers serve, whatever this is.
+            self.log.error("the upgraded anchor goes on without something: %s", error)  # noqa: TRY400
+        return await self._run()
+
+    async def _open(self, resources: AsyncExitStack) -> None:
+        """Open what the service needs, before the first worker.
+
+        Raises:
+            OSError, LookupError, ValueError: something cannot be opened; the text says what to do.
+        """
+        config, sockets, management = self._config, self._held_sockets, self._management
+        try:
+            await management.open(has_predecessor=self._is_follower)
             sockets.control.start_listening()
-            await plane.gate.open()
-            self._tasks.start_soon(self._control.run)
-            self._begin(self._keep_control, self._control)
+            await self._control_plane.gate.open()
+        finally:
+            management.start(self._tasks)
+        self._begin(management.keep_control)
         # The control socket of a former anchor may have been elsewhere.
         sockets.control.close_unclaimed(unlink=True)
         if config.health is not None:
@@ -209,37 +211,24 @@ class Anchor:
                 why_not_ready = functools.partial(status.why_not_ready, self._state)
                 self._tasks.start_soon(HealthServer(entry.sock, why_not_ready).run)
         sockets.health.close_unclaimed(unlink=True)
-        if self._pid_file is not None:
-            await run_in_thread(self._pid_file.prepare)
-            resources.callback(self._pid_file.remove)
+        await management.prepare(lambda: self._state.description)
+        resources.push_async_callback(self._withdraw)
         await run_in_thread(functools.partial(config.open_sockets, sockets.service))
 
-    async def _keep_control(self, control: ControlServer) -> None:
-        """See that commands find the service, also after somebody has cleared the directory."""
-        while not self._state.is_stopping:
-            await control.renew()
-            await anyio.sleep(CONTROL_SECONDS)
-
     async def _run(self) -> int:
-        state = self._state
-        if self._systemd.is_there:
-            self._tasks.start_soon(self._systemd.run)
-            if not self._is_follower:
-                self._tasks.start_soon(self._check_systemd)
-        self._systemd.begin()
-        self._systemd.is_sound = self._reconciler.has_sound_worker
+        state, management = self._state, self._management
         self._tasks.start_soon(self._reconciler.watch)
         if self._config.reload_paths and self._config.control_path is not None:
             # The watching begins before the workers load what is watched, so that nothing saved meanwhile is missed.
             self._begin(watch_files, self._config.control_path, self._config.reload_paths)
+        error = None
         if self._is_follower:
-            error = None
-            self._held_sockets.know_parked()
+            management.become_main()
             for slot in state.pool.slots:
                 for worker in slot.workers:
                     self._dispatcher.employ(slot, worker)
         else:
-            self._systemd.ask_for_time(self._config.settings.ready_timeout + LEEWAY_SECONDS)
+            management.begin(self._config.settings.ready_timeout + LEEWAY_SECONDS)
             error = await self._start_first()
         if error is None and not state.is_stopping:
             await self._announce_serving()
@@ -252,12 +241,9 @@ class Anchor:
             # Workers answer the clients that queue by now.
             self._held_sockets.refuse_newcomers()
         await self._end_all()
-        if self._control is not None:
-            await self._control.finish()
-        if self._systemd.is_main:
-            if state.has_served:
-                self._held_sockets.park_for_next_start()
-            await self._systemd.synchronize()
+        if state.has_served:
+            management.leave_to_next_start(is_orderly=False)
+        await management.finish()
         if error is not None and not self._stopped.is_set():
             # What else the worker has written stands above.
             say(f"the service does not start: {error.args[0]}")
@@ -265,16 +251,22 @@ class Anchor:
         self.log.info("the service has ended")
         return 0
 
-    async def _check_systemd(self) -> None:
-        has_socket_unit = any(entry.number is not None for entry in self._held_sockets.service.entries)
-        if (complaint := await find_shortcoming(has_socket_unit=has_socket_unit)) is not None:
-            self.log.warning("%s", complaint)
+    async def _withdraw(self) -> None:
+        """Remove the pid file, however this process ends."""
+        with anyio.CancelScope(shield=True):
+            await self._management.withdraw(has_successor=False)
 
     async def _tell_failure(self, error: Exception) -> None:
-        self._systemd.tell_status(f"the start has failed: {error}")
-        self._systemd.tell_failure(error, STARTUP_FAILED)
-        if self._systemd.is_main:
-            await self._systemd.synchronize()
+        self._management.failed(f"the start has failed: {error}", error, STARTUP_FAILED)
+        await self._management.systemd.synchronize()
+
+    def _keeps_what_is_open(self) -> bool:
+        """Say whether systemd shall keep the sockets of the workers for the case of a crash.
+
+        It is not told of them while a release is rolled out, which may have opened some and may be taken back.
+        """
+        state = self._state
+        return state.has_served and not state.is_stopping and not state.is_rolling
 
     async def _start_first(self) -> RestartError | None:
         """Start all workers: one alone, which may show that none can, then the others."""
@@ -299,8 +291,7 @@ class Anchor:
         if state.life is Life.STARTING:
             state.life = Life.SERVING
         state.has_served = True
-        if self._pid_file is not None:
-            await run_in_thread(self._pid_file.publish)
+        await self._management.publish()
         control = f", control socket {self._config.control_path}" if self._config.control_path is not None else ""
         verb = f"upgraded (pid {os.getpid()} as before): " if self._is_follower else ""
         if self._former_pid is not None:
@@ -308,15 +299,14 @@ class Anchor:
             # So far the workers are the former anchor's: of its command line, its environment and its code.
             self._begin(self._restart_by_signal)
         self.log.info("%s%s %s%s", verb, counted(len(state.pool.slots), "worker"), state.description, control)
-        self._held_sockets.park()
-        self._tell_status()
-        self._systemd.tell("READY=1")
+        self._management.park()
+        self._management.serving()
         state.changes.announce()
 
     @property
     def _refuses_newcomers(self) -> bool:
         """Whether nobody comes after this service, with whom clients could wait."""
-        return self._state.has_served and not self._held_sockets.are_kept
+        return self._state.has_served and not self._management.keeps_sockets
 
     async def _end_all(self) -> None:
         """Let every worker leave, and end those that do not; nobody queues where none accepts any more."""
@@ -329,8 +319,7 @@ class Anchor:
         def are_done_accepting() -> bool:
             return not state.fillings and all(worker.is_done_accepting for worker in state.pool)
 
-        self._systemd.ask_for_time(drain_timeout + LEEWAY_SECONDS)
-        self._systemd.tell("STOPPING=1")
+        self._management.leaving(drain_timeout + LEEWAY_SECONDS)
         self._call_fillings_off()
         for worker in state.pool:
             worker.is_told_to_leave = True
@@ -351,9 +340,6 @@ class Anchor:
         for handoff in self._state.fillings.values():
             handoff.post(PredecessorEvent.STOP)
 
-    def _tell_status(self) -> None:
-        self._systemd.tell_status(status.describe(self._state))
-
     def _begin(self, function: Callable[..., Coroutine[Any, Any, object]], /, *arguments: object) -> None:
         """Run something beside everything else. A defect in it ends that, and never the service."""
 
@@ -368,10 +354,9 @@ class Anchor:
 
     def _describe(self) -> tuple[dict[str, Any], list[int]]:
         """Return what the next code has to know, and the descriptors that it names."""
-        assert self._signals is not None
         body, descriptors = self._state.describe()
         sockets, numbers = self._held_sockets.describe()
-        signals = self._signals.fileno()
+        signals = self._management.fileno()
         return {**body, "sockets": sockets, "signals": signals}, [*descriptors, *numbers, signals]
 
     # Roll-outs
@@ -416,10 +401,9 @@ class Anchor:
 
     def _prepare(self, roll_out: RollOut) -> None:
         """Tell systemd that a roll-out begins, now that no other is under way, whose end it was told."""
-        # Where ExecReload= has asked, systemd knows of a reload already; see Ecdysis.
-        tell = self._systemd.ask_for_time if roll_out.is_told else self._systemd.tell_reloading
         settings = self._config.settings
-        tell(len(self._state.pool.slots) * settings.ready_timeout + settings.probation + LEEWAY_SECONDS)
+        limit = len(self._state.pool.slots) * settings.ready_timeout + settings.probation + LEEWAY_SECONDS
+        self._management.tell_restart(limit, is_told=roll_out.is_told)
         self._state.entries_before = set(self._held_sockets.service.entries)
 
     def _conclude(self, roll_out: RollOut) -> None:
@@ -433,10 +417,9 @@ class Anchor:
             # The new workers of a roll-out that was stopped may serve to the end of the service.
             elif outcome is not Outcome.STOPPED and not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
                 self._held_sockets.drop_newer(state.entries_before)
-            self._held_sockets.park()
+            self._management.park()
         finally:
-            self._tell_status()
-            self._systemd.tell("READY=1")
+            self._management.serving()
             state.changes.announce()
 
     async def _see_through(self, roll_out: RollOut, until: str) -> RestartReport:
@@ -454,7 +437,7 @@ class Anchor:
 
     # What it is told
 
-    def _handlers(self) -> dict[signal.Signals, Callable[[], None]]:
+    def _handle_signals(self) -> dict[signal.Signals, Callable[[], None]]:
         handlers: dict[signal.Signals, Callable[[], None]] = {
             signal.SIGTERM: self._on_term_signal,
             signal.SIGINT: self._on_stop_signal,
@@ -483,7 +466,7 @@ class Anchor:
         """Go on while load balancers learn to look elsewhere; then stop."""
         seconds = self._config.lame_duck
         self.log.info("stopping in %g seconds: until then it serves, and is not ready any more (--lame-duck)", seconds)
-        self._systemd.ask_for_time(seconds + self._config.settings.drain_timeout + LEEWAY_SECONDS)
+        self._management.systemd.ask_for_time(seconds + self._config.settings.drain_timeout + LEEWAY_SECONDS)
         self._state.changes.announce()
         with self._lame_duck:
             await anyio.sleep_forever()
@@ -491,14 +474,13 @@ class Anchor:
             self._on_stop_signal()
 
     def _on_stop_signal(self) -> None:
-        assert self._signals is not None
         # This holds also once the former handlers are back: one more on the way out must not change the exit status.
-        self._signals.keep_ignoring((signal.SIGTERM, signal.SIGINT))
+        self._management.ignore_on_the_way_out(signal.SIGTERM, signal.SIGINT)
         self._stop_signals += 1
         if self._stop_signals > 1:
             self.log.warning("told to stop again: the deadline of the drain is now")
             self._hurry()
-        self.stop()
+        self._stop()
 
     def _hurry(self) -> None:
         for worker in self._state.pool:
@@ -506,7 +488,7 @@ class Anchor:
         if self._stop_deadline is not None:
             self._stop_deadline.deadline = min(self._stop_deadline.deadline, anyio.current_time() + HURRY_SECONDS)
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         """Stop the service: workers accept no more, drain, and end; then this process does."""
         if self._state.is_stopping:
             return
@@ -556,14 +538,14 @@ class Anchor:
 
     # What it answers
 
-    def _controlled(self) -> ControlHandlers:
+    def _handle_commands(self) -> ControlHandlers:
         state, sockets = self._state, self._held_sockets
         return ControlHandlers(
             status=lambda: status.describe_status(state, sockets.service.entries),
             waiting_for=lambda: status.describe_wait(state),
             begin_restart=self._begin_restart,
             find_report=self._find_report,
-            stop=self.stop,
+            stop=self._stop,
             reopen_logs=self._reopen_logs,
             check=self._check,
             compare=self._compare,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable
 
 import anyio
 
@@ -33,9 +32,6 @@ SILENT_SECONDS = 15.0
 # What a worker that hangs gets to leave its traceback (faulthandler), before it is killed, seconds.
 ABORT_SECONDS = 1.0
 
-# How often systemd is told how things are, seconds.
-STATUS_SECONDS = 5.0
-
 
 def find_beat_seconds(config: AnchorConfig, watchdog: float | None) -> float:
     """Return how often a worker has to tell of itself, seconds.
@@ -58,7 +54,6 @@ class Reconciler:
         log: the anchor's log.
         begin: runs something beside everything else.
         fill: starts a worker in a slot that has none.
-        tell_status: tells systemd how things are.
         watchdog: within how many seconds systemd wants to hear of a sound service, if it does.
     """
 
@@ -70,7 +65,6 @@ class Reconciler:
         *,
         begin: Begin,
         fill: Fill,
-        tell_status: Callable[[], None],
         watchdog: float | None = None,
     ) -> None:
         self._state = state
@@ -78,7 +72,6 @@ class Reconciler:
         self.log = log
         self._begin = begin
         self._fill = fill
-        self._tell_status = tell_status
         self._watchdog = watchdog
 
     async def manage(self) -> None:
@@ -188,17 +181,17 @@ class Reconciler:
         state.changes.announce()
 
     async def watch(self) -> None:
-        """Find the workers whose loop does not turn; tell systemd how things are."""
+        """Find the workers whose loop does not turn, where somebody wants to know."""
         config = self._state.config
-        is_fast = config.hang_timeout is not None or self._watchdog is not None
-        tick = find_beat_seconds(config, self._watchdog) if is_fast else STATUS_SECONDS
+        if config.hang_timeout is None and self._watchdog is None:
+            return
+        tick = find_beat_seconds(config, self._watchdog)
         looked = anyio.current_time()
         while True:
             await anyio.sleep(tick)
             # At most two ticks count at a time: where this process itself had no turn, no worker was silent.
             elapsed, looked = min(anyio.current_time() - looked, 2 * tick), anyio.current_time()
             self.note_silence(elapsed)
-            self._tell_status()
 
     def note_silence(self, elapsed: float) -> None:
         """Take note that so many seconds have passed; begin to end the workers that were silent for too long."""

@@ -1,4 +1,4 @@
-"""The sockets that an anchor holds, as long as the service runs: those of its workers, its own, and what systemd keeps.
+"""The sockets that an anchor holds, as long as the service runs: those of its workers, and its own.
 
 The anchor accepts nothing on the sockets of the workers. It holds what workers create as well. What no worker of a
 release wants is closed once that release has settled.
@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ecdysis_async._handoff.generation import GenerationLog
-from ecdysis_async._management.descriptor_store import DescriptorStore
-from ecdysis_async._management.systemd import Systemd
 from ecdysis_async._sockets.registry import Entry, Registry
 from ecdysis_async.errors import ChannelError
 from ecdysis_async.report import RestartReport
@@ -25,7 +23,6 @@ class HeldSockets:
     """The sockets of a service, and of its anchor.
 
     Args:
-        systemd: the service manager, which may keep them as well.
         log: the anchor's log.
 
     Attributes:
@@ -34,29 +31,11 @@ class HeldSockets:
         health: the anchor's own sockets for /live and /ready.
     """
 
-    def __init__(self, systemd: Systemd, log: GenerationLog) -> None:
+    def __init__(self, log: GenerationLog) -> None:
         self.service = Registry()
         self.control = Registry()
         self.health = Registry()
         self._log = log
-        self._store = DescriptorStore(systemd, os.environ.get("FDSTORE", ""))
-
-    def activate(self, passed: Mapping[int, str]) -> None:
-        """Take over what systemd has passed: the sockets of its socket units, and those that it has kept."""
-        self.service.activate(self._store.recover(passed, self.service))
-
-    @property
-    def are_kept(self) -> bool:
-        """Whether systemd keeps the workers' sockets, so that clients can wait there for the next start."""
-        return self._store.is_there
-
-    def park(self) -> None:
-        """Let systemd keep the sockets on which clients can wait by now."""
-        self._store.park(self.service.entries)
-
-    def park_for_next_start(self) -> None:
-        """Let systemd keep only the sockets without a path: nobody can come to the others any more."""
-        self._store.park(entry for entry in self.service.entries if entry.inode is None)
 
     def refuse_newcomers(self) -> None:
         """Let only the clients be answered that wait by now: later ones would be reset when the last process closes."""
@@ -128,7 +107,6 @@ class HeldSockets:
         """
         # Each socket is closed, whatever becomes of those before it.
         with contextlib.ExitStack() as ends:
-            ends.callback(self._store.close)
             for entry in self.service.entries:
                 ends.callback(self.service.release, entry, unlink=unlink or not entry.inherited)
             for registry in (self.control, self.health):
@@ -153,7 +131,3 @@ class HeldSockets:
         """Take over the sockets that were described."""
         for name, registry in self._registries():
             registry.inherit(sockets[name]["descriptions"], sockets[name]["descriptors"])
-
-    def know_parked(self) -> None:
-        """Take note of the sockets that the former code may have had systemd keep."""
-        self._store.inherit(self.service.entries)

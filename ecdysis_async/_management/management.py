@@ -356,8 +356,11 @@ class OwnManagement(Management):
             self._unit_end = forbid_restart()
             if (complaint := check_unit()) is not None:
                 self._log.warning("%s", complaint)
-        if self._control is not None:
-            await self._control.open()
+        # A socket that cannot be opened is not served, where the service goes on without it (an upgraded anchor).
+        control, self._control = self._control, None
+        if control is not None:
+            await control.open()
+            self._control = control
 
     def start(self, task_group: TaskGroup) -> None:
         super().start(task_group)
