@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
@@ -26,20 +25,17 @@ from ecdysis_async._handoff import preflight
 from ecdysis_async._handoff.ancestors import Ancestor
 from ecdysis_async._handoff.generation import Generation, GenerationLog
 from ecdysis_async._handoff.host import AcceptingHost
-from ecdysis_async._handoff.protocol import SuccessorEvent
 from ecdysis_async._handoff.stash import At, InheritedStash, Producer, Stashes, Version
-from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._management.control_path import locate
 from ecdysis_async._management.systemd import find_systemd
-from ecdysis_async._management.takeover import ask_for_channel
 from ecdysis_async._sockets.registry import Entry, Registry
 from ecdysis_async._system.claims import is_check, is_worker, take_channel
 from ecdysis_async._system.forking import withholding_from_children
-from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import HandoffAborted
 from ecdysis_async.report import RestartReport, State
 from ecdysis_async.settings import Settings, StrPath, read_signals
 
+from .arriving import Arriving
 from .commands import Commands
 from .leaving import Leaving
 from .life import Life
@@ -237,6 +233,7 @@ class Ecdysis(Listeners):
         )
         data_plane.activate(plane)
         self._entered = life = Life(generation, plane, self._task_group, anyio.CancelScope())
+        self._arriving = Arriving(life)
         self._leaving = Leaving(life)
         self._restarts = Restarts(life, self._leaving)
         self._resources = ExitStack()
@@ -247,12 +244,7 @@ class Ecdysis(Listeners):
                 withholding_from_children(lambda: [entry.sock for entry in self._registry.entries])
             )
             self._resources.callback(generation.lineage.close)
-            sock = take_channel()
-            is_child = sock is not None
-            if sock is None and self._takeover_path is not None:
-                sock = await run_in_thread(functools.partial(ask_for_channel, self._takeover_path))
-            if sock is not None:
-                await self._inherit(life, sock, is_child=is_child)
+            is_child = await self._arriving.inherit(self._takeover_path, self._restarts.on_inheritance, self._resources)
             management = life.management = Commands(life, self._restarts, self._leaving).find_management(
                 self._systemd,
                 takes_activation=self._takes_activation,
@@ -278,17 +270,6 @@ class Ecdysis(Listeners):
             management.begin(self._settings.ready_timeout)
         life.body.__enter__()
         return self
-
-    async def _inherit(self, life: Life, sock: socket.socket, *, is_child: bool) -> None:
-        """Take over what a predecessor hands down on its channel.
-
-        Raises:
-            HandoffAborted: it does not.
-        """
-        inheritance = SuccessorSide(sock, life.generation, life.plane, self._restarts.on_inheritance, is_child=is_child)
-        life.inheritance = inheritance
-        self._resources.callback(inheritance.close)
-        await inheritance.greet()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -347,45 +328,8 @@ class Ecdysis(Listeners):
             OSError: a socket cannot listen, or the pid file cannot be written.
             RuntimeError: the block was not entered.
         """
-        life = self._life
-        if life.state is not State.STARTING:
-            return
-        await life.management.prepare(self._describe)
-        if life.inheritance is not None:
-            life.state = State.WAITING
-            life.inheritance.post(SuccessorEvent.READY)
-            await life.inheritance.opened.wait()
-            if life.is_aborted:
-                # The body is being cancelled; but a task that was woken before gets one more turn on asyncio.
-                await anyio.sleep_forever()
-            life.management.announce(self._describe())
-        else:
-            await self._open(life)
-        life.management.serving()
-
-    async def _open(self, life: Life) -> None:
-        """Accept, as a generation that has no predecessor."""
-        log, registry = life.generation.log, self._registry
-        async with life.generation.gate_lock:
-            # A socket listens also where the task that will accept has not had its turn yet, which on trio is a matter
-            # of chance: who hears "ready" connects at once, and was refused.
-            registry.start_listening()
-            # A stop at this moment, which cancels the body, does not cut this short: the drain begins where it ends.
-            with anyio.CancelScope(shield=True):
-                await self._gate.open()
-        # The pid file comes later, because it takes a thread: who waited in the queue may ask for a restart by now.
-        if life.state is State.STARTING:
-            life.state = State.SERVING
-            life.management.changed()
-        await life.management.publish()
-        life.management.announce(self._describe())
-        for entry in registry.unclaimed():
-            if entry.number is None:
-                log.warning("nobody asks for %s, which systemd has kept: closing it", entry)
-            else:
-                log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
-        registry.close_unclaimed(unlink=True)
-        life.management.park()
+        if self._life.state is State.STARTING:
+            await self._arriving.serve(self._describe)
 
     def _describe(self) -> str:
         return self.describe_serving(self._registry.entries, self._life.management.control_path)

@@ -1,0 +1,136 @@
+"""When a restart can begin, and what each change of it means for the generation. Real ones are in tests/scenarios."""
+
+from __future__ import annotations
+
+import os
+
+import anyio
+import pytest
+
+from ecdysis_async._handoff.predecessor import PredecessorSide
+from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState
+from ecdysis_async._service.leaving import Leaving
+from ecdysis_async._service.life import Life, Stop
+from ecdysis_async._service.restarts import Restarts
+from ecdysis_async.errors import NotReady, RestartInProgress, RestartUnsupported, RestartWhileDraining, SpawnFailed
+from ecdysis_async.report import Outcome, State
+from tests.planes import turn
+from tests.service.lives import a_life
+
+
+def restarts_of(life: Life) -> Restarts:
+    return Restarts(life, Leaving(life))
+
+
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [
+        (State.STARTING, NotReady),
+        (State.WAITING, NotReady),
+        (State.DRAINING, RestartWhileDraining),
+        (State.ENDED, RestartWhileDraining),
+    ],
+)
+@pytest.mark.backends("asyncio")
+async def test_only_a_generation_that_serves_can_be_restarted(
+    backend: str, state: State, error: type[Exception]
+) -> None:
+    async with a_life() as (life, _):
+        life.state = state
+        with pytest.raises(error):
+            restarts_of(life).begin()
+        assert life.handover is None
+
+
+@pytest.mark.backends("asyncio")
+async def test_one_at_a_time(backend: str) -> None:
+    async with a_life() as (life, _):
+        life.state = State.SERVING
+        life.handover = PredecessorSide(life.generation, lambda handover: None)
+        with pytest.raises(RestartInProgress, match=life.handover.report.id):
+            restarts_of(life).begin()
+
+
+@pytest.mark.backends("asyncio")
+async def test_the_first_process_of_a_container_must_not_leave(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with a_life() as (life, _):
+        life.state = State.SERVING
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with pytest.raises(RestartUnsupported, match="ecdysis run"):
+            restarts_of(life).begin()
+
+
+async def test_one_that_cannot_start_changes_nothing(backend: str) -> None:
+    async with a_life(command=["/does/not/exist"]) as (life, management):
+        life.state = State.SERVING
+        with anyio.fail_after(60), pytest.raises(SpawnFailed):
+            await restarts_of(life).restart("serving")
+        assert life.state is State.SERVING
+        assert life.last_report is not None
+        assert life.last_report.outcome is Outcome.FAILED
+        await life.handed_over.wait()
+        await turn()
+        assert management.told[-1] == "serving"
+
+
+MEANINGS = {
+    PredecessorState.SPAWNING: State.SERVING,
+    PredecessorState.INITIALISING: State.SERVING,
+    PredecessorState.PAUSING: State.PAUSED,
+    PredecessorState.COMMITTING: State.PAUSED,
+    PredecessorState.PROBATION: State.PAUSED,
+    PredecessorState.ABORTING: State.SERVING,
+    PredecessorState.RECALLING: State.PAUSED,
+    PredecessorState.REVERTING: State.PAUSED,
+    PredecessorState.STOPPING: State.DRAINING,
+    PredecessorState.SETTLED: State.DRAINING,
+    PredecessorState.FAILED: State.SERVING,
+    PredecessorState.ROLLED_BACK: State.SERVING,
+    PredecessorState.STOPPED: State.DRAINING,
+}
+
+
+@pytest.mark.backends("asyncio")
+@pytest.mark.parametrize("state", PredecessorState)
+@pytest.mark.parametrize("stop", Stop)
+async def test_what_a_change_of_the_handoff_means(backend: str, state: PredecessorState, stop: Stop) -> None:
+    async with a_life() as (life, management):
+        life.state = State.SERVING
+        life.stop = stop
+        handover = PredecessorSide(life.generation, lambda handover: None)
+        life.handover = handover
+        handover.state = state
+        restarts_of(life)._on_handover(handover)
+        # A restart that is over has not heard of a stop that came in the same moment.
+        is_over_and_stopped = state.final and stop is not Stop.NOT_ASKED
+        assert life.state is (State.DRAINING if is_over_and_stopped else MEANINGS[state])
+        assert management.told[-1] == f"restart {state.value}"
+
+
+async def test_waiting_for_a_restart_says_what_became_of_it(backend: str) -> None:
+    async with a_life() as (life, _):
+        life.state = State.SERVING
+        restarts = restarts_of(life)
+        handover = PredecessorSide(life.generation, lambda handover: None)
+        with anyio.fail_after(60):
+            handover.serving.set()
+            assert await restarts.see_through(handover, "serving") is handover.report
+            handover.report.outcome = Outcome.STOPPED
+            handover.over.set()
+            with pytest.raises(RestartWhileDraining, match="was stopped"):
+                await restarts.see_through(handover, "settled")
+            handover.error = SpawnFailed("there is no such command")
+            with pytest.raises(SpawnFailed, match="no such command"):
+                await restarts.see_through(handover, "settled")
+
+
+async def test_a_cancelled_restart_is_called_off(backend: str) -> None:
+    async with a_life(command=["/does/not/exist"]) as (life, _):
+        life.state = State.SERVING
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await restarts_of(life).restart("serving")
+        assert life.handover is not None
+        assert (PredecessorEvent.CANCELLED, None) in life.handover._events
+        with anyio.fail_after(60):
+            await life.handed_over.wait()
