@@ -15,7 +15,8 @@ import anyio.lowlevel
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import Gate
 from ecdysis_async._connections.tracker import Tracker
-from ecdysis_async._sockets.registry import Entry, Registry
+from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._sockets.registry import Registry
 
 
 @contextlib.asynccontextmanager

@@ -92,7 +92,6 @@ TESTS_TO_COME = {
     "_management/management.py",
     "_management/status.py",
     "_management/takeover.py",
-    "_sockets/addresses.py",
     "_system/threads.py",
     "cli/anchor.py",
     "cli/check.py",

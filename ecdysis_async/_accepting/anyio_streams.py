@@ -19,7 +19,7 @@ from anyio.abc import Listener, SocketAttribute, SocketStream, TaskGroup, UNIXSo
 from anyio.streams.tls import TLSListener
 
 from ecdysis_async._connections.parcel import Release
-from ecdysis_async._sockets.registry import Entry, Kind
+from ecdysis_async._sockets.entry import Entry, Kind
 
 from .data_plane import DataPlane, active
 from .gated_socket import (

@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ecdysis_async._sockets.registry import Entry, Kind, Until
+from ecdysis_async._sockets.addresses import Internet, Unix
+from ecdysis_async._sockets.entry import Entry, Kind, Until
 
 from .asyncio_servers import default_name, numeric, original, registered, withdraw
 from .data_plane import DataPlane
@@ -98,13 +99,15 @@ async def create_datagram_endpoint(
     elif family == socket.AF_UNIX:
         if not isinstance(local_addr, str):
             raise TypeError("string is expected")
-        entry = plane.registry.bind_unix_datagram(local_addr, name=name, until=until)
+        entry = plane.registry.obtain(Unix(local_addr, Kind.UNIX_DATAGRAM), name=name, until=until)
     else:
         if not isinstance(local_addr, tuple):
             raise TypeError("2-tuple is expected")
         found = await loop.getaddrinfo(*local_addr, family=family, type=socket.SOCK_DGRAM, proto=proto, flags=flags)
         host, port = numeric(found[0][4])
-        entry = plane.registry.bind_udp(host, port, name=name, until=until, reuse_port=bool(reuse_port))
+        entry = plane.registry.obtain(
+            Internet(host, port, is_datagram=True, reuse_port=bool(reuse_port)), name=name, until=until
+        )
     if allow_broadcast:
         entry.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
     endpoint = None

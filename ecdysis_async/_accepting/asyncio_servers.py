@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 
 from ecdysis_async._connections.connection import Connection, Verdict, current_connection
 from ecdysis_async._connections.parcel import ConnectionResumer, Refused, Release, Transferable, TransferRecord
-from ecdysis_async._sockets.registry import BACKLOG, Entry, Until
+from ecdysis_async._sockets.addresses import Internet, Unix
+from ecdysis_async._sockets.entry import BACKLOG, Entry, Until
 from ecdysis_async._system.descriptors import EXHAUSTED
 from ecdysis_async.errors import DrainInterrupt
 
@@ -160,7 +161,7 @@ async def create_unix_server(
     elif path is None:
         raise ValueError("path was not specified, and no sock specified")
     else:
-        entry = plane.registry.listen_unix(os.fsdecode(path), name=name, until=until, backlog=backlog)
+        entry = plane.registry.obtain(Unix(os.fsdecode(path)), name=name, until=until, backlog=backlog)
     server = GatedServer(plane, protocol_factory, [entry], sock, tls_options, _moves_of(resume))
     return await _serve(server, start_serving=start_serving)
 
@@ -977,8 +978,8 @@ def _listen_tcp(
     try:
         for host, port in addresses:
             try:
-                entry = plane.registry.listen_tcp(
-                    host, port, name=name, until=until, backlog=backlog, reuse_port=reuse_port
+                entry = plane.registry.obtain(
+                    Internet(host, port, reuse_port=reuse_port), name=name, until=until, backlog=backlog
                 )
                 entries.append(entry)
             except OSError as error:

@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 import anyio
 
 from ecdysis_async._connections.parcel import ConnectionResumer
-from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._sockets.entry import Entry
 
 __all__ = ["Acceptor", "Gate", "GateState"]
 

@@ -24,7 +24,7 @@ from anyio.abc import TaskGroup
 from ecdysis_async._connections.connection import Connection, Verdict, current_connection
 from ecdysis_async._connections.parcel import ConnectionResumer, Refused, Release, TransferRecord
 from ecdysis_async._connections.tracker import Tracker
-from ecdysis_async._sockets.registry import Entry, Kind, Until
+from ecdysis_async._sockets.entry import Entry, Kind, Until
 from ecdysis_async._system.descriptors import EXHAUSTED
 from ecdysis_async.errors import DrainInterrupt, EcdysisError
 

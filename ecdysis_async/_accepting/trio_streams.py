@@ -16,7 +16,7 @@ from anyio.abc import TaskGroup
 
 from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._connections.parcel import Release
-from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._sockets.entry import Entry
 
 from .data_plane import DataPlane
 from .gated_socket import AcceptedConnection, AcceptingEnded, SocketAcceptor, StreamResumer, handling, require_streams

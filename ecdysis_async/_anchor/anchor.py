@@ -27,7 +27,7 @@ from ecdysis_async._management.controlled import ControlHandlers, Restart
 from ecdysis_async._management.management import LEEWAY_SECONDS, OwnManagement
 from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import find_systemd
-from ecdysis_async._sockets.addresses import listen
+from ecdysis_async._sockets.registry import listen
 from ecdysis_async._system.log_files import reopen_logs
 from ecdysis_async._system.stderr import say
 from ecdysis_async._system.threads import run_in_thread

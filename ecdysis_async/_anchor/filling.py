@@ -10,7 +10,8 @@ import anyio
 from ecdysis_async._handoff.generation import Generation, GenerationLog
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import PredecessorEvent
-from ecdysis_async._sockets.registry import Entry, Registry
+from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.process import Spawner
 from ecdysis_async.report import State
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ecdysis_async._handoff.generation import GenerationLog
-from ecdysis_async._sockets.registry import Entry, Registry
+from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.errors import ChannelError
 from ecdysis_async.report import RestartReport
 

@@ -18,7 +18,7 @@ from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import PredecessorState
 from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._management.changes import Changes
-from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.process import Process
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import RestartReport, State

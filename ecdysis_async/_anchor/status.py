@@ -14,7 +14,7 @@ import anyio
 
 from ecdysis_async._handoff.preflight import describe_place
 from ecdysis_async._management.status import counted, describe_failed_restart, describe_listeners
-from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._sockets.entry import Entry
 from ecdysis_async.report import State
 
 from .state import AnchorState, Life, RollOut, RollOutStage, Turn, TurnState

@@ -23,7 +23,7 @@ from typing import Any
 
 from ecdysis_async._management.control_path import default_directory, locate, prepare_directory
 from ecdysis_async._sockets.addresses import Address, Internet, Unix, parse_address
-from ecdysis_async._sockets.registry import BACKLOG
+from ecdysis_async._sockets.entry import BACKLOG
 from ecdysis_async._system.launch import read_env_file
 from ecdysis_async.errors import StartupError
 

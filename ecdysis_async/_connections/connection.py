@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import anyio
 
-from ecdysis_async._sockets.registry import Until
+from ecdysis_async._sockets.entry import Until
 from ecdysis_async.errors import DrainInterrupt
 
 from .parcel import TransferRecord

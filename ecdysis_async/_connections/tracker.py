@@ -18,7 +18,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from ecdysis_async._sockets.registry import Until
+from ecdysis_async._sockets.entry import Until
 from ecdysis_async._system.garbage import age_all_objects
 from ecdysis_async.errors import DrainInterrupt
 from ecdysis_async.report import DrainCount

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ecdysis_async._accepting.data_plane import DataPlane
-from ecdysis_async._sockets.registry import Entry, Registry
+from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._sockets.registry import Registry
 
 __all__ = ["AcceptingHost", "Host"]
 

@@ -18,7 +18,7 @@ import anyio
 
 from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.peer import Death, Peer, wait_for_death
-from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.launch import describe_launch
 from ecdysis_async._system.process import Child, Spawner, describe_end, spawn
 from ecdysis_async._system.stderr import StderrTail, duplicate_stderr

@@ -18,7 +18,7 @@ from typing import Any, Final
 import anyio
 
 from ecdysis_async._ipc.channel import Channel
-from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.claims import CHECK_KEY, PRIVATE_KEYS
 from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.process import Process, describe_exit, spawn

@@ -42,7 +42,8 @@ import anyio.to_thread
 
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gated_socket import AcceptingEnded, GatedSocket, accept_connection
-from ecdysis_async._sockets.registry import Entry, Until
+from ecdysis_async._sockets.addresses import Unix
+from ecdysis_async._sockets.entry import Entry, Until
 from ecdysis_async._system.process import Child, Process
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import RestartError, SpawnFailed
@@ -188,7 +189,7 @@ class ControlServer:
             entry.inherited and (entry.name, entry.address) == (NAME, self.path) for entry in registry.entries
         )
         self._lock.acquire(is_family=is_family)
-        return registry.listen_unix(self.path, name=NAME, until=Until.EXIT, mode=0o600)
+        return registry.obtain(Unix(self.path, mode=0o600), name=NAME, until=Until.EXIT)
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[bool]:

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable, Mapping
 from urllib.parse import quote, unquote
 
 from ecdysis_async._handoff.stash import InheritedStash, Version
-from ecdysis_async._sockets.registry import Entry, Registry
+from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.claims import STATE_PREFIX
 from ecdysis_async.errors import GarbledFrame
 

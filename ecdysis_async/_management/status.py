@@ -14,7 +14,7 @@ from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.preflight import describe_place
 from ecdysis_async._handoff.protocol import PredecessorState, SuccessorState
 from ecdysis_async._handoff.successor import SuccessorSide
-from ecdysis_async._sockets.registry import Entry, Kind
+from ecdysis_async._sockets.entry import Entry, Kind
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import Outcome, RestartReport
 

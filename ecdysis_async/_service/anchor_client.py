@@ -36,7 +36,7 @@ from ecdysis_async._ipc.worker_link import (
     error_to_json,
 )
 from ecdysis_async._management.management import Management
-from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.process import UNKNOWN_STATUS, Child
 from ecdysis_async.errors import ChannelError, RestartError, SpawnFailed
 from ecdysis_async.report import RestartReport

@@ -12,7 +12,7 @@ import anyio
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import Acceptor
 from ecdysis_async._handoff.generation import GenerationLog
-from ecdysis_async._sockets.registry import Entry, Until
+from ecdysis_async._sockets.entry import Entry, Until
 
 __all__ = ["Backlogs"]
 

@@ -15,7 +15,7 @@ from ecdysis_async._management.changes import Changes
 from ecdysis_async._management.controlled import ControlHandlers, Restart
 from ecdysis_async._management.management import Management, OwnManagement
 from ecdysis_async._management.systemd import Systemd
-from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.claims import take_line
 from ecdysis_async._system.process import Spawner
 from ecdysis_async._system.signals import can_handle_signals, is_handled

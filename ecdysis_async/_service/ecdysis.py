@@ -28,7 +28,8 @@ from ecdysis_async._handoff.host import AcceptingHost
 from ecdysis_async._handoff.stash import At, InheritedStash, Producer, Stashes, Version
 from ecdysis_async._management.control_path import locate
 from ecdysis_async._management.systemd import find_systemd
-from ecdysis_async._sockets.registry import Entry, Registry
+from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.claims import is_check, is_worker, take_channel
 from ecdysis_async._system.forking import withholding_from_children
 from ecdysis_async.errors import HandoffAborted

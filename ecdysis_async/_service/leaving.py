@@ -15,7 +15,7 @@ from ecdysis_async._handoff.protocol import (
     SuccessorState,
 )
 from ecdysis_async._management.management import LEEWAY_SECONDS
-from ecdysis_async._sockets.registry import Until
+from ecdysis_async._sockets.entry import Until
 from ecdysis_async.report import Phase, State
 
 from .backlogs import Backlogs

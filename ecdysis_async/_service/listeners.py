@@ -7,13 +7,16 @@ what stands before the registry of the sockets and the data planes of the loops.
 from __future__ import annotations
 
 import abc
+import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ecdysis_async._accepting.data_plane import DataPlane
-from ecdysis_async._sockets.registry import BACKLOG, Registry, Until
+from ecdysis_async._sockets.addresses import Internet, Unix
+from ecdysis_async._sockets.entry import BACKLOG, Kind, Until
+from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.settings import StrPath
 
 if TYPE_CHECKING:
@@ -63,7 +66,9 @@ class Listeners(abc.ABC):
         Raises:
             ValueError: the host is no address. OSError: the address cannot be bound.
         """
-        entry = self._sockets.listen_tcp(host, port, name=name, until=until, backlog=backlog, reuse_port=reuse_port)
+        entry = self._sockets.obtain(
+            Internet(host, port, reuse_port=reuse_port), name=name, until=until, backlog=backlog
+        )
         return entry.sock
 
     def listen_unix(
@@ -76,7 +81,7 @@ class Listeners(abc.ABC):
         mode: int | None = None,
     ) -> socket.socket:
         """Return a Unix stream socket for connections, as :meth:`listen_tcp`; ``@name`` is an abstract address."""
-        return self._sockets.listen_unix(path, name=name, until=until, backlog=backlog, mode=mode).sock
+        return self._sockets.obtain(Unix(os.fspath(path), mode=mode), name=name, until=until, backlog=backlog).sock
 
     def listen_fd(self, name: str | int, *, until: Until | str = Until.DRAIN) -> socket.socket:
         """Return a socket that systemd has passed (socket activation), wherever it listens.
@@ -104,7 +109,9 @@ class Listeners(abc.ABC):
         mode: int | None = None,
     ) -> socket.socket:
         """Return a Unix socket for connections that keep the boundaries of messages, as :meth:`listen_unix`."""
-        return self._sockets.listen_seqpacket(path, name=name, until=until, backlog=backlog, mode=mode).sock
+        return self._sockets.obtain(
+            Unix(os.fspath(path), Kind.SEQPACKET, mode=mode), name=name, until=until, backlog=backlog
+        ).sock
 
     def bind_udp(
         self,
@@ -116,13 +123,15 @@ class Listeners(abc.ABC):
         reuse_port: bool = False,
     ) -> socket.socket:
         """Return a UDP socket, as :meth:`listen_tcp`; it is read between commit and pause only."""
-        return self._sockets.bind_udp(host, port, name=name, until=until, reuse_port=reuse_port).sock
+        return self._sockets.obtain(
+            Internet(host, port, is_datagram=True, reuse_port=reuse_port), name=name, until=until
+        ).sock
 
     def bind_unix_datagram(
         self, path: StrPath, *, name: str | None = None, until: Until | str = Until.DRAIN, mode: int | None = None
     ) -> socket.socket:
         """Return a Unix datagram socket, as :meth:`listen_unix`."""
-        return self._sockets.bind_unix_datagram(path, name=name, until=until, mode=mode).sock
+        return self._sockets.obtain(Unix(os.fspath(path), Kind.UNIX_DATAGRAM, mode=mode), name=name, until=until).sock
 
     def adopt(self, sock: socket.socket, *, name: str, until: Until | str = Until.DRAIN) -> socket.socket:
         """Register a socket that the application has made; return the one to use.

@@ -19,13 +19,7 @@ from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState, 
 from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._management.management import LEEWAY_SECONDS
 from ecdysis_async._system.process import Spawner, supported
-from ecdysis_async.errors import (
-    NotReady,
-    RestartError,
-    RestartInProgress,
-    RestartUnsupported,
-    RestartWhileDraining,
-)
+from ecdysis_async.errors import NotReady, RestartError, RestartInProgress, RestartUnsupported, RestartWhileDraining
 from ecdysis_async.report import Outcome, RestartReport, State
 
 from .leaving import Leaving, first_of

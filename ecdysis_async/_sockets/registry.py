@@ -1,207 +1,34 @@
 """Named sockets: inherited from the predecessor or created, claimed by the application, and closed if nobody does.
 
 Every socket that moves from generation to generation is an :class:`Entry` here, and the registry owns its descriptor.
-Nothing in this module waits or accepts, and nothing listens before the supervisor says so.
+Nothing in this module waits or accepts, and nothing listens before the service says so.
 """
 
 from __future__ import annotations
 
-import array
 import contextlib
-import enum
 import errno
 import logging
 import os
-import select
 import socket
-import stat
-import struct
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ecdysis_async.errors import DescriptorMismatch, GarbledFrame
 
+from .addresses import EVERY_ADDRESS, Address, Descriptor, Internet, Unix, resolve
+from .entry import BACKLOG, Entry, Until, address_of, explain, find_inode, is_connected, kind_of
+
+__all__ = ["Registry", "listen"]
+
 logger = logging.getLogger("ecdysis_async")
-
-__all__ = ["Entry", "Kind", "Registry", "Until"]
-
-# What may wait in the kernel's queue, also between a pause and the successor's first accept. The kernel takes the
-# smaller one of this and net.core.somaxconn.
-BACKLOG = 2048
-
-MAX_PORT = 65535
-EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - what no host stands for, by the convention of the socket module
-
-# sun_path has 108 bytes (unix(7)), the last of which is the NUL that ends a path.
-MAX_UNIX_PATH = 107
-
-
-# A filter of Berkeley's (socket(7), SO_ATTACH_FILTER): of what comes to a listening socket it drops each segment with
-# SYN and without ACK, which is how a connection begins. It is shown the segment from its TCP header on, where byte 13
-# has the flags. Code, jump if true, jump if not, constant: struct sock_filter of linux/filter.h.
-_SO_ATTACH_FILTER = 26
-_INSTRUCTION = struct.Struct("@HBBI")
-_PROGRAM = struct.Struct("@HP")
-_NO_NEWCOMERS = (
-    (0x30, 0, 0, 13),  # load that byte
-    (0x54, 0, 0, 0x12),  # of which these two flags: ACK and SYN
-    (0x15, 0, 1, 0x02),  # SYN alone?
-    (0x06, 0, 0, 0),  # then drop it
-    (0x06, 0, 0, 0xFFFFFFFF),  # else pass it on, whole
-)
-
-
-class Kind(enum.Enum):
-    """What a socket is, as far as accepting and reading from it go."""
-
-    TCP = "tcp"
-    UNIX = "unix"
-    SEQPACKET = "seqpacket"
-    UNIX_DATAGRAM = "unixgram"
-    UDP = "udp"
-    OTHER = "other"
-
-
-class Until(enum.StrEnum):
-    """How long a listener serves when the service stops without a successor."""
-
-    DRAIN = "drain"
-    EXIT = "exit"
-
-
-_KINDS = {
-    (socket.AF_INET, socket.SOCK_STREAM): Kind.TCP,
-    (socket.AF_INET6, socket.SOCK_STREAM): Kind.TCP,
-    (socket.AF_INET, socket.SOCK_DGRAM): Kind.UDP,
-    (socket.AF_INET6, socket.SOCK_DGRAM): Kind.UDP,
-}
-# Where it is missing (Windows), this can be imported and TCP be served.
-if hasattr(socket, "AF_UNIX"):
-    _KINDS |= {
-        (socket.AF_UNIX, socket.SOCK_STREAM): Kind.UNIX,
-        (socket.AF_UNIX, socket.SOCK_SEQPACKET): Kind.SEQPACKET,
-        (socket.AF_UNIX, socket.SOCK_DGRAM): Kind.UNIX_DATAGRAM,
-    }
-
-_REMEDIES = {
-    errno.EADDRINUSE: "another socket has this address, or one that includes it: stop that service, or take another",
-    errno.EADDRNOTAVAIL: "no interface of this machine has this address",
-    errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE, a path needs a directory that may be written",
-    errno.ENOENT: "the directory does not exist: create it first",
-}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Entry:
-    """One registered socket.
-
-    Attributes:
-        name: what it is inherited by, together with its address.
-        kind: what it is.
-        address: as it was asked for, such as ``127.0.0.1:0``, ``[::1]:80``, ``/run/app.sock`` or ``@abstract``.
-        sock: the socket, non-blocking, owned by the registry.
-        until: how long it serves when the service stops.
-        backlog: how many connections may wait to be accepted.
-        inherited: whether it came from another process.
-        claimed: whether this generation has asked for it.
-        inode: device and inode of its path, where the service made that path; else None.
-        number: the descriptor that the service manager passed it by to the first generation; None for all others.
-        adopted: whether the application made it: then other processes may have it, and accept from it, as well.
-    """
-
-    name: str
-    kind: Kind
-    address: str
-    sock: socket.socket
-    until: Until = Until.DRAIN
-    backlog: int = BACKLOG
-    inherited: bool = False
-    claimed: bool = True
-    inode: tuple[int, int] | None = None
-    number: int | None = None
-    adopted: bool = False
-
-    def __str__(self) -> str:
-        # Its name, and where it really is, if the name does not tell: a port that the kernel has chosen.
-        bound = _address_of(self.sock)
-        return self.name if bound in self.name else f"{self.name} ({bound})"
-
-    def start_listening(self) -> None:
-        """Let clients queue. Does nothing for a socket that listens already, or that has no queue of connections."""
-        if not self.has_queue:
-            return
-        # A connected socket that was adopted has no queue either.
-        if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or _is_connected(self.sock):
-            return
-        try:
-            self.sock.listen(self.backlog)
-        except OSError as error:
-            raise _explained(error, "listen on", self.address) from error
-
-    def is_waited_for(self) -> bool:
-        """Say whether somebody waits in the kernel's queue to be accepted, or a datagram to be read."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        return bool(poll.poll(0))
-
-    @property
-    def has_queue(self) -> bool:
-        """Whether clients wait here to be accepted: connections are made, and reset where the socket is closed."""
-        return self.sock.type in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
-
-    def refuse_newcomers(self) -> None:
-        """Let nobody queue any more, while those who do can still be accepted. There is no way back.
-
-        Whoever comes to a Unix socket finds no path any more. Whoever comes to a TCP port finds it silent, and asks
-        again in a second (tcp(7), the SYN that is repeated), when the socket is closed. Nothing changes where somebody
-        else may accept from this socket as well: what the service did not make itself.
-        """
-        if not self.has_queue or not self._is_ours_alone:
-            return
-        if self.is_at_its_path():
-            os.unlink(self.address)
-        elif self.kind is Kind.TCP and sys.platform == "linux":
-            program = array.array("B", b"".join(_INSTRUCTION.pack(*each) for each in _NO_NEWCOMERS))
-            try:
-                self.sock.setsockopt(
-                    socket.SOL_SOCKET,
-                    _SO_ATTACH_FILTER,
-                    _PROGRAM.pack(len(_NO_NEWCOMERS), program.buffer_info()[0]),
-                )
-            except OSError:
-                # There are kernels that want CAP_NET_ADMIN for it (6.18, seen). In a queue that is full nobody gets
-                # either, but for one when it is empty.
-                with contextlib.suppress(OSError):
-                    self.sock.listen(0)
-
-    def stop_listening(self) -> None:
-        """Refuse whoever comes to a TCP port, at once, though it is not closed yet: no process accepts here any more.
-
-        Else clients would wait as long as the drain takes, and be turned away all the same. Nothing changes where
-        somebody else may accept from this socket as well.
-        """
-        if self.kind is Kind.TCP and self._is_ours_alone:
-            # The application may have closed it.
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RD)
-
-    @property
-    def _is_ours_alone(self) -> bool:
-        return not self.adopted and self.number is None
-
-    def is_at_its_path(self) -> bool:
-        """Say whether its path still leads to this very socket."""
-        return self.inode is not None and _inode_of(self.address) == self.inode
 
 
 class Registry:
-    """All named sockets of one generation.
+    """All named sockets of one generation: what it was given, and what it has made.
 
-    The methods that ask for a socket return the inherited one where there is one of the same kind, name and address
-    that was not claimed before, and create it otherwise: bound, and not yet listening. Without a name, the address is
-    the name, as it was asked for; so even a port that the kernel chose stays the same over all generations.
+    What was given is nobody's until the application asks for it, by :meth:`obtain`, :meth:`claim` or :meth:`adopt`.
     """
 
     def __init__(self) -> None:
@@ -240,7 +67,7 @@ class Registry:
                 del rest[0]
                 entry = Entry(
                     name,
-                    _kind(sock),
+                    kind_of(sock),
                     address,
                     sock,
                     inherited=True,
@@ -272,7 +99,7 @@ class Registry:
         """
         for number, name in names.items():
             sock = socket.socket(fileno=number)
-            if _is_connected(sock) and sock.type != socket.SOCK_DGRAM:
+            if is_connected(sock) and sock.type != socket.SOCK_DGRAM:
                 logger.warning(
                     "the service manager has passed a connection (%s), where a service listens: it is closed. "
                     "Put Accept=no into the socket unit, and name its service app.service, not app@.service",
@@ -281,8 +108,10 @@ class Registry:
                 sock.close()
                 continue
             sock.setblocking(False)
-            address = _address_of(sock)
-            self._entries.append(Entry(name, _kind(sock), address, sock, inherited=True, claimed=False, number=number))
+            address = address_of(sock)
+            self._entries.append(
+                Entry(name, kind_of(sock), address, sock, inherited=True, claimed=False, number=number)
+            )
 
     def restore(self, name: str, address: str, inode: tuple[int, int] | None, descriptor: int) -> None:
         """Register a socket that an earlier process of this service had, as :meth:`inherit` does with a live one's.
@@ -292,7 +121,7 @@ class Registry:
         sock = socket.socket(fileno=descriptor)
         sock.set_inheritable(False)
         sock.setblocking(False)
-        entry = Entry(name, _kind(sock), address, sock, inherited=True, claimed=False, inode=inode)
+        entry = Entry(name, kind_of(sock), address, sock, inherited=True, claimed=False, inode=inode)
         if inode is not None and not entry.is_at_its_path():
             logger.warning("%s was removed since the service ran last: whoever waited there is lost", address)
             sock.close()
@@ -330,91 +159,54 @@ class Registry:
         ]
         return descriptions, [entry.sock.fileno() for entry in chosen]
 
-    def listen_tcp(
+    def obtain(
         self,
-        host: str | None,
-        port: int,
+        address: Internet | Unix,
         *,
         name: str | None = None,
         until: Until | str = Until.DRAIN,
         backlog: int = BACKLOG,
-        reuse_port: bool = False,
     ) -> Entry:
-        """Ask for a TCP listener.
+        """Return the socket at an address: inherited, passed by the service manager, or new and not yet listening.
 
         Args:
-            host: a numeric address; None or "" is every IPv4 address, "::" every IPv6 address (and those only).
-            port: 0 lets the kernel choose, once for all generations.
-            name: what it is inherited by.
+            address: where, and of which kind.
+            name: what it is inherited by; None: its address, as it was asked for. So even a port that the kernel chose
+                stays the same over all generations.
             until: whether it ends with the drain of a stop, or serves to the exit.
             backlog: how many connections may wait to be accepted.
-            reuse_port: allow several listeners on one address (SO_REUSEPORT).
 
         Raises:
-            ValueError: the host is a name, or the port no port.
-            OSError: it cannot be bound; the text says to what and what can be done.
+            ValueError: the host is a name, the port no port, or the path too long for a socket.
+            OSError: it cannot be bound, or another service is there; the text says where and what can be done.
         """
-        return self._internet(socket.SOCK_STREAM, host, port, name, until, backlog, reuse_port=reuse_port)
+        kind, text = address.kind, address.text
+        name, until = name or f"{kind.value}:{text}", Until(until)
 
-    def bind_udp(
-        self,
-        host: str | None,
-        port: int,
-        *,
-        name: str | None = None,
-        until: Until | str = Until.DRAIN,
-        reuse_port: bool = False,
-    ) -> Entry:
-        """Ask for a UDP socket; arguments and errors are those of :meth:`listen_tcp`."""
-        return self._internet(socket.SOCK_DGRAM, host, port, name, until, BACKLOG, reuse_port=reuse_port)
+        def fits(inherited: Entry) -> bool:
+            # A path that was removed, or now leads elsewhere (a directory in it is a symlink that has moved), is made
+            # afresh: clients do not find the inherited socket there.
+            return (inherited.kind, inherited.address) == (kind, text) and (
+                inherited.inode is None or inherited.is_at_its_path()
+            )
 
-    def listen_unix(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        name: str | None = None,
-        until: Until | str = Until.DRAIN,
-        backlog: int = BACKLOG,
-        mode: int | None = None,
-    ) -> Entry:
-        """Ask for a Unix stream listener.
-
-        Args:
-            path: in the file system, or "@name" for an abstract address. A path that a killed process left behind
-                is replaced.
-            name: what it is inherited by.
-            until: whether it ends with the drain of a stop, or serves to the exit.
-            backlog: how many connections may wait to be accepted.
-            mode: permissions of a new path, in force from its first moment; None: those of the umask.
-
-        Raises:
-            ValueError: the path is too long for a socket.
-            OSError: it cannot be bound, or somebody else is there; the text says where and what can be done.
-        """
-        return self._unix(socket.SOCK_STREAM, path, name, until, backlog, mode)
-
-    def listen_seqpacket(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        name: str | None = None,
-        until: Until | str = Until.DRAIN,
-        backlog: int = BACKLOG,
-        mode: int | None = None,
-    ) -> Entry:
-        """Ask for a Unix listener that keeps message boundaries; see :meth:`listen_unix`."""
-        return self._unix(socket.SOCK_SEQPACKET, path, name, until, backlog, mode)
-
-    def bind_unix_datagram(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        name: str | None = None,
-        until: Until | str = Until.DRAIN,
-        mode: int | None = None,
-    ) -> Entry:
-        """Ask for a Unix datagram socket; see :meth:`listen_unix`."""
-        return self._unix(socket.SOCK_DGRAM, path, name, until, BACKLOG, mode)
+        # The inherited one with this name and address comes first, where several have the name.
+        found = self._claim(lambda inherited: inherited.name == name and fits(inherited), until, backlog)
+        if found is None:
+            # Passed under this very name: then the address is the socket unit's business.
+            found = self._claim(
+                lambda passed: passed.number is not None and (passed.kind, passed.name) == (kind, name), until, backlog
+            )
+        if found is None:
+            found = self._claim(
+                lambda passed: passed.number is not None and passed.kind is kind and _covers(passed, text),
+                until,
+                backlog,
+            )
+        if found is None and address.is_single:
+            # Renamed between the generations: the address cannot be bound a second time, and there is but one of it.
+            found = self._claim(fits, until, backlog)
+        return self._create(address, name, until, backlog) if found is None else found
 
     def adopt(self, sock: socket.socket, *, name: str, until: Until | str = Until.DRAIN) -> Entry:
         """Take over a socket that the application built.
@@ -437,7 +229,7 @@ class Registry:
             return claimed
         sock.set_inheritable(False)
         sock.setblocking(False)
-        entry = Entry(name, _kind(sock), _address_of(sock), sock, until, adopted=True)
+        entry = Entry(name, kind_of(sock), address_of(sock), sock, until, adopted=True)
         self._entries.append(entry)
         return entry
 
@@ -503,122 +295,22 @@ class Registry:
         for entry in tuple(self._entries):
             self.release(entry, unlink=unlink)
 
-    def _internet(
-        self,
-        type: socket.SocketKind,
-        host: str | None,
-        port: int,
-        name: str | None,
-        until: Until | str,
-        backlog: int,
-        *,
-        reuse_port: bool,
-    ) -> Entry:
-        family, target, address = _resolve(host, port)
-
-        def create() -> socket.socket:
-            protocol = socket.IPPROTO_TCP if type is socket.SOCK_STREAM else socket.IPPROTO_UDP
-            sock = socket.socket(family, type, protocol)
-            try:
-                if type is socket.SOCK_STREAM:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family is socket.AF_INET6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                if reuse_port:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                sock.bind(target)
-            except BaseException:
-                sock.close()
-                raise
-            return sock
-
-        return self._ask(
-            _KINDS[family, type], address, name, until, backlog, create, is_single=port != 0 and not reuse_port
-        )
-
-    def _unix(
-        self,
-        type: socket.SocketKind,
-        path: str | os.PathLike[str],
-        name: str | None,
-        until: Until | str,
-        backlog: int,
-        mode: int | None,
-    ) -> Entry:
-        target, address = _locate(path)
-
-        def create() -> socket.socket:
-            if not address.startswith("@"):
-                _make_way(target)
-            sock = socket.socket(socket.AF_UNIX, type)
-            try:
-                if mode is not None and not address.startswith("@"):
-                    # Linux gives the new path the mode of the socket's own inode, less the umask (unix_bind_bsd); so
-                    # that the path is at no time more open than it shall be.
-                    os.fchmod(sock.fileno(), mode)
-                sock.bind(target)
-                if mode is not None and not address.startswith("@"):
-                    os.chmod(address, mode)
-            except BaseException:
-                sock.close()
-                raise
-            return sock
-
-        return self._ask(_KINDS[socket.AF_UNIX, type], address, name, until, backlog, create, is_single=True)
-
-    def _ask(
-        self,
-        kind: Kind,
-        address: str,
-        name: str | None,
-        until: Until | str,
-        backlog: int,
-        create: Callable[[], socket.socket],
-        *,
-        is_single: bool,
-    ) -> Entry:
-        """Claim an inherited socket, or create it."""
-        name, until = name or f"{kind.value}:{address}", Until(until)
-
-        def fits(inherited: Entry) -> bool:
-            # A path that was removed, or now leads elsewhere (a directory in it is a symlink that has moved), is made
-            # afresh: clients do not find the inherited socket there.
-            return (inherited.kind, inherited.address) == (kind, address) and (
-                inherited.inode is None or inherited.is_at_its_path()
-            )
-
-        claimed = self._claim(lambda inherited: inherited.name == name and fits(inherited), until, backlog)
-        if claimed is None:
-            # Passed under this very name: then the address is the socket unit's business. The one with the address that
-            # is asked for came first, above, where several have the name.
-            claimed = self._claim(
-                lambda passed: passed.number is not None and (passed.kind, passed.name) == (kind, name), until, backlog
-            )
-        if claimed is None:
-            claimed = self._claim(
-                lambda passed: passed.number is not None and passed.kind is kind and _covers(passed, address),
-                until,
-                backlog,
-            )
-        if claimed is None and is_single:
-            # Renamed between the generations: the address cannot be bound a second time, and there is but one of it.
-            claimed = self._claim(fits, until, backlog)
-        if claimed is not None:
-            return claimed
+    def _create(self, address: Internet | Unix, name: str, until: Until, backlog: int) -> Entry:
+        """Bind a new socket."""
+        kind, text = address.kind, address.text
         try:
             # Two sockets with SO_REUSEADDR may be bound to one port as long as neither listens: it would only fail
             # after the commit.
-            if is_single and any(
-                entry.claimed and (entry.kind, entry.address) == (kind, address) for entry in self.entries
+            if address.is_single and any(
+                entry.claimed and (entry.kind, entry.address) == (kind, text) for entry in self.entries
             ):
-                raise _error(errno.EADDRINUSE)
-            sock = create()
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            sock = address.bind()
         except OSError as error:
-            raise _explained(error, "bind", address) from error
+            raise explain(error, "bind", text) from error
         sock.setblocking(False)
-        is_path = kind in (Kind.UNIX, Kind.SEQPACKET, Kind.UNIX_DATAGRAM) and not address.startswith("@")
-        inode = _inode_of(address) if is_path else None
-        entry = Entry(name, kind, address, sock, until, backlog, inode=inode)
+        inode = find_inode(text) if isinstance(address, Unix) and not address.is_abstract else None
+        entry = Entry(name, kind, text, sock, until, backlog, inode=inode)
         self._entries.append(entry)
         return entry
 
@@ -644,111 +336,6 @@ def _covers(passed: Entry, address: str) -> bool:
     )
 
 
-def _is_connected(sock: socket.socket) -> bool:
-    try:
-        sock.getpeername()
-    except OSError:
-        return False
-    return True
-
-
-def _kind(sock: socket.socket) -> Kind:
-    return _KINDS.get((socket.AddressFamily(sock.family), socket.SocketKind(sock.type)), Kind.OTHER)
-
-
-def _resolve(host: str | None, port: int) -> tuple[socket.AddressFamily, Any, str]:
-    """Return family, socket address and text of a numeric address. Never asks a name server: that would block."""
-    if not 0 <= port <= MAX_PORT:
-        raise ValueError(f"{port} is no port: it is between 0 and {MAX_PORT}")
-    try:
-        found = socket.getaddrinfo(host or EVERY_ADDRESS, port, flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV)
-    # UnicodeError: Python encodes host names by IDNA first.
-    except (socket.gaierror, UnicodeError) as error:
-        raise ValueError(
-            f"{host!r} is no numeric address: resolve names first (getaddrinfo), or take 127.0.0.1, ::1, 0.0.0.0 or ::"
-        ) from error
-    family, _, _, _, target = found[0]
-    # With the scope of a link-local address, which Python leaves out of `target[0]`.
-    text, _ = socket.getnameinfo(target, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
-    return family, target, _join(text, port)
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _locate(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """Return what to bind a Unix socket to, and its address as text."""
-    text = os.fspath(path)
-    if text.startswith(("@", "\0")):
-        target, address = "\0" + text[1:], "@" + text[1:]
-    else:
-        # Absolute, since a successor may run in another directory.
-        target, address = text, os.path.abspath(text)
-    if len(os.fsencode(target)) > MAX_UNIX_PATH:
-        raise ValueError(
-            f"{text!r} is too long for a Unix socket: {len(os.fsencode(target))} bytes, and {MAX_UNIX_PATH} are "
-            "possible; take a shorter one, such as one in /run"
-        )
-    return target, address
-
-
-def _make_way(path: str) -> None:
-    """Remove a socket path that nobody is bound to any more.
-
-    Raises:
-        OSError: something else is there.
-    """
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise FileExistsError(errno.EEXIST, "there is a file that is no socket; remove it, or take another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        # A datagram socket, because it never leaves a connection in somebody's queue, and because it tells a stream
-        # socket that does not listen yet (EPROTOTYPE) from one that is gone (ECONNREFUSED).
-        outcome = probe.connect_ex(path)
-    if outcome == errno.EACCES:
-        raise _error(outcome)
-    if outcome != errno.ECONNREFUSED:
-        raise _error(errno.EADDRINUSE)
-    os.unlink(path)
-
-
-def _inode_of(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.lstat(path)
-    # Not there, or not to be seen: either way it is not known to be ours.
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _address_of(sock: socket.socket) -> str:
-    name = sock.getsockname()
-    match sock.family:
-        case socket.AF_INET | socket.AF_INET6:
-            return _join(name[0], name[1])
-        case socket.AF_UNIX:
-            # Abstract addresses are bytes that begin with a NUL.
-            return "@" + os.fsdecode(name[1:]) if isinstance(name, bytes) else str(name)
-        case _:
-            return str(name)
-
-
-def _error(number: int) -> OSError:
-    return OSError(number, os.strerror(number))
-
-
-def _explained(error: OSError, verb: str, address: str) -> OSError:
-    """Return the same error with the address in its text, and what to do about it."""
-    text = f"cannot {verb} {address}: {error.strerror}"
-    if remedy := _REMEDIES.get(error.errno or 0):
-        text += f" ({remedy})"
-    return OSError(error.errno, text)
-
-
 def _parse(description: dict[str, Any]) -> tuple[str, str, tuple[int, int] | None, int | None]:
     match description:
         case {"name": str(name), "address": str(address), "inode": [int(device), int(inode)]}:
@@ -759,3 +346,47 @@ def _parse(description: dict[str, Any]) -> tuple[str, str, tuple[int, int] | Non
             return name, address, None, None
         case _:
             raise GarbledFrame(f"a listener is described by name and address, not by {description!r}")
+
+
+def listen(registry: Registry, address: Address, *, backlog: int = BACKLOG, mode: int | None = None) -> list[Entry]:
+    """Ask for the sockets of one address: inherited ones, those that the service manager has passed, or new ones.
+
+    Args:
+        registry: of this generation.
+        address: where; names are looked up, which may block.
+        backlog: how many connections may wait to be accepted.
+        mode: permissions of a new Unix socket; None: those of the umask.
+
+    Raises:
+        OSError: it cannot be bound. LookupError: no such socket was passed. ValueError: a path is too long.
+    """
+    return [_listen(registry, each, backlog, mode) for each in resolve(address)]
+
+
+def _listen(registry: Registry, address: Address, backlog: int, mode: int | None) -> Entry:
+    match address:
+        case Internet():
+            return registry.obtain(address, backlog=backlog)
+        case Unix():
+            return registry.obtain(replace(address, mode=mode), backlog=backlog)
+        case Descriptor(name):
+            try:
+                return registry.claim(name)
+            except LookupError:
+                if not isinstance(name, int) or not _is_passed(registry, name):
+                    raise
+            # Passed by something else than systemd, which says nothing of it but the number on the command line.
+            registry.activate({name: str(address)})
+            return registry.claim(name)
+
+
+def _is_passed(registry: Registry, number: int) -> bool:
+    """Say whether a listening socket is open under a number, and is nobody's yet."""
+    if registry.find(number) is not None:
+        return False
+    try:
+        duplicate = socket.socket(fileno=os.dup(number))
+    except OSError:  # nothing is open there, or no socket
+        return False
+    with duplicate:
+        return bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

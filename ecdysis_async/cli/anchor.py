@@ -17,8 +17,7 @@ from ecdysis_async._config.logging import configure_logging
 from ecdysis_async._config.options import DEFAULT_BIND, OptionError, Options, find_control_path
 from ecdysis_async._handoff.preflight import preflight
 from ecdysis_async._management.control_path import locate
-from ecdysis_async._sockets.addresses import listen
-from ecdysis_async._sockets.registry import Registry
+from ecdysis_async._sockets.registry import Registry, listen
 from ecdysis_async._system.launch import describe_launch
 from ecdysis_async._system.stderr import say
 from ecdysis_async.errors import RestartError, StartupError, TakeoverFailed

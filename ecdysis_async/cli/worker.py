@@ -22,8 +22,8 @@ from ecdysis_async._handoff.preflight import describe_release, tell
 from ecdysis_async._management.status import describe_listeners
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async._sockets.addresses import name_sockets
-from ecdysis_async._sockets.registry import Entry
-from ecdysis_async._sockets.registry import Kind as SocketKind
+from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._sockets.entry import Kind as SocketKind
 from ecdysis_async._system.claims import take_channel
 from ecdysis_async._system.stderr import say, write_lines
 from ecdysis_async._system.threads import run_in_thread

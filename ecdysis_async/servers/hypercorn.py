@@ -19,7 +19,8 @@ from hypercorn.config import Config, Sockets
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._config.options import Options
 from ecdysis_async._service.ecdysis import Ecdysis
-from ecdysis_async._sockets.addresses import listen, parse_address
+from ecdysis_async._sockets.addresses import parse_address
+from ecdysis_async._sockets.registry import listen
 from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.forwarded import Forwarded
 from ecdysis_async.servers._common.goodbye import Goodbye, is_on_trio

@@ -20,6 +20,8 @@ from anyio.streams.tls import TLSListener
 from ecdysis_async._accepting.anyio_streams import AnyioListener, DatagramListener, serve
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
 from ecdysis_async._connections.connection import current_connection
+from ecdysis_async._sockets.addresses import Internet, Unix
+from ecdysis_async._sockets.entry import Kind
 from ecdysis_async.errors import DrainInterrupt
 from tests.planes import a_plane, connect, read, run_clients, turn, wait_for_end
 
@@ -32,7 +34,7 @@ async def echo(stream: ByteStream) -> None:
 async def test_pausing_under_load_loses_nothing_and_accepts_nothing() -> None:
     connections, cycles = 2000, 50
     async with a_plane() as plane, anyio.create_task_group() as task_group:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
         step = anyio.Event()
@@ -71,7 +73,7 @@ async def test_pausing_under_load_loses_nothing_and_accepts_nothing() -> None:
 
 async def test_serving_ends_with_the_accepting_and_its_handlers_go_on() -> None:
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
         with connect(entry) as client:
@@ -88,7 +90,7 @@ async def test_serving_ends_with_the_accepting_and_its_handlers_go_on() -> None:
 
 async def test_cancelling_serve_ends_the_accepting_only() -> None:
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
         with connect(entry) as client:
@@ -110,7 +112,7 @@ async def test_cancelling_serve_ends_the_accepting_only() -> None:
 
 async def test_without_a_task_group_of_the_plane_handlers_are_waited_for() -> None:
     async with a_plane(runs_handlers=False) as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
         served = anyio.Event()
@@ -135,7 +137,11 @@ async def test_without_a_task_group_of_the_plane_handlers_are_waited_for() -> No
 async def test_a_listener_has_the_interface_of_anyio(family: str, tmp_path: Path) -> None:
     async with a_plane() as plane:
         registry = plane.registry
-        entry = registry.listen_tcp("127.0.0.1", 0) if family == "tcp" else registry.listen_unix(tmp_path / "socket")
+        entry = (
+            registry.obtain(Internet("127.0.0.1", 0))
+            if family == "tcp"
+            else registry.obtain(Unix(str(tmp_path / "socket")))
+        )
         await plane.gate.open()
         entry.start_listening()
         listener = AnyioListener(entry, plane=plane)
@@ -155,7 +161,7 @@ async def test_a_listener_has_the_interface_of_anyio(family: str, tmp_path: Path
 
 async def test_a_handler_runs_as_its_connection_in_its_own_scope() -> None:
     async with a_plane() as plane, anyio.create_task_group() as task_group:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
         seen: list[object] = []
@@ -207,7 +213,7 @@ async def test_a_failing_handler_ends_its_own_connection_only(
     handler: Callable[[object], Awaitable[None]], logged: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with a_plane() as plane, anyio.create_task_group() as task_group:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
 
@@ -249,7 +255,7 @@ async def test_a_handler_that_ends_cancelled_ends_its_own_connection_only(
 ) -> None:
     served_on = False
     async with a_plane(runs_handlers=runs_handlers) as plane, anyio.create_task_group() as task_group:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
 
@@ -286,7 +292,7 @@ async def test_a_cancelled_plane_cancels_its_handlers() -> None:
             raise
 
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         entry.start_listening()
         await plane.gate.open()
         with connect(entry) as client:
@@ -300,7 +306,7 @@ async def test_a_cancelled_plane_cancels_its_handlers() -> None:
 
 async def test_a_client_that_reset_its_connection_in_the_queue_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
     async with a_plane() as plane, anyio.create_task_group() as task_group:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         entry.start_listening()
         with connect(entry) as hasty:
             hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -338,7 +344,7 @@ async def test_tls_is_tracked_from_the_handshake_to_the_end(
     server_context: ssl.SSLContext, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with a_plane() as plane, anyio.create_task_group() as task_group:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
         listener = TLSListener(AnyioListener(entry, plane=plane), server_context, standard_compatible=False)
@@ -371,7 +377,7 @@ async def test_what_cannot_be_paused_is_not_served(tmp_path: Path) -> None:
         with socket.socket() as stranger, pytest.raises(ValueError, match="not registered"):
             await serve(echo, stranger, plane=plane)
         with pytest.raises(TypeError, match="DatagramListener"):
-            await serve(echo, plane.registry.bind_udp("127.0.0.1", 0), plane=plane)
+            await serve(echo, plane.registry.obtain(Internet("127.0.0.1", 0, is_datagram=True)), plane=plane)
         foreign = await anyio.create_unix_listener(tmp_path / "foreign")
         async with foreign:
             with pytest.raises(TypeError, match="AnyioListener"):
@@ -383,7 +389,7 @@ async def test_what_cannot_be_paused_is_not_served(tmp_path: Path) -> None:
 
 async def test_a_pause_loses_no_datagram_and_reads_none() -> None:
     async with a_plane() as plane, anyio.create_task_group() as task_group:
-        entry = plane.registry.bind_udp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0, is_datagram=True))
         received: list[int] = []
 
         async def receive() -> None:
@@ -414,7 +420,7 @@ async def test_a_pause_loses_no_datagram_and_reads_none() -> None:
 @pytest.mark.parametrize("turns", range(4))
 async def test_cancelling_a_receive_loses_no_datagram(turns: int) -> None:
     async with a_plane() as plane:
-        entry = plane.registry.bind_udp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0, is_datagram=True))
         await plane.gate.open()
         listener = DatagramListener(entry, plane=plane)
         received: list[bytes] = []
@@ -441,7 +447,7 @@ async def test_cancelling_a_receive_loses_no_datagram(turns: int) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_datagrams_are_answered_also_after_receiving_has_ended(host: str) -> None:
     async with a_plane() as plane:
-        entry = plane.registry.bind_udp(host, 0)
+        entry = plane.registry.obtain(Internet(host, 0, is_datagram=True))
         await plane.gate.open()
         listener = DatagramListener(entry, plane=plane)
         assert listener.extra(SocketAttribute.local_port) == entry.sock.getsockname()[1]
@@ -462,7 +468,7 @@ async def test_datagrams_are_answered_also_after_receiving_has_ended(host: str) 
 async def test_a_closed_datagram_socket_says_so() -> None:
     async with a_plane() as plane:
         await plane.gate.open()
-        listener = DatagramListener(plane.registry.bind_udp("127.0.0.1", 0), plane=plane)
+        listener = DatagramListener(plane.registry.obtain(Internet("127.0.0.1", 0, is_datagram=True)), plane=plane)
         with pytest.raises(ValueError, match="resolve it first"):
             await listener.sendto(b"data", "localhost", 9)
         with pytest.raises(OSError, match=re.escape("Message too long")):
@@ -484,14 +490,16 @@ async def test_a_closed_datagram_socket_says_so() -> None:
         with pytest.raises(anyio.ClosedResourceError):
             await listener.sendto(b"data", "127.0.0.1", 9)
         with pytest.raises(TypeError, match="no datagram socket"):
-            DatagramListener(plane.registry.listen_tcp("127.0.0.1", 0), plane=plane)
+            DatagramListener(plane.registry.obtain(Internet("127.0.0.1", 0)), plane=plane)
 
 
 async def test_a_long_unix_datagram_is_received_whole(tmp_path: Path) -> None:
     datagram = bytes(150_000)  # more than an IP datagram holds, less than a socket's default buffer
     async with a_plane() as plane:
         await plane.gate.open()
-        listener = DatagramListener(plane.registry.bind_unix_datagram(tmp_path / "ours"), plane=plane)
+        listener = DatagramListener(
+            plane.registry.obtain(Unix(str(tmp_path / "ours"), Kind.UNIX_DATAGRAM)), plane=plane
+        )
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
             peer.sendto(datagram, str(tmp_path / "ours"))
             with anyio.fail_after(60):
@@ -502,7 +510,7 @@ async def test_a_long_unix_datagram_is_received_whole(tmp_path: Path) -> None:
 async def test_a_full_receiver_of_unix_datagrams_is_waited_for(tmp_path: Path) -> None:
     count = 1000  # more than net.unix.max_dgram_qlen lets wait
     async with a_plane() as plane:
-        entry = plane.registry.bind_unix_datagram(tmp_path / "ours")
+        entry = plane.registry.obtain(Unix(str(tmp_path / "ours"), Kind.UNIX_DATAGRAM))
         listener = DatagramListener(entry, plane=plane)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
             peer.bind(str(tmp_path / "theirs"))

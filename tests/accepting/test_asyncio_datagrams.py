@@ -19,6 +19,7 @@ from ecdysis_async._accepting.asyncio_datagrams import (
     create_datagram_endpoint,
     is_service,
 )
+from ecdysis_async._sockets.addresses import Internet
 from tests.planes import a_plane, read, turn, watched_by_epoll
 
 pytestmark = pytest.mark.backends("asyncio", "uvloop")
@@ -256,7 +257,7 @@ async def test_abort_drops_what_is_queued(tmp_path: Path) -> None:
 
 async def test_a_given_socket_is_registered_or_found(client: socket.socket) -> None:
     async with a_plane() as plane:
-        entry = plane.registry.bind_udp(LOCALHOST, 0, name="game")
+        entry = plane.registry.obtain(Internet(LOCALHOST, 0, is_datagram=True), name="game")
         transport, _ = await create_datagram_endpoint(plane, Recorder, sock=entry.sock)
         mine = socket.socket(type=socket.SOCK_DGRAM)
         mine.bind((LOCALHOST, 0))
@@ -303,7 +304,7 @@ async def test_contradictions_are_told_and_leave_nothing() -> None:
 
 async def test_what_a_library_asks_its_loop_for_is_a_service_if_it_has_a_port_of_its_own() -> None:
     async with a_plane() as plane:
-        registered = plane.registry.bind_udp(LOCALHOST, 0).sock
+        registered = plane.registry.obtain(Internet(LOCALHOST, 0, is_datagram=True)).sock
         with (
             socket.socket(type=socket.SOCK_DGRAM) as unknown,
             socket.socket(fileno=os.dup(registered.fileno())) as same,

@@ -33,6 +33,7 @@ from ecdysis_async._accepting.asyncio_servers import (
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import GateState
 from ecdysis_async._connections.connection import current_connection
+from ecdysis_async._sockets.addresses import Internet
 from ecdysis_async.errors import DrainInterrupt
 from tests.planes import a_plane, read, turn
 
@@ -200,7 +201,7 @@ async def test_nothing_is_accepted_before_the_gate_opens() -> None:
 async def test_a_server_that_is_started_in_the_turn_of_a_pause_is_paused(turns: int) -> None:
     """G2: one that the pause overlooks accepts next to the successor."""
     async with an_open_plane() as plane:
-        entry = plane.registry.listen_tcp(LOCALHOST, 0)
+        entry = plane.registry.obtain(Internet(LOCALHOST, 0))
         starting = asyncio.ensure_future(create_server(plane, Echo, sock=entry.sock))
         # Each turn of ours is one of the loop.
         for _ in range(turns):
@@ -319,7 +320,7 @@ async def test_contradictions_are_told_at_once() -> None:
 async def test_a_duplicate_of_a_registered_socket_is_that_socket() -> None:
     """A server that is given a descriptor makes a duplicate of it."""
     async with an_open_plane() as plane:
-        entry = plane.registry.listen_tcp(LOCALHOST, 0, name="web")
+        entry = plane.registry.obtain(Internet(LOCALHOST, 0), name="web")
         duplicate = socket.fromfd(entry.sock.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
         server = await create_server(plane, Echo, sock=duplicate)
         assert plane.registry.entries == (entry,)

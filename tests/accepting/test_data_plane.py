@@ -7,6 +7,7 @@ import pytest
 
 from ecdysis_async._accepting.data_plane import DataPlane, activate, active, deactivate
 from ecdysis_async._accepting.gated_socket import SocketAcceptor
+from ecdysis_async._sockets.addresses import Internet
 from tests.planes import a_plane
 
 
@@ -17,7 +18,7 @@ async def test_a_plane_is_found_by_itself() -> None:
         activate(plane)
         try:
             assert active() is plane
-            assert SocketAcceptor(plane.registry.listen_tcp("127.0.0.1", 0)).plane is plane
+            assert SocketAcceptor(plane.registry.obtain(Internet("127.0.0.1", 0))).plane is plane
             with pytest.raises(RuntimeError, match="already"):
                 activate(DataPlane(plane.registry, plane.gate, plane.tracker))
         finally:

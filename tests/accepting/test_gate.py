@@ -8,7 +8,9 @@ import anyio
 import pytest
 
 from ecdysis_async._accepting.gate import Acceptor, Gate, GateState
-from ecdysis_async._sockets.registry import Entry, Registry
+from ecdysis_async._sockets.addresses import Internet
+from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._sockets.registry import Registry
 from tests.planes import turn
 
 
@@ -40,7 +42,7 @@ def registry() -> Iterator[Registry]:
 
 
 async def test_a_pause_waits_for_what_is_being_opened(registry: Registry) -> None:
-    gate, slow = Gate(), Slow(registry.listen_tcp("127.0.0.1", 0))
+    gate, slow = Gate(), Slow(registry.obtain(Internet("127.0.0.1", 0)))
     await gate.open()
     with anyio.fail_after(60):
         async with anyio.create_task_group() as task_group:
@@ -55,7 +57,7 @@ async def test_a_pause_waits_for_what_is_being_opened(registry: Registry) -> Non
 
 
 async def test_what_is_being_opened_and_spared_stays_open_until_it_is_paused_itself(registry: Registry) -> None:
-    gate, slow = Gate(), Slow(registry.listen_tcp("127.0.0.1", 0))
+    gate, slow = Gate(), Slow(registry.obtain(Internet("127.0.0.1", 0)))
     await gate.open()
     with anyio.fail_after(60):
         async with anyio.create_task_group() as task_group:
@@ -71,7 +73,7 @@ async def test_what_is_being_opened_and_spared_stays_open_until_it_is_paused_its
 
 
 async def test_nothing_is_opened_twice(registry: Registry) -> None:
-    gate, slow = Gate(), Slow(registry.listen_tcp("127.0.0.1", 0))
+    gate, slow = Gate(), Slow(registry.obtain(Internet("127.0.0.1", 0)))
     await gate.open()
     with anyio.fail_after(60):
         async with anyio.create_task_group() as task_group:
@@ -85,7 +87,7 @@ async def test_nothing_is_opened_twice(registry: Registry) -> None:
 
 async def test_a_pause_while_the_gate_opens_holds(registry: Registry) -> None:
     gate = Gate()
-    first, second = (Slow(registry.listen_tcp("127.0.0.1", 0, name=name)) for name in ("first", "second"))
+    first, second = (Slow(registry.obtain(Internet("127.0.0.1", 0), name=name)) for name in ("first", "second"))
     await gate.add(first)
     await gate.add(second)
     with anyio.fail_after(60):
@@ -101,7 +103,7 @@ async def test_a_pause_while_the_gate_opens_holds(registry: Registry) -> None:
 
 
 async def test_an_opening_that_was_cancelled_is_not_waited_for(registry: Registry) -> None:
-    gate, slow = Gate(), Slow(registry.listen_tcp("127.0.0.1", 0))
+    gate, slow = Gate(), Slow(registry.obtain(Internet("127.0.0.1", 0)))
     await gate.open()
     with anyio.fail_after(60):
         async with anyio.create_task_group() as task_group:
@@ -115,7 +117,7 @@ async def test_an_opening_that_was_cancelled_is_not_waited_for(registry: Registr
 
 
 async def test_accepting_that_is_over_stays_over(registry: Registry) -> None:
-    gate, late = Gate(), Slow(registry.listen_tcp("127.0.0.1", 0))
+    gate, late = Gate(), Slow(registry.obtain(Internet("127.0.0.1", 0)))
     await gate.end()
     await gate.open()
     await gate.pause()

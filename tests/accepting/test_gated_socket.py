@@ -13,7 +13,8 @@ import anyio
 import pytest
 
 from ecdysis_async._accepting.gated_socket import AcceptedConnection, AcceptingEnded, SocketAcceptor, require_streams
-from ecdysis_async._sockets.registry import Until
+from ecdysis_async._sockets.addresses import Internet, Unix
+from ecdysis_async._sockets.entry import Kind, Until
 from tests.planes import a_plane, connect, read, turn, watched_by_epoll
 
 
@@ -25,7 +26,7 @@ async def accept_one(acceptor: SocketAcceptor) -> socket.socket:
 
 async def test_nothing_is_accepted_before_the_gate_opens() -> None:
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         entry.start_listening()
         with connect(entry):
             with anyio.move_on_after(0.02):
@@ -36,7 +37,7 @@ async def test_nothing_is_accepted_before_the_gate_opens() -> None:
 
 async def test_who_waits_gets_the_connection_when_the_gate_opens() -> None:
     async with a_plane() as plane, anyio.create_task_group() as task_group:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         acceptor = SocketAcceptor(entry, plane=plane)
         accepted = anyio.Event()
 
@@ -69,7 +70,7 @@ async def test_an_accepted_socket_is_ready_to_use() -> None:
 
 async def test_a_connection_is_tracked_from_its_acceptance_until_its_socket_is_closed() -> None:
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0, until="exit")
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0), until="exit")
         await plane.gate.open()
         acceptor = SocketAcceptor(entry, plane=plane)
         entry.start_listening()
@@ -84,7 +85,7 @@ async def test_a_connection_is_tracked_from_its_acceptance_until_its_socket_is_c
 
 async def test_a_dropped_socket_is_not_kept_open_by_the_tracker() -> None:
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
         with connect(entry) as client:
@@ -97,7 +98,7 @@ async def test_a_dropped_socket_is_not_kept_open_by_the_tracker() -> None:
 
 async def test_a_pause_leaves_the_queue_alone_until_the_gate_opens_again() -> None:
     async with a_plane() as plane, anyio.create_task_group() as task_group:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         acceptor = SocketAcceptor(entry, plane=plane)
         accepted = anyio.Event()
@@ -120,7 +121,7 @@ async def test_a_pause_leaves_the_queue_alone_until_the_gate_opens_again() -> No
 
 async def test_a_pause_that_is_undone_at_once_loses_no_waiter() -> None:
     async with a_plane() as plane, anyio.create_task_group() as task_group:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         acceptor = SocketAcceptor(entry, plane=plane)
         accepted = anyio.Event()
@@ -141,7 +142,7 @@ async def test_a_pause_that_is_undone_at_once_loses_no_waiter() -> None:
 
 async def test_after_a_pause_the_loop_does_not_watch_the_descriptor() -> None:
     async with a_plane() as plane, anyio.create_task_group() as task_group:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         acceptor = SocketAcceptor(entry, plane=plane)
 
@@ -161,7 +162,7 @@ async def test_after_a_pause_the_loop_does_not_watch_the_descriptor() -> None:
 async def test_the_end_of_accepting_wakes_everyone_who_waits() -> None:
     async with a_plane() as plane:
         await plane.gate.open()
-        acceptor = SocketAcceptor(plane.registry.listen_tcp("127.0.0.1", 0), plane=plane)
+        acceptor = SocketAcceptor(plane.registry.obtain(Internet("127.0.0.1", 0)), plane=plane)
         ended = 0
 
         async def accept() -> None:
@@ -179,7 +180,7 @@ async def test_the_end_of_accepting_wakes_everyone_who_waits() -> None:
         assert ended == 3
         with pytest.raises(AcceptingEnded):
             await acceptor.accept()
-        late = SocketAcceptor(plane.registry.listen_tcp("127.0.0.1", 0), plane=plane)
+        late = SocketAcceptor(plane.registry.obtain(Internet("127.0.0.1", 0)), plane=plane)
         with pytest.raises(AcceptingEnded):
             await late.accept()
 
@@ -187,7 +188,7 @@ async def test_the_end_of_accepting_wakes_everyone_who_waits() -> None:
 async def test_closing_closes_the_socket_and_takes_it_out_of_the_gate() -> None:
     async with a_plane() as plane:
         await plane.gate.open()
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         acceptor = SocketAcceptor(entry, plane=plane)
 
         async def accept() -> None:
@@ -207,7 +208,7 @@ async def test_closing_closes_the_socket_and_takes_it_out_of_the_gate() -> None:
 
 async def test_closing_while_the_generation_leaves_lets_the_registry_keep_the_socket() -> None:
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         acceptor = SocketAcceptor(entry, plane=plane)
         await plane.gate.add(acceptor)
         await plane.gate.end()
@@ -219,7 +220,7 @@ async def test_closing_while_the_generation_leaves_lets_the_registry_keep_the_so
 async def test_closing_while_the_drain_begins_lets_the_registry_keep_the_socket() -> None:
     async with a_plane() as plane:
         await plane.gate.open()
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         acceptor = SocketAcceptor(entry, plane=plane)
         await plane.gate.add(acceptor)
         # A turn before the gate ends, `serve_forever` returns, and the application closes what it has.
@@ -230,7 +231,7 @@ async def test_closing_while_the_drain_begins_lets_the_registry_keep_the_socket(
 
 async def test_several_tasks_may_accept_from_one_socket() -> None:
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         acceptor = SocketAcceptor(entry, plane=plane)
         await plane.gate.add(acceptor)
@@ -254,7 +255,7 @@ async def test_cancelling_an_accept_loses_no_connection(turns: int) -> None:
     """DESIGN.md, trap 18: whoever waits for an accepted connection, not for a readable socket, loses it here."""
     rounds = 50
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         acceptor = SocketAcceptor(entry, plane=plane)
         await plane.gate.add(acceptor)
@@ -285,12 +286,14 @@ async def test_other_sockets_are_refused_with_a_remedy() -> None:
         with socket.socket() as stranger, pytest.raises(ValueError, match="adopt"):
             SocketAcceptor(stranger, plane=plane)
         with pytest.raises(TypeError, match="DatagramListener"):
-            require_streams(SocketAcceptor(plane.registry.bind_udp("127.0.0.1", 0), plane=plane))
+            require_streams(
+                SocketAcceptor(plane.registry.obtain(Internet("127.0.0.1", 0, is_datagram=True)), plane=plane)
+            )
 
 
 async def test_a_packet_socket_is_accepted_from_and_is_no_stream(tmp_path: object) -> None:
     async with a_plane() as plane:
-        entry = plane.registry.listen_seqpacket(f"{tmp_path}/packets")
+        entry = plane.registry.obtain(Unix(f"{tmp_path}/packets", Kind.SEQPACKET))
         await plane.gate.open()
         acceptor = SocketAcceptor(entry, plane=plane)
         with pytest.raises(TypeError, match="SocketAcceptor"):
@@ -320,6 +323,7 @@ SHORT_OF_DESCRIPTORS = """
     import logging, os, resource, sys
     import anyio
     from ecdysis_async._accepting.anyio_streams import serve
+    from ecdysis_async._sockets.addresses import Internet
     from tests.planes import a_plane
 
     logging.basicConfig(format="%(levelname)s %(message)s")
@@ -331,7 +335,7 @@ SHORT_OF_DESCRIPTORS = """
 
     async def main():
         async with a_plane() as plane:
-            entry = plane.registry.listen_tcp("127.0.0.1", 0)
+            entry = plane.registry.obtain(Internet("127.0.0.1", 0))
             entry.start_listening()
             await plane.gate.open()
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -16,6 +16,7 @@ import trustme
 from ecdysis_async._accepting.anyio_streams import serve
 from ecdysis_async._accepting.trio_streams import TrioAcceptingEnded, TrioListener
 from ecdysis_async._connections.connection import current_connection
+from ecdysis_async._sockets.addresses import Internet, Unix
 from ecdysis_async.errors import DrainInterrupt
 from tests.planes import a_plane, connect, read, run_clients, turn, wait_for_end
 
@@ -30,7 +31,7 @@ async def echo(stream: trio.abc.Stream) -> None:
 async def test_pausing_under_load_loses_nothing_and_accepts_nothing() -> None:
     connections, cycles = 2000, 50
     async with a_plane() as plane, trio.open_nursery() as nursery:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
         step = trio.Event()
@@ -70,7 +71,11 @@ async def test_pausing_under_load_loses_nothing_and_accepts_nothing() -> None:
 async def test_a_listener_has_the_interface_of_trio(family: str, tmp_path: Path) -> None:
     async with a_plane() as plane:
         registry = plane.registry
-        entry = registry.listen_tcp("127.0.0.1", 0) if family == "tcp" else registry.listen_unix(tmp_path / "socket")
+        entry = (
+            registry.obtain(Internet("127.0.0.1", 0))
+            if family == "tcp"
+            else registry.obtain(Unix(str(tmp_path / "socket")))
+        )
         await plane.gate.open()
         entry.start_listening()
         async with TrioListener(entry, plane=plane) as listener:
@@ -89,7 +94,7 @@ async def test_a_listener_has_the_interface_of_trio(family: str, tmp_path: Path)
 async def test_tasks_started_from_the_accepting_one_serve_its_connection() -> None:
     """A nursery of the user's own: ``until_draining`` in its tasks is about the connection they were started for."""
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
         seen: list[object] = []
@@ -119,7 +124,7 @@ async def test_tasks_started_from_the_accepting_one_serve_its_connection() -> No
 
 async def test_trios_own_server_ends_with_the_accepting() -> None:
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
         ended = False
@@ -147,7 +152,7 @@ async def test_trios_own_server_ends_with_the_accepting() -> None:
 
 async def test_a_failing_handler_ends_its_own_connection_only(caplog: pytest.LogCaptureFixture) -> None:
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
 
@@ -179,7 +184,7 @@ async def test_tls_is_tracked_from_the_acceptance_to_the_end() -> None:
     authority.configure_trust(client_context)
 
     async with a_plane() as plane, trio.open_nursery() as nursery:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         await plane.gate.open()
         entry.start_listening()
         listener = trio.SSLListener(TrioListener(entry, plane=plane), server_context, https_compatible=True)

@@ -20,6 +20,7 @@ from ecdysis_async._connections.connection import Connection, current_connection
 from ecdysis_async._connections.receiver import Receiver
 from ecdysis_async._connections.sender import Sender, socketpair
 from ecdysis_async._connections.tracker import Tracker
+from ecdysis_async._sockets.addresses import Internet, Unix
 from ecdysis_async.errors import DrainInterrupt
 from tests.connections.moving import NAME
 from tests.planes import a_plane, connect, read, turn
@@ -122,9 +123,9 @@ async def test_streams_of_anyio_and_trio_go_on_in_the_successor(kind: str, backe
     async with a_plane() as old, a_plane() as new, anyio.create_task_group() as task_group:
         for number, plane in enumerate((old, new)):
             if kind == "anyio-unix":
-                entry = plane.registry.listen_unix(str(tmp_path / str(number)), name=NAME)
+                entry = plane.registry.obtain(Unix(str(tmp_path / str(number))), name=NAME)
             else:
-                entry = plane.registry.listen_tcp("127.0.0.1", 0, name=NAME)
+                entry = plane.registry.obtain(Internet("127.0.0.1", 0), name=NAME)
             handler = functools.partial(handle, plane)
             listener: Any = entry.sock
             if kind == "trio":

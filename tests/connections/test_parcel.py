@@ -7,14 +7,7 @@ from typing import Any
 
 import pytest
 
-from ecdysis_async._connections.parcel import (
-    Answer,
-    Batch,
-    MalformedMessage,
-    Release,
-    TransferRecord,
-    write_batch,
-)
+from ecdysis_async._connections.parcel import Answer, Batch, MalformedMessage, Release, TransferRecord, write_batch
 
 
 def test_what_a_later_release_adds_is_left_out() -> None:

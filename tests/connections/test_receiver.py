@@ -15,13 +15,7 @@ import pytest
 
 from ecdysis_async._connections import receiver
 from ecdysis_async._connections import sender as transfer
-from ecdysis_async._connections.parcel import (
-    MESSAGE_BYTES,
-    Answer,
-    Release,
-    TransferRecord,
-    write_batch,
-)
+from ecdysis_async._connections.parcel import MESSAGE_BYTES, Answer, Release, TransferRecord, write_batch
 from ecdysis_async._connections.receiver import Receiver
 from ecdysis_async._connections.sender import socketpair
 from ecdysis_async._system.descriptors import send_with_descriptors

@@ -13,10 +13,7 @@ import pytest
 
 from ecdysis_async._accepting.asyncio_servers import create_server
 from ecdysis_async._connections import sender as transfer
-from ecdysis_async._connections.parcel import (
-    Answer,
-    Release,
-)
+from ecdysis_async._connections.parcel import Answer, Release
 from ecdysis_async._connections.receiver import Receiver
 from ecdysis_async._connections.sender import Sender, socketpair
 from ecdysis_async._connections.tracker import Tracker

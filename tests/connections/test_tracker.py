@@ -17,7 +17,8 @@ from ecdysis_async._accepting.anyio_streams import serve
 from ecdysis_async._connections import tracker as drain
 from ecdysis_async._connections.connection import Connection, current_connection
 from ecdysis_async._connections.tracker import Tracker
-from ecdysis_async._sockets.registry import Until
+from ecdysis_async._sockets.addresses import Internet
+from ecdysis_async._sockets.entry import Until
 from ecdysis_async.errors import DrainInterrupt
 from ecdysis_async.report import DrainCount
 from tests.planes import a_plane, connect, read, turn
@@ -30,7 +31,7 @@ Service = tuple[Tracker, Callable[[], socket.socket], TaskGroup]
 async def a_service(make_handler: Callable[[Tracker], Handler]) -> AsyncIterator[Service]:
     """Run a service; yield its tracker, what connects a client to it, and a task group."""
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         entry.start_listening()
         await plane.gate.open()
         async with anyio.create_task_group() as task_group:

@@ -12,6 +12,7 @@ from ecdysis_async._accepting.gated_socket import AcceptingEnded, GatedSocket, a
 from ecdysis_async._connections.connection import Connection
 from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._handoff.host import AcceptingHost
+from ecdysis_async._sockets.addresses import Internet
 from ecdysis_async._sockets.registry import Registry
 
 
@@ -19,7 +20,7 @@ async def test_a_generation_pauses_and_resumes_and_counts_what_it_has(backend: s
     registry, gate, tracker = Registry(), Gate(), Tracker()
     plane = DataPlane(registry, gate, tracker)
     host = AcceptingHost(plane)
-    entry = registry.listen_tcp("127.0.0.1", 0)
+    entry = registry.obtain(Internet("127.0.0.1", 0))
     taken: list[socket.socket] = []
 
     async def accept() -> None:

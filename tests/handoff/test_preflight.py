@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ecdysis_async._handoff.preflight import compare, describe_place, describe_release, digest_environment
+from ecdysis_async._sockets.addresses import Internet, Unix
 from ecdysis_async._sockets.registry import Registry
 
 
@@ -22,8 +23,8 @@ def registry() -> Iterator[Registry]:
 
 def test_sockets(registry: Registry, tmp_path: Path) -> None:
     path = tmp_path / "app.sock"
-    registry.listen_tcp("127.0.0.1", 0)
-    registry.listen_unix(path)
+    registry.obtain(Internet("127.0.0.1", 0))
+    registry.obtain(Unix(str(path)))
     release = describe_release(["tcp:127.0.0.1:0", "tcp:127.0.0.1:1", "fd://api"], {})
     assert compare(release, registry.entries, {})["sockets"] == {
         # What the service manager passes has a name of its own there, and stays.

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from ecdysis_async._management.descriptor_store import NAME_LENGTH, DescriptorStore
 from ecdysis_async._management.systemd import Systemd
-from ecdysis_async._sockets.registry import Registry, Until
+from ecdysis_async._sockets.addresses import Internet, Unix
+from ecdysis_async._sockets.entry import Until
+from ecdysis_async._sockets.registry import Registry
 
 
 class Manager:
@@ -73,10 +75,10 @@ def registry() -> Iterator[Registry]:
 async def test_what_listens_is_parked_and_found_again(manager: Manager, registry: Registry, tmp_path: Path) -> None:
     store = DescriptorStore(manager.systemd, "16")
     asked = [
-        registry.listen_tcp("127.0.0.1", 0),
-        registry.listen_tcp("::1", 0, name="a name: 100 %"),
-        registry.listen_unix(tmp_path / "a;b*c", until=Until.EXIT),
-        registry.bind_udp("127.0.0.1", 0),
+        registry.obtain(Internet("127.0.0.1", 0)),
+        registry.obtain(Internet("::1", 0), name="a name: 100 %"),
+        registry.obtain(Unix(str(tmp_path / "a;b*c")), until=Until.EXIT),
+        registry.obtain(Internet("127.0.0.1", 0, is_datagram=True)),
     ]
     store.park(registry.entries)
     # Nobody can wait where nobody listens yet.
@@ -93,10 +95,10 @@ async def test_what_listens_is_parked_and_found_again(manager: Manager, registry
     later = DescriptorStore(manager.systemd, "16")
     assert later.recover(manager.start(), registry) == {}
     found = [
-        registry.listen_tcp("127.0.0.1", 0),
-        registry.listen_tcp("::1", 0, name="a name: 100 %"),
-        registry.listen_unix(tmp_path / "a;b*c"),
-        registry.bind_udp("127.0.0.1", 0),
+        registry.obtain(Internet("127.0.0.1", 0)),
+        registry.obtain(Internet("::1", 0), name="a name: 100 %"),
+        registry.obtain(Unix(str(tmp_path / "a;b*c"))),
+        registry.obtain(Internet("127.0.0.1", 0, is_datagram=True)),
     ]
     assert [entry.sock.getsockname() for entry in found] == bound
     assert all(entry.inherited for entry in found)
@@ -111,7 +113,7 @@ async def test_a_path_that_was_removed_takes_its_socket_along(
 ) -> None:
     """As systemd removes the runtime directory of a dynamic user; and whoever stands there then is not confused."""
     path = tmp_path / "app.sock"
-    registry.listen_unix(path)
+    registry.obtain(Unix(str(path)))
     registry.start_listening()
     DescriptorStore(manager.systemd, "16").park(registry.entries)
     assert len(await manager.take()) == 1
@@ -122,7 +124,7 @@ async def test_a_path_that_was_removed_takes_its_socket_along(
         assert store.recover(manager.start(), heir) == {}
         assert heir.entries == ()
         assert f"{path} was removed since the service ran last" in caplog.text
-        (entry,) = (heir.listen_unix(path),)
+        (entry,) = (heir.obtain(Unix(str(path))),)
         assert not entry.inherited
         heir.start_listening()
         store.park(heir.entries)
@@ -135,7 +137,7 @@ async def test_a_path_that_was_removed_takes_its_socket_along(
 @pytest.mark.backends("asyncio")
 async def test_what_nobody_claims_is_removed(manager: Manager, registry: Registry) -> None:
     for name in ("same", "same", "other"):
-        registry.listen_tcp("127.0.0.1", 0, name=name)
+        registry.obtain(Internet("127.0.0.1", 0), name=name)
     registry.start_listening()
     DescriptorStore(manager.systemd, "16").park(registry.entries)
     assert len(await manager.take()) == 3
@@ -143,7 +145,7 @@ async def test_what_nobody_claims_is_removed(manager: Manager, registry: Registr
     try:
         store = DescriptorStore(manager.systemd, "16")
         assert store.recover(manager.start(), heir) == {}
-        heir.listen_tcp("127.0.0.1", 0, name="same")
+        heir.obtain(Internet("127.0.0.1", 0), name="same")
         heir.close_unclaimed()
         store.park(heir.entries)
         assert len(await manager.take()) == 1
@@ -153,7 +155,7 @@ async def test_what_nobody_claims_is_removed(manager: Manager, registry: Registr
 
 @pytest.mark.backends("asyncio")
 async def test_a_successor_removes_what_its_predecessor_had(manager: Manager, registry: Registry) -> None:
-    registry.listen_tcp("127.0.0.1", 0, name="old")
+    registry.obtain(Internet("127.0.0.1", 0), name="old")
     registry.start_listening()
     DescriptorStore(manager.systemd, "16").park(registry.entries)
     await manager.take()
@@ -197,7 +199,7 @@ async def test_it_takes_no_more_than_there_is_room_for(
     manager: Manager, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(4):
-        registry.listen_tcp("127.0.0.1", 0)
+        registry.obtain(Internet("127.0.0.1", 0))
     registry.start_listening()
     store = DescriptorStore(manager.systemd, "2")
     store.park(registry.entries)
@@ -222,7 +224,7 @@ def test_what_others_have_stored_is_left_to_them(registry: Registry) -> None:
 def test_every_name_survives(name: str, repeats: bool) -> None:
     registry, heir = Registry(), Registry()
     try:
-        entry = registry.listen_tcp("127.0.0.1", 0, name=f"{name}127.0.0.1:0" if repeats else name or "x")
+        entry = registry.obtain(Internet("127.0.0.1", 0), name=f"{name}127.0.0.1:0" if repeats else name or "x")
         registry.start_listening()
         systemd = Systemd("@nobody")
         systemd.begin()

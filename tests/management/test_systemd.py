@@ -19,6 +19,7 @@ import pytest
 from ecdysis_async import Ecdysis, RestartUnsupported, SpawnFailed, State
 from ecdysis_async._ipc.peer import wait_for_death
 from ecdysis_async._management.systemd import Systemd, find_systemd
+from ecdysis_async._sockets.addresses import Internet, Unix
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.launch import Launch
 from ecdysis_async._system.process import Process, spawn
@@ -239,7 +240,7 @@ def test_an_activated_socket_is_claimed_by_its_address() -> None:
     first, second = make_listener(), make_listener()
     port = second.getsockname()[1]
     registry, (_, number) = activate(("web.socket", first), ("web.socket", second))
-    entry = registry.listen_tcp("127.0.0.1", port)
+    entry = registry.obtain(Internet("127.0.0.1", port))
     assert (entry.sock.fileno(), entry.number, entry.claimed) == (number, number, True)
     assert len(registry.unclaimed()) == 1
     registry.close(unlink=True)
@@ -247,7 +248,7 @@ def test_an_activated_socket_is_claimed_by_its_address() -> None:
 
 def test_an_activated_socket_is_claimed_by_its_name_whatever_the_address() -> None:
     registry, (number, _) = activate(("web", make_listener()), ("web", make_listener()))
-    assert registry.listen_tcp("0.0.0.0", 80, name="web").number == number
+    assert registry.obtain(Internet("0.0.0.0", 80), name="web").number == number
     with pytest.raises(LookupError, match="admin"):
         registry.claim("admin")
     registry.close(unlink=True)
@@ -257,7 +258,7 @@ def test_repeated_names_are_claimed_in_their_order_and_the_right_address_first()
     sockets = [make_listener() for _ in range(3)]
     port = sockets[1].getsockname()[1]
     registry, numbers = activate(*(("web", sock) for sock in sockets))
-    claimed = [registry.listen_tcp("127.0.0.1", port, name="web").number, registry.claim("web").number]
+    claimed = [registry.obtain(Internet("127.0.0.1", port), name="web").number, registry.claim("web").number]
     claimed.append(registry.claim("web").number)
     assert claimed == [numbers[1], numbers[0], numbers[2]]
     with pytest.raises(LookupError, match="claimed"):
@@ -287,13 +288,13 @@ def test_a_socket_for_both_ip_versions_is_found_by_either_address() -> None:
         sock = make_listener(socket.AF_INET6, ("::", 0))
         port = sock.getsockname()[1]
         registry, (number,) = activate(("web.socket", sock))
-        assert registry.listen_tcp(host, port).number == number
+        assert registry.obtain(Internet(host, port)).number == number
         registry.close(unlink=True)
 
 
 def test_the_kind_has_to_fit() -> None:
     registry, _ = activate(("web", make_listener()))
-    entry = registry.bind_udp("127.0.0.1", 0, name="web")
+    entry = registry.obtain(Internet("127.0.0.1", 0, is_datagram=True), name="web")
     assert entry.number is None
     registry.close(unlink=True)
 
@@ -301,7 +302,7 @@ def test_the_kind_has_to_fit() -> None:
 def test_a_path_of_the_manager_is_never_unlinked(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     registry, _ = activate(("web", make_listener(socket.AF_UNIX, str(path))))
-    assert registry.listen_unix(path).number is not None
+    assert registry.obtain(Unix(str(path))).number is not None
     registry.close(unlink=True)
     assert path.exists()
 
@@ -316,7 +317,7 @@ def test_it_is_handed_on_and_stays_claimable_by_name_and_number() -> None:
         registry = heir
         # Nobody has asked for it in this generation: it is kept for the next one.
         assert registry.close_unclaimed() == []
-    assert registry.listen_tcp("127.0.0.1", 1, name="web").number == number
+    assert registry.obtain(Internet("127.0.0.1", 1), name="web").number == number
     registry.close(unlink=True)
 
 

@@ -22,6 +22,7 @@ from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.worker_link import FromAnchor, FromWorker, error_to_json
 from ecdysis_async._service.anchor_client import AnchorClient, WorkerCommands
 from ecdysis_async._service.life import Life
+from ecdysis_async._sockets.addresses import Internet
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.errors import NotReady, RestartError, SpawnFailed
 from ecdysis_async.report import RestartReport, State
@@ -106,7 +107,7 @@ async def test_it_beats_at_once_and_at_each_change(backend: str) -> None:
 
 async def test_what_it_opened_and_what_it_serves_is_told_before_it_serves(backend: str) -> None:
     async with a_pair() as pair:
-        entry = pair.life.plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = pair.life.plane.registry.obtain(Internet("127.0.0.1", 0))
         await pair.client.prepare(lambda: "serving on everything")
         with contextlib.closing(await pair.hear(FromWorker.CREATED)) as created:
             assert [each["address"] for each in created.body["sockets"]] == [entry.address]

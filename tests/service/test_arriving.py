@@ -8,13 +8,14 @@ from contextlib import ExitStack
 import anyio
 
 from ecdysis_async._service.arriving import Arriving
+from ecdysis_async._sockets.addresses import Internet
 from ecdysis_async.report import State
 from tests.service.lives import a_life
 
 
 async def test_a_first_generation_accepts_before_it_says_so(backend: str) -> None:
     async with a_life() as (life, management):
-        entry = life.plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = life.plane.registry.obtain(Internet("127.0.0.1", 0))
 
         def describe() -> str:
             listens = entry.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)

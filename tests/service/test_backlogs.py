@@ -11,7 +11,8 @@ from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gated_socket import AcceptingEnded, GatedSocket, accept_connection
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._service.backlogs import Backlogs
-from ecdysis_async._sockets.registry import Entry
+from ecdysis_async._sockets.addresses import Internet, Unix
+from ecdysis_async._sockets.entry import Entry
 from tests.planes import a_plane, connect
 
 
@@ -48,7 +49,7 @@ def listens(entry: Entry) -> bool:
 async def answer(*, is_shared: bool) -> tuple[int, bool]:
     """Let three clients wait, and say how many were answered, and whether the socket still listens."""
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         entry.start_listening()
         answering = Answering(entry, plane)
         clients = [connect(entry) for _ in range(3)]
@@ -75,7 +76,7 @@ async def test_where_others_have_the_socket_it_goes_on_listening(backend: str) -
 
 async def test_in_a_hurry_nobody_is_waited_for(backend: str) -> None:
     async with a_plane() as plane:
-        entry = plane.registry.listen_tcp("127.0.0.1", 0)
+        entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         entry.start_listening()
         # Nobody takes its clients.
         listener = GatedSocket(entry, plane=plane)
@@ -88,8 +89,8 @@ async def test_in_a_hurry_nobody_is_waited_for(backend: str) -> None:
 
 async def test_what_a_successor_does_not_claim_is_answered_and_closed(backend: str, tmp_path: Path) -> None:
     async with a_plane() as plane:
-        entry = plane.registry.listen_unix(tmp_path / "unclaimed")
-        other = plane.registry.listen_unix(tmp_path / "claimed")
+        entry = plane.registry.obtain(Unix(str(tmp_path / "unclaimed")))
+        other = plane.registry.obtain(Unix(str(tmp_path / "claimed")))
         for each in (entry, other):
             each.start_listening()
         answering = Answering(entry, plane)

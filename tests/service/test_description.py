@@ -10,6 +10,7 @@ import pytest
 from ecdysis_async._connections.connection import Connection
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._service.description import Description
+from ecdysis_async._sockets.addresses import Internet
 from ecdysis_async.errors import SpawnFailed
 from ecdysis_async.report import State
 from tests.service.lives import a_life
@@ -35,7 +36,7 @@ async def test_one_line_for_systemctl(backend: str) -> None:
 async def test_status_is_told_as_data(backend: str) -> None:
     async with a_life() as (life, _):
         description = Description(life)
-        entry = life.plane.registry.listen_tcp("127.0.0.1", 0, name="web")
+        entry = life.plane.registry.obtain(Internet("127.0.0.1", 0), name="web")
         status = description.status()
         port = entry.sock.getsockname()[1]
         assert status["listeners"] == [{"name": "web", "address": f"127.0.0.1:{port}", "kind": "tcp"}]

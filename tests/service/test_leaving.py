@@ -13,6 +13,7 @@ from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import PredecessorState
 from ecdysis_async._service.leaving import Leaving, first_of
 from ecdysis_async._service.life import Stop
+from ecdysis_async._sockets.addresses import Unix
 from ecdysis_async.report import Outcome, State
 from tests.planes import turn
 from tests.service.lives import a_life
@@ -85,7 +86,7 @@ async def test_the_application_hears_of_it_before_its_connections_have_drained(b
 async def test_the_end_of_the_block(backend: str, *, has_served: bool, tmp_path: Path) -> None:
     path = tmp_path / "socket"
     async with a_life(drain_timeout=0) as (life, management):
-        life.plane.registry.listen_unix(path)
+        life.plane.registry.obtain(Unix(str(path)))
         life.state = State.SERVING if has_served else State.STARTING
         leaving = Leaving(life)
         life.task_group.start_soon(leaving.run)
@@ -110,7 +111,7 @@ async def test_a_failure_is_said_first_and_keeps_what_a_next_start_may_want(back
 async def test_what_a_successor_has_is_not_removed_from_its_path(backend: str, tmp_path: Path) -> None:
     path = tmp_path / "socket"
     async with a_life(drain_timeout=0) as (life, management):
-        life.plane.registry.listen_unix(path)
+        life.plane.registry.obtain(Unix(str(path)))
         life.state = State.PAUSED
         life.handover = PredecessorSide(life.generation, lambda handover: None)
         life.handover.state = PredecessorState.SETTLED

@@ -12,9 +12,6 @@ import json
 import os
 import resource
 import socket
-import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from ecdysis_async._sockets.registry import Entry, Kind, Registry, Until
+from ecdysis_async._sockets.addresses import Internet, Unix
+from ecdysis_async._sockets.entry import Entry, Kind, Until
+from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.errors import DescriptorMismatch, GarbledFrame
 
 type_of = {Kind.UNIX: socket.SOCK_STREAM, Kind.SEQPACKET: socket.SOCK_SEQPACKET, Kind.UNIX_DATAGRAM: socket.SOCK_DGRAM}
-
-# Ways to ask for a socket at a path, by the names of the methods.
-UNIX_METHODS = ("listen_unix", "listen_seqpacket", "bind_unix_datagram")
 
 
 @pytest.fixture
@@ -76,11 +72,6 @@ def reserved_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
-def ask(registry: Registry, method: str, path: str | os.PathLike[str], mode: int | None = None) -> Entry:
-    entry: Entry = getattr(registry, method)(path, mode=mode)
-    return entry
-
-
 def is_same_socket(one: Entry, other: Entry) -> bool:
     """Say whether two entries are duplicates of one socket of the kernel."""
     return os.fstat(one.sock.fileno()).st_ino == os.fstat(other.sock.fileno()).st_ino
@@ -112,8 +103,8 @@ def has_nonblocking_flag(sock: socket.socket) -> bool:
 def test_tcp_and_udp_are_bound_and_do_not_listen(
     registry: Registry, host: str | None, address: str, family: socket.AddressFamily
 ) -> None:
-    tcp = registry.listen_tcp(host, 0)
-    udp = registry.bind_udp(host, 0)
+    tcp = registry.obtain(Internet(host, 0))
+    udp = registry.obtain(Internet(host, 0, is_datagram=True))
     assert (tcp.kind, tcp.name, tcp.address) == (Kind.TCP, f"tcp:{address}", address)
     assert (udp.kind, udp.name, udp.address) == (Kind.UDP, f"udp:{address}", address)
     for entry in tcp, udp:
@@ -131,68 +122,42 @@ def test_tcp_and_udp_are_bound_and_do_not_listen(
 
 
 def test_all_of_ipv4_and_all_of_ipv6_share_a_port(registry: Registry) -> None:
-    six = registry.listen_tcp("::", 0)
+    six = registry.obtain(Internet("::", 0))
     port = six.sock.getsockname()[1]
-    four = registry.listen_tcp("", port)
+    four = registry.obtain(Internet("", port))
     for entry in six, four:
         entry.start_listening()
     assert four.sock.getsockname() == ("0.0.0.0", port)
 
 
-def test_start_listening_again_keeps_what_is_queued(registry: Registry) -> None:
-    entry = registry.listen_tcp("127.0.0.1", 0, backlog=5)
-    entry.start_listening()
-    assert not entry.is_waited_for()
-    with socket.create_connection(entry.sock.getsockname()):
-        entry.start_listening()
-        assert entry.is_waited_for()
-        accepted, _ = entry.sock.accept()
-        accepted.close()
-
-
-@pytest.mark.parametrize(
-    "host", ["localhost", "example.org", "b\u00fccher.example", "a" * 300, "1.2.3.4.5", "[::1]", "a b"]
-)
-def test_names_are_refused_with_a_remedy(registry: Registry, host: str) -> None:
-    with pytest.raises(ValueError, match=r"no numeric address.*resolve"):
-        registry.listen_tcp(host, 0)
-    assert not registry.entries
-
-
-@pytest.mark.parametrize("port", [-1, 65536])
-def test_ports_are_checked(registry: Registry, port: int) -> None:
-    with pytest.raises(ValueError, match="no port"):
-        registry.bind_udp("127.0.0.1", port)
-
-
 def test_errors_of_bind_name_address_and_remedy(registry: Registry) -> None:
     # 192.0.2.0/24 is for documentation (RFC 5737) and nobody's.
     with pytest.raises(OSError, match=r"cannot bind 192\.0\.2\.1:0: .*no interface") as raised:
-        registry.listen_tcp("192.0.2.1", 0)
+        registry.obtain(Internet("192.0.2.1", 0))
     assert raised.value.errno == errno.EADDRNOTAVAIL
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=rf"cannot bind 127\.0\.0\.1:{port}: .*another socket") as raised:
-            registry.listen_tcp("127.0.0.1", port)
+            registry.obtain(Internet("127.0.0.1", port))
         assert raised.value.errno == errno.EADDRINUSE
     assert not registry.entries
 
 
 def test_asking_twice_fails_before_anything_listens(registry: Registry, reserved_port: int) -> None:
-    udp_port = registry.bind_udp("127.0.0.1", 0).sock.getsockname()[1]
-    registry.listen_tcp("127.0.0.1", reserved_port)
-    for ask_for, port in (registry.listen_tcp, reserved_port), (registry.bind_udp, udp_port):
+    udp_port = registry.obtain(Internet("127.0.0.1", 0, is_datagram=True)).sock.getsockname()[1]
+    registry.obtain(Internet("127.0.0.1", reserved_port))
+    for port, is_datagram in (reserved_port, False), (udp_port, True):
         with pytest.raises(OSError, match=f"127.0.0.1:{port}") as raised:
-            ask_for("127.0.0.1", port)
+            registry.obtain(Internet("127.0.0.1", port, is_datagram=is_datagram))
         assert raised.value.errno == errno.EADDRINUSE
     # Two ports of the kernel's choice are two.
-    assert registry.bind_udp("127.0.0.1", 0).sock.getsockname()[1] != udp_port
+    assert registry.obtain(Internet("127.0.0.1", 0, is_datagram=True)).sock.getsockname()[1] != udp_port
 
 
 def test_until_is_checked(registry: Registry) -> None:
-    assert registry.listen_tcp("127.0.0.1", 0, until="exit").until is Until.EXIT
+    assert registry.obtain(Internet("127.0.0.1", 0), until="exit").until is Until.EXIT
     with pytest.raises(ValueError, match="never"):
-        registry.listen_tcp("127.0.0.1", 0, until="never")
+        registry.obtain(Internet("127.0.0.1", 0), until="never")
     registry.close(unlink=True)
 
 
@@ -204,13 +169,13 @@ def test_each_kind_is_inherited_by_its_default_name(
 ) -> None:
     def ask_for_all(registry: Registry) -> list[Entry]:
         return [
-            registry.listen_tcp("127.0.0.1", 0),
-            registry.listen_tcp("::1", 0),
-            registry.bind_udp("127.0.0.1", 0),
-            registry.listen_unix(tmp_path / "stream"),
-            registry.listen_seqpacket(str(tmp_path / "packets")),
-            registry.bind_unix_datagram(tmp_path / "datagrams"),
-            registry.listen_unix(f"@{tmp_path.name}/{os.getpid()}"),
+            registry.obtain(Internet("127.0.0.1", 0)),
+            registry.obtain(Internet("::1", 0)),
+            registry.obtain(Internet("127.0.0.1", 0, is_datagram=True)),
+            registry.obtain(Unix(str(tmp_path / "stream"))),
+            registry.obtain(Unix(str(tmp_path / "packets"), Kind.SEQPACKET)),
+            registry.obtain(Unix(str(tmp_path / "datagrams"), Kind.UNIX_DATAGRAM)),
+            registry.obtain(Unix(f"@{tmp_path.name}/{os.getpid()}")),
         ]
 
     created = ask_for_all(registry)
@@ -233,11 +198,11 @@ def test_inheriting_does_not_make_the_predecessors_socket_blocking(
     registry: Registry, succeed: Callable[[Registry], Registry]
 ) -> None:
     # Trap 3: O_NONBLOCK is shared by all duplicates.
-    entry = registry.listen_tcp("127.0.0.1", 0)
+    entry = registry.obtain(Internet("127.0.0.1", 0))
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)
     try:
-        inherited = succeed(registry).listen_tcp("127.0.0.1", 0)
+        inherited = succeed(registry).obtain(Internet("127.0.0.1", 0))
     finally:
         socket.setdefaulttimeout(before)
     assert has_nonblocking_flag(entry.sock)
@@ -245,22 +210,22 @@ def test_inheriting_does_not_make_the_predecessors_socket_blocking(
 
 
 def test_a_claim_says_anew_how_long_it_serves(registry: Registry, succeed: Callable[[Registry], Registry]) -> None:
-    registry.listen_tcp("127.0.0.1", 0, until="drain", backlog=3)
-    entry = succeed(registry).listen_tcp("127.0.0.1", 0, until="exit", backlog=7)
+    registry.obtain(Internet("127.0.0.1", 0), until="drain", backlog=3)
+    entry = succeed(registry).obtain(Internet("127.0.0.1", 0), until="exit", backlog=7)
     assert (entry.until, entry.backlog) == (Until.EXIT, 7)
 
 
 def test_an_address_that_changed_is_created(registry: Registry, succeed: Callable[[Registry], Registry]) -> None:
     # Trap 10.
-    old = registry.listen_tcp("127.0.0.1", 0, name="web")
+    old = registry.obtain(Internet("127.0.0.1", 0), name="web")
     old.start_listening()
     successor = succeed(registry)
-    new = successor.listen_tcp("::1", 0, name="web")
+    new = successor.obtain(Internet("::1", 0), name="web")
     assert not new.inherited
     assert not is_listening(new.sock)
     assert [entry.address for entry in successor.unclaimed()] == ["127.0.0.1:0"]
     # Another kind at the same address is another socket.
-    assert not successor.bind_udp("127.0.0.1", 0, name="web").inherited
+    assert not successor.obtain(Internet("127.0.0.1", 0, is_datagram=True), name="web").inherited
     (closed,) = successor.close_unclaimed()
     assert closed.sock.fileno() == -1
     assert successor.unclaimed() == []
@@ -272,13 +237,19 @@ def test_a_renamed_listener_is_inherited_by_its_address(
     registry: Registry, succeed: Callable[[Registry], Registry], tmp_path: Path, reserved_port: int
 ) -> None:
     port = reserved_port
-    old = registry.listen_tcp("127.0.0.1", port, name="old"), registry.listen_unix(tmp_path / "socket", name="old")
-    registry.listen_tcp("127.0.0.1", 0, name="old")
+    old = (
+        registry.obtain(Internet("127.0.0.1", port), name="old"),
+        registry.obtain(Unix(str(tmp_path / "socket")), name="old"),
+    )
+    registry.obtain(Internet("127.0.0.1", 0), name="old")
     successor = succeed(registry)
-    new = successor.listen_tcp("127.0.0.1", port, name="new"), successor.listen_unix(tmp_path / "socket", name="new")
+    new = (
+        successor.obtain(Internet("127.0.0.1", port), name="new"),
+        successor.obtain(Unix(str(tmp_path / "socket")), name="new"),
+    )
     assert all(map(is_same_socket, old, new))
     # A port of the kernel's choice is known by its name alone.
-    assert not successor.listen_tcp("127.0.0.1", 0, name="new").inherited
+    assert not successor.obtain(Internet("127.0.0.1", 0), name="new").inherited
     assert len(successor.unclaimed()) == 1
 
 
@@ -286,13 +257,13 @@ def test_equal_sockets_are_claimed_in_order_each_once(
     registry: Registry, succeed: Callable[[Registry], Registry]
 ) -> None:
     # Trap 10.
-    first = registry.listen_tcp("127.0.0.1", 0, reuse_port=True)
+    first = registry.obtain(Internet("127.0.0.1", 0, reuse_port=True))
     port = first.sock.getsockname()[1]
-    old = [registry.listen_tcp("127.0.0.1", port, reuse_port=True) for _ in range(3)]
-    old_ephemeral = [registry.bind_udp("127.0.0.1", 0) for _ in range(2)]
+    old = [registry.obtain(Internet("127.0.0.1", port, reuse_port=True)) for _ in range(3)]
+    old_ephemeral = [registry.obtain(Internet("127.0.0.1", 0, is_datagram=True)) for _ in range(2)]
     successor = succeed(registry)
-    new = [successor.listen_tcp("127.0.0.1", port, reuse_port=True) for _ in range(4)]
-    new_ephemeral = [successor.bind_udp("127.0.0.1", 0) for _ in range(3)]
+    new = [successor.obtain(Internet("127.0.0.1", port, reuse_port=True)) for _ in range(4)]
+    new_ephemeral = [successor.obtain(Internet("127.0.0.1", 0, is_datagram=True)) for _ in range(3)]
     assert all(map(is_same_socket, old, new))
     assert all(map(is_same_socket, old_ephemeral, new_ephemeral))
     assert [entry.inherited for entry in new] == [True, True, True, False]
@@ -303,11 +274,11 @@ def test_a_second_socket_of_a_port_takes_its_queue_along_and_an_inherited_one_do
     registry: Registry, succeed: Callable[[Registry], Registry]
 ) -> None:
     # Trap 11: why a successor inherits every socket, also of a port that it could bind once more.
-    port = registry.listen_tcp("127.0.0.1", 0, reuse_port=True).sock.getsockname()[1]
-    registry.listen_tcp("127.0.0.1", port, reuse_port=True)
+    port = registry.obtain(Internet("127.0.0.1", 0, reuse_port=True)).sock.getsockname()[1]
+    registry.obtain(Internet("127.0.0.1", port, reuse_port=True))
     registry.start_listening()
     successor = succeed(registry)
-    sockets = [successor.listen_tcp("127.0.0.1", wanted, reuse_port=True).sock for wanted in (0, port)]
+    sockets = [successor.obtain(Internet("127.0.0.1", wanted, reuse_port=True)).sock for wanted in (0, port)]
     with contextlib.ExitStack() as stack:
 
         def connect() -> list[socket.socket]:
@@ -345,10 +316,10 @@ def test_a_second_socket_of_a_port_takes_its_queue_along_and_an_inherited_one_do
 
 
 def test_it_goes_on_over_many_generations(registry: Registry, succeed: Callable[[Registry], Registry]) -> None:
-    port = registry.listen_tcp("127.0.0.1", 0).sock.getsockname()[1]
+    port = registry.obtain(Internet("127.0.0.1", 0)).sock.getsockname()[1]
     for _ in range(5):
         successor = succeed(registry)
-        assert successor.listen_tcp("127.0.0.1", 0).sock.getsockname()[1] == port
+        assert successor.obtain(Internet("127.0.0.1", 0)).sock.getsockname()[1] == port
         registry.close(unlink=False)
         registry = successor
 
@@ -358,9 +329,11 @@ def test_a_thousand_sockets(registry: Registry, succeed: Callable[[Registry], Re
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     try:
         names = [str(number) for number in range(1000)]
-        ports = [registry.listen_tcp("127.0.0.1", 0, name=name).sock.getsockname()[1] for name in names]
+        ports = [registry.obtain(Internet("127.0.0.1", 0), name=name).sock.getsockname()[1] for name in names]
         successor = succeed(registry)
-        claimed = [successor.listen_tcp("127.0.0.1", 0, name=name).sock.getsockname()[1] for name in reversed(names)]
+        claimed = [
+            successor.obtain(Internet("127.0.0.1", 0), name=name).sock.getsockname()[1] for name in reversed(names)
+        ]
         assert claimed == list(reversed(ports))
         assert successor.unclaimed() == []
         successor.close(unlink=False)
@@ -392,46 +365,22 @@ def test_broken_descriptions_close_every_descriptor(registry: Registry) -> None:
 # --- Unix paths -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", UNIX_METHODS)
+@pytest.mark.parametrize("kind", type_of)
 def test_a_path_keeps_its_inode_until_the_full_stop(
-    registry: Registry, succeed: Callable[[Registry], Registry], tmp_path: Path, method: str
+    registry: Registry, succeed: Callable[[Registry], Registry], tmp_path: Path, kind: Kind
 ) -> None:
     # Trap 4.
     path = tmp_path / "socket"
-    ask(registry, method, path).start_listening()
+    registry.obtain(Unix(str(path), kind)).start_listening()
     inode = path.stat().st_ino
     successor = succeed(registry)
-    inherited = ask(successor, method, path)
+    inherited = successor.obtain(Unix(str(path), kind))
     registry.close(unlink=False)
     assert path.stat().st_ino == inode
     with socket.socket(socket.AF_UNIX, type_of[inherited.kind]) as client:
         client.connect(str(path))
     successor.close(unlink=True)
     assert not path.exists()
-
-
-@pytest.mark.parametrize("method", UNIX_METHODS)
-@pytest.mark.parametrize("occupant_type", type_of.values())
-def test_a_path_that_a_killed_process_left_is_replaced(
-    registry: Registry, tmp_path: Path, method: str, occupant_type: socket.SocketKind
-) -> None:
-    path = tmp_path / "socket"
-    with socket.socket(socket.AF_UNIX, occupant_type) as occupant:
-        occupant.bind(str(path))
-        # Occupied, whether or not it listens: it may be a successor that has not got its commit yet.
-        for _ in range(2):
-            with pytest.raises(OSError, match=f"cannot bind {path}: .*another socket") as raised:
-                ask(registry, method, path)
-            assert raised.value.errno == errno.EADDRINUSE
-            if occupant_type is not socket.SOCK_DGRAM:
-                occupant.listen()
-        if occupant_type is not socket.SOCK_DGRAM:
-            # And nobody has been troubled by a connection that was only a question.
-            occupant.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                occupant.accept()
-    entry = ask(registry, method, path)
-    assert entry.is_at_its_path()
 
 
 def test_a_file_that_is_no_socket_is_left_alone(registry: Registry, tmp_path: Path) -> None:
@@ -441,76 +390,41 @@ def test_a_file_that_is_no_socket_is_left_alone(registry: Registry, tmp_path: Pa
     link.symlink_to(path)
     for refused in path, link, tmp_path:
         with pytest.raises(FileExistsError, match=f"cannot bind {refused}: .*no socket"):
-            registry.listen_unix(refused)
+            registry.obtain(Unix(str(refused)))
     assert path.read_text() == "data"
 
 
 def test_asking_twice_for_a_path_fails(registry: Registry, tmp_path: Path) -> None:
-    entry = registry.listen_unix(tmp_path / "socket")
-    for method in UNIX_METHODS:
+    entry = registry.obtain(Unix(str(tmp_path / "socket")))
+    for kind in type_of:
         with pytest.raises(OSError, match="in use"):
-            ask(registry, method, tmp_path / "socket")
+            registry.obtain(Unix(str(tmp_path / "socket"), kind))
     assert entry.is_at_its_path()
-    registry.listen_unix(f"@{tmp_path.name}/{os.getpid()}")
+    registry.obtain(Unix(f"@{tmp_path.name}/{os.getpid()}"))
     with pytest.raises(OSError, match="in use"):
-        registry.listen_unix(f"@{tmp_path.name}/{os.getpid()}")
+        registry.obtain(Unix(f"@{tmp_path.name}/{os.getpid()}"))
 
 
 def test_a_directory_that_is_not_there(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cannot bind .*create it first"):
-        registry.listen_unix(tmp_path / "nowhere" / "socket")
+        registry.obtain(Unix(str(tmp_path / "nowhere" / "socket")))
 
 
 def test_paths_that_are_too_long(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in "/" + "a" * 107, "@" + "a" * 107, "\u00fc" * 60:
         with pytest.raises(ValueError, match="too long for a Unix socket"):
-            registry.listen_unix(path)
+            registry.obtain(Unix(str(path)))
     # A short way to a long one is possible, also when its file is stale.
     directory = tmp_path / ("d" * 100)
     directory.mkdir()
     monkeypatch.chdir(directory)
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind("socket")
-    entry = registry.listen_unix("socket")
+    entry = registry.obtain(Unix("socket"))
     assert entry.address == str(directory / "socket")
     monkeypatch.chdir(tmp_path)
     registry.close(unlink=True)
     assert not (directory / "socket").exists()
-
-
-@pytest.mark.parametrize("method", UNIX_METHODS)
-@pytest.mark.parametrize("mode", [0o600, 0o666, 0o770])
-def test_the_mode_is_exact_whatever_the_umask(registry: Registry, tmp_path: Path, method: str, mode: int) -> None:
-    path = tmp_path / "socket"
-    before = os.umask(0o022)
-    try:
-        ask(registry, method, path, mode)
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE(path.stat().st_mode) == mode
-
-
-def test_a_path_is_at_no_time_more_open_than_it_shall_be(tmp_path: Path) -> None:
-    # In a process of its own, because an audit hook stays. It looks right after the bind, before the mode is set.
-    code = (
-        "import os, sys\n"
-        "from ecdysis_async._sockets.registry import Registry\n"
-        "path = sys.argv[1]\n"
-        "def look(event, arguments):\n"
-        "    if event == 'os.chmod' and arguments[0] == path:\n"
-        "        print(oct(os.stat(path).st_mode))\n"
-        "sys.addaudithook(look)\n"
-        "os.umask(0)\n"
-        "Registry().bind_unix_datagram(path, mode=0o600)\n"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "socket")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert finished.stdout == f"{stat.S_IFSOCK | 0o600:#o}\n"
 
 
 def test_a_path_that_is_gone_or_leads_elsewhere_is_made_afresh(
@@ -520,14 +434,14 @@ def test_a_path_that_is_gone_or_leads_elsewhere_is_made_afresh(
         (tmp_path / release).mkdir()
     current = tmp_path / "current"
     current.symlink_to("one")
-    registry.listen_unix(current / "moved").start_listening()
-    registry.listen_unix(tmp_path / "removed").start_listening()
+    registry.obtain(Unix(str(current / "moved"))).start_listening()
+    registry.obtain(Unix(str(tmp_path / "removed"))).start_listening()
     (tmp_path / "next").symlink_to("two")
     (tmp_path / "next").rename(current)
     (tmp_path / "removed").unlink()
     successor = succeed(registry)
     for path in current / "moved", tmp_path / "removed":
-        entry = successor.listen_unix(path)
+        entry = successor.obtain(Unix(str(path)))
         assert not entry.inherited
         assert entry.is_at_its_path()
     assert len(successor.unclaimed()) == 2
@@ -542,10 +456,10 @@ def test_two_generations_remove_their_paths_at_once(
     """A full stop while several drain: each finds the path its own, and only one can remove it."""
     paths = [tmp_path / str(number) for number in range(200)]
     for path in paths:
-        registry.listen_unix(path)
+        registry.obtain(Unix(str(path)))
     successor = succeed(registry)
     for path in paths:
-        successor.listen_unix(path)
+        successor.obtain(Unix(str(path)))
     begin = threading.Barrier(2)
 
     def close(generation: Registry) -> None:
@@ -562,7 +476,7 @@ def test_two_generations_remove_their_paths_at_once(
 
 def test_only_its_own_path_is_unlinked(registry: Registry, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
-    entry = registry.listen_unix(theirs)
+    entry = registry.obtain(Unix(str(theirs)))
     theirs.unlink()
     with socket.socket(socket.AF_UNIX) as somebody, socket.socket(socket.AF_UNIX) as adopted:
         somebody.bind(str(theirs))
@@ -636,7 +550,7 @@ def test_any_socket_can_be_adopted(
 
 
 def test_find_knows_the_very_socket(registry: Registry) -> None:
-    entry = registry.listen_tcp("127.0.0.1", 0)
+    entry = registry.obtain(Internet("127.0.0.1", 0))
     assert registry.find(entry.sock) is entry
     assert registry.find(entry.sock.fileno()) is entry
     with entry.sock.dup() as duplicate:
@@ -649,8 +563,8 @@ def test_find_knows_the_very_socket(registry: Registry) -> None:
 
 
 def test_what_is_released_already_is_released(registry: Registry, tmp_path: Path) -> None:
-    kept = registry.listen_tcp("127.0.0.1", 0)
-    entry = registry.listen_unix(tmp_path / "socket")
+    kept = registry.obtain(Internet("127.0.0.1", 0))
+    entry = registry.obtain(Unix(str(tmp_path / "socket")))
     registry.release(entry)
     registry.release(entry, unlink=True)
     assert registry.entries == (kept,)
@@ -659,21 +573,21 @@ def test_what_is_released_already_is_released(registry: Registry, tmp_path: Path
 
 
 def test_what_the_application_has_closed_itself_is_no_more_there(registry: Registry, tmp_path: Path) -> None:
-    first, path = registry.listen_tcp("127.0.0.1", 0), registry.listen_unix(tmp_path / "s")
+    first, path = registry.obtain(Internet("127.0.0.1", 0)), registry.obtain(Unix(str(tmp_path / "s")))
     first.sock.close()
     path.sock.close()
     assert not registry.entries
     assert registry.describe() == ([], [])
     registry.start_listening()
     # Its address is free.
-    again = registry.listen_tcp("127.0.0.1", 0)
+    again = registry.obtain(Internet("127.0.0.1", 0))
     assert list(registry.entries) == [again]
     registry.close(unlink=True)
     assert not (tmp_path / "s").exists()
 
 
 def test_describe_leaves_the_descriptors_alone(registry: Registry) -> None:
-    entries = [registry.listen_tcp("127.0.0.1", 0, name=name) for name in "abc"]
+    entries = [registry.obtain(Internet("127.0.0.1", 0), name=name) for name in "abc"]
     descriptions, descriptors = registry.describe(entries[1:])
     assert [description["name"] for description in descriptions] == ["b", "c"]
     assert descriptors == [entry.sock.fileno() for entry in entries[1:]]

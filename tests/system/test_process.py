@@ -299,11 +299,12 @@ def test_platforms_without_the_means_can_import_it() -> None:
         "    for name in names:\n"
         "        delattr(module, name)\n"
         "import ecdysis_async._ipc.channel\n"
+        "from ecdysis_async._sockets.addresses import Internet\n"
         "from ecdysis_async._sockets.registry import Registry\n"
         "from ecdysis_async._system.process import supported\n"
         "assert not supported()\n"
         "registry = Registry()\n"
-        "assert registry.listen_tcp('127.0.0.1', 0).kind.value == 'tcp'\n"
+        "assert registry.obtain(Internet('127.0.0.1', 0)).kind.value == 'tcp'\n"
         "registry.close(unlink=True)\n"
     )
     subprocess.run(

@@ -8,7 +8,8 @@ import ssl
 
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._config.options import Options
-from ecdysis_async._sockets.addresses import listen, resolve
+from ecdysis_async._sockets.addresses import resolve
+from ecdysis_async._sockets.registry import listen
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import StartupError
 

@@ -1,0 +1,204 @@
+"""One named socket: what it is, where it stands, and what is done with its queue. It waits for nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import os
+import select
+import socket
+import sys
+from dataclasses import dataclass
+
+__all__ = ["BACKLOG", "Entry", "Kind", "Until", "address_of", "explain", "find_inode", "is_connected", "kind_of"]
+
+# What may wait in the kernel's queue, also between a pause and the successor's first accept. The kernel takes the
+# smaller one of this and net.core.somaxconn.
+BACKLOG = 2048
+
+
+class Kind(enum.Enum):
+    """What a socket is, as far as accepting and reading from it go."""
+
+    TCP = "tcp"
+    UNIX = "unix"
+    SEQPACKET = "seqpacket"
+    UNIX_DATAGRAM = "unixgram"
+    UDP = "udp"
+    OTHER = "other"
+
+
+class Until(enum.StrEnum):
+    """How long a listener serves when the service stops without a successor."""
+
+    DRAIN = "drain"
+    EXIT = "exit"
+
+
+_KINDS = {
+    (socket.AF_INET, socket.SOCK_STREAM): Kind.TCP,
+    (socket.AF_INET6, socket.SOCK_STREAM): Kind.TCP,
+    (socket.AF_INET, socket.SOCK_DGRAM): Kind.UDP,
+    (socket.AF_INET6, socket.SOCK_DGRAM): Kind.UDP,
+}
+# Where it is missing (Windows), this can be imported and TCP be served.
+if hasattr(socket, "AF_UNIX"):
+    _KINDS |= {
+        (socket.AF_UNIX, socket.SOCK_STREAM): Kind.UNIX,
+        (socket.AF_UNIX, socket.SOCK_SEQPACKET): Kind.SEQPACKET,
+        (socket.AF_UNIX, socket.SOCK_DGRAM): Kind.UNIX_DATAGRAM,
+    }
+
+_REMEDIES = {
+    errno.EADDRINUSE: "another socket has this address, or one that includes it: stop that service, or take another",
+    errno.EADDRNOTAVAIL: "no interface of this machine has this address",
+    errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE, a path needs a directory that may be written",
+    errno.ENOENT: "the directory does not exist: create it first",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One registered socket.
+
+    Attributes:
+        name: what it is inherited by, together with its address.
+        kind: what it is.
+        address: as it was asked for, such as ``127.0.0.1:0``, ``[::1]:80``, ``/run/app.sock`` or ``@abstract``.
+        sock: the socket, non-blocking, owned by the registry.
+        until: how long it serves when the service stops.
+        backlog: how many connections may wait to be accepted.
+        inherited: whether it came from another process.
+        claimed: whether this generation has asked for it.
+        inode: device and inode of its path, where the service made that path; else None.
+        number: the descriptor that the service manager passed it by to the first generation; None for all others.
+        adopted: whether the application made it: then other processes may have it, and accept from it, as well.
+    """
+
+    name: str
+    kind: Kind
+    address: str
+    sock: socket.socket
+    until: Until = Until.DRAIN
+    backlog: int = BACKLOG
+    inherited: bool = False
+    claimed: bool = True
+    inode: tuple[int, int] | None = None
+    number: int | None = None
+    adopted: bool = False
+
+    def __str__(self) -> str:
+        # Its name, and where it really is, if the name does not tell: a port that the kernel has chosen.
+        bound = address_of(self.sock)
+        return self.name if bound in self.name else f"{self.name} ({bound})"
+
+    def start_listening(self) -> None:
+        """Let clients queue. Does nothing for a socket that listens already, or that has no queue of connections."""
+        if not self.has_queue:
+            return
+        # A connected socket that was adopted has no queue either.
+        if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or is_connected(self.sock):
+            return
+        try:
+            self.sock.listen(self.backlog)
+        except OSError as error:
+            raise explain(error, "listen on", self.address) from error
+
+    def is_waited_for(self) -> bool:
+        """Say whether somebody waits in the kernel's queue to be accepted, or a datagram to be read."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether clients wait here to be accepted: connections are made, and reset where the socket is closed."""
+        return self.sock.type in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
+
+    def refuse_newcomers(self) -> None:
+        """Let nobody queue any more, while those who do can still be accepted. There is no way back.
+
+        A client of a Unix socket finds no path any more. A client of a TCP port finds the queue full, and asks again in
+        a second (tcp(7), the SYN that is repeated), when the socket is closed. The kernel still lets one client into a
+        queue that is empty. Nothing changes where another process may accept from this socket as well: that is what
+        the service did not make itself.
+        """
+        if not self.has_queue or not self._is_ours_alone:
+            return
+        if self.is_at_its_path():
+            os.unlink(self.address)
+        # Other systems take 0 for as many as possible.
+        elif self.kind is Kind.TCP and sys.platform == "linux":
+            # The application may have closed it.
+            with contextlib.suppress(OSError):
+                self.sock.listen(0)
+
+    def stop_listening(self) -> None:
+        """Refuse the clients of a TCP port at once, though it is not closed yet: no process accepts here any more.
+
+        Clients would otherwise wait as long as the drain takes, and be turned away all the same. Nothing changes where
+        another process may accept from this socket as well.
+        """
+        if self.kind is Kind.TCP and self._is_ours_alone:
+            # The application may have closed it.
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RD)
+
+    @property
+    def _is_ours_alone(self) -> bool:
+        return not self.adopted and self.number is None
+
+    def is_at_its_path(self) -> bool:
+        """Say whether its path still leads to this very socket."""
+        return self.inode is not None and find_inode(self.address) == self.inode
+
+
+def join_host(host: str, port: int) -> str:
+    """Write an address of the Internet as text; that of IPv6 stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_connected(sock: socket.socket) -> bool:
+    """Say whether a socket has a peer."""
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def kind_of(sock: socket.socket) -> Kind:
+    """Return what a socket is."""
+    return _KINDS.get((socket.AddressFamily(sock.family), socket.SocketKind(sock.type)), Kind.OTHER)
+
+
+def find_inode(path: str) -> tuple[int, int] | None:
+    """Return device and inode of a path itself; None where nothing is known of it."""
+    try:
+        found = os.lstat(path)
+    # It is not there, or not to be seen: either way it is not known to be ours.
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def address_of(sock: socket.socket) -> str:
+    """Return where a socket stands, as text."""
+    name = sock.getsockname()
+    match sock.family:
+        case socket.AF_INET | socket.AF_INET6:
+            return join_host(name[0], name[1])
+        case socket.AF_UNIX:
+            # Abstract addresses are bytes that begin with a NUL.
+            return "@" + os.fsdecode(name[1:]) if isinstance(name, bytes) else str(name)
+        case _:
+            return str(name)
+
+
+def explain(error: OSError, verb: str, address: str) -> OSError:
+    """Return the same error with the address in its text, and what to do about it."""
+    text = f"cannot {verb} {address}: {error.strerror}"
+    if remedy := _REMEDIES.get(error.errno or 0):
+        text += f" ({remedy})"
+    return OSError(error.errno, text)
