@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 Address = int | tuple[str, int] | str
 
 # Nothing here takes longer than a few seconds, also on a busy machine: whoever waits longer waits for ever.
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 60.0
 
 # A client that has failed comes back this much later: it would ask a service that is down a thousand times a second.
 FAILURE_PAUSE_SECONDS = 0.1

@@ -23,7 +23,7 @@ __all__ = ["RunningService", "running"]
 PROJECT = Path(__file__).resolve().parent.parent
 
 # What a service may take over its start, a restart or its end before something is wrong; far more than it needs.
-LIMIT_SECONDS = 30.0
+LIMIT_SECONDS = 60.0
 
 
 class Generation:

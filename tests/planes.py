@@ -61,7 +61,7 @@ async def turn(times: int = 5) -> None:
 
 async def wait_for_end(plane: DataPlane) -> None:
     """Wait until no connection is tracked any more."""
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         while len(plane.tracker):
             await turn()
 

@@ -127,7 +127,7 @@ async def test_pauses_under_load_lose_nothing() -> None:
         def be_clients() -> None:
             for _ in range(total // 4):
                 try:
-                    with socket.create_connection(address, timeout=20) as client:
+                    with socket.create_connection(address, timeout=60) as client:
                         client.sendall(b"?")
                         answer = client.recv(1)
                     if answer != b"?":
@@ -1082,7 +1082,7 @@ class Echo(asyncio.Protocol):
 async def ask(client):
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(client, b"?")
-    return await asyncio.wait_for(loop.sock_recv(client, 1), 10)
+    return await asyncio.wait_for(loop.sock_recv(client, 1), 60)
 
 async def main():
     reports = []
@@ -1148,4 +1148,5 @@ def test_without_descriptors_a_pause_holds_and_accepting_again_works(backend: st
     # asyncio has logged it once for the burst, and once more for each second that the shortage lasted.
     reports = done.stdout.count("Too many open files")
     assert done.stdout.count("'") == 2 * reports
-    assert (reports == 0) if backend == "uvloop" else (1 <= reports <= 3)
+    # Far fewer than there were connections to accept in that burst, however long it lasted on a busy machine.
+    assert (reports == 0) if backend == "uvloop" else (1 <= reports < 30)

@@ -17,7 +17,7 @@ import pytest
 from ecdysis_async._anchor import health
 from ecdysis_async._anchor.health import HealthServer
 
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 
 
 @contextlib.asynccontextmanager

@@ -117,7 +117,7 @@ def descriptors() -> int:
 
 async def move_all(pair: Pair) -> None:
     """Move everything, and end both sides."""
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(pair.receive)
             task_group.start_soon(pair.send)

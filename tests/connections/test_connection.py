@@ -53,7 +53,7 @@ async def test_a_handler_that_offers_its_stream_ends_when_it_has_moved() -> None
             handler: Callable[..., Any] = functools.partial(handle, plane)
             await start_server(plane, handler, "127.0.0.1", 0, name=NAME, resume=handler)
             await plane.gate.open()
-        with connect(old.registry.entries[0]) as client, anyio.fail_after(10):
+        with connect(old.registry.entries[0]) as client, anyio.fail_after(60):
             client.send(b"one\ntw")
             assert await read(client) == b"1 one\n"
             ours, theirs = socketpair()
@@ -86,7 +86,7 @@ async def test_a_handler_goes_on_when_nobody_takes_its_stream() -> None:
         await plane.gate.open()
         ours, theirs = socketpair()
         plane.tracker.moves = True
-        with connect(plane.registry.entries[0]) as client, anyio.fail_after(10):
+        with connect(plane.registry.entries[0]) as client, anyio.fail_after(60):
             while not plane.tracker.connections():
                 await turn()
             async with anyio.create_task_group() as task_group:
@@ -135,7 +135,7 @@ async def test_streams_of_anyio_and_trio_go_on_in_the_successor(kind: str, backe
             task_group.start_soon(functools.partial(serve, handler, listener, resume=handler, plane=plane))
             await turn()
             await plane.gate.open()
-        with connect(old.registry.entries[0]) as client, anyio.fail_after(10):
+        with connect(old.registry.entries[0]) as client, anyio.fail_after(60):
             client.send(b"abcd")
             assert await read(client) == b"4 abcd\n"
             ours, theirs = socketpair()

@@ -49,7 +49,7 @@ async def test_half_of_a_batch_refused_stays() -> None:
             return make(count)
 
         pair.new.server.moves = type(pair.new.server.moves)(resume)  # type: ignore[call-arg, misc]
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             async with anyio.create_task_group() as task_group:
                 task_group.start_soon(pair.receive)
                 task_group.start_soon(pair.send)
@@ -66,7 +66,7 @@ async def test_a_receiver_without_room_takes_what_it_has_room_for(monkeypatch: p
     monkeypatch.setattr(receiver, "RESERVE_SHARE", 0.0)
     monkeypatch.setattr(transfer, "NO_ROOM_SECONDS", 0.001)
     async with a_pair(30) as pair:
-        with anyio.fail_after(10), contextlib.ExitStack() as stack:
+        with anyio.fail_after(60), contextlib.ExitStack() as stack:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
             async with anyio.create_task_group() as task_group:
@@ -203,7 +203,7 @@ async def deliver(side: Side, text: bytes, numbers: list[int]) -> Answer | None:
     with ours:
         send_with_descriptors(ours, text, numbers)
         ours.shutdown(socket.SHUT_WR)
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             await Receiver(theirs, side.plane.gate.find_resumer, log).run()
         message = ours.recv(MESSAGE_BYTES)
     return Answer.read(message) if message else None

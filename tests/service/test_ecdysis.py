@@ -105,7 +105,7 @@ async def test_goodbyes_begin_before_the_successor_is_told_of_the_transfer(backe
                 while True:
                     ours.send(bytes(4096))
             before = descriptors()
-            with anyio.fail_after(10):
+            with anyio.fail_after(60):
                 async with anyio.create_task_group() as task_group:
                     task_group.start_soon(ecdysis._leaving._move_connections, lambda: None)
                     while descriptors() < before + 2:

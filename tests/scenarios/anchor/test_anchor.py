@@ -210,16 +210,25 @@ def test_a_request_handler_restarts_the_service_and_is_answered(run_anchor: Run)
     assert "a broken release" in failure["text"]
 
 
+# A request handler that waits for a restart until it is told not to.
+CALLED_OFF = """
+async with anyio.create_task_group() as group:
+    group.start_soon(ecdysis.restart, "settled")
+    while not os.path.exists("called off"):
+        await anyio.sleep(0.01)
+    group.cancel_scope.cancel()
+group.cancel_scope.cancelled_caught
+"""
+
+
 def test_a_restart_that_a_request_handler_calls_off(run_anchor: Run) -> None:
     service = run_anchor(workers=2)
     before = service.workers()
     service.configure(at_start="await wait()")
-    called_off = service.run("""
-with anyio.move_on_after(0.5) as scope:
-    await ecdysis.restart("settled")
-scope.cancelled_caught
-""")
-    assert called_off
+    with service.begin("run", code=CALLED_OFF) as asking:
+        service.wait_for("waiting")
+        (service.directory / "called off").touch()
+        assert asking.answer() is True
     service.wait_until(lambda: service.status()["restart"] is None, "it goes on")
     assert service.status()["last_report"]["outcome"] == "failed"
     assert service.workers() == before
@@ -292,7 +301,7 @@ def test_a_hung_worker_is_replaced_and_a_stopped_one_too(run_anchor: Run, watchd
     count = watchdog.count
     service.wait_for_log("its loop has not turned")
     # Some ten times, where nothing else runs on this machine.
-    assert watchdog.count - count > 3
+    assert watchdog.count - count > 1
     after = service.wait_for_workers(lambda found: len(found) == 2 and not set(found.values()) & set(before.values()))
     with Conversation(service.address) as conversation:
         hung = conversation.say("hello").answer()["pid"]

@@ -28,7 +28,7 @@ PROJECT = Path(__file__).resolve().parents[3]
 SERVICE = Path(__file__).with_name("service.py")
 
 # How long anything may take that should happen at once: on a busy machine, with several tests at a time.
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
 
 # A client's pause between two connections: there shall always be somebody who asks, and a processor for the others.
 CLIENT_PAUSE_SECONDS = 0.002
@@ -39,7 +39,7 @@ PR_SET_CHILD_SUBREAPER = 36
 FIFO_SIZE = 1024 * 1024
 
 # Waits of the library that no setting is worth, shortened to what a busy machine needs.
-LIMITS = {"PAUSE_SECONDS": 5.0, "SERVING_SECONDS": 5.0, "END_GRACE_SECONDS": 3.0}
+LIMITS = {"PAUSE_SECONDS": 30.0, "SERVING_SECONDS": 30.0, "END_GRACE_SECONDS": 3.0}
 
 # What a healthy service never writes.
 BLEMISHES = ("Traceback (most", "Exception ignored", "Warning:", "never awaited", "never retrieved")

@@ -39,7 +39,7 @@ PROBATION_SECONDS = 0.05
 # a leak that is smaller shows in the descriptors, if anywhere.
 TOLERANCE_BYTES = 512 * 1024
 
-QUIET_SECONDS = 10.0
+QUIET_SECONDS = 60.0
 
 
 @dataclass(frozen=True)

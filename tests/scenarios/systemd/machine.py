@@ -27,7 +27,7 @@ BOOT = Path(__file__).with_name("boot.sh")
 PACKAGES = ("systemd", "libsystemd-shared", "libsystemd0")
 
 # How long anything may take that takes a moment, also on a busy machine.
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 
 
 class Unavailable(Exception):
