@@ -222,7 +222,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 async def test_a_restart_of_its_slot_with_what_other_workers_have_opened(backend: str) -> None:
     theirs = Registry()
-    theirs.listen_tcp("127.0.0.1", 0, name="of another worker")
+    theirs.obtain(Internet("127.0.0.1", 0), name="of another worker")
     async with a_pair() as pair:
         await order_restart(pair, 7, theirs)
         await until(lambda: pair.life.handover)
