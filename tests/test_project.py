@@ -21,7 +21,7 @@ PACKAGE = PROJECT / "ecdysis_async"
 
 # The wings, top to bottom. A file imports its own wing and those below it; wings of one line do not know each other.
 LAYERS = (
-    {"cli"},
+    {"cli", "testing"},
     {"servers", "_proving", "__init__"},
     {"_anchor", "_service", "_config"},
     {"_management"},
@@ -32,7 +32,7 @@ LAYERS = (
     {"report", "settings"},
     {"errors"},
 )
-FACES = {"transfer", "anyio_listeners", "trio_listeners"}
+FACES = {"transfer", "anyio_listeners", "trio_listeners", "testing"}
 
 # All others are written once, on anyio.
 NATIVE = ("_accepting", "_proving", "servers")

@@ -161,6 +161,7 @@ class Plan:
         patience: how long an answer may take.
         restart_timeout: how long a restart may take.
         max_slowdown: how many times slower than the first generation a later one may be.
+        log: a file for what the service writes; None: it is kept for errors only.
 
     Raises:
         PlanError: what contradicts itself.
@@ -179,6 +180,7 @@ class Plan:
     patience: float = 10.0
     restart_timeout: float = 120.0
     max_slowdown: float = 2.0
+    log: str | None = None
 
     def __post_init__(self) -> None:
         sources = [bool(each) for each in (self.target, self.control, self.command)]

@@ -22,7 +22,7 @@ from typing import Any
 from ecdysis_async._management.control_path import locate
 
 from .plan import Plan, PlanError, Step, Url
-from .processes import find_family
+from .processes import find_acceptors, find_family
 from .records import Restart
 from .settings import APP_DIR_VARIABLE, BROKEN_VARIABLE, FACTORY_VARIABLE, PLAIN_VARIABLE, TARGET_VARIABLE
 
@@ -218,7 +218,7 @@ class OwnService(ControlledService):
         self._target = plan.target
         self._options = list(plan.run_options)
         self._path = plan.requests[0].path
-        self._log = directory / "log"
+        self._log = Path(plan.log) if plan.log is not None else directory / "log"
         self._broken = directory / "broken"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -292,8 +292,9 @@ class CommandedService(Service):
         self._command = plan.command
         self._restart = plan.restart_command
         self._timeout = plan.restart_timeout
-        self._log = directory / "log"
+        self._log = Path(plan.log) if plan.log is not None else directory / "log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._workers: set[int] = set()
 
     async def start(self) -> None:
         if not self._command:
@@ -333,10 +334,12 @@ class CommandedService(Service):
             await asyncio.to_thread(self._process.wait)
 
     async def look(self) -> dict[int, tuple[int | None, str | None]]:
-        processes = await self.find_processes()
-        # Who has children is the one in front of them.
-        workers = processes - {self._process.pid} if self._process is not None else set()
-        return dict.fromkeys(workers or processes, (None, None))
+        family = await self.find_processes()
+        # Who leaves closes its listening socket first, and still serves clients.
+        self._workers = (self._workers & family) | await asyncio.to_thread(find_acceptors, family, self.url.port)
+        # Where there are several, the first process is in front of the others, and stays.
+        front = {self._process.pid} if self._process is not None and len(self._workers) > 1 else set()
+        return dict.fromkeys(self._workers - front, (None, None))
 
     async def find_processes(self) -> set[int]:
         return await asyncio.to_thread(find_family, {self._process.pid}) if self._process is not None else set()

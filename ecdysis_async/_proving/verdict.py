@@ -79,7 +79,10 @@ class Verdict:
         """Return it as an object of JSON: the numbers, without the points that they are made of."""
         history = self.history
         phases = self.split()
-        restarting = [each for phase, exchanges in phases.items() if phase != STEADY for each in exchanges]
+        by_kind: dict[str, list[Exchange]] = {"steady": phases[STEADY], "restarts": [], "faults": []}
+        for number, restart in enumerate(history.restarts, 1):
+            kind = "restarts" if restart.step is Step.RESTART else "faults"
+            by_kind[kind] += phases[name_restart(number, restart)]
         endings = Counter(each.ending for each in history.connections)
         return {
             "verdict": "good" if self.is_good else "bad",
@@ -92,10 +95,7 @@ class Verdict:
             "closed_by_server": {
                 ending.name.lower(): endings[ending] for ending in Ending if ending is not Ending.OURS
             },
-            "latency": {
-                "steady": dataclasses.asdict(Latency.of(phases[STEADY])),
-                "restarts": dataclasses.asdict(Latency.of(restarting)),
-            },
+            "latency": {kind: dataclasses.asdict(Latency.of(exchanges)) for kind, exchanges in by_kind.items()},
             "memory": self.measure_memory(),
             "steps": [self.describe_step(number, each) for number, each in enumerate(history.restarts, 1)],
             "notes": history.notes,
@@ -180,6 +180,8 @@ def _describe(found: dict[str, Any], verdict: Verdict) -> Iterable[str]:
     yield ""
     yield f"{'':<10} {'answers':>8} {'p50':>10} {'p99':>10} {'p99.9':>10} {'max':>10}"
     for name, latency in found["latency"].items():
+        if name == "faults" and not latency["count"]:
+            continue
         times = " ".join(f"{_milliseconds(latency[key]):>10}" for key in ("p50", "p99", "p999", "max"))
         yield f"{name:<10} {latency['count']:>8,} {times}"
     memory = found["memory"]

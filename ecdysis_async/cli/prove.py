@@ -44,7 +44,7 @@ def _prove(arguments: tuple[str, ...], *, as_json: bool, html: str | None, **giv
         except ServiceFailed as error:
             raise PlanError(str(error)) from error
         if html is not None:
-            Path(html).write_text(page.write(verdict), encoding="utf-8")
+            Path(html).write_text(page.write(verdict, _name_subject(plan)), encoding="utf-8")
     except (PlanError, CommandFailed, OSError) as error:
         _fail(str(error), as_json=as_json)
     if as_json:
@@ -52,6 +52,12 @@ def _prove(arguments: tuple[str, ...], *, as_json: bool, html: str | None, **giv
     else:
         click.echo(str(verdict))
     sys.exit(Exit.DONE if verdict.is_good else Exit.FAILED)
+
+
+def _name_subject(plan: Plan) -> str:
+    return shlex.join([plan.target, *plan.run_options] if plan.target else plan.command) or str(
+        plan.control or plan.url
+    )
 
 
 def _fail(message: str, *, as_json: bool) -> None:
@@ -94,6 +100,7 @@ def _make_plan(arguments: tuple[str, ...], given: dict[str, Any]) -> Plan:
         between=given["between"],
         patience=given["patience"],
         max_slowdown=given["max_slowdown"],
+        log=given["log"],
     )
 
 
@@ -169,6 +176,7 @@ prove = click.Command(
             help="How many times slower than the first generation a later one may answer.",
         ),
         click.Option(["as_json", "--json"], is_flag=True, help="Print the verdict as one JSON object, on stdout."),
+        click.Option(["--log"], metavar="FILE", help="Where what the service writes goes, if it is started here."),
         click.Option(["--html"], metavar="FILE", help="Write the verdict as a page, with a time line."),
     ],
     help=DESCRIPTION,
