@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         "ecdysis_async.testing is a plugin of pytest, which is not installed: pip install pytest", name=error.name
     ) from error
 
-from .plan import Plan, mix_requests, order_steps, read_requests
+from .plan import Plan, check_extra, mix_requests, order_steps, read_requests
 from .verdict import Verdict
 
 __all__ = ["RestartingService", "restarting_service"]
@@ -56,9 +56,10 @@ class RestartingService:
 
         Raises:
             pytest.fail.Exception: something was lost, or a restart had the wrong outcome; the text is the verdict.
-            PlanError: the arguments contradict themselves.
+            PlanError: the arguments contradict themselves, or the extra is not installed.
             ServiceFailed: the service does not start; the text has the last it has written.
         """
+        check_extra()
         from . import campaign, page
 
         if requests is not None:

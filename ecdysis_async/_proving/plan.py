@@ -6,6 +6,7 @@ Everything that a user may have got wrong is found here, before anything is star
 from __future__ import annotations
 
 import enum
+import importlib.util
 import ipaddress
 import math
 import tomllib
@@ -14,7 +15,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["Kind", "Plan", "PlanError", "Shape", "Step", "Url", "mix_requests", "order_steps", "read_requests"]
+__all__ = [
+    "Kind",
+    "Plan",
+    "PlanError",
+    "Shape",
+    "Step",
+    "Url",
+    "check_extra",
+    "mix_requests",
+    "order_steps",
+    "read_requests",
+]
 
 # The load is bounded: a proof shows whether a restart loses something, and is no benchmark.
 MAX_RATE = 2000.0
@@ -26,6 +38,8 @@ SHARES = {"new": 0.4, "kept": 0.4, "slow": 0.06, "upload": 0.06, "websocket": 0.
 SLOW_SECONDS = 1.0
 UPLOAD_BYTES = 64 * 1024
 WEBSOCKETS = 4
+
+EXTRA = ("h11", "websockets")
 
 PORTS = {"http": 80, "https": 443}
 
@@ -207,6 +221,17 @@ class Plan:
         for name in ("between", "patience", "restart_timeout", "max_slowdown"):
             if not 0 < getattr(self, name) < math.inf:
                 raise PlanError(f"--{name.replace('_', '-')}: a number above 0 is needed")
+
+
+def check_extra() -> None:
+    """See that the libraries are there that speak HTTP and WebSocket.
+
+    Raises:
+        PlanError: one is missing.
+    """
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PlanError(f"a proof needs {' and '.join(missing)}: pip install 'ecdysis_async[prove]'")
 
 
 def order_steps(restarts: int, *, broken: bool, successor: bool, predecessor: bool) -> tuple[Step, ...]:

@@ -7,7 +7,7 @@ serving. A connection is not closed while a client may be about to ask. A restar
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -94,19 +94,21 @@ def check_order(history: History) -> Iterator[Finding]:
     """The answers on a connection are those to its requests, in their order, and no more than these."""
     for connection in history.connections:
         answered: set[int] = set()
-        for index, answer in enumerate(connection.answers):
-            expected = connection.requests[index] if index < len(connection.requests) else None
+        waiting = deque(connection.requests)
+        for answer in connection.answers:
+            expected = waiting[0] if waiting else None
             named = answer.request if answer.request is not None else expected
             phase = name_phase(history, answer.at, answer.at)
             where = f"on connection {connection.number} ({connection.kind})"
             if named in answered or expected is None:
                 text = f"request {named or connection.requests[-1]} was answered again {where}"
                 yield Finding(Fault.REPEATED, answer.at, phase, text, named)
-            elif named != expected:
+                continue
+            waiting.popleft()
+            if named != expected:
                 text = f"request {expected} got the answer to request {named} {where}"
                 yield Finding(Fault.ORDER, answer.at, phase, text, expected)
-            if named is not None:
-                answered.add(named)
+            answered.add(expected if named is None else named)
 
 
 def check_idle(history: History) -> Iterator[Finding]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 import sys
@@ -11,13 +10,20 @@ from typing import Any
 
 import click
 
-from ecdysis_async._proving.plan import Plan, PlanError, Shape, Url, mix_requests, order_steps, read_requests
+from ecdysis_async._proving.plan import (
+    Plan,
+    PlanError,
+    Shape,
+    Url,
+    check_extra,
+    mix_requests,
+    order_steps,
+    read_requests,
+)
 
 from .client import CommandFailed, Exit, find
 
 __all__ = ["prove"]
-
-NEEDED = ("h11", "websockets")
 
 DESCRIPTION = """Restart a service under load, again and again, and say whether anything was lost.
 
@@ -33,9 +39,7 @@ service to be proved."""
 def _prove(arguments: tuple[str, ...], *, as_json: bool, html: str | None, **given: Any) -> None:
     try:
         plan = _make_plan(arguments, given)
-        missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-        if missing:
-            raise PlanError(f"{' and '.join(missing)} is needed: pip install 'ecdysis_async[prove]'")
+        check_extra()
         from ecdysis_async._proving import campaign, page
         from ecdysis_async._proving.service import ServiceFailed
 

@@ -1,0 +1,175 @@
+"""``ecdysis prove`` as a process: on services that lose nothing, on some with a fault each, and on those of others."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.scenarios.run.harness import ECDYSIS, PROJECT, running
+
+APPS = "tests.scenarios.proving.apps"
+IN_PROJECT = ("--app-dir", str(PROJECT))
+QUICK = ("--between", "0.7", "--rate", "50")
+ONE = ("--restarts", "1", "--no-broken", "--no-kill-successor", "--no-kill-predecessor")
+
+GOOD, BAD, USAGE = 0, 1, 2
+
+
+def prove(*arguments: str, directory: Path | None = None, **environment: str) -> tuple[int, str]:
+    """Run the command to its end; return exit code and output."""
+    done = subprocess.run(
+        [*ECDYSIS, "prove", *arguments],
+        cwd=directory or PROJECT,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def judge(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
+    """Return exit code, verdict and the whole output."""
+    code, output = prove(*arguments, "--json", **environment)
+    verdict: dict[str, Any] = next(json.loads(line) for line in output.splitlines() if line.startswith("{"))
+    return code, verdict, output
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_a_service_that_loses_nothing_over_restarts_and_faults(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    code, verdict, output = judge(
+        *("--restarts", "1", *QUICK, "--html", str(page), f"{APPS}:good", *IN_PROJECT, "--server-option"),
+        "ws=websockets-sansio",
+    )
+    assert (code, verdict["verdict"]) == (GOOD, "good"), output
+    assert verdict["failures"] == verdict["notes"] == []
+    assert set(verdict["kinds"]) == {"new", "kept", "slow", "upload", "websocket"}
+    names = [step["name"] for step in verdict["steps"]]
+    assert names == ["restart 1", "2: broken release", "3: successor killed", "4: predecessor killed"]
+    restart, broken, successor, predecessor = verdict["steps"]
+    assert [step["code"] for step in verdict["steps"]] == [0, 1, 1, 0]
+    assert "broken on purpose" in broken["message"]
+    assert restart["accept_gap"] is not None
+    assert 0 < restart["first_answer"] < restart["seconds"]
+    assert successor["killed"] != predecessor["killed"]
+    assert 0 < verdict["memory"]["steady"] < verdict["memory"]["restarts"]
+    assert verdict["latency"]["steady"]["p50"] <= verdict["latency"]["steady"]["p999"]
+    assert verdict["requests"] > verdict["latency"]["faults"]["count"] > 0
+    assert "Nothing was lost" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("asgi_app:app", ()),
+        ("asgi_app:app", ("--server", "hypercorn", "--loop", "asyncio")),
+        ("asgi_app:app", ("--workers", "2")),
+    ],
+    ids=["uvicorn", "hypercorn", "workers"],
+)
+def test_the_example(target: str, options: tuple[str, ...]) -> None:
+    code, output = prove(*ONE, *QUICK, target, "--app-dir", "examples", *options)
+    assert code == GOOD, output
+    assert output.rstrip().endswith("verdict: nothing was lost")
+    assert re.search(r"^restart 1 +settled, .*accept gap .* new code answered after", output, re.MULTILINE)
+    assert re.search(r"^steady +[\d,]+ +[\d.]+ ms +[\d.]+ ms +[\d.]+ ms +[\d.]+ ms$", output, re.MULTILINE)
+
+
+def test_an_aiohttp_application() -> None:
+    code, verdict, output = judge(*ONE, *QUICK, "tests.scenarios.run.apps:make_aiohttp", *IN_PROJECT, "--factory")
+    assert (code, verdict["failures"]) == (GOOD, []), output
+    assert verdict["steps"][0]["first_answer"] is not None
+    # It has no POST, and no WebSockets.
+    assert [note.partition(":")[0] for note in verdict["notes"]] == ["no uploads", "no WebSockets"]
+
+
+def test_a_service_that_loses_one_percent() -> None:
+    code, verdict, output = judge(*ONE, "--between", "1.5", "--rate", "100", f"{APPS}:lossy", *IN_PROJECT)
+    assert (code, verdict["verdict"]) == (BAD, "bad"), output
+    assert {failure["class"] for failure in verdict["failures"]} == {"wrong status"}
+    assert "status 500 instead of 200" in verdict["examples"][0]["text"]
+
+
+def test_a_service_that_closes_idle_connections_at_a_restart() -> None:
+    code, verdict, output = judge(*ONE, *QUICK, f"{APPS}:hasty", *IN_PROJECT, "--server", "main")
+    assert code == BAD, output
+    found = {failure["class"] for failure in verdict["failures"]}
+    assert "idle connection closed without notice" in found
+    assert found <= {"idle connection closed without notice", "closed without an answer", "connection reset"}
+    assert {failure["phase"] for failure in verdict["failures"]} == {"restart 1"}
+    assert verdict["closed_by_server"]["idle"] > 0
+    assert any("no answer names its generation" in note for note in verdict["notes"])
+
+
+def test_a_service_whose_second_generation_is_slower(tmp_path: Path) -> None:
+    first = str(tmp_path / "first")
+    arguments = (*ONE, "--between", "2", "--rate", "80", f"{APPS}:make_slower", *IN_PROJECT, "--factory")
+    code, verdict, output = judge(*arguments, FIRST=first)
+    assert code == BAD, output
+    assert {failure["class"] for failure in verdict["failures"]} == {"slower generation"}
+    assert re.search(r"generation 2 is [\d.]+ times slower than generation 1 in", verdict["examples"][0]["text"])
+    assert "(--max-slowdown 2)" in verdict["examples"][0]["text"]
+
+
+@pytest.mark.backends("asyncio")
+async def test_a_service_that_runs_already(tmp_path: Path) -> None:
+    async with running(tmp_path, "asgi_app:app", "--app-dir", str(PROJECT / "examples"), "--bind", "127.0.0.1:0"):
+        code, output = prove("--restarts", "1", *QUICK, "--control", str(tmp_path / "control"))
+        assert code == GOOD, output
+        assert "no answer names its generation" in output
+        assert "restart 1 " in output and "killed" not in output
+
+
+def test_workers_of_uvicorn_for_comparison() -> None:
+    """Its restart closes connections that are idle, and some that are not."""
+    port = free_port()
+    uvicorn = f"{sys.executable} -m uvicorn --workers 2 --app-dir examples --port {port} asgi_app:app"
+    code, verdict, output = judge(
+        *("--restarts", "1", "--between", "1", "--connections", "30", "--rate", "100"),
+        *("--command", uvicorn, "--restart-command", "kill -HUP {pid}", "--url", f"http://127.0.0.1:{port}/"),
+    )
+    assert (code, verdict["steps"][0]["code"]) == (BAD, 0), output
+    assert "idle connection closed without notice" in {failure["class"] for failure in verdict["failures"]}
+    assert 0 < verdict["memory"]["steady"] < verdict["memory"]["restarts"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--restarts", "0", "asgi_app:app", "--no-broken", "--no-kill-successor", "--no-kill-predecessor"), "nothing"),
+        (("asgi_ap:app", "--app-dir", "examples"), "there is no module 'asgi_ap'"),
+        (("asgi_app:ap", "--app-dir", "examples"), "did you mean 'app'"),
+        (("asgi_app:app", "--app-dir", "examples", "--wrokers", "2"), "--wrokers"),
+        (("--workers", "2", "asgi_app:app"), "there is no such option of `ecdysis prove`"),
+        (("--control", "/nowhere/control", "--no-broken"), "/nowhere/control"),
+        (("--restart-command", "true", "--url", "http://127.0.0.1:9/"), "nothing listens at http://127.0.0.1:9/"),
+        (("--restart-command", "true", "--url", "http://example.org/"), "the load goes to loopback only"),
+        (("asgi_app:app", "--app-dir", "examples", "--websocket-path", "/ws"), "websocket /ws: "),
+        (("asgi_app:app", "--app-dir", "examples", "--bind", "unix:/tmp/nobody.sock"), "listens on no TCP address"),
+        (("asgi_app:app", "--requests", "README.md"), "README.md: "),
+        (("asgi_app:app", "--header", "nonsense"), "write NAME: VALUE"),
+        (("--command", "no-such-program", "--restart-command", "x", "--url", "http://127.0.0.1:9/"), "no-such-program"),
+    ],
+)
+def test_mistakes_are_told(arguments: tuple[str, ...], words: str) -> None:
+    code, output = prove(*arguments)
+    assert code == USAGE, output
+    assert words in output
+    assert "Traceback (most" not in output
+    assert output.count("ecdysis: ") >= 1
