@@ -122,6 +122,7 @@ class Load:
     async def _visit(self, shape: Shape, due: float) -> Exchange:
         """Ask once, on a connection of its own."""
         exchange = self._begin(shape, due)
+        exchange.late = max(0.0, self.clock() - due)
         channel = self._new_channel(shape)
         try:
             async with self._noting_failures(exchange):

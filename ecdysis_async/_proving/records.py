@@ -72,6 +72,7 @@ class Exchange:
         due: when it was to be sent: latency counts from here, so that no stall hides the requests that it held up.
         connection: the number of its connection; None: there was none.
         delay: how long the client itself took to send it, on purpose.
+        late: how much later than due its client woke up: that is the machine's doing, and no server's.
         ended: when it was answered, or had failed.
         fault: why it failed, as its client saw it.
         detail: the same in more words.
@@ -84,6 +85,7 @@ class Exchange:
     due: float
     connection: int | None = None
     delay: float = 0.0
+    late: float | None = None
     ended: float | None = None
     fault: Fault | None = None
     detail: str = ""
@@ -119,6 +121,11 @@ class Connection:
     answers: list[Answer] = field(default_factory=list)
     ended: float | None = None
     ending: Ending | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its client may ask on it again."""
+        return self.kind in (Kind.KEPT, Kind.WEBSOCKET)
 
     @property
     def pid(self) -> int | None:

@@ -27,11 +27,12 @@ LEEWAY_SECONDS = 0.25
 # Of fewer answers nothing is concluded about a generation's speed.
 ENOUGH_ANSWERS = 20
 
-# What a busy machine adds by itself, seconds.
+# What a machine adds by itself, seconds. What a busy one adds is seen by how late clients wake up: a few times that.
 NOISE_SECONDS = 0.003
+NOISE_FACTOR = 5
 
-# A slower generation is slower in the better half of its answers, too: those tell it from a machine with other work.
-QUANTILES = (25.0, 50.0)
+# A slower generation is slower in its best answers, too: those tell it from a machine that has other work.
+QUANTILES = (10.0, 50.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def check_order(history: History) -> Iterator[Finding]:
 def check_idle(history: History) -> Iterator[Finding]:
     """No connection is closed while a client may be about to ask on it: not without having said so in an answer."""
     for connection in history.connections:
-        if connection.ending is Ending.IDLE and connection.ended is not None:
+        if connection.is_kept and connection.ending is Ending.IDLE and connection.ended is not None:
             phase = name_phase(history, connection.ended, connection.ended)
             text = f"connection {connection.number} ({connection.kind}) was closed while idle, without notice"
             excuse = _excuse(history, connection, connection.ended)
@@ -211,6 +212,7 @@ def check_restarts(history: History) -> Iterator[Finding]:
 def check_speed(history: History, max_slowdown: float) -> Iterator[Finding]:
     """No generation is much slower than the first one, in what it answers while no restart goes on."""
     speeds: dict[str, dict[int | str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    lateness: dict[int | str, list[float]] = defaultdict(list)
     for exchange in history.exchanges:
         answer = exchange.answer
         if exchange.fault is None and answer is not None and exchange.ended is not None:
@@ -218,13 +220,16 @@ def check_speed(history: History, max_slowdown: float) -> Iterator[Finding]:
             if who is None or name_phase(history, exchange.due, exchange.ended) != STEADY:
                 continue
             speeds[f"{exchange.kind} {exchange.what}"][who].append(exchange.latency)
+            if exchange.late is not None:
+                lateness[who].append(exchange.late)
     for what, generations in speeds.items():
         (first, former), *others = generations.items()
         for generation, latencies in others:
             if min(len(former), len(latencies)) < ENOUGH_ANSWERS:
                 continue
             pairs = [(percentile(former, percent), percentile(latencies, percent)) for percent in QUANTILES]
-            if all(new > old * max_slowdown + NOISE_SECONDS for old, new in pairs):
+            noise = NOISE_SECONDS + NOISE_FACTOR * percentile(lateness[generation] or [0.0], QUANTILES[-1])
+            if all(new > old * max_slowdown + noise for old, new in pairs):
                 old, new = pairs[-1]
                 text = (
                     f"generation {generation} is {new / old:.1f} times slower than generation {first} in {what}: "

@@ -83,7 +83,8 @@ class Verdict:
         for number, restart in enumerate(history.restarts, 1):
             kind = "restarts" if restart.step is Step.RESTART else "faults"
             by_kind[kind] += phases[name_restart(number, restart)]
-        endings = Counter(each.ending for each in history.connections)
+        # What a client does not go on with may be closed.
+        endings = Counter(each.ending for each in history.connections if each.is_kept or each.ending is Ending.BUSY)
         return {
             "verdict": "good" if self.is_good else "bad",
             "requests": len(history.exchanges),

@@ -17,17 +17,18 @@ from tests.scenarios.run.harness import ECDYSIS, PROJECT, running
 
 APPS = "tests.scenarios.proving.apps"
 IN_PROJECT = ("--app-dir", str(PROJECT))
-QUICK = ("--between", "0.7", "--rate", "50")
+# How fast a service is, is no matter of most tests, and nothing that a busy machine could tell.
+QUICK = ("--between", "0.7", "--rate", "50", "--max-slowdown", "100")
 ONE = ("--restarts", "1", "--no-broken", "--no-kill-successor", "--no-kill-predecessor")
 
 GOOD, BAD, USAGE = 0, 1, 2
 
 
-def prove(*arguments: str, directory: Path | None = None, **environment: str) -> tuple[int, str]:
+def prove(*arguments: str, **environment: str) -> tuple[int, str]:
     """Run the command to its end; return exit code and output."""
     done = subprocess.run(
         [*ECDYSIS, "prove", *arguments],
-        cwd=directory or PROJECT,
+        cwd=PROJECT,
         env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
         capture_output=True,
         text=True,
@@ -100,7 +101,7 @@ def test_an_aiohttp_application() -> None:
 
 
 def test_a_service_that_loses_one_percent() -> None:
-    code, verdict, output = judge(*ONE, "--between", "1.5", "--rate", "100", f"{APPS}:lossy", *IN_PROJECT)
+    code, verdict, output = judge(*ONE, *QUICK, "--rate", "120", f"{APPS}:lossy", *IN_PROJECT)
     assert (code, verdict["verdict"]) == (BAD, "bad"), output
     assert {failure["class"] for failure in verdict["failures"]} == {"wrong status"}
     assert "status 500 instead of 200" in verdict["examples"][0]["text"]
@@ -129,7 +130,10 @@ def test_a_service_whose_second_generation_is_slower(tmp_path: Path) -> None:
 
 @pytest.mark.backends("asyncio")
 async def test_a_service_that_runs_already(tmp_path: Path) -> None:
-    async with running(tmp_path, "asgi_app:app", "--app-dir", str(PROJECT / "examples"), "--bind", "127.0.0.1:0"):
+    async with running(
+        tmp_path, "asgi_app:app", "--app-dir", str(PROJECT / "examples"), "--bind", "127.0.0.1:0"
+    ) as run:
+        await run.find_port()
         code, output = prove("--restarts", "1", *QUICK, "--control", str(tmp_path / "control"))
         assert code == GOOD, output
         assert "no answer names its generation" in output
@@ -141,7 +145,7 @@ def test_workers_of_uvicorn_for_comparison() -> None:
     port = free_port()
     uvicorn = f"{sys.executable} -m uvicorn --workers 2 --app-dir examples --port {port} asgi_app:app"
     code, verdict, output = judge(
-        *("--restarts", "1", "--between", "1", "--connections", "30", "--rate", "100"),
+        *("--restarts", "1", "--between", "1", "--connections", "30", "--rate", "100", "--max-slowdown", "100"),
         *("--command", uvicorn, "--restart-command", "kill -HUP {pid}", "--url", f"http://127.0.0.1:{port}/"),
     )
     assert (code, verdict["steps"][0]["code"]) == (BAD, 0), output
