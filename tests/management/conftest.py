@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.management.managers import Manager
 
 
 @pytest.fixture
@@ -19,3 +22,10 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             monkeypatch.setenv(name, value)
 
     return set_variables
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]:
+    manager = Manager(str(tmp_path / "notify") if request.param == "path" else f"@{tmp_path}")
+    yield manager
+    manager.close()

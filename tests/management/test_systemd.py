@@ -23,43 +23,10 @@ from ecdysis_async._sockets.addresses import Internet, Unix
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.launch import Launch
 from ecdysis_async._system.process import Process, spawn
+from tests.management.managers import Manager
 from tests.scenarios.handoff.harness import set_subreaper
 
 PROJECT = Path(__file__).resolve().parents[2]
-
-
-class Manager:
-    """The receiving end of NOTIFY_SOCKET."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.sock.bind("\0" + address[1:] if address.startswith("@") else address)
-        self.sock.setblocking(False)
-        self.barriers: list[int] = []
-
-    async def hear(self) -> list[str]:
-        """Wait for a message; return its lines. A barrier is kept until it is lifted."""
-        await anyio.wait_readable(self.sock)
-        message, descriptors, _, _ = socket.recv_fds(self.sock, 4096, 4)
-        self.barriers += descriptors
-        return message.decode().split("\n")
-
-    def lift(self) -> None:
-        """Answer the barriers."""
-        while self.barriers:
-            os.close(self.barriers.pop())
-
-    def close(self) -> None:
-        self.lift()
-        self.sock.close()
-
-
-@pytest.fixture(params=["path", "abstract"])
-def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]:
-    manager = Manager(str(tmp_path / "notify") if request.param == "path" else f"@{tmp_path}")
-    yield manager
-    manager.close()
 
 
 async def test_only_the_main_process_speaks(manager: Manager) -> None:
