@@ -62,6 +62,8 @@ __all__ = [
     "until_draining",
 ]
 
+# The one place where the version stands: packaging reads it from here.
+__version__ = "0.1.0"
 
 # The names of these modules are loaded when they are asked for, as are those of `_service.ecdysis`, which has the rest.
 # `Ecdysis` costs `ecdysis restart`, which has no need of it, half of its start; asyncio costs a service on trio 40 ms.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.metadata
 import inspect
 import os
 import signal
@@ -244,6 +245,12 @@ def test_a_service_on_trio_never_loads_asyncio() -> None:
 def test_a_command_loads_nothing_of_a_service() -> None:
     program = "import sys, ecdysis_async.cli.commands; print({'anyio', 'asyncio', 'rich'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"set()\n"
+
+
+def test_the_version_is_the_one_that_is_packaged() -> None:
+    program = "import sys, ecdysis_async; print(ecdysis_async.__version__, 'importlib.metadata' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == f"{importlib.metadata.version('ecdysis_async')} False\n"
 
 
 def test_an_anchor_loads_nothing_of_what_only_a_worker_runs() -> None:

@@ -21,6 +21,7 @@ PACKAGE = PROJECT / "ecdysis_async"
 
 # The wings, top to bottom. A file imports its own wing and those below it; wings of one line do not know each other.
 LAYERS = (
+    {"__main__"},
     {"cli", "testing"},
     {"servers", "_proving", "__init__"},
     {"_anchor", "_service", "_config"},

@@ -563,6 +563,13 @@ def test_without_rich(backend: str, run_service: Run) -> None:
     assert "  probation " in done.stdout
 
 
+@pytest.mark.parametrize("module", ["ecdysis_async", "ecdysis_async.cli"])
+def test_the_package_is_the_command(module: str) -> None:
+    done = call("--help", command=[sys.executable, "-W", "error", "-m", module])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: ecdysis ")
+
+
 def test_help_tells_the_exit_codes() -> None:
     done = call("restart", "--help")
     assert done.returncode == 0
