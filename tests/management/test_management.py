@@ -20,6 +20,7 @@ from ecdysis_async._management.control_path import ControlLock
 from ecdysis_async._management.controlled import ControlHandlers, Restart
 from ecdysis_async._management.management import OwnManagement
 from ecdysis_async._management.systemd import Systemd
+from ecdysis_async._sockets.addresses import Internet
 from ecdysis_async.errors import NotReady, RestartUnsupported
 from ecdysis_async.report import RestartReport
 from tests.management.managers import Manager
@@ -244,7 +245,7 @@ async def test_sockets_are_kept_while_clients_can_wait_on_them(
         management.begin(60)
         management.start(task_group)
         await manager.hear_until("STATUS")
-        entry = management._registry.listen_tcp("127.0.0.1", 0)
+        entry = management._registry.obtain(Internet("127.0.0.1", 0))
         entry.start_listening()
         management.park()
         is_accepting = True

@@ -20,6 +20,7 @@ from ecdysis_async._management.status import (
     describe_restart,
     describe_wait,
 )
+from ecdysis_async._sockets.addresses import Internet, Unix
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.errors import SuccessorFailed
 from ecdysis_async.settings import Settings
@@ -74,13 +75,13 @@ def test_a_drain_is_waited_for_before_anything_else() -> None:
 def test_an_address_is_the_real_one(tmp_path: Path) -> None:
     registry = Registry()
     try:
-        tcp = registry.listen_tcp("127.0.0.1", 0, name="web")
-        unix = registry.listen_unix(tmp_path / "socket")
+        tcp = registry.obtain(Internet("127.0.0.1", 0), name="web")
+        unix = registry.obtain(Unix(str(tmp_path / "socket")))
         listeners = {each["name"]: each for each in describe_listeners(registry.entries)}
         assert listeners["web"]["address"] == f"127.0.0.1:{tcp.sock.getsockname()[1]}"
         assert listeners[unix.name] == {"name": unix.name, "address": str(tmp_path / "socket"), "kind": "unix"}
         if socket.has_ipv6:
-            registry.listen_tcp("::1", 0, name="six")
+            registry.obtain(Internet("::1", 0), name="six")
             assert describe_listeners(registry.entries)[-1]["address"].startswith("[::1]:")
     finally:
         registry.close(unlink=True)
