@@ -69,14 +69,12 @@ TESTED_ELSEWHERE = {
 # Those that shall have one.
 TESTS_TO_COME = {
     "_anchor/anchor.py",
-    "_anchor/config.py",
     "_anchor/dispatch.py",
     "_anchor/filling.py",
     "_anchor/reaping.py",
-    "_anchor/reconcile.py",
     "_anchor/reload.py",
+    "_anchor/restarts.py",
     "_anchor/sockets.py",
-    "_anchor/state.py",
     "_anchor/status.py",
     "_anchor/takeover.py",
     "_anchor/upgrade.py",

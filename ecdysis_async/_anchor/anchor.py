@@ -23,7 +23,7 @@ from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._handoff.preflight import check_release, compare
 from ecdysis_async._handoff.protocol import PredecessorEvent
 from ecdysis_async._ipc.worker_link import FromAnchor
-from ecdysis_async._management.controlled import ControlHandlers, Restart
+from ecdysis_async._management.controlled import ControlHandlers
 from ecdysis_async._management.management import LEEWAY_SECONDS, OwnManagement
 from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import find_systemd
@@ -31,8 +31,8 @@ from ecdysis_async._sockets.registry import listen
 from ecdysis_async._system.log_files import reopen_logs
 from ecdysis_async._system.stderr import say
 from ecdysis_async._system.threads import run_in_thread
-from ecdysis_async.errors import NotReady, RestartError, RestartInProgress, RestartWhileDraining
-from ecdysis_async.report import Outcome, RestartReport, State
+from ecdysis_async.errors import RestartError
+from ecdysis_async.report import State
 
 from . import reexec, status
 from .config import AnchorConfig
@@ -43,9 +43,9 @@ from .pool import Slot
 from .reaping import Reaper
 from .reconcile import Reconciler, find_beat_seconds
 from .reload import watch_files
-from .rollout import RollOutRunner, end_probation, make_roll_out
+from .restarts import Restarts
 from .sockets import HeldSockets
-from .state import AnchorState, Life, RollOut, RollOutStage, TurnState, wait_until
+from .state import AnchorState, Filled, Life, wait_until
 from .upgrade import Upgrade
 
 __all__ = ["STARTUP_FAILED", "Anchor"]
@@ -59,8 +59,6 @@ REOPEN_SECONDS = 5.0
 EXIT_SECONDS = 15.0
 # How long they have once they were told to hurry, seconds.
 HURRY_SECONDS = 5.0
-
-_STAGES = {"serving": RollOutStage.PROBATION, "settled": RollOutStage.OVER, "drained": RollOutStage.DRAINED}
 
 
 class _AnchorLog(GenerationLog):
@@ -99,6 +97,15 @@ class Anchor:
         systemd = find_systemd(config.systemd)
         # As PID 1 it is the parent of every orphan, and new code is the parent of what the former code has started.
         self._reaper = Reaper(reaps_orphans=os.getpid() == 1 or self._is_follower)
+        self._restarts = Restarts(
+            self._state,
+            self._held_sockets,
+            self.log,
+            begin=self._begin,
+            fill=self._fill,
+            tell_restart=self._tell_restart,
+            tell_end=self._tell_that_it_serves,
+        )
         self._dispatcher = Dispatcher(
             self._state,
             self._held_sockets,
@@ -106,11 +113,11 @@ class Anchor:
             self.log,
             begin=self._begin,
             beat_seconds=find_beat_seconds(config, systemd.watchdog),
-            restart=self._restart,
-            see_through=self._see_through,
+            restart=self._restarts.begin,
+            see_through=self._restarts.see_through,
             stop=self._stop,
         )
-        self._fill = Filler(self._state, self._held_sockets.service, self.log, self._dispatcher.make_spawner).fill
+        self._filler = Filler(self._state, self._held_sockets.service, self.log, self._dispatcher.make_spawner)
         self._reconciler = Reconciler(
             self._state,
             self._held_sockets,
@@ -268,6 +275,9 @@ class Anchor:
         state = self._state
         return state.has_served and not state.is_stopping and not state.is_rolling
 
+    async def _fill(self, slot: Slot, generation: int) -> Filled:
+        return await self._filler.fill(slot, generation)
+
     async def _start_first(self) -> RestartError | None:
         """Start all workers: one alone, which may show that none can, then the others."""
         state = self._state
@@ -297,11 +307,20 @@ class Anchor:
         if self._former_pid is not None:
             verb = f"taken over from pid {self._former_pid}: "
             # So far the workers are the former anchor's: of its command line, its environment and its code.
-            self._begin(self._restart_by_signal)
+            self._restarts.begin_by_signal()
         self.log.info("%s%s %s%s", verb, counted(len(state.pool.slots), "worker"), state.description, control)
-        self._management.park()
-        self._management.serving()
+        self._tell_that_it_serves()
         state.changes.announce()
+
+    def _tell_restart(self, limit: float, *, is_told: bool) -> None:
+        self._management.tell_restart(limit, is_told=is_told)
+
+    def _tell_that_it_serves(self) -> None:
+        """Tell systemd that the service serves, and which sockets to keep in case of a crash."""
+        try:
+            self._management.park()
+        finally:
+            self._management.serving()
 
     @property
     def _refuses_newcomers(self) -> bool:
@@ -359,90 +378,14 @@ class Anchor:
         signals = self._management.fileno()
         return {**body, "sockets": sockets, "signals": signals}, [*descriptors, *numbers, signals]
 
-    # Roll-outs
-
-    def _restart(self, *, is_told: bool = False) -> RollOut:
-        """Begin a roll-out; if another one is on probation, that ends now, and this one waits for it.
-
-        Args:
-            is_told: whether systemd may know of it already.
-
-        Raises:
-            RestartError: that is not possible now.
-        """
-        state = self._state
-        if state.is_leaving:
-            raise RestartWhileDraining("the service is being stopped")
-        before = state.roll_out if state.is_rolling else None
-        if before is not None and before.stage < RollOutStage.PROBATION:
-            raise RestartInProgress(f"restart {before.report.id} is in progress; await that one")
-        if state.life is Life.UPGRADING:
-            raise RestartInProgress("the anchor is being upgraded; try again in a moment")
-        if state.life is Life.STARTING:
-            raise NotReady("the service is starting: a restart is possible once all workers serve")
-        if before is not None:
-            end_probation(before, state.changes)
-        # The number of the roll-out before is its own, also if that roll-out fails in this very moment.
-        generation = (state.generation if before is None else before.generation) + 1
-        roll_out = state.roll_out = make_roll_out(generation, is_told=is_told, before=before)
-        state.last_report = roll_out.report
-        runner = RollOutRunner(
-            roll_out,
-            state,
-            self._held_sockets,
-            self.log,
-            fill=self._fill,
-            prepare=self._prepare,
-            conclude=self._conclude,
-        )
-        self._begin(runner.run)
-        state.changes.announce()
-        return roll_out
-
-    def _prepare(self, roll_out: RollOut) -> None:
-        """Tell systemd that a roll-out begins, now that no other is under way, whose end it was told."""
-        settings = self._config.settings
-        limit = len(self._state.pool.slots) * settings.ready_timeout + settings.probation + LEEWAY_SECONDS
-        self._management.tell_restart(limit, is_told=roll_out.is_told)
-        self._state.entries_before = set(self._held_sockets.service.entries)
-
-    def _conclude(self, roll_out: RollOut) -> None:
-        """Draw the consequences of what a roll-out has come to, and tell systemd."""
-        state = self._state
-        outcome = roll_out.report.outcome
-        try:
-            if outcome is Outcome.SETTLED:
-                state.generation = roll_out.generation
-                self._held_sockets.drop_unclaimed([turn.report for turn in roll_out.turns])
-            # The new workers of a roll-out that was stopped may serve to the end of the service.
-            elif outcome is not Outcome.STOPPED and not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
-                self._held_sockets.drop_newer(state.entries_before)
-            self._management.park()
-        finally:
-            self._management.serving()
-            state.changes.announce()
-
-    async def _see_through(self, roll_out: RollOut, until: str) -> RestartReport:
-        """Wait until a roll-out is "serving", "settled" or "drained".
-
-        Raises:
-            RestartError: why it failed.
-        """
-        changes = self._state.changes
-        await wait_until(changes, lambda: roll_out.stage >= _STAGES[until] or roll_out.error is not None)
-        if roll_out.error is not None:
-            await wait_until(changes, lambda: roll_out.is_over)
-            raise roll_out.error
-        return roll_out.report
-
     # What it is told
 
     def _handle_signals(self) -> dict[signal.Signals, Callable[[], None]]:
         handlers: dict[signal.Signals, Callable[[], None]] = {
             signal.SIGTERM: self._on_term_signal,
             signal.SIGINT: self._on_stop_signal,
-            signal.SIGHUP: self._on_restart_signal,
-            signal.SIGUSR2: self._on_restart_signal,
+            signal.SIGHUP: self._restarts.begin_by_signal,
+            signal.SIGUSR2: self._restarts.begin_by_signal,
             signal.SIGUSR1: self._begin_reopening,
             signal.SIGTTIN: functools.partial(self._resize, 1),
             signal.SIGTTOU: functools.partial(self._resize, -1),
@@ -499,17 +442,6 @@ class Anchor:
         self._call_fillings_off()
         self._state.changes.announce()
 
-    def _on_restart_signal(self) -> None:
-        self._begin(self._restart_by_signal)
-
-    async def _restart_by_signal(self) -> None:
-        try:
-            self.log.info("%s", await self._see_through(self._restart(), "settled"))
-        except RestartWhileDraining as error:
-            self.log.info("%s", error)
-        except RestartError as error:
-            self.log.error("the restart that a signal asked for failed: %s", error)  # noqa: TRY400 - it says it all
-
     def _resize(self, step: int) -> None:
         """Change the number of workers."""
         pool = self._state.pool
@@ -543,8 +475,8 @@ class Anchor:
         return ControlHandlers(
             status=lambda: status.describe_status(state, sockets.service.entries),
             waiting_for=lambda: status.describe_wait(state),
-            begin_restart=self._begin_restart,
-            find_report=self._find_report,
+            begin_restart=self._restarts.begin_by_command,
+            find_report=self._restarts.find_report,
             stop=self._stop,
             reopen_logs=self._reopen_logs,
             check=self._check,
@@ -555,17 +487,9 @@ class Anchor:
             changes=state.changes,
         )
 
-    def _begin_restart(self) -> Restart:
-        roll_out = self._restart(is_told=True)
-        return Restart(roll_out.report, functools.partial(self._see_through, roll_out))
-
     async def _check(self) -> dict[str, Any]:
         entries = self._held_sockets.service.entries
         return await check_release(self._config.settings, (), entries, self._state.pool.environment)
 
     def _compare(self, release: dict[str, Any]) -> dict[str, Any]:
         return compare(release, self._held_sockets.service.entries, self._state.pool.environment)
-
-    def _find_report(self, id: str) -> RestartReport | None:
-        report = self._state.last_report
-        return report if report is not None and report.id == id else None

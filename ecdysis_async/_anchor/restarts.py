@@ -1,0 +1,162 @@
+"""Roll-outs as the anchor has them: begun where that is possible, waited for, and concluded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+from ecdysis_async._handoff.generation import GenerationLog
+from ecdysis_async._management.controlled import Restart
+from ecdysis_async._management.management import LEEWAY_SECONDS
+from ecdysis_async.errors import NotReady, RestartError, RestartInProgress, RestartWhileDraining
+from ecdysis_async.report import Outcome, RestartReport
+
+from .rollout import RollOutRunner, end_probation, make_roll_out
+from .sockets import HeldSockets
+from .state import AnchorState, Begin, Fill, Life, RollOut, RollOutStage, TurnState, wait_until
+
+__all__ = ["Restarts", "TellRestart"]
+
+_STAGES = {"serving": RollOutStage.PROBATION, "settled": RollOutStage.OVER, "drained": RollOutStage.DRAINED}
+
+
+class TellRestart(Protocol):
+    """Tells the service manager that a restart begins."""
+
+    def __call__(self, limit: float, *, is_told: bool) -> None:
+        """Say how long it may take, in seconds, and whether the service manager may know of it already."""
+
+
+class Restarts:
+    """The restarts of a service with workers, each of which is a roll-out.
+
+    Args:
+        state: what the anchor knows.
+        sockets: what the anchor holds.
+        log: the anchor's log.
+        begin: runs something beside everything else.
+        fill: starts a worker in a slot that has none.
+        tell_restart: tells the service manager of a roll-out that begins.
+        tell_end: tells the service manager that a roll-out is over, and what serves now.
+    """
+
+    def __init__(
+        self,
+        state: AnchorState,
+        sockets: HeldSockets,
+        log: GenerationLog,
+        *,
+        begin: Begin,
+        fill: Fill,
+        tell_restart: TellRestart,
+        tell_end: Callable[[], None],
+    ) -> None:
+        self.log = log
+        self._state = state
+        self._sockets = sockets
+        self._begin = begin
+        self._fill = fill
+        self._tell_restart = tell_restart
+        self._tell_end = tell_end
+
+    def begin(self, *, is_told: bool = False) -> RollOut:
+        """Begin a roll-out; if another one is on probation, that ends now, and this one waits for it.
+
+        Args:
+            is_told: whether systemd may know of it already.
+
+        Raises:
+            RestartError: that is not possible now.
+        """
+        state = self._state
+        if state.is_leaving:
+            raise RestartWhileDraining("the service is being stopped")
+        before = state.roll_out if state.is_rolling else None
+        if before is not None and before.stage < RollOutStage.PROBATION:
+            raise RestartInProgress(f"restart {before.report.id} is in progress; await that one")
+        if state.life is Life.UPGRADING:
+            raise RestartInProgress("the anchor is being upgraded; try again in a moment")
+        if state.life is Life.STARTING:
+            raise NotReady("the service is starting: a restart is possible once all workers serve")
+        if before is not None:
+            end_probation(before, state.changes)
+        # The number of the roll-out before is its own, also if that roll-out fails in this very moment.
+        generation = (state.generation if before is None else before.generation) + 1
+        roll_out = state.roll_out = make_roll_out(generation, is_told=is_told, before=before)
+        state.last_report = roll_out.report
+        runner = RollOutRunner(
+            roll_out,
+            state,
+            self._sockets,
+            self.log,
+            fill=self._fill,
+            prepare=self._prepare,
+            conclude=self._conclude,
+        )
+        self._begin(runner.run)
+        state.changes.announce()
+        return roll_out
+
+    async def see_through(self, roll_out: RollOut, until: str) -> RestartReport:
+        """Wait until a roll-out is "serving", "settled" or "drained".
+
+        Cancelled, it only stops waiting.
+
+        Raises:
+            RestartError: why the roll-out has failed; it is undone then.
+        """
+        changes = self._state.changes
+        await wait_until(changes, lambda: roll_out.stage >= _STAGES[until] or roll_out.error is not None)
+        if roll_out.error is not None:
+            await wait_until(changes, lambda: roll_out.is_over)
+            raise roll_out.error
+        return roll_out.report
+
+    def begin_by_signal(self) -> None:
+        """Restart the service because a signal has asked for it; the log tells what becomes of it."""
+        self._begin(self._restart_by_signal)
+
+    async def _restart_by_signal(self) -> None:
+        try:
+            self.log.info("%s", await self.see_through(self.begin(), "settled"))
+        except RestartWhileDraining as error:
+            self.log.info("%s", error)
+        except RestartError as error:
+            self.log.error("the restart that a signal asked for failed: %s", error)  # noqa: TRY400 - it says it all
+
+    def begin_by_command(self) -> Restart:
+        """Restart the service because a command has asked for it, which systemd may have run.
+
+        Raises:
+            RestartError: that is not possible now.
+        """
+        roll_out = self.begin(is_told=True)
+        return Restart(roll_out.report, functools.partial(self.see_through, roll_out))
+
+    def find_report(self, id: str) -> RestartReport | None:
+        """Return the report of the last restart, if it has this id."""
+        report = self._state.last_report
+        return report if report is not None and report.id == id else None
+
+    def _prepare(self, roll_out: RollOut) -> None:
+        """Tell systemd that a roll-out begins, now that no other is under way, whose end it was told."""
+        settings = self._state.config.settings
+        limit = len(self._state.pool.slots) * settings.ready_timeout + settings.probation + LEEWAY_SECONDS
+        self._tell_restart(limit, is_told=roll_out.is_told)
+        self._state.entries_before = set(self._sockets.service.entries)
+
+    def _conclude(self, roll_out: RollOut) -> None:
+        """Draw the consequences of what a roll-out has come to, and tell systemd."""
+        state = self._state
+        outcome = roll_out.report.outcome
+        try:
+            if outcome is Outcome.SETTLED:
+                state.generation = roll_out.generation
+                self._sockets.drop_unclaimed([turn.report for turn in roll_out.turns])
+            # The new workers of a roll-out that was stopped may serve to the end of the service.
+            elif outcome is not Outcome.STOPPED and not any(turn.state is TurnState.KEPT for turn in roll_out.turns):
+                self._sockets.drop_newer(state.entries_before)
+        finally:
+            self._tell_end()
+            state.changes.announce()
