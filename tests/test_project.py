@@ -65,6 +65,11 @@ TESTED_ELSEWHERE = {
     "servers/websockets.py": "as aiohttp.py",
     "servers/_hypercorn_trio.py": "as aiohttp.py",
     "cli/run.py": "tests/scenarios/run runs the command as a whole",
+    "cli/prove.py": "tests/scenarios/proving runs the command as a whole",
+    "_proving/campaign.py": "as cli/prove.py",
+    "_proving/http_client.py": "tests/proving/test_load.py has it ask a server that makes mistakes on purpose",
+    "_proving/records.py": "data only: test_rules.py is about what they mean",
+    "_proving/settings.py": "names only",
 }
 # Those that shall have one.
 TESTS_TO_COME = {

@@ -26,7 +26,16 @@ from .processes import find_acceptors, find_family
 from .records import Restart
 from .settings import APP_DIR_VARIABLE, BROKEN_VARIABLE, FACTORY_VARIABLE, PLAIN_VARIABLE, TARGET_VARIABLE
 
-__all__ = ["CommandedService", "ControlledService", "OwnService", "Service", "ServiceFailed", "choose_service"]
+__all__ = [
+    "CommandedService",
+    "ControlledService",
+    "OwnService",
+    "Service",
+    "ServiceFailed",
+    "choose_service",
+    "find_url",
+    "find_value",
+]
 
 COMMAND = (sys.executable, "-m", "ecdysis_async.cli")
 
@@ -109,7 +118,7 @@ class ControlledService(Service):
 
     async def start(self) -> None:
         status = await self.ask()
-        self.url = self._given or _find_url(status, "http", "/")
+        self.url = self._given or find_url(status, "http", "/")
 
     async def stop(self) -> None:
         """Leave it as it is."""
@@ -227,24 +236,24 @@ class OwnService(ControlledService):
             **os.environ,
             TARGET_VARIABLE: self._target,
             BROKEN_VARIABLE: str(self._broken),
-            APP_DIR_VARIABLE: _find_value(self._options, "--app-dir") or os.environ.get("ECDYSIS_APP_DIR", "."),
+            APP_DIR_VARIABLE: find_value(self._options, "--app-dir") or os.environ.get("ECDYSIS_APP_DIR", "."),
         }
         options = list(self._options)
         if "--factory" in options:
             options.remove("--factory")
             environment[FACTORY_VARIABLE] = "1"
-        if _find_value(options, "--server") == "websockets":
+        if find_value(options, "--server") == "websockets":
             environment[PLAIN_VARIABLE] = "1"
-        if _find_value(options, "--config") is None:
+        if find_value(options, "--config") is None:
             for name, value in DEFAULTS.items():
-                if all(_find_value(options, each) is None for each in (name, *ALIASES.get(name, ()))):
+                if all(find_value(options, each) is None for each in (name, *ALIASES.get(name, ()))):
                     options += [name, value]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs here yet
                 [*COMMAND, "run", WRAPPER, "--factory", *options, "--control", self._control],
                 env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        scheme = "https" if _find_value(options, "--certfile") or _find_value(options, "--ssl-certfile") else "http"
+        scheme = "https" if find_value(options, "--certfile") or find_value(options, "--ssl-certfile") else "http"
         async with asyncio.timeout(self._timeout):
             while True:
                 if self._process.poll() is not None:
@@ -257,7 +266,7 @@ class OwnService(ControlledService):
                     if status["state"] == "serving":
                         break
                 await asyncio.sleep(POLL_SECONDS)
-        self.url = _find_url(status, scheme, self._path)
+        self.url = find_url(status, scheme, self._path)
 
     async def stop(self) -> None:
         if self._process is None:
@@ -409,7 +418,7 @@ def _find_control(control: str | None) -> str:
         raise PlanError(f"--control: {error}") from None
 
 
-def _find_url(status: Status, scheme: str, path: str) -> Url:
+def find_url(status: Status, scheme: str, path: str) -> Url:
     """Return where a service says that it listens on TCP, by an address of loopback.
 
     Raises:
@@ -422,7 +431,7 @@ def _find_url(status: Status, scheme: str, path: str) -> Url:
     raise ServiceFailed("the service listens on no TCP address: say by --bind 127.0.0.1:0, or where by --url")
 
 
-def _find_value(options: Sequence[str], name: str) -> str | None:
+def find_value(options: Sequence[str], name: str) -> str | None:
     """Return the value of an option of ``ecdysis run``, as it may be written."""
     for index, word in enumerate(options):
         if word == name:
