@@ -10,7 +10,7 @@ It needs the extra ``prove`` (``pip install 'ecdysis_async[prove]'``).
 
 from __future__ import annotations
 
-from ._proving.fixture import RestartingService, restarting_service
-from ._proving.verdict import Verdict
+from ecdysis_async._proving.fixture import RestartingService, restarting_service
+from ecdysis_async._proving.verdict import Verdict
 
 __all__ = ["RestartingService", "Verdict", "restarting_service"]

@@ -83,7 +83,6 @@ TESTS_TO_COME = {
     "_anchor/status.py",
     "_anchor/takeover.py",
     "_anchor/upgrade.py",
-    "_config/logging.py",
     "_connections/parcel.py",
     "_handoff/generation.py",
     "_handoff/predecessor.py",

@@ -13,8 +13,9 @@ from ecdysis_async._anchor.anchor import STARTUP_FAILED, Anchor
 from ecdysis_async._anchor.config import AnchorConfig
 from ecdysis_async._anchor.reload import require_watchfiles
 from ecdysis_async._anchor.takeover import ask_for_service
+from ecdysis_async._config.gather import find_control_path
 from ecdysis_async._config.logging import configure_logging
-from ecdysis_async._config.options import DEFAULT_BIND, OptionError, Options, find_control_path
+from ecdysis_async._config.options import DEFAULT_BIND, OptionError, Options
 from ecdysis_async._handoff.preflight import preflight
 from ecdysis_async._management.control_path import locate
 from ecdysis_async._sockets.registry import Registry, listen

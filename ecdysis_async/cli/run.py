@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from ecdysis_async._config.options import Option, OptionError, Options, Shape, command_line_options, gather
+from ecdysis_async._config.gather import gather
+from ecdysis_async._config.options import Option, OptionError, Options, Shape, command_line_options
 from ecdysis_async._system.claims import is_check, is_worker
 from ecdysis_async._system.descriptors import occupy_standard_descriptors
 

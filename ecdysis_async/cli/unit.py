@@ -17,7 +17,9 @@ from typing import Any
 
 import click
 
-from ecdysis_async._config.options import OFF, OptionError, Options, gather
+from ecdysis_async._config.gather import gather
+from ecdysis_async._config.options import OptionError, Options
+from ecdysis_async._config.parsing import OFF
 from ecdysis_async._sockets.addresses import Descriptor, Internet, Unix
 
 from .client import Exit

@@ -15,8 +15,9 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from ecdysis_async._config.gather import find_control_path, read_variables
 from ecdysis_async._config.logging import configure_logging
-from ecdysis_async._config.options import OptionError, Options, find_control_path, read_variables
+from ecdysis_async._config.options import OptionError, Options
 from ecdysis_async._config.target import Kind, find_kind, load
 from ecdysis_async._handoff.preflight import describe_release, tell
 from ecdysis_async._management.status import describe_listeners

@@ -131,6 +131,34 @@ def test_a_path_that_a_killed_process_left_is_replaced(
         assert sock.getsockname() == str(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:80", Internet("127.0.0.1", 80)),
+        ("localhost:0", Internet("localhost", 0)),
+        (":80", Internet("", 80)),
+        ("[::1]:80", Internet("::1", 80)),
+        ("unix:/run/app.sock", Unix("/run/app.sock")),
+        ("unix:///run/app.sock", Unix("/run/app.sock")),
+        ("unix:app.sock", Unix("app.sock")),
+        ("unix:@app", Unix("@app")),
+        ("fd://web", Descriptor("web")),
+        ("fd://3", Descriptor(3)),
+    ],
+)
+def test_addresses(text: str, address: object) -> None:
+    assert parse_address(text) == address
+    assert parse_address(str(address)) == address
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8000", "localhost", "::1:80", "1.2.3.4:http", "a:99999", "unix:", "fd://", "fd://2"]
+)
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ValueError, match=r"HOST:PORT|0 and 65535|/run/app.sock|fd://3"):
+        parse_address(text)
+
+
 def test_what_people_write_is_resolved_and_named_as_the_registry_names_it() -> None:
     local = parse_address("[::1]:80")
     assert resolve(local) == [Internet("::1", 80)]
