@@ -47,8 +47,6 @@ class Generation:
     # What this generation leaves to its successors, and what was left to it.
     stashes: Stashes = field(default_factory=Stashes)
     inherited_stash: InheritedStash = field(default_factory=InheritedStash)
-    # Whether other processes that are no generation of this slot accept from the same sockets: workers of one service.
-    shares_sockets: bool = False
     lineage: Ancestors = field(default_factory=Ancestors)
     # Pausing and resuming may be asked for at the same time; they must not interleave within the gate.
     gate_lock: anyio.Lock = field(default_factory=anyio.Lock)

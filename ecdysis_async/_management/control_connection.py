@@ -24,7 +24,7 @@ SO_PEERPIDFD = 77
 
 
 class ClientGone(Exception):
-    """A client has left, or does not read: it will hear nothing more, and that is no fault of the service."""
+    """A client has left, or does not read. It will hear nothing more, and that is no fault of the service."""
 
 
 class ControlConnection:
@@ -52,14 +52,14 @@ class ControlConnection:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError as error:
             raise ClientGone from error
-        # It was there after its number was looked up, so that nobody else has got the number.
+        # The client was there after its number was looked up, so no other process has got the number.
         if self.has_left():
             os.close(pidfd)
             raise ClientGone("it has ended")
         return pid, pidfd
 
     def has_left(self) -> bool:
-        """Say whether it has closed its end, or said something more than its request."""
+        """Say whether the client has closed its end, or said something more than its request."""
         try:
             self._sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -81,7 +81,7 @@ class ControlConnection:
             raise ClientGone from error
 
     async def receive(self) -> Any:
-        """Wait for its request: a line, or what it had said when it said that there will be no more.
+        """Wait for its request: a line, or what it has said before the end of its stream.
 
         Raises:
             ValueError: it is no JSON, or too long. ClientGone: it has left without one.

@@ -72,7 +72,7 @@ def prepare_directory(path: str) -> None:
         raise FileNotFoundError(
             error.errno, f"the directory of the control socket {path} does not exist: mkdir -m 700 {directory}"
         ) from None
-    # Root could replace it anywhere; and a service that was root when it began has it there.
+    # Root may own it: root could replace the socket anywhere, and a service may have been root when it began.
     if found.st_uid not in (0, os.geteuid()):
         raise PermissionError(
             errno.EPERM,
@@ -91,10 +91,10 @@ def find_live() -> list[str]:
     """Return the control sockets in the default directories that somebody listens on."""
     found = []
     for directory in default_directories():
-        # Not there, or not to be read: then none of this user's services is there.
+        # A directory that is missing, or cannot be read, holds no service of this user.
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
             found += sorted(entry.path for entry in entries if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode))
-    # The lock tells them from the service's other sockets, which may well be in the same directory.
+    # A lock file lies beside a control socket, and beside no other socket of the service in the same directory.
     return [path for path in found if os.path.exists(path + LOCK_SUFFIX) and is_live(path)]
 
 
@@ -109,8 +109,9 @@ def is_live(path: str) -> bool:
 class ControlLock:
     """A generation's share of the lock beside its control socket.
 
-    All generations of a service share it, from their start to their end; whoever gets it for itself alone knows that
-    no generation is left, whatever the socket file looks like. The kernel lets it go with a process that is killed.
+    All generations of a service share it, from their start to their end. A process that gets it for itself alone knows
+    that no generation is left, whatever the socket file looks like. The kernel frees the share of a process that is
+    killed.
     """
 
     def __init__(self, path: str) -> None:
@@ -127,7 +128,7 @@ class ControlLock:
         Raises:
             OSError: a live service has it, or the file cannot be made.
         """
-        # Not at the top: there are platforms without it, on which nobody has a control socket.
+        # Imported here, because there are platforms without it, on which nobody has a control socket.
         import fcntl
 
         while self._descriptor < 0:
@@ -136,15 +137,15 @@ class ControlLock:
                 descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             except PermissionError:
                 if is_family:
-                    # Made by root, which this service was when it began. Whoever comes to bind sees that somebody
-                    # listens there.
+                    # Root has made the file, which this service was when it began. Another service that comes to bind
+                    # sees that somebody listens there.
                     return
                 raise
             try:
                 if not is_family:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The exchange is not atomic (flock(2)): if another first generation comes in between, this one loses.
-                # As nothing is bound before it, nothing is lost by it.
+                # The exchange is not atomic (flock(2)): if another first generation comes in between, this one fails.
+                # Nothing is lost by that, because nothing is bound yet.
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 # The last generation of a service removes the file: a lock on what is gone excludes nobody.
                 if _is_file_at(descriptor, self._path):
@@ -160,7 +161,7 @@ class ControlLock:
                     os.close(descriptor)
 
     def is_removed(self) -> bool:
-        """Say whether somebody has removed the file, or put another in its place: who comes next is not kept out."""
+        """Say whether somebody has removed or replaced the file, so that another service is not kept out by it."""
         return self._descriptor >= 0 and not _is_file_at(self._descriptor, self._path)
 
     def release(self) -> None:
@@ -172,11 +173,11 @@ class ControlLock:
         descriptor, self._descriptor = self._descriptor, -1
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Where somebody has cleared the directory, it may be another service's by now.
+            # Somebody may have cleared the directory: then the file may be another service's by now.
             if _is_file_at(descriptor, self._path):
                 os.unlink(self._path)
         except (BlockingIOError, FileNotFoundError, PermissionError):
-            # Another generation goes on; or somebody has cleared the directory; or this process is not root any more.
+            # Another generation goes on, or somebody has cleared the directory, or this process is not root any more.
             pass
         finally:
             os.close(descriptor)

@@ -1,9 +1,8 @@
 """The control socket: how a command outside asks a generation for its status, a restart, or its end.
 
-The control socket is a registered listener like any other: it moves to the successor at the commit, and a client that
-was accepted before is served to the end by the generation that accepted it. The server knows nothing of the service
-but what :class:`ControlHandlers` passes on, and no client, however slow or hostile, may cost the service more than one
-of a few places here.
+The control socket is a registered listener like any other: it moves to the successor at the commit. A client that was
+accepted before is served to its end by the generation that has accepted it. The server knows nothing of the service but
+what :class:`ControlHandlers` passes on. A client, however slow or hostile, costs the service one of a few places here.
 
 One request a connection, each message one line of JSON::
 
@@ -66,8 +65,8 @@ NAME = "ecdysis control"
 REQUEST_SECONDS = 10.0
 MAX_CLIENTS = 32
 
-# Those who wait for a restart, or for the end, hear something at least this often, seconds: a drain counts down, and
-# silence means that the service hangs.
+# How often a client that waits for a restart, or for the end, hears something at least, seconds. A drain counts down,
+# and silence means that the service hangs.
 HEARTBEAT_SECONDS = 1.0
 
 # How long the end of the service waits for its last answers to be read, seconds.
@@ -89,17 +88,17 @@ class ControlServer:
         self._ending = anyio.Event()
         self._plane = plane
         self._lock = ControlLock(path)
-        # Where the path was removed: set once there is another socket, which is not used yet.
+        # There where somebody has removed the path; set once another socket is bound, which is not used yet.
         self._renewed: anyio.Event | None = None
-        # Why it could not be made anew, as far as that was said.
+        # Why the socket could not be made anew, so that each reason is logged once.
         self._told = ""
         self._clients = 0
-        # Those that have not said what they want, the oldest first.
+        # Clients that have not said what they want, the oldest first.
         self._silent: dict[ControlConnection, anyio.CancelScope] = {}
-        # How many have asked for something and have not heard yet what became of it.
+        # How many clients have asked for something and have not heard yet what became of it.
         self._waiting = 0
         self._nobody_waits = anyio.Event()
-        # It takes a process each, so there is one at a time.
+        # A check takes a process, so there is one at a time.
         self._is_checking = False
 
     async def open(self) -> None:
@@ -116,7 +115,7 @@ class ControlServer:
         async with anyio.create_task_group() as clients:
             while True:
                 try:
-                    # Not tracked, because who looks on (`ecdysis status --watch`) must not hold a drain.
+                    # The connection is not tracked: a client that looks on (`ecdysis status --watch`) holds no drain.
                     sock = await self._listener.take(accept_connection)
                 except AcceptingEnded:
                     if self._renewed is None:
@@ -131,11 +130,12 @@ class ControlServer:
                 clients.start_soon(self._serve, sock)
 
     async def renew(self) -> None:
-        """Make the socket anew where somebody has removed it, as soon as that can be done. Only while ``run`` runs.
+        """Make the socket anew where somebody has removed it, as soon as that can be done.
 
-        For a process that serves it for as long as the service lives; others do so with their next restart.
+        Call it while ``run`` runs, in a process that serves the socket as long as the service lives. Other processes
+        make it anew with their next restart.
         """
-        # Where it is being renewed the former socket is closed, and its inode's number may be another one's by now.
+        # While it is being renewed the former socket is closed, and its inode's number may be another file's by now.
         if not self._is_removed() if self._renewed is None else self._renewed.is_set():
             return
         try:
@@ -166,12 +166,12 @@ class ControlServer:
         try:
             found = os.lstat(self.path)
         except OSError as error:
-            # Where it cannot be seen, it may well be there.
+            # A socket that cannot be seen may well be there.
             return isinstance(error, FileNotFoundError)
         return (found.st_dev, found.st_ino) != self._entry.inode
 
     async def finish(self) -> None:
-        """Let those who wait for the end hear of it. They get a moment for that, and no more."""
+        """Tell the clients that wait for the end. They get a moment to read it, and no more."""
         self._ending.set()
         with anyio.move_on_after(FAREWELL_SECONDS):
             while self._waiting:
@@ -179,7 +179,7 @@ class ControlServer:
                 await self._nobody_waits.wait()
 
     def close(self) -> None:
-        """Give the lock back. The socket is the registry's."""
+        """Give the lock back. The registry closes the socket."""
         self._lock.release()
 
     def _open(self) -> Entry:
@@ -193,7 +193,7 @@ class ControlServer:
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[bool]:
-        """Give a client a place; where all are taken, that of the one that has been silent for longest."""
+        """Give a client a place: where all are taken, the place of the client that has been silent for longest."""
         if self._clients >= MAX_CLIENTS and self._silent:
             self._silent.pop(next(iter(self._silent))).cancel()
         elif self._clients >= MAX_CLIENTS:
@@ -330,11 +330,11 @@ class ControlServer:
             with self._until_told():
                 await restart.wait("serving")
         except RestartError as error:
-            # Later it is told by the channel, which it has.
+            # Once it has the channel, it is told there.
             if not is_passed:
                 await client.send("failed", **_describe(error), report=None)
         finally:
-            # Else it belongs to the restart, and is needed until its end.
+            # Once the channel is passed on, the process belongs to the restart, which needs it until its end.
             if not is_passed:
                 newcomer.close()
 
@@ -362,18 +362,18 @@ class ControlServer:
         upgrades = self.controlled.status().get("anchor", {}).get("upgrades", 0)
         try:
             await self._accompany(client, wait, None)
-            # The connection ends with the exec; what has become of it, the status tells.
+            # The connection ends with the exec. The status tells what has become of the upgrade.
             await client.send("accepted", pid=os.getpid(), upgrades=upgrades)
         except RestartError as error:
             await client.send("failed", **_describe(error), report=None)
         finally:
-            # Whether or not the client is still there to hear of it: as with a restart.
+            # As with a restart, it begins whether or not the client is still there to hear of it.
             if begin is not None:
                 begin()
 
     async def _stop(self, client: ControlConnection) -> None:
         with self._until_told():
-            # Whether or not the client is still there to hear of it: as with a restart.
+            # As with a restart, it begins whether or not the client is still there to hear of it.
             self.controlled.stop()
             await client.send("accepted", pid=os.getpid())
             await self._accompany(client, self._ending.wait, None)

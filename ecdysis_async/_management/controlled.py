@@ -63,16 +63,16 @@ class ControlHandlers:
         stop: stops the service.
         changes: announces each change of the status.
         reopen_logs: lets log files that were moved be opened anew; returns how many.
-        begin_takeover: begins a restart whose successor is not started, but passed on to; or raises a
-            ``RestartError``.
-        check: starts what a restart would start, to tell what that would change; or raises a ``RestartError``.
-        compare: tells what a restart into a release would change, which has told of itself elsewhere.
-        workers: tells of each worker, where there are several, an object with "slot" and "waiting_for", what its
-            restart or its drain waits for at this moment.
-        pass_all_on: hands everything over to another anchor, at the end of the channel that it is given, which is to
-            be told before, and does not return; or raises a ``RestartError``.
-        upgrade: sees that the new code of the anchor takes over from this one, and returns what makes it do so; or
+        begin_takeover: begins a restart whose successor runs already, and is given the channel by what is passed; or
             raises a ``RestartError``.
+        check: starts what a restart would start, to tell what that would change; or raises a ``RestartError``.
+        compare: tells what a restart into a release would change, of which another process has told.
+        workers: returns an object for each worker, where there are several. It has "slot", and "waiting_for": what the
+            restart or the drain of the worker waits for at this moment.
+        pass_all_on: hands everything over to another anchor and does not return; or raises a ``RestartError``. It is
+            given the channel to the other anchor, and what is called before the channel is used.
+        upgrade: checks that the new code of the anchor can take over, and returns what makes it do so; or raises a
+            ``RestartError``.
     """
 
     status: Callable[[], dict[str, Any]]

@@ -1,14 +1,14 @@
 """What systemd keeps for a service in case its last process is killed: the descriptor store (sd_notify(3), FDSTORE=1).
 
-The main process parks its listening sockets there. Clients then wait in the kernel's queue until the next start, which
-gets the sockets back as LISTEN_FDS, instead of being refused. It needs FileDescriptorStoreMax= in the unit, and a
-systemd that tells of it (FDSTORE in the environment, since 254).
+The main process parks its listening sockets there. Clients then wait in the kernel's queue, and are not refused, until
+the next start gets the sockets back as LISTEN_FDS. The unit needs FileDescriptorStoreMax=, and systemd has to tell of
+the store (FDSTORE in the environment, since 254).
 
-State of the application may be parked as well, which each start is given once only: state that a program cannot cope
-with must not keep it from starting for ever.
+State of the application may be parked as well. Each start is given it once: state that a program cannot cope with must
+not keep the program from starting for ever.
 
-All that a socket has to be recognised by stands in its FDNAME=, so that one datagram parks one socket, and a process
-that is killed at any moment leaves nothing that is half told. Names of the same socket are the same in all generations.
+The FDNAME= of a socket holds everything that the socket is recognised by. So one datagram parks one socket, and a
+process that is killed at any moment leaves nothing half told. A socket has the same name in all generations.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NAME_LENGTH = 255
 
 
 class DescriptorStore:
-    """The descriptor store, as one generation of the service uses it. Only the main process is heard by systemd.
+    """The descriptor store, as one generation of the service uses it. systemd hears the main process alone.
 
     Args:
         systemd: the way there.
@@ -45,7 +45,7 @@ class DescriptorStore:
 
     Attributes:
         state: descriptors of the application's state that a process that is no more has parked, by name and version.
-            Whoever takes one out has to close it.
+            A caller that takes a descriptor out has to close it.
     """
 
     def __init__(self, systemd: Systemd, limit: str) -> None:
@@ -53,7 +53,7 @@ class DescriptorStore:
         self._systemd = systemd
         self._limit = int(limit) if systemd.is_there and limit.isdecimal() else 0
         self._parked: set[str] = set()
-        # Parked by an earlier process, or not: to be removed if nobody wants them now.
+        # What an earlier process may have parked, and is removed if nobody wants it now.
         self._inherited: set[str] = set()
         self._complained = False
 
@@ -74,7 +74,8 @@ class DescriptorStore:
             if not name.startswith((SOCKET_PREFIX, STATE_PREFIX)):
                 others[descriptor] = name
                 continue
-            # The same name again: the kernel has not told systemd that these are the same (kcmp(2) is not allowed).
+            # A name comes twice where the kernel has not told systemd that the sockets are the same: kcmp(2) may be
+            # forbidden.
             is_known = name in self._inherited
             self._inherited.add(name)
             if name.startswith(STATE_PREFIX):
@@ -83,7 +84,7 @@ class DescriptorStore:
                 else:
                     self.state[key] = descriptor
             elif (description := _parse(name)) is None or is_known:
-                # Of another release's making.
+                # Another release has made the name.
                 os.close(descriptor)
             else:
                 registry.restore(*description, descriptor)
@@ -94,7 +95,7 @@ class DescriptorStore:
         self._inherited |= {_name_of(entry) for entry in entries}
 
     def park(self, entries: Iterable[Entry]) -> None:
-        """See that just those sockets are kept on which clients can wait, of those that this service made itself."""
+        """See that the kept sockets are those on which clients can wait, of those that this service made itself."""
         if not (self.is_there and self._systemd.is_main):
             return
         wanted = {_name_of(entry): entry for entry in entries if entry.sock.fileno() != -1 and _is_worth_it(entry)}
@@ -120,7 +121,7 @@ class DescriptorStore:
     def drop(self, name: str | None = None) -> None:
         """Let systemd close a piece of state, whatever its version; or all of them."""
         prefix = STATE_PREFIX if name is None else f"{STATE_PREFIX}{_quote(name)};"
-        # What is not parked there after all, systemd does not mind.
+        # systemd does not mind a name that it does not know.
         for full_name in [each for each in self._parked | self._inherited if each.startswith(prefix)]:
             self._remove(full_name)
 
@@ -164,7 +165,7 @@ class DescriptorStore:
             self._complained = True
             return
         self._parked.add(name)
-        # It is ours to remove it: systemd would do so by itself where the peer of a socket is gone.
+        # FDPOLL=0: systemd would remove a socket by itself once its peer is gone. Removing it is this object's task.
         self._systemd.tell("FDSTORE=1", "FDPOLL=0", f"FDNAME={name}", descriptors=[descriptor])
 
     def _remove(self, name: str) -> None:
@@ -174,7 +175,7 @@ class DescriptorStore:
 
 
 def _is_worth_it(entry: Entry) -> bool:
-    """Say whether clients can wait there: not before it listens, and what a socket unit holds open is safe anyway."""
+    """Say whether clients can wait there, once it listens. What a socket unit holds open is safe anyway."""
     if entry.number is not None:
         return False
     is_datagram = entry.sock.type not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
@@ -202,7 +203,7 @@ def _parse(full_name: str) -> tuple[str, str, tuple[int, int] | None] | None:
         case _:
             return None
     address = unquote(address)
-    # Most names have the address in them, which is not told twice: there is little room.
+    # Most names have the address in them. It is told once, because there is little room.
     return address.join(map(unquote, name.split("*"))), address, inode
 
 

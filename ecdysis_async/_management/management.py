@@ -1,5 +1,5 @@
 # ruff: noqa: B027 - what does nothing in the base class is for those kinds that have somebody to tell
-"""Who speaks for a service to the outside, and is spoken to: signals, control socket, systemd, pid file.
+"""How a service speaks to the outside, and is spoken to: signals, control socket, systemd, pid file.
 
 A generation, and an anchor, tell their management of each change, and do what it asks. Neither asks which kind it is.
 """
@@ -57,9 +57,9 @@ CONTROL_SECONDS = 1.0
 
 
 class Management(abc.ABC):
-    """Who speaks for the service of one generation, and is spoken to.
+    """Speaks for the service of one generation to the outside, and is spoken to.
 
-    What is not abstract does nothing: not every kind has somebody who is to be told.
+    A method that does nothing here is for those kinds that have somebody to tell.
 
     Args:
         log: of the generation.
@@ -136,7 +136,7 @@ class Management(abc.ABC):
 
     @abc.abstractmethod
     async def restart(self, until: str, here: Callable[[str], Awaitable[RestartReport]]) -> RestartReport:
-        """Have the service restarted: here, or by whoever has the say.
+        """Have the service restarted: by this generation, or by the anchor of all workers.
 
         Args:
             until: how far to wait: "serving", "settled" or "drained".
@@ -231,7 +231,7 @@ class Management(abc.ABC):
         """Make the successor the service's main process, once and for good."""
 
     async def main_process_named(self) -> None:
-        """Return when whoever looks for the service's main process finds the successor of the last restart."""
+        """Return when the successor of the last restart is the service's main process for everybody outside."""
 
     def become_main(self) -> None:
         """Take over from the predecessor, which has made this process the main one, or is dead."""
@@ -273,9 +273,6 @@ class Management(abc.ABC):
 
 class OwnManagement(Management):
     """A process that speaks for its service itself: it has the signals, the control socket, the pid file and systemd.
-
-    Of systemd an object without an address does nothing: who has something to tell tells it, whether or not there is
-    one.
 
     Args:
         log: of the generation, or the anchor.
@@ -462,23 +459,23 @@ class OwnManagement(Management):
         self._main_named = anyio.Event()
 
     async def announce_restart(self, limit: float, *, is_told: bool) -> None:
-        # Only the main process can make another one so. The predecessor is about to say that this is it; and systemd
-        # may have sent its signal here before this process has learnt that it may speak.
+        # A process has to be the main one to make another process so. The predecessor is about to say that this one is.
+        # systemd may have sent its signal here before that.
         with anyio.move_on_after(MAIN_SECONDS):
             await self.systemd.wait_until_main()
         self.tell_restart(limit, is_told=is_told)
 
     def tell_restart(self, limit: float, *, is_told: bool) -> None:
         """Say that a restart begins, in the main process of the service; see :meth:`announce_restart`."""
-        # Where ExecReload= has asked for it systemd knows of it. Where it heard RELOADING=1 as well, systemd 254 would
-        # go on to wait for READY=1 once ExecReload= has ended, even if the main process has died meanwhile (seen).
+        # Where ExecReload= has asked for it, systemd knows of it. If it heard RELOADING=1 as well, systemd 254 would
+        # wait for READY=1 once ExecReload= has ended, even if the main process has died meanwhile (seen).
         tell = self.systemd.ask_for_time if is_told else self.systemd.tell_reloading
         tell(limit)
 
     async def hand_main_process_to(self, handover: PredecessorSide) -> None:
         try:
-            # systemd reads PIDFile= again when a reload has ended: one that is behind MAINPID would point it back to
-            # this process, and nothing could ever correct that (DESIGN.md, trap 14).
+            # systemd reads PIDFile= again when a reload has ended. A pid file that is behind MAINPID would point it
+            # back to this process, and nothing could ever correct that (DESIGN.md, trap 14).
             if self.systemd.is_there:
                 with anyio.move_on_after(PUBLISH_SECONDS):
                     await handover.published.wait()
@@ -515,7 +512,7 @@ class OwnManagement(Management):
             self.systemd.tell("STOPPING=1")
 
     async def outlive(self, others: Callable[[], Awaitable[None]]) -> None:
-        # With the exit of the main process systemd ends them, drained or not.
+        # With the exit of the main process systemd ends the other ones, drained or not.
         if self.systemd.is_main:
             await others()
 
@@ -526,7 +523,7 @@ class OwnManagement(Management):
     def leave_to_next_start(self, *, is_orderly: bool) -> None:
         if is_orderly:
             self.store.drop()
-        # Nobody can come to the others any more, whatever systemd does next: their paths go.
+        # Nobody can come to the other sockets any more, whatever systemd does next: their paths go.
         self.store.park(entry for entry in self._registry.entries if entry.inode is None)
 
     # What it tells by itself
@@ -534,7 +531,7 @@ class OwnManagement(Management):
     async def _tell_status(self) -> None:
         while True:
             self.tell_status()
-            # What has begun to listen since then.
+            # Sockets may have begun to listen since then.
             self.park()
             await anyio.sleep(STATUS_SECONDS)
 

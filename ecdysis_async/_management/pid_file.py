@@ -21,7 +21,7 @@ class PidFile:
         self._draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
 
     def prepare(self) -> None:
-        """Write the draft, so that whatever can fail does so before anything depends on it.
+        """Write the draft, so that what can fail does so before anything depends on it.
 
         It also removes the drafts of successors that were killed before they could.
 
@@ -58,14 +58,14 @@ class PidFile:
         """Remove the file at a full stop, if it still names this process."""
         self.discard()
         self._discard_orphans()
-        # Nor can it be removed from a directory of root's by who is not root any more.
+        # A process that is not root any more cannot remove the file from a directory of root's.
         with contextlib.suppress(FileNotFoundError, PermissionError):
             if self.path.read_text().strip() == str(os.getpid()):
                 self.path.unlink()
 
     def _discard_orphans(self) -> None:
         prefix = f".{self.path.name}."
-        # Litter harms nobody: a directory that cannot be listed, or a draft that is another user's.
+        # What cannot be removed is left: the directory cannot be listed, or the draft is another user's.
         with contextlib.suppress(OSError):
             for name in os.listdir(self.path.parent):
                 pid = name.removeprefix(prefix)
@@ -76,7 +76,7 @@ class PidFile:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    # OverflowError: no process ever had this number, so the file is nobody's draft, and not ours to judge.
+    # OverflowError: no process ever had this number, so the file is no draft, and is left alone.
     except (PermissionError, OverflowError):
         return True
     except ProcessLookupError:

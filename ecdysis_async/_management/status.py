@@ -48,7 +48,7 @@ def counted(number: int, noun: str) -> str:
 
 def describe_failed_restart(error: RestartError) -> str:
     """Say in one line why the last restart failed, for `systemctl status`."""
-    # Of a traceback, and of what the successor has written, the last line says what happened.
+    # The last line of a traceback, and of what the successor has written, says what happened.
     lines = [*str(error).splitlines()[:1], *f"{error}\n{error.stderr}".strip().splitlines()[-1:]]
     return "the last restart failed: " + " … ".join(dict.fromkeys(lines))
 
@@ -65,10 +65,10 @@ def describe_wait(
 
     Args:
         handover: its last restart.
-        inheritance: its own start.
+        inheritance: the handoff that it came from.
         phase_seconds: how long the restart has been in its state.
-        connections: how many it has.
-        deadline_seconds: how long they still get, where it drains.
+        connections: how many connections it has.
+        deadline_seconds: how long the connections still get, where it drains.
     """
     if deadline_seconds is not None:
         return f"{counted(connections, 'connection')}, deadline in {max(0.0, deadline_seconds):.0f} s"

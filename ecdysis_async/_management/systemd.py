@@ -1,4 +1,4 @@
-"""What a service and systemd tell each other: notifications, the watchdog, and the sockets of an activation.
+"""What a service tells systemd: the notifications of sd_notify(3), and the watchdog, without libsystemd.
 
 The datagrams of sd_notify(3) and the variables of sd_listen_fds(3), without libsystemd. What is to be said, and when,
 the supervisor decides; here it is only said if this process is the unit's main one, because systemd hears no other
@@ -56,7 +56,9 @@ def _read_watchdog() -> float | None:
 
 
 class Systemd:
-    """The voice of one generation at systemd. It is silent until :meth:`begin`, and after :meth:`name_main`.
+    """Tells systemd of one generation, from :meth:`begin` to :meth:`name_main`; at other times it is silent.
+
+    An object without an address does nothing, so nobody has to ask for it before telling it something.
 
     Args:
         address: what NOTIFY_SOCKET says: a path, or "@name" for an abstract address; "" where there is no systemd, and
@@ -81,7 +83,7 @@ class Systemd:
         self._is_main = False
         self._is_deaf = False
         self._status = ""
-        # With the descriptors that go along, owned by this object.
+        # What is still to be sent, with the descriptors that go along, which this object owns.
         self._messages: deque[tuple[str, tuple[int, ...]]] = deque()
         self._wakeup = anyio.Event()
         # Two tasks may send, and READY must not overtake RELOADING.
@@ -100,7 +102,7 @@ class Systemd:
         return self._is_main
 
     def begin(self) -> None:
-        """Speak from now on: this process is the unit's main one. Only the first time counts."""
+        """Speak from now on, because this process is the unit's main one. A second call does nothing."""
         if self.is_there and not self.begun.is_set():
             self._is_main = True
             self.begun.set()
@@ -140,12 +142,12 @@ class Systemd:
 
     def tell_reloading(self, limit: float) -> None:
         """Say that a restart has begun, which may take so many seconds; READY=1 has to follow."""
-        # One datagram: systemd takes it for an answer to its SIGHUP only by this time (systemd.service(5)).
+        # It is one datagram. By the time in it, systemd takes it for an answer to its SIGHUP (systemd.service(5)).
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self.tell("RELOADING=1", f"MONOTONIC_USEC={now}", _extension(limit))
 
     def ask_for_time(self, seconds: float) -> None:
-        """Say that what goes on may take so many seconds from now, whatever the unit's timeouts say."""
+        """Say that what goes on may take so many seconds from now, instead of the unit's own timeouts."""
         self.tell(_extension(seconds))
 
     async def run(self) -> None:
@@ -215,10 +217,10 @@ class Systemd:
             await anyio.sleep(pause)
 
     async def _send(self, message: bytes, *descriptors: int) -> bool:
-        """Send one datagram. That it does not arrive is said once; the service goes on without it."""
+        """Send one datagram. The first one that does not arrive is logged; the service goes on without them."""
         try:
-            # Connected anew each time, as systemd may be executed anew, and because only then the kernel says when
-            # there is room in the receiver's queue (unix(7)).
+            # The socket is connected anew each time, because systemd may be executed anew. It is connected at all,
+            # because the kernel then says when there is room in the receiver's queue (unix(7)).
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, anyio.fail_after(SEND_SECONDS):
                 sock.setblocking(False)
                 sock.connect(self._address)

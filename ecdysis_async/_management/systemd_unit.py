@@ -10,10 +10,10 @@ from ecdysis_async._system.threads import run_in_thread
 
 __all__ = ["check_unit", "find_shortcoming", "forbid_restart"]
 
-# Of systemd: since which version a service is told that it has a descriptor store (FDSTORE=).
+# The version of systemd since which a service is told that it has a descriptor store (FDSTORE=).
 TELLS_OF_STORE = 254
 
-# Whether the machine runs systemd, as sd_booted(3) asks.
+# It exists where the machine runs systemd (sd_booted(3)).
 BOOTED = "/run/systemd/system"
 
 # How long systemctl may take, seconds.
@@ -24,8 +24,8 @@ async def find_shortcoming(*, has_socket_unit: bool) -> str | None:
     """Return what the unit asks of a systemd that is too old for it, and what to do instead; None where it is not so.
 
     sd_notify(3) tells no version, and a systemd that does not understand a message says nothing. So systemctl is asked,
-    and only where something may be amiss: this process has a systemd, has been executed by it and not in a container,
-    and was told of no descriptor store, which is what those before 254 never tell of.
+    where something may be amiss. That is so where systemd has executed this process, outside of a container, and has
+    told of no descriptor store, as versions before 254 never do.
 
     Args:
         has_socket_unit: whether systemd itself listens, so that nothing has to be kept.
@@ -91,9 +91,9 @@ def _read_control_group() -> list[str]:
 def forbid_restart() -> str | None:
     """Return why a restart would end the unit that this first generation runs in, and what to do; None if it would not.
 
-    systemd itself has executed this process (SYSTEMD_EXEC_PID, systemd.exec(5), since 248), and has given it no socket
-    to say on that another process is the main one from now on. Only a unit that lives as long as any of its processes
-    (ExitType=cgroup) would outlive that, and a process cannot know it: ``systemd=False`` says so.
+    systemd itself has executed this process (SYSTEMD_EXEC_PID, systemd.exec(5), since 248), and has given it no socket.
+    So this process cannot say that another one is the main process from now on. A unit that lives as long as any of its
+    processes (ExitType=cgroup) would outlive that. A process cannot know it, but ``systemd=False`` says so.
     """
     if os.environ.get("SYSTEMD_EXEC_PID") != str(os.getpid()) or os.environ.get("NOTIFY_SOCKET"):
         return None
@@ -107,8 +107,8 @@ def forbid_restart() -> str | None:
 def check_unit() -> str | None:
     """Return what is wrong with the unit of this first generation, as far as a process can know; else None.
 
-    Besides what forbids a restart that is a wrapper, where systemd has executed another process, which has started this
-    one. Which NotifyAccess= there is, other than "none", a process cannot know.
+    That is what forbids a restart, or a wrapper: systemd has executed another process, which has started this one. A
+    process cannot know which NotifyAccess= there is, other than "none".
     """
     if (reason := forbid_restart()) is not None:
         return reason

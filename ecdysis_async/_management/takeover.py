@@ -1,7 +1,7 @@
 """The newcomer's side of a takeover: a process that no generation has started asks one for its sockets.
 
-The answer on the control socket carries one end of a channel, and from there on the newcomer is a successor like any
-other. What the running service does about it is in control.py.
+The answer on the control socket carries one end of a channel. From there on the newcomer is a successor like any other.
+What the running service does about it is in ``control_server.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def ask_for_channel(path: str, *, anchor: int | None = None) -> socket.socket:
 
     Args:
         path: the control socket.
-        anchor: for a whole anchor, the format in which this process reads its state (succession.py).
+        anchor: for a whole anchor, the format in which this process reads its state (``_anchor/takeover.py``).
 
     Raises:
         TakeoverFailed: nobody is there, or the service refuses; nothing has changed then.
@@ -42,7 +42,7 @@ def ask_for_channel(path: str, *, anchor: int | None = None) -> socket.socket:
                 "takeover, or name the control socket of the running one"
             ) from error
         try:
-            # Refused before it was heard: what the service has said to that is there to be read.
+            # The service may refuse before it has read anything. What it has said is there to be read.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 sock.sendall(json.dumps({"command": "takeover", "anchor": anchor}).encode() + b"\n")
             return _receive(sock, path)

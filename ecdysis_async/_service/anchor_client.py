@@ -102,7 +102,7 @@ class _AnchorsChild:
         return await self.wait()
 
     async def let_go(self) -> None:
-        """Nothing to do: it is the anchor that systemd knows."""
+        """Nothing: systemd knows the anchor, and not the worker."""
 
     def close(self) -> None:
         self._client.forget(self)
@@ -111,7 +111,7 @@ class _AnchorsChild:
             self.pidfd = -1
 
     def note_exit(self, status: int) -> None:
-        """Take note of how it ended; or, with ``UNKNOWN_STATUS``, that nobody will tell any more."""
+        """Take note of how it ended; ``UNKNOWN_STATUS`` where nobody will tell any more."""
         if not self._exited.is_set():
             self._status = status
             self._exited.set()
@@ -157,7 +157,7 @@ class AnchorClient(Management):
         self._answers: dict[int, _Answer] = {}
         self._children: dict[int, _AnchorsChild] = {}
         self._handover: PredecessorSide | None = None
-        # Sockets that other workers have made, and that this one only passes on.
+        # Sockets that other workers have made. This worker passes them on, and does not accept there.
         self._passed_on: list[Entry] = []
         self._due = anyio.Event()
         self._beat_seconds = BEAT_SECONDS
@@ -177,7 +177,7 @@ class AnchorClient(Management):
 
     async def prepare(self, describe: Callable[[], str]) -> None:
         self._share_created()
-        # Sent before the rest: the anchor, which says it once for all workers, has it when this worker serves.
+        # It is sent before this worker serves, so that the anchor has it by then, which says it once for all workers.
         self.tell(FromWorker.DESCRIPTION, {"text": describe()})
 
     def announce(self, description: str) -> None:
@@ -302,7 +302,7 @@ class AnchorClient(Management):
         return {
             "pid": os.getpid(),
             "state": self._commands.state(),
-            # Also on what it serves to the end, whose queue it answers at last (Queues.answer).
+            # That includes "exit" listeners, whose queues are answered last (Backlogs.answer).
             "is_done_accepting": gate.state is GateState.ENDED and not gate.acceptors,
             "connections": len(self._plane.tracker),
             "requests": self._plane.tracker.requests,
@@ -316,19 +316,19 @@ class AnchorClient(Management):
             else:
                 self._obey(frame)
         except Exception as error:
-            # Of another release, or no descriptors left: it costs what was ordered, and never those who are served.
+            # The anchor is of another release, or no descriptor is left. That costs what was ordered, and no client.
             logger.exception("the anchor's %r could not be carried out", frame.type)
             if frame.type == FromAnchor.RESTART:
                 self._refuse(RestartError(f"the worker (pid {os.getpid()}) could not do it: {error!r}"))
 
     def _miss(self, frame: Frame) -> None:
-        """Say that this process has no room for what an order came with."""
+        """Say that this process has no room for the descriptors of an order."""
         loss = describe_loss(frame)
         logger.error("the anchor cannot be obeyed: %s", loss)
         if frame.type == FromAnchor.RESTART:
             self._refuse(RestartError(loss))
         elif frame.type == FromAnchor.SPAWNED and (answer := self._answers.get(frame.body["number"])) is not None:
-            # Nobody could watch it.
+            # Without its pidfd nobody could watch the successor.
             self._discard(frame)
             answer.give(Frame(FromAnchor.SPAWN_FAILED, {"error": error_to_json(SpawnFailed(loss))}))
 
@@ -362,7 +362,7 @@ class AnchorClient(Management):
                     self._discard(frame)
                 return
             case _:
-                # An anchor of another release may say more than this one knows.
+                # An anchor of another release may say more than this release knows.
                 logger.debug("the anchor says %r", frame.type)
         frame.close()
 
@@ -391,7 +391,7 @@ class AnchorClient(Management):
 
     def _revert(self, handover: PredecessorSide, error: RestartError) -> None:
         if handover.state is PredecessorState.PROBATION:
-            # Not by its death: clients are being served there.
+            # It is called back and not killed: clients are being served there.
             handover.post(PredecessorEvent.RECALL, error)
         else:
             handover.post(PredecessorEvent.CANCELLED, error)

@@ -52,8 +52,8 @@ class Backlogs:
     async def finish(self, unclaimed: Iterable[Entry]) -> None:
         """Answer everyone who waits on what the successor did not claim, and close it: nobody else can.
 
-        Who comes later, to one of several sockets of a port (SO_REUSEPORT), finds another one when it asks again
-        (DESIGN.md, trap 11).
+        A client that comes later, to one of several sockets of a port (SO_REUSEPORT), finds another one when it asks
+        again (DESIGN.md, trap 11).
         """
         registry = self._plane.registry
         for entry in unclaimed:

@@ -92,8 +92,8 @@ class Ecdysis(Listeners):
             service's own, or a bare name in the default directory, where they find it by themselves.
         systemd: whether to speak to systemd, and to take the sockets it has passed; None: if it started this process
             with NOTIFY_SOCKET (Type=notify), or with sockets; True: NOTIFY_SOCKET must be there; False: never.
-        takeover: the control socket of a running service, of which this process takes the sockets over as if that
-            one had started it. A successor of this process, whose sockets come from its predecessor, ignores it.
+        takeover: the control socket of a running service, whose sockets this process takes over as if that service
+            had started it. A successor of this process, whose sockets come from its predecessor, ignores it.
         command: the successor's command line; the one of this process where it is None.
         environment: the successor's complete environment; that of this process where it is None.
         env_file: a file of KEY=VALUE lines, read afresh at each restart, on top of the environment. A variable whose
@@ -133,7 +133,7 @@ class Ecdysis(Listeners):
             env_file=Path(env_file).absolute() if env_file is not None else None,
         )
         self.pid = os.getpid()
-        # Only the anchor of a worker is known to systemd.
+        # systemd knows the anchor of a worker, and not the worker.
         self._systemd = find_systemd(False if is_worker() else systemd)
         self._takes_activation = systemd is not False
         self._control_path = locate(control_socket) if control_socket is not None else None
@@ -403,8 +403,8 @@ class Ecdysis(Listeners):
             Its result, also where it is finished at the very moment the drain wants to end.
 
         Raises:
-            DrainInterrupt: the connection should say goodbye and close. Not at once when the drain begins, because
-                closing an idle connection races with the client's next request; shortly before the deadline.
+            DrainInterrupt: the connection should say goodbye and close. It is raised shortly before the deadline,
+                because closing an idle connection races with the client's next request.
         """
         return self._tracker.until_draining(awaitable)
 
@@ -461,11 +461,11 @@ class Ecdysis(Listeners):
                 there after ``ready()``. New connections wait meanwhile, for 10 seconds at the most; what those of this
                 generation change later is not in it.
             version: travels with it.
-            keep: whether systemd keeps the last one that was made (``FileDescriptorStoreMax=``, systemd 254), so that
-                the start after a crash, or a kill, finds it in ``inherited_stash``. It is as old as the last restart,
-                and only one start is given it: one that it kills is followed by one without. Ask for it before
-                ``ready()``: what a crash has left under a name that nobody keeps then is let go. An orderly stop drops
-                it. Not for workers of ``ecdysis run``.
+            keep: whether systemd keeps the last one that was made (``FileDescriptorStoreMax=``, systemd 254). The start
+                after a crash, or a kill, then finds it in ``inherited_stash``. It is as old as the last restart, and
+                one start is given it: a start that it kills is followed by one without. Ask for it before ``ready()``:
+                what a crash has left under a name that nobody keeps then is let go. An orderly stop drops it. It does
+                nothing in workers of ``ecdysis run``.
 
         Raises:
             ValueError, TypeError: an argument is not what it should be, or there is a stash of this name.

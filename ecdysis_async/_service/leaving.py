@@ -65,7 +65,7 @@ class Leaving:
             life.handover.post(PredecessorEvent.STOP)
         else:
             if life.state is State.STARTING:
-                # Nobody is served yet, and whoever stops the service would have to wait for the end of this start.
+                # Nobody is served yet, and a stop would have to wait for the end of this start.
                 life.body.cancel()
             self.begin()
 
@@ -233,7 +233,7 @@ class Leaving:
                 with anyio.CancelScope(shield=True):
                     await left.wait()
             except anyio.get_cancelled_exc_class() as cancellation:
-                # asyncio's own cancellation knows no shield. Who sends it has no time for the whole drain.
+                # asyncio's own cancellation knows no shield, and means that there is no time for the whole drain.
                 cancelled = cancellation
                 self.hurry()
         return cancelled

@@ -26,7 +26,7 @@ __all__ = ["Listeners"]
 
 
 class Listeners(abc.ABC):
-    """What an ``Ecdysis`` offers to whoever wants to serve."""
+    """What an ``Ecdysis`` offers to an application that wants to serve."""
 
     @property
     @abc.abstractmethod

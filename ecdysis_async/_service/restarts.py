@@ -60,7 +60,7 @@ class Restarts:
         """Begin a restart, unless that is not possible now.
 
         Args:
-            spawner: starts the successor; None: whoever starts processes for this service.
+            spawner: starts the successor; None: the management's, or else this process.
             number: of the successor; None: the next one.
             is_told: whether systemd may know of it, because ExecReload= has asked for it.
 
