@@ -41,17 +41,22 @@ def test_a_unix_path_is_the_same_to_the_end(backend: str, run_service: Run, tmp_
 
 @pytest.mark.backends("asyncio", "uvloop", "trio")
 def test_what_nobody_claims_is_answered_to_the_end_and_named(backend: str, run_service: Run) -> None:
-    service = run_service(backend, listeners=[FIRST, ["listen_tcp", ["127.0.0.1", 0], {"name": "old"}]])
+    listeners = [FIRST, ["listen_tcp", ["127.0.0.1", 0], {"name": "old"}]]
+    service = run_service(backend, listeners=listeners, ecdysis={"probation": 60})
     first, old = service.pids[0], service.addresses[1]
     service.configure(listeners=[FIRST])
-    with Clients(old) as clients:
-        clients.wait_for(first)
-        report = service.restart("serving")
-        assert (report["inherited"], report["unclaimed"]) == (["tcp:127.0.0.1:0"], ["old"])
-        clients.wait_for(first)
-    with Conversation(old) as late:
-        service.wait_for("predecessor", state="settled", pid=first)
-        assert late.say("hello").answer()["pid"] == first
+    with service.begin("hello") as control:
+        control.answer()
+        with Clients(old) as clients:
+            clients.wait_for(first)
+            report = service.restart("serving")
+            assert (report["inherited"], report["unclaimed"]) == (["tcp:127.0.0.1:0"], ["old"])
+            clients.wait_for(first)
+        with Conversation(old) as late:
+            # The end of the probation, at which it listens there no more.
+            control.say("run", code="ecdysis._life.handover.post(ecdysis._life.handover.timed_out)").answer()
+            service.wait_for("predecessor", state="settled", pid=first)
+            assert late.say("hello").answer()["pid"] == first
     assert (clients.refused, clients.lost) == ([], [])
     service.wait_for_log("generation 2 did not claim old")
     service.wait_for_death(first)
