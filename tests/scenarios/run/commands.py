@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import os
 import re
 import subprocess
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+
+from ecdysis_async.cli import client
 
 PROJECT = Path(__file__).resolve().parents[3]
 ECDYSIS = [sys.executable, "-W", "error", "-m", "ecdysis_async.cli"]
@@ -112,9 +113,7 @@ class Running:
         return int(self.wait_for(r"serving on .*?127\.0\.0\.1:(\d+)"))
 
     def status(self) -> Any:
-        done = call("status", "--json", "--control", self.control, cwd=PROJECT)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return client.status(self.control)
 
     def wait(self) -> int:
         return self.process.wait(PATIENCE_SECONDS)

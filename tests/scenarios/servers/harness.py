@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdysis_async import RestartReport
+from ecdysis_async.cli import client
 from tests.scenarios.servers.clients import fetch
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -110,29 +111,20 @@ class Service:
         if self._control is None:
             answer: dict[str, Any] = json.loads(await asyncio.wait_for(fetch(self.port, "/restart"), PATIENCE_SECONDS))
             return answer
-        code, event = await self._command("restart", self._control)
-        return {"error": event["message"]} if code else event["report"]
+        # As the command does it, but for the start of a process each time.
+        try:
+            done = await asyncio.to_thread(client.restart, self._control, "settled", lambda event: None)
+        except client.CommandFailed as error:
+            return {"error": str(error)}
+        report: dict[str, Any] = done["report"]
+        return report
 
     async def stop(self) -> None:
         """Stop it; its last connections may go on for the time of a drain."""
         if self._control is None:
             os.kill(self.pids[-1], signal.SIGTERM)
         else:
-            await self._command("stop", self._control)
-
-    async def _command(self, name: str, control: str) -> tuple[int, dict[str, Any]]:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            command = await asyncio.create_subprocess_exec(
-                *ECDYSIS, name, "--json", "--control", control, env=ENVIRONMENT, stdout=subprocess.PIPE
-            )
-            try:
-                output, _ = await command.communicate()
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    command.kill()
-                await command.wait()
-        assert command.returncode is not None
-        return command.returncode, json.loads(output)
+            await asyncio.to_thread(client.stop, self._control, lambda event: None)
 
 
 @contextlib.asynccontextmanager
@@ -147,7 +139,7 @@ async def running(
         directory: where it looks for what it shall do, and writes its stderr to.
         settings: of the ``Ecdysis``.
         is_main: it is a program of its own, which is restarted by a client; instead of one of ``ecdysis run``, which is
-            by ``ecdysis restart``.
+            by its control socket.
     """
     control = None if is_main else str(directory / "control")
     if control is None:
