@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 from ecdysis_async._anchor.config import AnchorConfig
+from ecdysis_async._sockets.addresses import Internet, Unix
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.cli import anchor as start
 from ecdysis_async.settings import Settings
+
+# What a worker asks its `Ecdysis` for by these methods.
+ADDRESSES: dict[str, type[Internet | Unix]] = {"listen_tcp": Internet, "listen_unix": Unix}
 
 WORKER = Path(__file__).parents[1] / "handoff" / "service.py"
 
@@ -23,7 +27,7 @@ def open_sockets(registry: Registry) -> None:
     """Open what the workers will ask for, unless they shall do it themselves."""
     if SETTINGS["opens"]:
         for method, arguments, named in SETTINGS["listeners"]:
-            getattr(registry, method)(*arguments, **named)
+            registry.obtain(ADDRESSES[method](*arguments), **named)
 
 
 if __name__ == "__main__":
