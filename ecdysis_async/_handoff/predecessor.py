@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import functools
 import math
 import os
-import signal
 import socket
 import struct
 import time
@@ -16,26 +15,24 @@ from typing import Any, Final
 
 import anyio
 
-from ecdysis_async._ipc.channel import Channel, Frame
-from ecdysis_async._ipc.peer import Death, Peer, wait_for_death
+from ecdysis_async._ipc.channel import Frame
+from ecdysis_async._ipc.peer import Death, Peer
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.launch import describe_launch
-from ecdysis_async._system.process import Child, Spawner, describe_end, spawn
-from ecdysis_async._system.stderr import StderrTail, duplicate_stderr
+from ecdysis_async._system.process import Child, Spawner, spawn
+from ecdysis_async._system.stderr import duplicate_stderr
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import (
     ChannelError,
-    DescriptorsLost,
     GarbledFrame,
-    ReadyTimeout,
     RestartError,
     RolledBack,
-    SpawnFailed,
     StashFailed,
     SuccessorFailed,
 )
 from ecdysis_async.report import Outcome, Phase, RestartReport
 
+from .failures import PHASES, Failure, explain, record
 from .generation import Generation
 from .protocol import (
     VERSIONS,
@@ -49,29 +46,20 @@ from .protocol import (
     predecessor_event,
     step_predecessor,
 )
-from .side import COUNTERS, ERROR_BYTES, HandoffSide, as_channel_error
+from .side import HandoffSide, as_channel_error
 from .stash import At, Batch
+from .successor_process import SuccessorProcess
 
 __all__ = ["PredecessorSide"]
 
 # Limits of waits that no setting is worth: each is far more than a healthy process needs, seconds.
 PAUSE_SECONDS = 10.0
 SERVING_SECONDS = 30.0
-# What a successor that has to leave gets between SIGTERM and SIGKILL.
-END_GRACE_SECONDS = 3.0
 # How long to wait for what is on its way here already.
 FORESEE_SECONDS = 0.01
 # How long to wait where accepting again failed, for want of descriptors most likely.
 RESUME_PAUSE_SECONDS = 0.2
 
-# A phase ends with the event that leads from its last state to another phase.
-_PHASES: Final = {
-    PredecessorState.SPAWNING: Phase.START,
-    PredecessorState.INITIALISING: Phase.INITIALISE,
-    PredecessorState.PAUSING: Phase.PAUSE,
-    PredecessorState.COMMITTING: Phase.COMMIT,
-    PredecessorState.PROBATION: Phase.PROBATION,
-}
 _OUTCOMES: Final = {
     PredecessorState.PROBATION: Outcome.SERVING,
     PredecessorState.SETTLED: Outcome.SETTLED,
@@ -136,12 +124,9 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         self._entered = time.monotonic()
         self._paused_at = math.nan
         self._spawner = spawner or self._spawn
-        self._process: Child | None = None
-        self._peer: Peer | None = None
+        self._successor: SuccessorProcess | None = None
         # Whether the successor has said that it fails.
         self._has_failed = False
-        # Known once the peer can be asked no more.
-        self._is_successor_dead = False
         self._gone = anyio.Event()
         # Not set while this side is to accept again and does not yet.
         self._resumed = anyio.Event()
@@ -151,9 +136,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         self._stash = Batch()
         # Cancelled as soon as the restart does not need any more what is being made.
         self._making = anyio.CancelScope()
-        self._counters = -1
         self._env_file_keys: tuple[str, ...] = ()
-        self._stderr: StderrTail | None = None
 
     # What the supervisor asks
 
@@ -172,7 +155,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
     @property
     def successor_is_dead(self) -> bool:
         """Whether the successor has ended, or there never was one."""
-        return self._is_successor_dead or self._peer is None or self._peer.is_dead()
+        return self._successor is None or self._successor.is_dead()
 
     async def run(self) -> None:
         """Carry the restart out, to its very end: after it has settled, until the successor ends or this is cancelled.
@@ -198,22 +181,22 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             self.state = PredecessorState.FAILED
             self._fail(error, Phase.START)
             return
-        assert self._peer is not None and self._process is not None and self._stderr is not None
+        successor = self._running
         async with anyio.create_task_group() as task_group:
             self._tasks = task_group
-            task_group.start_soon(self._listen, self._peer)
-            task_group.start_soon(self._stderr.run)
+            task_group.start_soon(self._listen, successor.peer)
+            task_group.start_soon(successor.stderr.run)
             if self.generation.stashes.names(At.START):
                 task_group.start_soon(self._prepare)
             else:
                 self._prepared.set()
             await self.advance()
             if self.state in (PredecessorState.FAILED, PredecessorState.ROLLED_BACK):
-                await self._stderr.pass_rest_on()
+                await successor.stderr.pass_rest_on()
             else:
                 # Its zombie is this process' to reap, also if its own successor lets it go before this one has
                 # drained. Whoever is the newest by then, and shares the channel, is still heard (DrainMessage.HURRY).
-                await self._process.wait()
+                await successor.process.wait()
                 await self._gone.wait()
             task_group.cancel_scope.cancel()
 
@@ -222,11 +205,8 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         if self.state in (PredecessorState.SETTLED, PredecessorState.STOPPED):
             # The service is the successor's, or nobody's; the end of this process tells it what is left to be told.
             return
-        if self._process is not None:
-            await self._process.end(END_GRACE_SECONDS)
-        if self._peer is not None and not self._peer.is_dead():
-            self._peer.send_signal(signal.SIGKILL)
-            await wait_for_death(self._peer.pidfd)
+        if self._successor is not None:
+            await self._successor.kill()
         is_over = self.state.final
         if not is_over:
             # First, so that a stop is heard while this side cannot accept yet: a restart that is over delays none.
@@ -244,8 +224,8 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
 
     async def let_go(self) -> None:
         """Let a successor that has settled be a child of systemd; it is watched as before."""
-        if self._process is not None:
-            await self._process.let_go()
+        if self._successor is not None:
+            await self._successor.process.let_go()
 
     def refuse(self, error: RestartError) -> None:
         """Let it fail before anything has begun."""
@@ -256,17 +236,16 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
     @property
     def successor_died(self) -> anyio.Event:
         """Set when the successor is dead; there must have been one."""
-        assert self._peer is not None
-        return self._peer.died
+        return self._running.peer.died
 
     async def tell(
         self, message: DrainMessage, body: Mapping[str, Any], descriptors: Sequence[int] = (), *, timeout: float = 2
     ) -> None:
         """Tell the successor how the drain goes; it may be gone, or busy, and then it is not told."""
-        if self._peer is None:
+        if self._successor is None:
             return
         try:
-            await self._peer.channel.send(message, body, descriptors, timeout=timeout)
+            await self._successor.peer.channel.send(message, body, descriptors, timeout=timeout)
         except ChannelError as error:
             self.generation.log.debug("the successor was not told of the drain: %s", error)
 
@@ -312,21 +291,18 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         event = predecessor_event(frame.type)
         self._has_failed |= event is PredecessorEvent.FAILED
         if event is PredecessorEvent.HELLO:
-            if self._counters >= 0:
+            if self._running.is_known:
                 raise GarbledFrame("the successor said HELLO twice")
             choose_version(frame.body)
             self.report.successor_pid = int(frame.body["pid"])
-            pidfd, self._counters = frame.descriptors
-            # Another process than the spawned one speaks where the command is a wrapper: that one counts from here on.
-            assert self._peer is not None
-            self._peer.watch(pidfd)
+            pidfd, counters = frame.descriptors
+            self._running.know(pidfd, counters)
             return event
         frame.close()
         if frame.descriptors:
             raise GarbledFrame(f"{frame.type!r} came with descriptors")
         if event is PredecessorEvent.READY:
-            assert self._stderr is not None
-            self._stderr.stop()
+            self._running.stderr.stop()
             claimed = {int(index) for index in frame.body["claimed"]}
             self.report.created = [str(name) for name in frame.body["created"]]
             self.report.inherited = [entry.name for index, entry in enumerate(self._entries) if index in claimed]
@@ -338,18 +314,17 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
 
     async def before_event(self, event: PredecessorEvent, cause: object) -> bool:
         if event is PredecessorEvent.DIED:
-            await self._collect_exit()
+            await self._running.collect_exit()
         elif event is PredecessorEvent.FAILED and self.state is not PredecessorState.STOPPING:
-            assert self._stderr is not None
-            self._stderr.read_rest()
+            self._running.stderr.read_rest()
         elif self.state is PredecessorState.PROBATION and event in (
             PredecessorEvent.TIMED_OUT,
             PredecessorEvent.SETTLE,
         ):
             # Never settle on a successor that is dead, or has just said that it fails: this side could not take over
             # again. Its death, or its word, is on its way here.
-            assert self._peer is not None
-            if self._peer.is_dead() or self._peer.has_news():
+            peer = self._running.peer
+            if peer.is_dead() or peer.has_news():
                 await anyio.sleep(FORESEE_SECONDS)
                 if event is PredecessorEvent.SETTLE:
                     # Asked for once, where the timer would come again; behind the news, which may make it void.
@@ -360,7 +335,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
     def changed(self, before: PredecessorState, event: PredecessorEvent, cause: object) -> None:
         if self.state is before:
             return
-        phase = _PHASES.get(before)
+        phase = PHASES.get(before)
         # Not the loop's clock: uvloop's stands still within one turn, and counts whole milliseconds.
         now = time.monotonic()
         if phase is not None:
@@ -375,13 +350,11 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             PredecessorState.ROLLED_BACK,
         )
         if self.state in failed and self.error is None:
-            self._fail(self._explain(before, event, cause), phase)
+            self._fail(explain(self._describe_failure(before, event, cause)), phase)
         # One that has returned serves what it has accepted to the end.
         if self.state is PredecessorState.ROLLED_BACK and event is not PredecessorEvent.RETURNED:
             try:
-                # Read rather than mapped: a file that was cut short would be a SIGBUS here.
-                opened, closed = COUNTERS.unpack(os.pread(self._counters, COUNTERS.size, 0))
-                self.report.lost = max(0, opened - closed)
+                self.report.lost = self._running.read_open_connections()
             except (OSError, struct.error) as error:
                 self.generation.log.warning("what the successor had accepted cannot be read: %r", error)
         self.report.outcome = _OUTCOMES.get(self.state, self.report.outcome)
@@ -428,44 +401,13 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             case PredecessorAction.SEND_RECALL:
                 await self._send(FromPredecessor.RECALL)
             case PredecessorAction.END_SUCCESSOR:
-                self._tasks.start_soon(self._end_successor)
+                self._tasks.start_soon(functools.partial(self._running.end, leaves_by_itself=self._has_failed))
 
     # How it is done
 
     async def _start(self) -> None:
-        """Run the successor's process.
-
-        Raises:
-            RestartError: it could not be run.
-        """
-        try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        except OSError as error:
-            raise SpawnFailed(
-                f"no channel for a successor: {error}; is the limit of open files reached?", phase=Phase.START
-            ) from error
-        try:
-            self._stderr = StderrTail()
-        except OSError as error:
-            ours.close()
-            theirs.close()
-            raise SpawnFailed(
-                f"no pipe for a successor: {error}; is the limit of open files reached?", phase=Phase.START
-            ) from error
-        try:
-            self._process = await self._spawner(theirs, self._stderr.write_end)
-            self._peer = Peer(Channel(ours), os.dup(self._process.pidfd))
-        except BaseException as error:
-            ours.close()
-            if self._process is not None:
-                await self._process.end(END_GRACE_SECONDS)
-            if isinstance(error, Exception) and not isinstance(error, RestartError):
-                raise SpawnFailed(f"the successor could not be started: {error!r}") from error
-            raise
-        finally:
-            theirs.close()
-            self._stderr.close_write_end()
-        self.report.successor_pid = self._process.pid
+        self._successor = await SuccessorProcess.start(self._spawner)
+        self.report.successor_pid = self._successor.process.pid
 
     async def _spawn(self, channel: socket.socket, stderr: int) -> Child:
         settings = self.generation.settings
@@ -483,14 +425,12 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         self, message: FromPredecessor, body: Mapping[str, Any] | None = None, descriptors: Sequence[int] = ()
     ) -> None:
         """Send, or let a channel that does not carry it be the event that it is."""
-        assert self._peer is not None
         try:
-            await self._peer.channel.send(message, body, descriptors)
+            await self._running.peer.channel.send(message, body, descriptors)
         except ChannelError as error:
             self.post(PredecessorEvent.BROKEN, error)
 
     async def _send_listeners(self) -> None:
-        assert self._stderr is not None
         generation = self.generation
         self._entries = list(generation.host.registry.entries)
         descriptions, sockets = generation.host.registry.describe(self._entries)
@@ -522,7 +462,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 [
                     owned(os.pidfd_open(os.getpid())),
                     owned(duplicate_stderr()),
-                    self._stderr.read_end,
+                    self._running.stderr.read_end,
                     *sockets,
                     *self._stash.descriptors,
                     *ends,
@@ -597,101 +537,30 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 self._resumed.set()
                 return
 
-    async def _end_successor(self) -> None:
-        assert self._process is not None and self._peer is not None
-        if self._has_failed:
-            # It leaves by itself, and a signal would cut its own way of cleaning up short.
-            with anyio.move_on_after(END_GRACE_SECONDS):
-                await self._peer.died.wait()
-        await self._process.end(END_GRACE_SECONDS)
-        # Where a wrapper was spawned, the one that speaks is its child, and has to be ended too.
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if not self._peer.is_dead():
-                self._peer.send_signal(number)
-                with anyio.move_on_after(END_GRACE_SECONDS):
-                    await self._peer.died.wait()
-
-    async def _collect_exit(self) -> None:
-        """Learn how the successor died, and hear its last words."""
-        assert self._process is not None and self._stderr is not None
-        self._exit_status = await self._process.end(END_GRACE_SECONDS)
-        self._stderr.read_rest()
-
-    def _explain(self, before: PredecessorState, event: PredecessorEvent, cause: object) -> RestartError:
-        """Say what went wrong, and what to do about it."""
-        assert self._stderr is not None
-        pid = self.report.successor_pid
-        doing = "on probation" if before is PredecessorState.PROBATION else before.value
-        match event, cause:
-            case _, RestartError():
-                return cause
-            case PredecessorEvent.CANCELLED, _:
-                what = "the restart was called off"
-            case _, StashFailed():
-                cause.phase, cause.stderr = _PHASES[before], self._stderr.text
-                return cause
-            case PredecessorEvent.TIMED_OUT, _ if self._stash.making is not None and (
-                before is PredecessorState.PAUSING or self._greeted.is_set()
-            ):
-                assert before.timer is not None
-                name, seconds = self._stash.making, self.limits[before.timer]
-                what = f"the stash {name!r} was not made within {seconds:g} seconds: make it smaller"
-                what += ', or at="start"' if before is PredecessorState.PAUSING else ", or raise ready_timeout"
-                return StashFailed(what, phase=_PHASES[before], stderr=self._stderr.text)
-            case PredecessorEvent.FAILED, Frame(body=body):
-                what = f"the successor (pid {pid}) failed: {str(body.get('error'))[-ERROR_BYTES:]}"
-            case PredecessorEvent.TIMED_OUT, _ if before in (PredecessorState.SPAWNING, PredecessorState.INITIALISING):
-                seconds = self.limits[Timer.READY]
-                what = f"the successor (pid {pid}) was not ready within {seconds:g} seconds and was ended"
-                if before is PredecessorState.SPAWNING:
-                    what += "; it never entered `async with Ecdysis()`: does its command run this service?"
-                else:
-                    what += "; where its start-up takes longer, raise ready_timeout"
-                return ReadyTimeout(what, phase=_PHASES[before], stderr=self._stderr.text)
-            case PredecessorEvent.TIMED_OUT, _:
-                what = f"the successor (pid {pid}) did not answer in time while {doing}"
-            case PredecessorEvent.DIED, _:
-                what = f"the successor (pid {pid}) {describe_end(self._exit_status)} while {doing}"
-                if before is PredecessorState.SPAWNING:
-                    what += ", before it entered `async with Ecdysis()`"
-            case _, DescriptorsLost() | OSError():
-                # Not the successor's doing, and no change to it would help.
-                what = (
-                    f"this generation (pid {os.getpid()}) could not go on with the restart while {doing}: "
-                    f"{cause}; the successor (pid {pid}) was ended"
-                )
-                if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
-                    what += "; raise the limit of open files (ulimit -n, LimitNOFILE=)"
-            case _, Exception() if not isinstance(cause, ChannelError):
-                what = (
-                    f"this generation (pid {os.getpid()}) could not go on with the restart while {doing}: "
-                    f"{cause!r}; its log has the traceback"
-                )
-            case _:
-                what = f"the successor (pid {pid}) broke the handoff while {doing}: {cause}"
-        committed = before in (PredecessorState.COMMITTING, PredecessorState.PROBATION)
-        kind = RolledBack if committed else SuccessorFailed
-        error = kind(what, phase=_PHASES.get(before), stderr=self._stderr.text)
-        if isinstance(cause, BaseException):
-            error.__cause__ = cause
-        return error
+    def _describe_failure(self, before: PredecessorState, event: PredecessorEvent, cause: object) -> Failure:
+        is_awaited = before is PredecessorState.PAUSING or self._greeted.is_set()
+        return Failure(
+            before,
+            event,
+            cause,
+            self.report.successor_pid,
+            self.limits[before.timer] if before.timer is not None else math.inf,
+            self._running.exit_status,
+            self._stash.making if is_awaited else None,
+            self._running.stderr.text,
+        )
 
     def _fail(self, error: RestartError, phase: Phase | None) -> None:
-        error.phase = phase or error.phase
         self.error = error
-        self.report.error = str(error)
-        if self.report.outcome is Outcome.IN_PROGRESS:
-            self.report.outcome = Outcome.FAILED
+        record(error, phase, self.report)
+
+    @property
+    def _running(self) -> SuccessorProcess:
+        assert self._successor is not None
+        return self._successor
 
     def _close(self) -> None:
         self._stash.close()
-        if self._peer is not None:
-            self._is_successor_dead = self.successor_is_dead
-            self._peer.close()
-        if self._stderr is not None:
-            self._stderr.close()
-        if self._counters >= 0:
-            os.close(self._counters)
-        if self._process is not None:
-            self._process.close()
+        if self._successor is not None:
+            self._successor.close()
         self.over.set()

@@ -8,13 +8,14 @@ import os
 import socket
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from ecdysis_async import Ecdysis, State
 from ecdysis_async._accepting.asyncio_servers import GatedServer
 from ecdysis_async._handoff.predecessor import PredecessorSide
-from ecdysis_async._ipc.channel import Channel
-from ecdysis_async._ipc.peer import Peer
+from ecdysis_async._system.launch import Launch
+from ecdysis_async._system.process import Process, spawn
 from tests.planes import turn
 
 
@@ -92,25 +93,28 @@ async def test_goodbyes_begin_before_the_successor_is_told_of_the_transfer(backe
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    ours, theirs = socket.socketpair()
-    with theirs:
-        async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
-            await ecdysis.ready()
-            life = ecdysis._life
-            life.handover = handover = PredecessorSide(life.generation, lambda handover: None)
-            handover._peer = Peer(Channel(ours), os.pidfd_open(os.getpid()))
-            handover.over.set()
-            # It does not read.
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    ours.send(bytes(4096))
-            before = descriptors()
-            with anyio.fail_after(60):
-                async with anyio.create_task_group() as task_group:
-                    task_group.start_soon(ecdysis._leaving._move_connections, lambda: None)
-                    while descriptors() < before + 2:
-                        await turn()
-                    task_group.cancel_scope.cancel()
-            assert descriptors() == before
-            handover._peer.close()
-            life.handover = None
+    async def start(channel: socket.socket, stderr: int) -> Process:
+        return await anyio.to_thread.run_sync(spawn, Launch(("sleep", "600"), None, dict(os.environ)), channel, stderr)
+
+    async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
+        await ecdysis.ready()
+        life = ecdysis._life
+        life.handover = handover = PredecessorSide(life.generation, lambda handover: None, spawner=start)
+        await handover._start()
+        successor = handover._running
+        handover.over.set()
+        # It does not read.
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                successor.peer.channel._sock.send(bytes(4096))
+        before = descriptors()
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(ecdysis._leaving._move_connections, lambda: None)
+                while descriptors() < before + 2:
+                    await turn()
+                task_group.cancel_scope.cancel()
+        assert descriptors() == before
+        await successor.process.end(0)
+        successor.close()
+        life.handover = None

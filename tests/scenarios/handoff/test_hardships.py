@@ -219,14 +219,14 @@ ecdysis._gate.open = cannot_open
 
 # The stop comes when the restart is about to be over, and not yet.
 STOP_AT_THE_DEATH = """
-from ecdysis_async._handoff.predecessor import PredecessorSide
+from ecdysis_async._handoff.successor_process import SuccessorProcess
 
 async def bury_and_stop(self):
     await bury(self)
     ecdysis.stop()
 
-bury = PredecessorSide._collect_exit
-PredecessorSide._collect_exit = bury_and_stop
+bury = SuccessorProcess.collect_exit
+SuccessorProcess.collect_exit = bury_and_stop
 """
 
 

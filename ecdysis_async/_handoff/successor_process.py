@@ -1,0 +1,155 @@
+"""The successor as its predecessor has it: a process, the channel to it, its stderr, and its connection counters."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+
+import anyio
+
+from ecdysis_async._ipc.channel import Channel
+from ecdysis_async._ipc.peer import Peer, wait_for_death
+from ecdysis_async._system.process import Child, Spawner
+from ecdysis_async._system.stderr import StderrTail
+from ecdysis_async.errors import RestartError, SpawnFailed
+from ecdysis_async.report import Phase
+
+from .side import COUNTERS
+
+__all__ = ["SuccessorProcess"]
+
+# What a successor that has to leave gets between SIGTERM and SIGKILL, seconds.
+END_GRACE_SECONDS = 3.0
+
+
+class SuccessorProcess:
+    """Starts a successor, watches it, and ends it. It owns the pidfds, the channel, the pipe and the counters.
+
+    Attributes:
+        process: the child that was spawned; its zombie is to be reaped here.
+        peer: the process that speaks on the channel: that child, or one behind a wrapper.
+        stderr: its stderr until it is ready.
+        exit_status: how the child ended, once :meth:`collect_exit` has learnt it.
+    """
+
+    def __init__(self, process: Child, peer: Peer, stderr: StderrTail) -> None:
+        self.process = process
+        self.peer = peer
+        self.stderr = stderr
+        self.exit_status = 0
+        self._counters = -1
+        # What is_dead() said at the close, when the peer could still be asked.
+        self._was_dead = False
+
+    @classmethod
+    async def start(cls, spawner: Spawner) -> SuccessorProcess:
+        """Run the successor's process.
+
+        Args:
+            spawner: brings the process, given its end of the channel and its stderr.
+
+        Raises:
+            RestartError: it could not be run; nothing is left of it then.
+        """
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise SpawnFailed(
+                f"no channel for a successor: {error}; is the limit of open files reached?", phase=Phase.START
+            ) from error
+        try:
+            stderr = StderrTail()
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            raise SpawnFailed(
+                f"no pipe for a successor: {error}; is the limit of open files reached?", phase=Phase.START
+            ) from error
+        process: Child | None = None
+        try:
+            process = await spawner(theirs, stderr.write_end)
+            return cls(process, Peer(Channel(ours), os.dup(process.pidfd)), stderr)
+        except BaseException as error:
+            ours.close()
+            stderr.close()
+            if process is not None:
+                try:
+                    await process.end(END_GRACE_SECONDS)
+                finally:
+                    process.close()
+            if isinstance(error, Exception) and not isinstance(error, RestartError):
+                raise SpawnFailed(f"the successor could not be started: {error!r}") from error
+            raise
+        finally:
+            theirs.close()
+            stderr.close_write_end()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has said who it is."""
+        return self._counters >= 0
+
+    def is_dead(self) -> bool:
+        """Say whether it has ended, without waiting."""
+        return self._was_dead or self.peer.is_dead()
+
+    def know(self, pidfd: int, counters: int) -> None:
+        """Take over what it has said of itself: a pidfd of the process that speaks, and its connection counters.
+
+        Another process than the spawned one speaks where the command is a wrapper: from here on that one counts.
+        """
+        self._counters = counters
+        self.peer.watch(pidfd)
+
+    def read_open_connections(self) -> int:
+        """Return how many connections it has accepted that are not closed, alive or dead.
+
+        Raises:
+            OSError, struct.error: that cannot be read.
+        """
+        # Read rather than mapped: a file that was cut short would be a SIGBUS here.
+        opened: int
+        closed: int
+        opened, closed = COUNTERS.unpack(os.pread(self._counters, COUNTERS.size, 0))
+        return max(0, opened - closed)
+
+    async def end(self, *, leaves_by_itself: bool) -> None:
+        """End it: by SIGTERM, and after a grace by SIGKILL.
+
+        Args:
+            leaves_by_itself: it has said that it fails: a signal would cut its own way of cleaning up short.
+
+        Cancellation kills the child at once.
+        """
+        if leaves_by_itself:
+            with anyio.move_on_after(END_GRACE_SECONDS):
+                await self.peer.died.wait()
+        await self.process.end(END_GRACE_SECONDS)
+        # Where a wrapper was spawned, the one that speaks is its child, and has to be ended too.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if not self.peer.is_dead():
+                self.peer.send_signal(number)
+                with anyio.move_on_after(END_GRACE_SECONDS):
+                    await self.peer.died.wait()
+
+    async def kill(self) -> None:
+        """End it and wait for its death, where nobody listens to the peer any more."""
+        await self.process.end(END_GRACE_SECONDS)
+        if not self.peer.is_dead():
+            self.peer.send_signal(signal.SIGKILL)
+            await wait_for_death(self.peer.pidfd)
+
+    async def collect_exit(self) -> None:
+        """Learn how it died, and hear its last words."""
+        self.exit_status = await self.process.end(END_GRACE_SECONDS)
+        self.stderr.read_rest()
+
+    def close(self) -> None:
+        """Let go of everything; a process that is alive stays so. Call it once."""
+        self._was_dead = self.peer.is_dead()
+        self.peer.close()
+        self.stderr.close()
+        if self._counters >= 0:
+            os.close(self._counters)
+        self.process.close()
