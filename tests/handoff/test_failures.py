@@ -83,8 +83,8 @@ OURS = f"this generation (pid {os.getpid()}) could not go on with the restart wh
             Failure(PAUSING, BROKEN, OSError(errno.EMFILE, "Too many open files"), 7),
             SuccessorFailed,
             (
-                f"{OURS} pausing: [Errno 24] Too many open files; the successor (pid 7) was ended; raise the limit of open "
-                "files (ulimit -n, LimitNOFILE=)"
+                f"{OURS} pausing: [Errno 24] Too many open files; the successor (pid 7) was ended; raise the limit of "
+                "open files (ulimit -n, LimitNOFILE=)"
             ),
         ),
         (
