@@ -1,6 +1,6 @@
 """Where a generation stands, in words and as an object of JSON: for people who ask from outside.
 
-Nothing here changes anything, waits, or knows the supervisor.
+Nothing here changes anything, or waits. It is told what it describes, and asks nobody.
 """
 
 from __future__ import annotations

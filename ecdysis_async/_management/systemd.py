@@ -1,8 +1,7 @@
 """What a service tells systemd: the notifications of sd_notify(3), and the watchdog, without libsystemd.
 
-The datagrams of sd_notify(3) and the variables of sd_listen_fds(3), without libsystemd. What is to be said, and when,
-the supervisor decides; here it is only said if this process is the unit's main one, because systemd hears no other
-(NotifyAccess=main). Nothing here blocks the loop, and no deafness of systemd ends a service.
+The management of the service decides what is said, and when. It is sent if this process is the unit's main one, because
+systemd hears no other (NotifyAccess=main). Nothing here blocks the loop, and no deafness of systemd ends a service.
 """
 
 from __future__ import annotations

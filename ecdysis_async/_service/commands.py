@@ -115,7 +115,7 @@ class Commands:
         if life.stop_signals > 1:
             life.generation.log.warning("told to stop again: the deadline of the drain is now")
             self._leaving.hurry()
-        self._leaving.hurry_if_forsaken()
+        self._leaving.hurry_if_nobody_listens()
         self._leaving.stop()
 
     def _on_reopen_signal(self) -> None:

@@ -195,7 +195,7 @@ class Leaving:
         """Let the deadline of the drain be now."""
         self._life.plane.tracker.hurry()
 
-    def hurry_if_forsaken(self) -> None:
+    def hurry_if_nobody_listens(self) -> None:
         """Let the deadline be now where systemd waits for the end of this process to start the service anew.
 
         That is so where the successor, which is the main process, has died, and the service was told to stop. Nobody

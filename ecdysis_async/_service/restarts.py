@@ -126,7 +126,7 @@ class Restarts:
             await self._carry_out(handover, is_told=is_told)
         finally:
             self._life.handed_over.set()
-        self._leaving.hurry_if_forsaken()
+        self._leaving.hurry_if_nobody_listens()
         if handover.error is not None:
             self._life.management.serving()
         if self._life.stop is not Stop.NOT_ASKED:
