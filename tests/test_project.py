@@ -79,7 +79,6 @@ TESTS_TO_COME = {
     "_anchor/reload.py",
     "_anchor/takeover.py",
     "_anchor/upgrade.py",
-    "_connections/parcel.py",
     "_handoff/generation.py",
     "_handoff/predecessor.py",
     "_handoff/side.py",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
+from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -118,3 +120,25 @@ async def test_goodbyes_begin_before_the_successor_is_told_of_the_transfer(backe
         await successor.process.end(0)
         successor.close()
         life.handover = None
+
+
+async def test_what_is_served_is_described_by_who_knows_it(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ecdysis_async")
+    async with Ecdysis(restart_signals=(), stop_signals=()) as ecdysis:
+        ecdysis.listen_tcp("127.0.0.1", 0, name="web")
+        ecdysis.describe_serving = lambda entries, control_path: f"{[entry.name for entry in entries]}, {control_path}"
+        await ecdysis.ready()
+    assert "['web'], None" in caplog.text
+
+
+async def test_a_block_that_could_not_be_entered_can_be_entered_later(backend: str, tmp_path: Path) -> None:
+    directory = tmp_path / "not yet"
+    ecdysis = Ecdysis(restart_signals=(), stop_signals=(), control_socket=directory / "control")
+    with pytest.raises(FileNotFoundError, match="mkdir"):
+        await ecdysis.__aenter__()
+    assert ecdysis.state is State.STARTING
+    directory.mkdir(mode=0o700)
+    async with ecdysis:
+        await ecdysis.ready()
+        with pytest.raises(RuntimeError, match="entered once"):
+            await ecdysis.__aenter__()
