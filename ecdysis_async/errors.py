@@ -62,7 +62,7 @@ class RestartError(EcdysisError):
 
 
 class RestartInProgress(RestartError):
-    """Another restart of this generation has not ended yet. Await that one, or try again later."""
+    """Another restart of this generation has not ended yet. Await the other restart, or try again later."""
 
 
 class NotReady(RestartError):

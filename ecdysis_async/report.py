@@ -11,7 +11,7 @@ __all__ = ["DrainCount", "Outcome", "Phase", "RestartReport", "State"]
 
 
 class State(enum.Enum):
-    """Where a generation stands."""
+    """Where a generation stands, from its start to its end."""
 
     STARTING = "starting"  # preparing itself: nothing is accepted
     WAITING = "waiting"  # ready, and waiting for the predecessor's commit
@@ -22,7 +22,7 @@ class State(enum.Enum):
 
 
 class Outcome(enum.StrEnum):
-    """Where a restart stands, or how it ended."""
+    """Where a restart stands, or how it ended, as its caller is told."""
 
     IN_PROGRESS = "in progress"  # the successor does not serve yet
     SERVING = "serving"  # it serves, on probation

@@ -64,7 +64,7 @@ def find_kind(app: Any, target: str) -> Kind:
     Raises:
         StartupError: it is nothing that can be served; the text says what may be meant.
     """
-    # Who has made one has imported it.
+    # The module is loaded where somebody has made an application of it.
     web = sys.modules.get("aiohttp.web")
     if web is not None and isinstance(app, web.Application):
         return Kind.AIOHTTP
@@ -90,7 +90,7 @@ def _import(module: str, directory: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        # Else it is one that the application asks for.
+        # Another missing module is one that the application asks for.
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         where = "its own package" if error.name != module.partition(".")[0] else f"{directory}, or on sys.path"

@@ -42,7 +42,7 @@ class Ancestor:
 class Ancestors:
     """The older generations that still drain: how far they are, and which of them is too many.
 
-    Only one generation reads what they say: the newest one that has settled.
+    One generation reads what they say: the newest one that has settled.
     """
 
     def __init__(self) -> None:
@@ -96,12 +96,12 @@ class Ancestors:
                 await _tell(ancestor, DrainMessage.REOPEN_LOGS)
 
     async def outlive(self) -> None:
-        """Wait until each of them is dead. Only while ``follow`` runs."""
+        """Wait until each of them is dead. Call it while ``follow`` runs."""
         if self.ancestors:
             await self._ended.wait()
 
     def close(self) -> None:
-        """Let go of the descriptors. Not while ``follow`` runs."""
+        """Let go of the descriptors. Cancel ``follow`` first."""
         while self.ancestors:
             self.ancestors.pop().peer.close()
 
@@ -131,7 +131,7 @@ class Ancestors:
                     "generation %d (pid %d) keeps what it was to pass on: %s", ancestor.generation, ancestor.pid, item
                 )
             case Death():
-                # Also if it could not say so: who is dead is the main process no more.
+                # A dead process is the main one no more, whether or not it could say so.
                 self.on_main(ancestor)
                 # Still in the list means still to be closed; its tasks end with this call.
                 self.ancestors.remove(ancestor)

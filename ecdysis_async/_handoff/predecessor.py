@@ -128,7 +128,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         # Whether the successor has said that it fails.
         self._has_failed = False
         self._gone = anyio.Event()
-        # Not set while this side is to accept again and does not yet.
+        # It is cleared while this side is to accept again and does not yet.
         self._resumed = anyio.Event()
         self._resumed.set()
         self._greeted = anyio.Event()
@@ -194,8 +194,9 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             if self.state in (PredecessorState.FAILED, PredecessorState.ROLLED_BACK):
                 await successor.stderr.pass_rest_on()
             else:
-                # Its zombie is this process' to reap, also if its own successor lets it go before this one has
-                # drained. Whoever is the newest by then, and shares the channel, is still heard (DrainMessage.HURRY).
+                # Its zombie is this process' to reap, even if the successor's own successor lets it go before this
+                # process has drained. The newest generation by then shares the channel, and is still heard
+                # (DrainMessage.HURRY).
                 await successor.process.wait()
                 await self._gone.wait()
             task_group.cancel_scope.cancel()
@@ -336,7 +337,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         if self.state is before:
             return
         phase = PHASES.get(before)
-        # Not the loop's clock: uvloop's stands still within one turn, and counts whole milliseconds.
+        # Take the system's clock: uvloop's stands still within one turn, and counts whole milliseconds.
         now = time.monotonic()
         if phase is not None:
             self.report.phases[phase] = now - self._entered
@@ -391,7 +392,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 await self._send(FromPredecessor.COMMIT, {"stash": self._stash.describe()}, self._stash.descriptors)
                 self._stash.close()
             case PredecessorAction.SEND_SETTLED:
-                # Whoever is told to settle hears the ancestors from now on; two readers would tear frames apart.
+                # The successor hears the ancestors from now on; two readers would tear frames apart.
                 ancestors = await self.generation.lineage.let_go()
                 await self._send(FromPredecessor.SETTLED, {"report": self.report.to_json(), "ancestors": ancestors})
             case PredecessorAction.SEND_ABORT:
@@ -508,13 +509,13 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             self.generation.log.exception("this generation could not stop accepting; the restart is called off")
             self.post(PredecessorEvent.BROKEN, error)
         else:
-            # Only now: nobody is accepted any more whose changes would not be in it.
+            # Make it now, when nobody is accepted any more whose changes would be missing in it.
             if await self._make(At.COMMIT):
                 self.post(PredecessorEvent.PAUSED)
 
     async def conclude(self) -> None:
-        # A next restart must not begin earlier: this side would open its gate next to that one's successor. Where the
-        # service stops, there is none to come, and nothing to open.
+        # The next restart must not begin earlier: this side would open its gate next to the next successor. Where the
+        # service stops, no restart follows, and there is nothing to open.
         if self.state is not PredecessorState.STOPPED:
             await self._resumed.wait()
 

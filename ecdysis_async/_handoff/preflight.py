@@ -95,7 +95,7 @@ def digest_environment(environment: Mapping[str, str], salt: str) -> dict[str, s
 
 
 async def tell(sock: socket.socket | None, release: Json) -> None:
-    """Tell whoever has started this process. Who does not listen any more has lost interest."""
+    """Tell the process that has started this one. If it does not listen any more, it has lost interest."""
     if sock is None:
         return
     channel = Channel(sock)

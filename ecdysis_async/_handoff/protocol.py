@@ -16,7 +16,7 @@ of three generations can be explored exhaustively (tests/test_protocol_explorati
      SETTLED       settled --------------->    SETTLED
 
 The death of the peer is one event (``DIED``), delivered after everything that the peer has said; a channel that ends
-while its process lives is another (``BROKEN``). Only the first ever makes a process accept.
+while its process lives is another (``BROKEN``). The first alone ever makes a process accept.
 """
 
 from __future__ import annotations
@@ -97,7 +97,11 @@ class Timer(enum.Enum):
 
 
 class PredecessorState(enum.Enum):
-    """The predecessor's side of one restart."""
+    """Where one restart stands, as its predecessor sees it: it exists from the request to the end of that restart.
+
+    Two other enums sound alike. ``report.State`` is where a generation stands, from its start to its end, whatever
+    restarts there are. ``report.Outcome`` is what a caller is told of one restart; several states have one outcome.
+    """
 
     SPAWNING = "spawning"  # the successor's process runs; nothing is heard of it yet
     INITIALISING = "initialising"  # it has the sockets and prepares itself
@@ -140,7 +144,7 @@ class PredecessorEvent(enum.Enum):
     DIED = "died"  # the successor's pidfd is readable, and all that it had sent was handled
     TIMED_OUT = "timed out"  # the timer of the state
     PAUSED = "paused"  # this side accepts no more
-    CANCELLED = "cancelled"  # whoever asked for the restart has called it off
+    CANCELLED = "cancelled"  # the caller of the restart has called it off
     STOP = "stop"  # the service shall stop
     RECALL = "recall"  # this side shall serve again, because the restart is part of a larger one that has failed
 

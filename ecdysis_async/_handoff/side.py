@@ -87,7 +87,7 @@ class HandoffSide(abc.ABC, Generic[State, Event, Action]):
                         self.post(self.failed, error)
             await self.conclude()
         finally:
-            # Only now, after the last action: whoever is woken by a failure finds this side accepting again.
+            # Set it after the last action: a caller that is woken by a failure finds this side accepting again.
             self.over.set()
 
     async def before_event(self, event: Event, cause: object) -> bool:

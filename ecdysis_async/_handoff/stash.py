@@ -1,6 +1,6 @@
 """State that outlives the process: what one generation leaves to the next, in sealed memory files (memfd).
 
-Only descriptors travel, so a gigabyte is written once and never copied through a pipe. The predecessor's part is
+What travels is descriptors, so a gigabyte is written once and never copied through a pipe. The predecessor's part is
 :class:`Stashes` and :class:`Batch`, the successor's is :class:`InheritedStash`; neither knows the handoff.
 """
 
@@ -34,7 +34,7 @@ Producer: TypeAlias = Callable[[], Pieces | Awaitable[Pieces]]
 Version: TypeAlias = str | int
 KeepState: TypeAlias = Callable[[str, Version, int], None]
 
-# A reader maps what it is given: without these seals, whoever wrote it could cut it short (SIGBUS), or change it.
+# A reader maps what it is given: without these seals, its writer could cut it short (SIGBUS), or change it.
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 MAX_NAME = 128

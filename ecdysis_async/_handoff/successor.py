@@ -205,7 +205,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             log.warning("the predecessor (pid %d) died; this generation goes on without it", self.predecessor.pid)
         if self.state is SuccessorState.ABORTED:
             if isinstance(cause, BaseException):
-                # Whose traceback, if there is one worth it, the predecessor has read on stderr.
+                # The predecessor has read the traceback on stderr, if there is one worth it.
                 is_told = isinstance(cause, StartupError)
                 self.reason = str(cause) if is_told else describe_failure(cause)[-ERROR_BYTES:]
                 self.summary = str(cause) if is_told else traceback.format_exception_only(cause)[-1].strip()
@@ -220,7 +220,8 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         match action:
             case SuccessorAction.SEND_READY:
                 registry = self._plane.registry
-                # Not by their places in the registry: the application may have closed one of them by now.
+                # Find them by their sockets: the application may have closed one by now, which changes the places in
+                # the registry.
                 kept = {entry.sock for entry in registry.entries if entry.claimed}
                 claimed = [index for index, sock in enumerate(self._inherited) if sock in kept]
                 # A copy that nobody accepts on would reset what queues on it; the predecessor still answers there.
@@ -305,7 +306,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         self.predecessor = Ancestor(int(body["predecessor"]["generation"]), int(body["predecessor"]["pid"]), peer)
 
     def _restore_stderr(self) -> None:
-        """Put the service's real stderr in the place of the predecessor's pipe, which breaks when that one leaves."""
+        """Put the service's real stderr in the place of the predecessor's pipe, which ends with the predecessor."""
         if self._stderr < 0:
             return
         # Unless the application has pointed it elsewhere by now.

@@ -97,7 +97,7 @@ class SuccessorProcess:
     def know(self, pidfd: int, counters: int) -> None:
         """Take over what it has said of itself: a pidfd of the process that speaks, and its connection counters.
 
-        Another process than the spawned one speaks where the command is a wrapper: from here on that one counts.
+        Where the command is a wrapper, another process than the spawned one speaks. From here on the speaker counts.
         """
         self._counters = counters
         self.peer.watch(pidfd)

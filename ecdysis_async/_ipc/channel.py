@@ -55,7 +55,7 @@ class Frame:
     Attributes:
         type: the message's name, such as ``"hello"``.
         body: the rest of the JSON object.
-        descriptors: owned by whoever received the frame; close-on-exec.
+        descriptors: owned by the receiver of the frame; close-on-exec.
         lost_descriptors: whether the kernel has dropped descriptors of it; those that came are closed.
     """
 
@@ -227,7 +227,7 @@ class Channel:
         self._failure: ChannelError | None = None
         self._sending = anyio.Lock()
         self._waiters = 0
-        # The peer learns of this process' death by the end of the channel, whoever was forked meanwhile.
+        # The peer learns of this process' death by the end of the channel, whatever was forked meanwhile.
         withhold_from_children(self)
 
     def fileno(self) -> int:
@@ -259,7 +259,7 @@ class Channel:
                 try:
                     await self._write(data, descriptors, scope)
                 except (BrokenPipeError, ConnectionResetError) as error:
-                    # Not closed here: what the other end said last may still be waiting to be received.
+                    # Keep the channel open: what the other end said last may still be waiting to be received.
                     raise ChannelClosed("the other end of the channel is closed") from error
                 except BaseException as error:
                     if scope.shield:
@@ -331,7 +331,7 @@ class Channel:
     def close(self) -> None:
         """Close this end and every descriptor that was received and not handed out; harmless if done already."""
         if self._sock.fileno() != -1:
-            # Whoever waits must be woken: a closed descriptor never becomes readable.
+            # Wake the waiting tasks: a closed descriptor never becomes readable.
             if self._waiters:
                 anyio.notify_closing(self._sock)
             self._sock.close()

@@ -73,8 +73,8 @@ class Peer:
 
     def watch(self, pidfd: int) -> None:
         """Watch another process from now on: the one that really speaks, where a wrapper was spawned."""
-        # Closed only when nobody waits on it any more: its number may belong to the next connection at once, and the
-        # end of the wait would take that one's reader away (asyncio: it hangs; uvloop: RuntimeError).
+        # It is closed when nobody waits on it any more. Its number may belong to the next connection at once. The end
+        # of the wait would then take that connection's reader away (asyncio: it hangs; uvloop: RuntimeError).
         self._replaced.append(self.pidfd)
         self.pidfd = pidfd
         self._watching.cancel()
@@ -120,7 +120,7 @@ class Peer:
             return error
 
     def close(self) -> None:
-        """Let go of all descriptors; harmless if done already. Not while ``run`` runs: cancel that first."""
+        """Let go of all descriptors; harmless if done already. Cancel ``run`` first."""
         self.channel.close()
         self._close_replaced()
         if self.pidfd >= 0:

@@ -124,7 +124,7 @@ class WorkerLink:
             return Frame(error.type, error.body, lost_descriptors=True)
 
     async def run(self) -> None:
-        """Send what is told until nobody takes it any more. Who listens finds out why."""
+        """Send what is told until nobody takes it any more. The listening task finds out why."""
         while True:
             while self._outbox:
                 message, body, descriptors = self._outbox[0]
@@ -141,7 +141,7 @@ class WorkerLink:
             await self._told.wait()
 
     async def flush(self) -> None:
-        """Return when all that was told is sent, or nobody takes it. Only while ``run`` runs."""
+        """Return when all that was told is sent, or nobody takes it. Call it while ``run`` runs."""
         with anyio.move_on_after(FLUSH_SECONDS):
             while self._outbox:
                 await self._sent.wait()

@@ -211,8 +211,8 @@ class Registry:
     def adopt(self, sock: socket.socket, *, name: str, until: Until | str = Until.DRAIN) -> Entry:
         """Take over a socket that the application built.
 
-        Where one of the same name, family and type was inherited, that one takes its place and the given one is
-        closed: the entry's ``sock`` is the one to use.
+        Where one of the same name, family and type was inherited, the inherited one takes its place and the given one
+        is closed: the entry's ``sock`` is the one to use.
 
         Raises:
             ValueError: it is registered already.

@@ -29,7 +29,7 @@ def age_all_objects() -> None:
     For those that will live for long, however young they are: so they are not counted as what lived through younger
     collections, again and again. Garbage that is in a cycle at this moment waits for the next full collection.
     """
-    # Not where the application has frozen what it began with: that would thaw.
+    # An application that has frozen what it began with is left alone: its objects would thaw.
     if not _application_freezes.is_set() and gc.get_freeze_count() >= FROZEN_BY_APPLICATION:
         _application_freezes.set()
     if not _application_freezes.is_set():

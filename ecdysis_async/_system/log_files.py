@@ -61,8 +61,8 @@ def _reopen(handler: logging.FileHandler) -> bool:
             return False
         # Appending, because another process may have opened the new file before.
         handler.mode = handler.mode.replace("w", "a")
-        # Before the other is closed: a handler without a file opens it with its next line, and where that fails it
-        # raises at whoever logs, wherever that is. Where it fails here, the file that was moved is better than none.
+        # Open the new file before the other is closed. A handler without a file opens it with its next line, and where
+        # that fails it raises at the caller who logs. Where it fails here, the file that was moved is better than none.
         handler.stream = handler._open()  # noqa: SLF001 - what the subclasses override, and a rotation calls
         with contextlib.suppress(OSError):  # what a full disk does not take; it is closed all the same
             stream.close()

@@ -35,10 +35,11 @@ __all__ = [
     "supported",
 ]
 
-# Stands between this process and the successor, and dies when it is let go: then the successor is a child of systemd
-# (reparenting, exit(2)). systemd 254 does not wait for a main process that is not its child when MAINPID= names it:
-# any `systemctl stop` would send SIGKILL right behind its SIGTERM, and its death would go unnoticed (seen). The traps
-# let the shell outlive signals to its group, and unlike ignored ones they do not reach the successor.
+# This shell stands between this process and the successor, and is killed when the successor is let go. Then the
+# successor is a child of systemd (reparenting, exit(2)). systemd 254 does not wait for a main process that is not its
+# child when MAINPID= names it. Any `systemctl stop` would send SIGKILL right behind its SIGTERM, and the death of the
+# process would go unnoticed (seen). The traps let the shell outlive signals to its group, and unlike ignored ones they
+# do not reach the successor.
 _REPARENTING_SHELL = ("/bin/sh", "-c", 'trap : HUP INT TERM USR1 USR2; "$@"; exit $?', "sh")
 # How a shell tells that a signal has ended its child.
 _SIGNAL_STATUS = 128
@@ -72,7 +73,7 @@ def find_process(pid: int) -> Process | None:
 
 
 class Child(Protocol):
-    """A successor's process, whoever its parent is: this process, or the anchor that this one works for."""
+    """A successor's process. Its parent is this process, or the anchor that this one works for."""
 
     @property
     def pid(self) -> int:
@@ -209,7 +210,8 @@ def supported() -> bool:
     try:
         os.close(os.pidfd_open(os.getpid()))
     except OSError as error:
-        # Else not in this kernel, or not in this sandbox. A lack of descriptors passes, and says so itself.
+        # Other errors mean that this kernel, or this sandbox, does not have it. A lack of descriptors passes, and says
+        # so itself.
         return error.errno in (errno.EMFILE, errno.ENFILE)
     return True
 
@@ -247,7 +249,7 @@ def spawn(
             pass_fds=[sock.fileno() for sock in passed.values()],
             process_group=0 if is_kept else None,
         )
-    # Whatever it is: this process serves, and goes on serving.
+    # No error may end this process, which serves, and goes on serving.
     except Exception as error:
         raise _spawn_failed(launch, error) from error
     try:
@@ -265,7 +267,7 @@ def _require_program(launch: Launch) -> None:
     Raises:
         OSError: the program, or the interpreter in its first line, is not there, or may not be executed.
     """
-    # Not at the top: this is for systemd alone.
+    # Loaded here, because it is for systemd alone.
     import shutil
 
     program = launch.arguments[0]

@@ -69,7 +69,7 @@ class SignalReceiver:
         self.ignored_afterwards: frozenset[signal.Signals] = frozenset()
         self._handlers = handlers
         self._noted: deque[int] = deque()
-        # Only wakes: what is written there, C writes as well, and for signals of others too.
+        # The pipe does nothing but wake: C writes to it as well, and for signals of others too.
         self._read_end, self._write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._wakes_from_c = False
 
@@ -107,7 +107,7 @@ class SignalReceiver:
     def fileno(self) -> int:
         """Return the pipe that C has written the number of each signal to that was not acted upon yet.
 
-        Whoever executes this process anew passes it on: signals may reach another thread until the very last moment.
+        A process that executes itself anew passes it on: signals may reach another thread until the very last moment.
         """
         return self._read_end
 

@@ -125,7 +125,7 @@ async def _write(data: bytes) -> None:
     unwritten = [data]
 
     def write() -> None:
-        # Whoever takes it out writes it. A closed stderr loses what it always did.
+        # The thread that takes the data out writes it. A closed stderr loses what it always did.
         with contextlib.suppress(IndexError, OSError):
             _write_all(2, unwritten.pop())
 

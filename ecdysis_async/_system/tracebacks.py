@@ -9,7 +9,7 @@ import traceback
 
 __all__ = ["describe_failure"]
 
-# Whose code stands above the application's first line: this library, what runs tasks, what imports and runs modules.
+# What stands above the application's first line: this library, what runs tasks, what imports and runs modules.
 _RUNNERS = ("ecdysis_async", "anyio", "asyncio", "concurrent.futures", "trio", "outcome", "importlib")
 _SERVERS = ("uvicorn", "hypercorn", "aiohttp", "aiosignal", "websockets")
 _FROZEN = ("<frozen importlib", "<frozen runpy")

@@ -91,7 +91,7 @@ class NoAnswer(Exception):
 
 
 class ConnectionLost(NoAnswer):
-    """It ended: whoever was asked is no more, or was executed anew at that moment."""
+    """It ended: the process that was asked is no more, or was executed anew at that moment."""
 
 
 @contextlib.contextmanager
@@ -308,7 +308,7 @@ def stop(path: str, on_event: Callable[[Event], None]) -> None:
                     )
                 return
     except NoAnswer as error:
-        # Whoever is killed while it stops has stopped as well.
+        # A process that is killed while it stops has stopped as well.
         if _wait_for_death(pidfd) or not is_live(path):
             return
         raise CommandFailed(f"the service at {path} does not say that it stops: {error}", Exit.UNKNOWN) from error
@@ -318,7 +318,7 @@ def stop(path: str, on_event: Callable[[Event], None]) -> None:
 
 
 def _seek_verdict(path: str, id: str, until: str) -> Event:
-    """Find out what became of a restart from whoever serves now."""
+    """Find out what became of a restart from the process that serves now."""
     begun = time.monotonic()
     while (left := begun + (FORSAKEN_SECONDS if _is_forsaken() else VERDICT_SECONDS) - time.monotonic()) > 0:
         try:
@@ -465,5 +465,5 @@ def _open_pidfd(pid: int) -> int:
 
 
 def _wait_for_death(pidfd: int) -> bool:
-    """Wait until a process is gone, so that whoever starts the service again finds everything free."""
+    """Wait until a process is gone, so that the next start of the service finds everything free."""
     return pidfd >= 0 and bool(select.select([pidfd], [], [], EXIT_SECONDS)[0])

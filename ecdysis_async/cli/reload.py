@@ -1,7 +1,7 @@
 """What watches the files of a service in development, and asks for a restart when one is saved: a process of its own.
 
-Started as ``python -m ecdysis_async.cli.reload CONTROL PATH...`` by whoever serves; it ends with its standard input,
-which is a pipe from there. Its standard output is one back, on which it says, by one byte, that it watches.
+Started as ``python -m ecdysis_async.cli.reload CONTROL PATH...`` by the process that serves; it ends with its standard
+input, which is a pipe from there. Its standard output is one back, on which it says, by one byte, that it watches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BUSY_PAUSE_SECONDS = 0.2
 
 
 def main() -> NoReturn:
-    """Watch until the service, or whoever started this process, is gone."""
+    """Watch until the service, or the process that has started this one, is gone."""
     control, *paths = sys.argv[1:]
     # Ctrl-C reaches this process too: it ends with the service, and has nothing to say about it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

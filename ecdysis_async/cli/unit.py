@@ -74,7 +74,7 @@ def _unit(name: str | None, user: str | None, *, socket: bool, output: str | Non
     keeps the listening sockets over a crash, and may do nothing that a web service has no need of.
     """
     try:
-        # Not from the environment: the service will not have this one.
+        # Leave the environment out: the service will not have this one.
         options = gather(given, {})
         files = dict(_describe(options, given, name or _default_name(options.target), user, has_socket=socket))
     except OptionError as error:

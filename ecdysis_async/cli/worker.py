@@ -52,7 +52,7 @@ def run(options: Options) -> int:
 
 
 def check(options: Options) -> int:
-    """Load what would be served, tell whoever has started this process what it is, and return the exit code."""
+    """Load what would be served, tell the process that has started this one what it is, and return the exit code."""
     return _run(options, _check)
 
 
@@ -145,7 +145,7 @@ def _describe_place(entry: Entry, scheme: str) -> str:
 
 
 def _find_version(server: str) -> str:
-    # Most say it themselves. Else the machinery of packages is loaded, which takes a tenth of the whole start.
+    # Most say it themselves. For others the machinery of packages is loaded, which takes a tenth of the whole start.
     told = getattr(importlib.import_module(server), "__version__", None)
     if told is not None:
         return str(told)
