@@ -1,7 +1,7 @@
 """The data plane of asyncio and uvloop for datagrams: a transport that reads between commit and pause only.
 
-It is our own, because uvloop's cannot stop reading. What it does not read stays in the kernel's queue, for whoever
-reads next; sending is never gated, so that the old generation's last replies get out.
+The transport is our own, because uvloop's cannot stop reading. Datagrams that it does not read stay in the kernel's
+queue, for the generation that reads next. Sending is never gated, so that the old generation's last replies get out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from ecdysis_async._sockets.addresses import Internet, Unix
 from ecdysis_async._sockets.entry import Entry, Kind, Until
 
-from .asyncio_servers import default_name, numeric, original, registered, withdraw
+from .asyncio_acceptors import ungated
+from .asyncio_servers import default_name, numeric
 from .data_plane import DataPlane
 from .gate import Acceptor
 from .gated_socket import confining_cancellation, largest_datagram
@@ -31,8 +32,8 @@ P = TypeVar("P", bound=asyncio.DatagramProtocol)
 # be noticed by the connections next to it.
 READS_PER_TURN = 32
 
-# What may wait to be sent until the protocol is told to pause, in bytes, and the share of it at which it may resume:
-# the defaults of asyncio.
+# How much may wait to be sent until the protocol is told to pause, in bytes, and the divisor of that at which it may
+# resume: the defaults of asyncio.
 HIGH_WATER = 2**16
 LOW_WATER_DIVISOR = 4
 
@@ -40,7 +41,7 @@ LOW_WATER_DIVISOR = 4
 # connected sockets only), so there is nothing to watch: it is tried again after this many seconds.
 FULL_QUEUE_PAUSE_SECONDS = 0.005
 
-# What the head of a datagram in the queue counts for: asyncio counts it so, and empty datagrams would be free.
+# How many bytes the head of a datagram in the queue counts for, as in asyncio: empty datagrams would be free.
 HEADER_BYTES = 8
 
 
@@ -61,19 +62,19 @@ async def create_datagram_endpoint(
 ) -> tuple[asyncio.DatagramTransport, P]:
     """Serve a protocol on a datagram socket, as ``loop.create_datagram_endpoint`` does, inherited or created.
 
-    Reading begins at the commit and pauses with the accepting. Without a local address there is nothing to inherit:
-    such an endpoint, and one with a remote address, is a client's, and the loop's own.
+    Reading begins at the commit and pauses with the accepting. An endpoint without a local address, or with a remote
+    one, is a client's: there is nothing to inherit, and the loop makes it.
 
     Args:
         plane: what the socket is registered with.
         protocol_factory: called once.
         local_addr: host and port, or a path with ``family=AF_UNIX``. The first address of a name is taken.
         remote_addr: see above.
-        name: what the socket is inherited by.
+        name: the name that the socket is inherited by.
         until: whether it ends with the drain of a stop, or serves to the exit.
         family: of the address that a name is resolved to.
-        proto: for that.
-        flags: for that.
+        proto: of the address that a name is resolved to.
+        flags: of the resolving of a name.
         reuse_port: allow several sockets on one address.
         allow_broadcast: set SO_BROADCAST.
         sock: a socket to use instead, bound to an address; it is registered, unless it is already.
@@ -88,11 +89,11 @@ async def create_datagram_endpoint(
             raise ValueError(f"A datagram socket was expected, got {sock!r}")
         if local_addr or remote_addr or family or proto or flags or reuse_port or allow_broadcast:
             raise ValueError("socket modifier keyword arguments can not be used when sock is specified.")
-        entry = registered(plane, sock) or plane.registry.adopt(sock, name=name or default_name(sock), until=until)
+        entry = plane.find_entry(sock) or plane.registry.adopt(sock, name=name or default_name(sock), until=until)
     elif remote_addr is not None or local_addr is None:
         options: dict[str, Any] = {"family": family, "proto": proto, "flags": flags}
         options |= {"reuse_port": reuse_port, "allow_broadcast": allow_broadcast}
-        connect = original(loop, "create_datagram_endpoint")
+        connect = ungated(loop, "create_datagram_endpoint")
         created: tuple[asyncio.DatagramTransport, P]
         created = await connect(protocol_factory, local_addr, remote_addr, **options)
         return created
@@ -130,11 +131,11 @@ async def create_datagram_endpoint(
 def is_service(plane: DataPlane, local_addr: object, remote_addr: object, sock: socket.socket | None) -> bool:
     """Say whether an endpoint that some library asks its loop for serves, or is a client of others.
 
-    Clients (of a name server, of statsd) use no port, or one of the kernel's choice, and have to read at once. For
-    Unix sockets nothing tells the two apart: those have to be registered.
+    Clients (of a name server, of statsd) use no port, or one of the kernel's choice, and have to read at once. Unix
+    sockets of clients and of services look alike: the service's have to be registered.
     """
     if sock is not None:
-        return registered(plane, sock) is not None
+        return plane.find_entry(sock) is not None
     return remote_addr is None and isinstance(local_addr, tuple) and local_addr[1] not in (0, None, "0", "")
 
 
@@ -146,7 +147,7 @@ class DatagramEndpoint(asyncio.DatagramTransport, Acceptor):
         self._plane = plane
         self._protocol = protocol
         self._loop = asyncio.get_running_loop()
-        # The protocol is called in the context of whoever made it, also when somebody else opens the gate.
+        # The protocol is called in the context of the code that made it, whichever task opens the gate.
         self._context = contextvars.copy_context()
         self._max_datagram = largest_datagram(entry)
         self._sock = socket.socket(fileno=os.dup(entry.sock.fileno()))
@@ -163,7 +164,7 @@ class DatagramEndpoint(asyncio.DatagramTransport, Acceptor):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.entry.name}>"
 
-    # The acceptor.
+    # The acceptor
 
     async def open(self) -> None:
         if not self._is_closing:
@@ -178,20 +179,20 @@ class DatagramEndpoint(asyncio.DatagramTransport, Acceptor):
         self._stop_reading()
 
     async def close_at_the_end(self) -> None:
-        """Close with the block of the ``Ecdysis``, if the application has not: until then, last replies go out."""
+        """Close at the end of the ``Ecdysis`` block, if the application has not; last replies go out until then."""
         try:
             with confining_cancellation():
                 await self._lost.wait()
         finally:
-            # The registered socket is left to the supervisor, which knows whether a path has to be removed.
+            # The registered socket is left to the `Ecdysis`, which knows whether a path has to be removed.
             self._is_closing = True
             self._stop_reading()
             self._loop.call_soon(self._lose)
 
-    # The transport.
+    # The transport
 
     def sendto(self, data: bytes | bytearray | memoryview, addr: Any = None) -> None:
-        """Send a datagram, or queue it where the kernel has no room now; errors go to ``error_received``."""
+        """Send a datagram, or queue it while the kernel has no room; errors go to ``error_received``."""
         if self._is_closing:
             return
         if not self._queue:
@@ -305,10 +306,10 @@ class DatagramEndpoint(asyncio.DatagramTransport, Acceptor):
             self._loop.remove_reader(self._sock.fileno())
 
     def _leave(self) -> None:
-        """Take the socket out of the gate and of the registry, unless the supervisor has taken it already."""
+        """Take the socket out of the gate, and out of the registry unless the generation is leaving."""
         self._is_closing = True
         self._stop_reading()
-        withdraw(self._plane, self)
+        self._plane.withdraw(self)
 
     def _lose(self) -> None:
         if self._sock.fileno() == -1:

@@ -1,7 +1,7 @@
-"""The gate: every acceptor of this generation opens, pauses and ends together, on the supervisor's word.
+"""The gate: every acceptor of this generation opens, pauses and ends together, at the word of its ``Ecdysis``.
 
 A data plane puts one :class:`Acceptor` per registered socket behind the gate and never decides by itself when to
-accept. That is what keeps guarantee G2 (one acceptor) in a single place. Nothing here knows a loop.
+accept. So one place guarantees that at most one generation accepts. Nothing here knows a loop.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["Acceptor", "Gate", "GateState"]
 class GateState(enum.Enum):
     """Whether this generation may take connections from its sockets."""
 
-    CLOSED = "closed"  # before the commit, or paused: what waits stays in the kernel's queue
+    CLOSED = "closed"  # before the commit, or paused: new connections wait in the kernel's queue
     OPEN = "open"  # between commit and pause
     ENDED = "ended"  # accepting is over in this process for good
 
 
 class Acceptor(abc.ABC):
-    """What takes connections, or datagrams, from one registered socket.
+    """Takes connections, or datagrams, from one registered socket.
 
-    ``open`` and ``pause`` alternate, beginning with ``open``; ``end`` comes last, once, always after the gate was
-    closed for this acceptor (or before it was ever opened). Only where the application closes its server while that
-    is being opened, ``end`` comes during ``open``, which then has to leave nothing open.
+    ``open`` and ``pause`` alternate, beginning with ``open``. ``end`` comes last, once, after a ``pause`` or before the
+    first ``open``. There is one exception: the application may close its server while that is being opened. Then
+    ``end`` comes during ``open``, which has to leave nothing open.
     """
 
     entry: Entry
@@ -47,12 +47,12 @@ class Acceptor(abc.ABC):
     async def pause(self) -> None:
         """Stop accepting; return once everything that user space has accepted is attached to its handler.
 
-        It must finish even if it is cancelled half-way: the supervisor shields it.
+        Its caller shields it from cancellation: it has to finish.
         """
 
     @abc.abstractmethod
     async def end(self) -> None:
-        """Accepting is over for good: let go of duplicates, wake those who wait for a next connection."""
+        """Accepting is over for good: let go of duplicates, and wake the tasks that wait for a next connection."""
 
 
 class Gate:
@@ -62,18 +62,18 @@ class Gate:
         self.state = GateState.CLOSED
         self._acceptors: list[Acceptor] = []
         self._open: set[Acceptor] = set()
-        # Those whose `open` runs at this moment, in whatever task. A pause waits for them: one that it overlooked would
-        # go on accepting next to the successor (G2).
+        # The acceptors whose `open` runs at this moment, in any task. A pause waits for them: an acceptor that it
+        # overlooked would go on accepting next to the successor.
         self._opening: dict[Acceptor, anyio.Event] = {}
 
     @property
     def acceptors(self) -> tuple[Acceptor, ...]:
-        """Those that were added and not ended, in the order they came."""
+        """The acceptors that were added and not ended, in the order they came."""
         return tuple(self._acceptors)
 
     @property
     def open_acceptors(self) -> AbstractSet[Acceptor]:
-        """Those that accept at this moment."""
+        """The acceptors that accept at this moment."""
         return self._open
 
     def find_resumer(self, name: str) -> ConnectionResumer | None:
@@ -97,25 +97,25 @@ class Gate:
         """Take out one acceptor, because the application closed its server."""
         if acceptor in self._acceptors:
             self._acceptors.remove(acceptor)
-            # One that is being opened is not waited for: who closes a server cannot wait (asyncio_servers.withdraw).
+            # An acceptor that is being opened is not waited for: the close of a server cannot wait.
             await self._pause_open(acceptor)
             await acceptor.end()
 
     async def open(self) -> None:
-        """Begin to accept on every socket; also what undoes a pause. Those that are open already stay as they are.
+        """Begin to accept on every socket, for the first time or after a pause; open acceptors stay as they are.
 
-        Where accepting is over for good it stays over.
+        Accepting that is over for good stays over.
         """
         if self.state is GateState.ENDED:
             return
         self.state = GateState.OPEN
         for acceptor in self.acceptors:
-            # It may have been paused while the one before was opened.
+            # The gate may have been paused while the acceptor before was opened.
             if self.state is GateState.OPEN:
                 await self.open_one(acceptor)
 
     async def pause(self, *, spare: Callable[[Entry], bool] | None = None) -> None:
-        """Stop accepting, except on the entries that ``spare`` names; those stay open and can be paused later."""
+        """Stop accepting, except on the entries that ``spare`` names, which stay open and can be paused later."""
         if self.state is GateState.OPEN:
             self.state = GateState.CLOSED
         for acceptor in self.acceptors:
@@ -135,7 +135,7 @@ class Gate:
     async def open_one(self, acceptor: Acceptor) -> None:
         """Begin to accept on one socket, unless it is accepted on already."""
         await self._wait_opened(acceptor)
-        # The application may have removed one, and closed its socket, while others were opened.
+        # The application may have removed this acceptor, and closed its socket, while others were opened.
         if acceptor not in self._acceptors or acceptor in self._open:
             return
         opened = self._opening[acceptor] = anyio.Event()

@@ -108,6 +108,10 @@ class Connection:
         for scope in self._idle_scopes:
             scope.cancel()
 
+    def mark_silent(self, *, is_silent: bool) -> None:
+        """Say whether it was at a safe point when a server said goodbye to it by a way of its own."""
+        self.silent = is_silent
+
     def cancel(self) -> None:
         """End the handler: the deadline has come."""
 

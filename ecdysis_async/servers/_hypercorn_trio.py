@@ -1,8 +1,8 @@
 """hypercorn on trio: its own protocols, over listeners that can pause.
 
-``hypercorn.trio.serve`` accepts by trio's ``serve_listeners``, which cannot be paused and taken up again. So this is
-what it does, as seen in hypercorn 0.18, on listeners of the ``Ecdysis``: ``Lifespan``, ``WorkerContext``, ``TCPServer``
-and ``wrap_app``.
+``hypercorn.trio.serve`` accepts by trio's ``serve_listeners``, which cannot be paused and taken up again. So this
+module does the same on listeners of the ``Ecdysis``. Seams, as seen in hypercorn 0.18: ``Lifespan``, ``WorkerContext``,
+``TCPServer`` and ``wrap_app``.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = ["serve"]
 
 
 class _Stream:
-    """A stream whose end ends its connection.
+    """A stream that ends its connection as soon as the client hangs up.
 
-    hypercorn would keep it, and its descriptor, for ``keep_alive_timeout`` when a client has hung up between requests.
+    Between two requests, hypercorn would keep the stream, and its descriptor, for ``keep_alive_timeout``.
     """
 
     def __init__(self, stream: Any, context: WorkerContext) -> None:
@@ -40,7 +40,7 @@ class _Stream:
         self._context = context
 
     def __getattr__(self, name: str) -> Any:
-        # Also for what is not there: that is how hypercorn tells TLS.
+        # An attribute that is missing here is missing there: by that hypercorn tells TLS.
         return getattr(self._stream, name)
 
     async def receive_some(self, max_bytes: int) -> bytes | bytearray:
@@ -65,18 +65,18 @@ async def serve(
 
     Args:
         ecdysis: entered.
-        app: of ASGI 3.
+        app: an application of ASGI 3.
         config: hypercorn's own.
         secure: sockets of the ``Ecdysis``, to serve TLS on.
-        insecure: the same, to serve without.
+        insecure: sockets of the ``Ecdysis``, to serve without TLS on.
     """
-    # One for each connection.
+    # One context for each connection.
     contexts: set[WorkerContext] = set()
     tracker = active().tracker
     is_late = False
 
     async def end_them() -> None:
-        # Ends connections that are idle, and the others after their response.
+        # Idle connections end at once, the others after their response.
         for context in tuple(contexts):
             await context.terminated.set()
 
@@ -84,11 +84,12 @@ async def serve(
         nonlocal is_late
         is_late = True
         for connection in tracker.connections():
-            connection.silent = isinstance(connection, AcceptedConnection) and connection not in application.busy
+            is_idle = isinstance(connection, AcceptedConnection) and connection not in application.busy
+            connection.mark_silent(is_silent=is_idle)
         nursery.start_soon(end_them)
 
-    departure = Goodbye(ecdysis, close_idle)
-    application = Application(app, departure)
+    goodbye = Goodbye(ecdysis, close_idle)
+    application = Application(app, goodbye)
     wrapped = wrap_app(cast("Any", application), config.wsgi_max_body_size, "asgi")
     state: dict[str, Any] = {}
     lifespan = Lifespan(wrapped, config, state)
@@ -110,15 +111,16 @@ async def serve(
 
     try:
         async with trio.open_nursery() as nursery:
-            with departure.ending() as begin_shutdown:
+            with goodbye.ending() as begin_shutdown:
                 await nursery.start(lifespan.handle_lifespan)
                 await lifespan.wait_for_startup()
                 if application.failure is not None:
-                    # Its end wakes this task before its exception cancels it: readiness must not be announced.
+                    # Raised here: the end of the lifespan wakes this task before its exception cancels it. Readiness
+                    # must not be announced then.
                     raise application.failure
                 nursery.start_soon(ecdysis.serve, handle, *listeners)
                 await ecdysis.ready()
-                await departure.wait_for_last_connection()
+                await goodbye.wait_for_last_connection()
                 begin_shutdown()
                 await end_them()
                 await lifespan.wait_for_shutdown()
@@ -126,5 +128,5 @@ async def serve(
     except BaseExceptionGroup as group:
         if application.failure is not None:
             raise application.failure from None
-        # What was raised, rather than that it was raised here.
+        # Raises what was raised, without the group that trio puts around it.
         raise group.exceptions[0] if len(group.exceptions) == 1 else group from None

@@ -1,8 +1,8 @@
 """aiohttp: its runner, whose sockets, signals and end are those of the ``Ecdysis``.
 
 Seams, as seen in aiohttp 3.14: ``AppRunner`` with its ``server.pre_shutdown`` and ``cleanup``, the sites, a middleware,
-the signal ``on_response_prepare``, ``Request.task``, and of ``WebSocketResponse``
-``send_frame``, ``closed`` and ``close``.
+the signal ``on_response_prepare``, ``Request.task``, and of ``WebSocketResponse`` ``send_frame``, ``_writer``,
+``closed`` and ``close``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import anyio
 from aiohttp import WSMsgType, web
 from aiohttp.typedefs import Handler, Middleware
 
-from ecdysis_async._accepting.asyncio_servers import ServerConnection
+from ecdysis_async._accepting.asyncio_connections import ServerConnection
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._config.options import Options
 from ecdysis_async._connections.connection import current_connection
@@ -30,23 +30,22 @@ from ecdysis_async.servers._common.forwarded import Trusted
 from ecdysis_async.servers._common.goodbye import RESTARTING, STEP_SECONDS, Goodbye
 from ecdysis_async.servers._common.listening import make_ssl_context, open_sockets
 from ecdysis_async.servers._protocols.aiohttp import make_movable, stays
-from ecdysis_async.servers._protocols.http import servers_but
+from ecdysis_async.servers._protocols.http import new_servers
 from ecdysis_async.settings import StrPath
 
 from ._common import server_options
 
 __all__ = ["DRAINING", "run", "serve"]
 
-# What `ecdysis run` says itself, or what is no option.
+# The options that `ecdysis run` sets itself, and parameters that are no options.
 OURS = frozenset({"manager", "loop", "access_log", "access_log_class"})
 
 DRAINING = web.AppKey("ecdysis.draining", anyio.Event)
-"""Where an application finds the event that this generation leaves; sub-applications look in ``config_dict``."""
-
+"""The key of the event that this generation leaves, in the application; sub-applications look in ``config_dict``."""
 
 REASON = b"the service restarts"
 
-# What a client may take to answer before its WebSocket is closed without, seconds.
+# How long a client may take to answer before its WebSocket is closed without an answer, seconds.
 ANSWER_SECONDS = 0.5
 
 
@@ -73,17 +72,17 @@ async def serve(
     Args:
         ecdysis: entered, on a gated loop (``ecdysis_async.run``).
         app: not yet frozen.
-        host: an address or a name; every interface where it is None.
-        port: 8080, or 8443 with TLS, if neither path nor sock are given.
-        path: of a Unix socket.
-        sock: one of the ``Ecdysis``, or one to be registered.
-        socks: more of these.
+        host: an address or a name; None is every interface.
+        port: by default 8080, or 8443 with TLS, if neither path nor sock are given.
+        path: the path of a Unix socket.
+        sock: a socket of the ``Ecdysis``, or a socket to be registered.
+        socks: more such sockets.
         ssl_context: serve TLS.
         backlog: how many connections may wait to be accepted.
         transfer: let connections that are idle move to the successor of a restart, with their clients none the wiser.
-            After a request with a body, they mostly cannot before the next one: aiohttp's parser does not show whether
-            it has read half a request.
-        options: those of ``aiohttp.web.AppRunner``, such as ``access_log`` and ``keepalive_timeout``.
+            After a request with a body, most cannot before the next one: aiohttp's parser does not show whether it has
+            read half a request.
+        options: the options of ``aiohttp.web.AppRunner``, such as ``access_log`` and ``keepalive_timeout``.
 
     Raises:
         RuntimeError: the loop is not gated, or the application is frozen.
@@ -92,7 +91,7 @@ async def serve(
 
     Cancelling it ends the server at once.
     """
-    # The drain waits for requests, and has cancelled what is left by the time of the clean-up: nothing is to wait for.
+    # The drain waits for requests, and has cancelled the rest by the time of the clean-up: nothing is left to wait for.
     runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=0, **options)
     clients = _Clients(ecdysis, runner)
     all_socks = [*socks] if sock is None else [sock, *socks]
@@ -106,12 +105,12 @@ async def serve(
         for site in _make_sites(runner, host, port, path, all_socks, ssl_context=ssl_context, backlog=backlog):
             await site.start()
         if transfer:
-            for server in set(servers_but(plane, others)):
-                make_movable(server)
+            for hooks in new_servers(plane, others):
+                make_movable(hooks)
         await ecdysis.ready()
-        await clients.departure.wait_for_last_connection()
+        await clients.goodbye.wait_for_last_connection()
     finally:
-        with clients.departure.ending() as begin:
+        with clients.goodbye.ending() as begin:
             begin()
             await runner.cleanup()
 
@@ -161,24 +160,24 @@ def _believe(trusted: Trusted) -> Middleware:
 
 
 class _Clients:
-    """Those who are connected: what they are told, and when their connections end."""
+    """The clients of the server: what they are told, and when their connections end."""
 
     def __init__(self, ecdysis: Ecdysis, runner: web.AppRunner) -> None:
-        self.departure = Goodbye(ecdysis, self._close_idle)
+        self.goodbye = Goodbye(ecdysis, self._close_idle)
         self._runner = runner
         self._tracker = active().tracker
-        # Each connection that has made a request; and whether it has one now.
+        # Each connection that has made a request, and whether it has a request now.
         self._is_busy: dict[ServerConnection, bool] = {}
 
     @web.middleware
     async def note_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Know a connection that makes a request, and its task, which lives as long as it does."""
+        """Take note of a connection's request, and of the connection's task, which lives as long as the connection."""
         self._tracker.count_request()
         connection = current_connection.get()
         if not isinstance(connection, ServerConnection):
             return await handler(request)
         if connection not in self._is_busy:
-            connection.handler = request.task
+            connection.busy(request.task)
             request.task.add_done_callback(functools.partial(self._forget, connection))
         self._is_busy[connection] = True
         try:
@@ -188,54 +187,52 @@ class _Clients:
                 self._is_busy[connection] = False
 
     async def note_response(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Say goodbye once this generation leaves; and know WebSockets."""
+        """Say goodbye once this generation leaves, and take note of WebSockets."""
         if isinstance(response, web.WebSocketResponse):
             dismiss = functools.partial(_dismiss, response)
-            self.departure.websockets.add(dismiss)
-            request.task.add_done_callback(lambda _: self.departure.websockets.discard(dismiss))
-        elif self.departure.ecdysis.draining.is_set() and stays(request):
+            self.goodbye.add_websocket(dismiss)
+            request.task.add_done_callback(lambda _: self.goodbye.discard_websocket(dismiss))
+        elif self.goodbye.ecdysis.draining.is_set() and stays(request):
             response.force_close()
             if request.version.major == 1:
                 response.headers["Connection"] = "close"
 
     def _close_idle(self) -> None:
         for connection, is_busy in self._is_busy.items():
-            connection.silent = not is_busy
-        # Ends the tasks of connections that are idle, and those of the others after their response.
+            connection.mark_silent(is_silent=not is_busy)
+        # Ends the tasks of idle connections at once, and the tasks of the others after their response.
         assert self._runner.server is not None
         self._runner.server.pre_shutdown()
 
     def _forget(self, connection: ServerConnection, task: asyncio.Task[None]) -> None:
         del self._is_busy[connection]
-        connection.handler = None
-        if connection.is_over():
-            connection.server.plane.tracker.close(connection)
-        elif self.departure.ecdysis.draining.is_set() and connection.transport is not None:
-            # An idle connection whose task was ended is left open, and nobody would answer.
-            connection.transport.close()
+        connection.idle()
+        if self.goodbye.ecdysis.draining.is_set():
+            # aiohttp leaves an idle connection open whose task was ended, and would never answer on it.
+            connection.close()
 
 
 async def _say_nothing(code: int = 0, message: bytes | str = b"") -> None:
-    """Close, where that was said already."""
+    """Close without a frame: it was sent already."""
 
 
 async def _dismiss(websocket: web.WebSocketResponse) -> None:
-    """Close a WebSocket, and let its client answer.
+    """Close a WebSocket, and let its client answer: a socket that is closed with something unread resets.
 
-    ``close`` waits for no answer while the handler receives, and a socket that is closed with something unread resets.
+    aiohttp's ``close`` does not wait for the answer while the handler receives.
     """
-    with contextlib.suppress(ConnectionError):  # its client was faster
+    with contextlib.suppress(ConnectionError):  # the client was faster
         await websocket.send_frame(struct.pack("!H", RESTARTING) + REASON, WSMsgType.CLOSE)
-    # Browsers take any frame behind the goodbye, and a second goodbye, for a broken connection (1006). What the handler
-    # sends from now on is refused, as aiohttp does itself, and its end says nothing more.
-    writer = websocket._writer  # noqa: SLF001 - `close` alone would have to know
+    # Browsers take any frame behind the goodbye, and a second goodbye, for a broken connection (1006). So whatever the
+    # handler sends from now on is refused, as after aiohttp's own close, and its end sends nothing more.
+    writer = websocket._writer  # noqa: SLF001 - aiohttp's
     if writer is not None:
-        writer._closing = True  # noqa: SLF001 - see above
+        writer._closing = True  # noqa: SLF001 - aiohttp's
         writer.close = _say_nothing  # type: ignore[method-assign]
     with anyio.move_on_after(ANSWER_SECONDS):
         while not websocket.closed:  # noqa: ASYNC110 - aiohttp tells only the handler
             await anyio.sleep(STEP_SECONDS)
-    # Reads the answer where the handler does not; and where there is none, ends it.
+    # Reads the answer where the handler does not, and ends the WebSocket if none came.
     await websocket.close(code=RESTARTING, message=REASON)
 
 

@@ -1,7 +1,7 @@
 """hypercorn on asyncio, uvloop and trio, whose sockets, signals and end are those of the ``Ecdysis``.
 
 Seams, as seen in hypercorn 0.18: ``hypercorn.asyncio.serve`` with its ``shutdown_trigger``, which is called once the
-server listens, and ``Config.create_sockets``. On trio see ``hypercorn_trio``.
+server listens, and ``Config.create_sockets``. For trio see ``_hypercorn_trio.py``.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.forwarded import Forwarded
 from ecdysis_async.servers._common.goodbye import Goodbye, is_on_trio
 from ecdysis_async.servers._common.listening import CERT_REQS, make_ssl_context, open_sockets
-from ecdysis_async.servers._protocols.http import let_fresh_ones_move, servers_but
+from ecdysis_async.servers._protocols.http import move_unread, new_servers
 
 from ._common import server_options
 
 __all__ = ["run", "serve"]
 
-# Where a bind names no port: hypercorn's own.
+# The port of a bind that names none: hypercorn's default.
 PORT = 8000
 
-# What `ecdysis run` says itself, or what is the Ecdysis' business.
+# The options that `ecdysis run` sets itself, or that the Ecdysis replaces.
 OURS = frozenset(
     {
         "accesslog",
@@ -89,11 +89,11 @@ async def serve(
 
     Args:
         ecdysis: entered, on a gated loop (``ecdysis_async.run``) or on trio.
-        app: of ASGI 3.
+        app: an application of ASGI 3.
         config: hypercorn's own; what it says of loops, signals, workers and max_requests is not used.
-        socks: in place of its binds: some of the ``Ecdysis``.
-        transfer: on asyncio and uvloop, let connections that nobody has read from yet move to the successor of a
-            restart. Those that have had a response cannot: hypercorn keeps what it has read of the next request in the
+        socks: sockets of the ``Ecdysis``, in place of the binds of ``config``.
+        transfer: on asyncio and uvloop, let connections that were never read from move to the successor of a restart.
+            Connections that have had a response cannot: hypercorn keeps what it has read of the next request in the
             local variables of its tasks.
 
     Raises:
@@ -127,10 +127,10 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
     Raises:
         StartupError: it cannot be served so.
     """
-    # It makes one of its own, and says less where that fails.
+    # hypercorn makes a TLS context of its own, and says less where that fails.
     make_ssl_context(options)
     config = Config()
-    # What hypercorn writes goes where everything else goes.
+    # hypercorn logs where everything else logs.
     config.errorlog = logging.getLogger("hypercorn.error")
     config.accesslog = logging.getLogger("hypercorn.access") if options.access_log else None
     config.backlog = options.backlog
@@ -161,25 +161,27 @@ async def _serve_on_asyncio(
 ) -> None:
     import hypercorn.asyncio
 
-    departure = Goodbye(ecdysis)
-    application = Application(app, departure)
+    goodbye = Goodbye(ecdysis)
+    application = Application(app, goodbye)
     plane = active()
     others = plane.gate.acceptors
-    with contextlib.ExitStack() as duplicates, departure.ending() as begin_shutdown:
-        config.sockets = Sockets(
-            [duplicates.enter_context(_duplicate(sock)) for sock in secure],
-            [duplicates.enter_context(_duplicate(sock)) for sock in insecure],
-            quic_sockets=[],
+    with contextlib.ExitStack() as duplicates, goodbye.ending() as begin_shutdown:
+        config.give_sockets(
+            Sockets(
+                [duplicates.enter_context(_duplicate(sock)) for sock in secure],
+                [duplicates.enter_context(_duplicate(sock)) for sock in insecure],
+                quic_sockets=[],
+            )
         )
 
         async def leave() -> None:
-            for server in servers_but(plane, others):
-                # It would be kept for `keep_alive_timeout`.
-                server.on_hang_up = application.close_after_answer
+            for hooks in new_servers(plane, others):
+                # hypercorn would keep such a connection for `keep_alive_timeout`.
+                hooks.adapt(on_hang_up=application.close_after_answer)
             if transfer:
-                let_fresh_ones_move(plane, others)
+                move_unread(plane, others)
             await ecdysis.ready()
-            await departure.wait_for_last_connection()
+            await goodbye.wait_for_last_connection()
             begin_shutdown()
 
         failure: Exception | None = None
@@ -191,8 +193,8 @@ async def _serve_on_asyncio(
             except Exception as error:  # noqa: BLE001 - raised below
                 failure = error
 
-        # In a task of its own: hypercorn's task group is ended by an exception, and before Python 3.13 that leaves its
-        # task with a cancellation that is never taken back, so that no scope around it could catch its own.
+        # In a task of its own. hypercorn's task group is ended by an exception; before Python 3.13 that leaves its task
+        # with a cancellation that is never taken back, so that no scope around it could catch its own.
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(serve_to_the_end)
         if failure is not None:
@@ -200,18 +202,22 @@ async def _serve_on_asyncio(
 
 
 class _Config(Config):
-    """The given one, but for the sockets: hypercorn would bind some of its own."""
+    """hypercorn's configuration with given sockets: hypercorn would bind its own."""
 
-    sockets: Sockets
+    _sockets: Sockets
+
+    def give_sockets(self, sockets: Sockets) -> None:
+        """Let the server listen on these."""
+        self._sockets = sockets
 
     def create_sockets(self) -> Sockets:
-        return self.sockets
+        return self._sockets
 
 
 def _copy(given: Config) -> _Config:
     config = _Config()
     vars(config).update(vars(given))
-    # It would shut the server down, and the Ecdysis would not know.
+    # Reaching it would shut the server down without the Ecdysis' knowledge.
     config.max_requests = None
     return config
 
@@ -231,7 +237,7 @@ async def _register(ecdysis: Ecdysis, config: Config, bind: str) -> socket.socke
         if config.user is not None and config.group is not None:
             os.chown(path, config.user, config.group)
         return sock
-    # As hypercorn reads it.
+    # Read as hypercorn reads it.
     bind = bind.replace("[", "").replace("]", "")
     try:
         host, text = bind.rsplit(":", 1)

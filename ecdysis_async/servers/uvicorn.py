@@ -2,15 +2,12 @@
 
 Seams, as seen in uvicorn 0.54: ``Config.load``, ``.loaded_app`` and ``.http_protocol_class``; of ``Server`` the methods
 ``startup``, ``on_tick``, ``main_loop``, ``shutdown`` and ``capture_signals``, ``should_exit`` and ``server_state``; of
-a protocol of HTTP/2 ``cycles`` and ``shutdown``; of one of WebSockets ``close_timer``.
+HTTP/2's protocol ``cycles`` and ``shutdown``; of a WebSocket's ``close_timer``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import contextvars
-import functools
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,13 +21,18 @@ from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.goodbye import Goodbye
 from ecdysis_async.servers._common.listening import CERT_REQS, make_ssl_context, open_sockets
-from ecdysis_async.servers._protocols.uvicorn import make_movable, make_websockets_movable, moves_of
+from ecdysis_async.servers._protocols.uvicorn import (
+    choose_transfer,
+    keep_context,
+    make_movable,
+    make_websockets_movable,
+)
 
 from ._common import server_options
 
 __all__ = ["run", "serve"]
 
-# What `ecdysis run` says itself, or what is the Ecdysis' business.
+# The options that `ecdysis run` sets itself, or that the Ecdysis replaces.
 OURS = frozenset(
     {
         "app",
@@ -80,10 +82,10 @@ async def serve(
     Args:
         ecdysis: entered, on a gated loop (``ecdysis_async.run``).
         config: uvicorn's own; what it says of loops, signals, workers and reloading is not used.
-        socks: in place of its host and port, path or descriptor: some of the ``Ecdysis``.
+        socks: sockets of the ``Ecdysis``, in place of the host and port, path or descriptor of ``config``.
         transfer: let connections that are idle move to the successor of a restart, with their clients none the wiser.
             A WebSocket of ``ws="websockets-sansio"`` does so between two messages, if its application offers a state by
-            ``scope["state"]["ecdysis.transfer"]``, a :class:`~.websocket_moving.Transfer`; others are closed with 1012.
+            ``scope["state"]["ecdysis.transfer"].offer(state)``; others are closed with 1012.
 
     Raises:
         RuntimeError: the loop is not gated, or the application said no more than that its start-up failed.
@@ -92,19 +94,19 @@ async def serve(
 
     Cancelling it ends the server at once.
     """
-    departure = Goodbye(ecdysis)
+    goodbye = Goodbye(ecdysis)
     try:
         if not config.loaded:
             config.load()
     except SystemExit as error:
         # uvicorn leaves the process where an import fails.
         raise error.__context__ or error from None
-    application = Application(config.loaded_app, departure, _send_goaway)
+    application = Application(config.loaded_app, goodbye, _send_goaway)
     config.loaded_app = application
-    config.http_protocol_class = make_movable(_keep_context(config.http_protocol_class))
+    config.http_protocol_class = make_movable(keep_context(config.http_protocol_class))
     if transfer:
         config.ws_protocol_class = make_websockets_movable(config.ws_protocol_class)
-    await _Server(config, departure, application, transfer=transfer).serve(list(socks) or None)
+    await _Server(config, goodbye, application, transfer=transfer).serve(list(socks) or None)
 
 
 async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
@@ -113,7 +115,7 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
     Raises:
         StartupError: it cannot be served so.
     """
-    # It makes one of its own, and says less where that fails.
+    # uvicorn makes a TLS context of its own, and says less where that fails.
     make_ssl_context(options)
     given = server_options.read(
         "uvicorn", server_options.of_function(uvicorn.Config.__init__), options.server_options, OURS
@@ -141,15 +143,15 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, departure: Goodbye, application: Application, *, transfer: bool) -> None:
+    def __init__(self, config: uvicorn.Config, goodbye: Goodbye, application: Application, *, transfer: bool) -> None:
         super().__init__(config)
         self._transfers = transfer
-        self._departure = departure
+        self._goodbye = goodbye
         self._application = application
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # They are the Ecdysis'.
+        # Signals are the Ecdysis'.
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -159,72 +161,36 @@ class _Server(uvicorn.Server):
             raise self._application.failure or error.__context__ or error from None
         for server in self.servers:
             if isinstance(server, GatedServer):
-                server.say_goodbye = _say_goodbye
-                if self._transfers:
-                    server.moves = moves_of(server, self.config.http_protocol_class)
-        # Makes the headers of the first responses, which may be asked for before the main loop's first turn.
+                transfer = choose_transfer(server.protocol_factory, self.config.http_protocol_class)
+                server.adapt(say_goodbye=_say_goodbye, transfer=transfer if self._transfers else None)
+        # Makes the headers of the first responses: requests may come before the main loop's first turn.
         await self.on_tick(0)
-        await self._departure.ecdysis.ready()
+        await self._goodbye.ecdysis.ready()
 
     async def main_loop(self) -> None:
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(self._exit_when_left)
             await super().main_loop()
-            if not self._departure.ecdysis.draining.is_set():
-                # Its own reasons: limit_max_requests, or `should_exit` set by the application.
-                self._departure.ecdysis.stop()
+            if not self._goodbye.ecdysis.draining.is_set():
+                # uvicorn has reasons of its own: limit_max_requests, or an application that sets `should_exit`.
+                self._goodbye.ecdysis.stop()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        with self._departure.ending() as begin:
+        with self._goodbye.ending() as begin:
             begin()
-            # Without the sockets, which it would close: they are the Ecdysis'.
+            # Called without the sockets, which it would close: they are the Ecdysis'.
             await super().shutdown()
 
     async def _exit_when_left(self) -> None:
-        await self._departure.wait_for_last_connection()
+        await self._goodbye.wait_for_last_connection()
         self.should_exit = True
-
-
-def _keep_context(protocol_class: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
-    """Let what a protocol does with its data, such as a request's task, know its connection (``current_connection``).
-
-    Loops call ``data_received`` in a context that is older than the connection.
-    """
-
-    class InContext(protocol_class):  # type: ignore[misc, valid-type]
-        def connection_made(self, transport: Any) -> None:
-            self._context = contextvars.copy_context()
-            super().connection_made(transport)
-
-        def data_received(self, data: bytes) -> None:
-            self._context.run(super().data_received, data)
-
-    class Switching(InContext):
-        """One that leaves the connection to another one, once it is known whether that is HTTP/2."""
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._hand_over(transport)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._hand_over(self.transport)
-
-        def _hand_over(self, transport: Any) -> None:
-            protocol = transport.get_protocol()
-            if protocol is not self and not transport.is_closing():
-                protocol.data_received = functools.partial(self._context.run, protocol.data_received)
-                # Once more, because uvloop keeps the method.
-                transport.set_protocol(protocol)
-
-    return Switching if "h2" in getattr(protocol_class, "alpn_protocols", ()) else InContext
 
 
 def _say_goodbye(protocol: Any) -> bool:
     """Say goodbye to a connection that is about to be closed; return whether it ends by itself."""
     if getattr(protocol, "close_timer", None) is not None:
-        # A WebSocket whose client has yet to answer the close, of which uvicorn's application has heard already. What
-        # the client has sent before would meet a closed socket, and reset it: the client would never see why.
+        # A WebSocket whose client has yet to answer the close; uvicorn's application has heard of it. Bytes that the
+        # client has sent before would meet a closed socket, which resets: the client would never see why.
         return True
     _send_goaway(protocol)
     return False

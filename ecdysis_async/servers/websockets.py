@@ -1,7 +1,7 @@
 """websockets: its servers, whose sockets and end are those of the ``Ecdysis``.
 
-Seams, as seen in websockets 17: ``websockets.asyncio.server.serve`` with ``sock``, which asks the loop for a server,
-and with ``create_connection``; ``Server.close`` and its ``close_task``; ``ServerConnection.close``.
+Seams, as seen in websockets 17: ``websockets.asyncio.server.serve``, which asks the loop for a server, with ``sock``
+and ``create_connection``; ``Server.close`` and its ``close_task``; ``ServerConnection.close``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from websockets.asyncio.server import Server, ServerConnection
 from websockets.asyncio.server import serve as serve_websockets
 from websockets.exceptions import ConnectionClosed
 
-from ecdysis_async._accepting import asyncio_servers
+from ecdysis_async._accepting.asyncio_connections import ServerConnection as Tracked
+from ecdysis_async._accepting.asyncio_servers import GatedServer
 from ecdysis_async._config.options import Options
 from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._service.ecdysis import Ecdysis
@@ -31,7 +32,7 @@ __all__ = ["run", "serve", "transfer_of"]
 
 Handler = Callable[[ServerConnection], Awaitable[None]]
 
-# What `ecdysis run` says itself.
+# The options that `ecdysis run` sets itself.
 OURS = frozenset({"handler", "host", "port", "sock", "ssl", "logger", "create_connection", "kwargs"})
 
 
@@ -55,10 +56,10 @@ async def serve(
         handler: called with each connection.
         host: an address, a name, several of them, or None for all.
         port: a port, or 0 for one that the kernel chooses.
-        socks: in place of host and port: some of the ``Ecdysis``.
-        transfer: let connections move to the successor of a restart whose handlers offer a state by
-            :func:`transfer_of`, with their clients none the wiser; others are closed with 1012.
-        options: those of ``websockets.asyncio.server.serve``, such as ``ssl`` and ``ping_interval``.
+        socks: sockets of the ``Ecdysis``, in place of host and port.
+        transfer: let connections whose handlers offer a state by :func:`transfer_of` move to the successor of a
+            restart, with their clients none the wiser; others are closed with 1012.
+        options: the options of ``websockets.asyncio.server.serve``, such as ``ssl`` and ``ping_interval``.
 
     Raises:
         RuntimeError: the loop is not gated.
@@ -66,16 +67,16 @@ async def serve(
 
     Cancelling it closes all connections at once.
     """
-    departure = Goodbye(ecdysis)
-    handle = functools.partial(_handle, departure, handler)
+    goodbye = Goodbye(ecdysis)
+    handle = functools.partial(_handle, goodbye, handler)
     kind = options.get("create_connection") or ServerConnection
     options["create_connection"] = _accepted(movable(kind) if transfer else kind)
     places: list[dict[str, Any]] = [{"sock": sock} for sock in socks] or [{"host": host, "port": port}]
     async with contextlib.AsyncExitStack() as stack:
         for place in places:
-            await stack.enter_async_context(_serving(handle, departure, place | options, transfer=transfer))
+            await stack.enter_async_context(_serving(handle, goodbye, place | options, transfer=transfer))
         await ecdysis.ready()
-        await departure.wait_for_last_connection()
+        await goodbye.wait_for_last_connection()
 
 
 async def run(ecdysis: Ecdysis, handler: Handler, options: Options) -> None:
@@ -87,20 +88,20 @@ async def run(ecdysis: Ecdysis, handler: Handler, options: Options) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _serving(handle: Any, departure: Goodbye, options: dict[str, Any], *, transfer: bool) -> AsyncIterator[None]:
+async def _serving(handle: Any, goodbye: Goodbye, options: dict[str, Any], *, transfer: bool) -> AsyncIterator[None]:
     server = await serve_websockets(handle, **options)
-    if transfer and isinstance(server.server, asyncio_servers.GatedServer):
-        server.server.moves = WebSocketTransfer(server.server)
+    if transfer and isinstance(server.server, GatedServer):
+        server.server.adapt(transfer=WebSocketTransfer(server.server.protocol_factory))
     try:
         yield
     finally:
-        with departure.ending() as begin:
+        with goodbye.ending() as begin:
             begin()
             server.close(code=RESTARTING)
             await server.wait_closed()
 
 
-async def _handle(departure: Goodbye, handler: Handler, websocket: ServerConnection) -> None:
+async def _handle(goodbye: Goodbye, handler: Handler, websocket: ServerConnection) -> None:
     is_dismissed = False
 
     async def dismiss() -> None:
@@ -109,26 +110,23 @@ async def _handle(departure: Goodbye, handler: Handler, websocket: ServerConnect
         await websocket.close(RESTARTING, "the service restarts")
 
     connection = current_connection.get()
-    if isinstance(connection, asyncio_servers.ServerConnection):
-        # Whom to cancel at the deadline.
-        connection.handler = asyncio.current_task()
-    departure.websockets.add(dismiss)
+    if isinstance(connection, Tracked):
+        connection.busy(asyncio.current_task())
+    goodbye.add_websocket(dismiss)
     try:
         await handler(websocket)
     except ConnectionClosed:
-        # Closed over its head, or moved to the successor: not worth a traceback in the log for each.
+        # The connection was closed from here, or has moved to the successor: the log needs no traceback for each.
         if not is_dismissed and not (connection is not None and connection.moved):
             raise
     finally:
-        departure.websockets.discard(dismiss)
-        if isinstance(connection, asyncio_servers.ServerConnection):
-            connection.handler = None
-            if connection.is_over():
-                connection.server.plane.tracker.close(connection)
+        goodbye.discard_websocket(dismiss)
+        if isinstance(connection, Tracked):
+            connection.idle()
 
 
 def _accepted(kind: type[ServerConnection]) -> type[ServerConnection]:
-    """Let what was accepted before a pause open its WebSocket during it: else it is refused, with 503."""
+    """Let WebSockets open during a pause that were accepted before it: websockets would answer 503."""
 
     class Accepted(kind):  # type: ignore[misc, valid-type]
         def __init__(self, protocol: Any, server: Server, **options: Any) -> None:
@@ -138,7 +136,7 @@ def _accepted(kind: type[ServerConnection]) -> type[ServerConnection]:
 
 
 class _Unpaused:
-    """A server, but for the question whether it accepts at this moment: it serves until it is closed."""
+    """A server that says that it is serving until it is closed, even while it does not accept."""
 
     def __init__(self, server: Server) -> None:
         self._server = server

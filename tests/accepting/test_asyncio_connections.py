@@ -10,7 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
-from ecdysis_async._accepting.asyncio_servers import ServerConnection, start_server
+from ecdysis_async._accepting.asyncio_connections import ServerConnection
+from ecdysis_async._accepting.asyncio_servers import start_server
 from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async.errors import DrainInterrupt
@@ -48,7 +49,8 @@ class Handler:
 async def a_connection() -> AsyncIterator[tuple[Tracker, ServerConnection]]:
     async with a_plane() as plane:
         server = await start_server(plane, lambda reader, writer: None, "127.0.0.1", 0)
-        yield plane.tracker, ServerConnection(server, server._acceptors[0].entry, None)
+        acceptor = server._acceptors[0]
+        yield plane.tracker, ServerConnection(acceptor.hooks, acceptor.entry, None)
 
 
 async def test_who_waits_is_woken_and_can_go_on() -> None:

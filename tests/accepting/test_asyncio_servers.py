@@ -21,10 +21,9 @@ import anyio
 import pytest
 import trustme
 
+from ecdysis_async._accepting.asyncio_connections import ServerConnection, track_protocol
 from ecdysis_async._accepting.asyncio_servers import (
     GatedServer,
-    ServerConnection,
-    _StreamDoorway,
     create_server,
     create_unix_server,
     start_server,
@@ -230,7 +229,7 @@ async def test_a_server_whose_start_is_cancelled_does_not_accept(turns: int) -> 
         await plane.gate.pause()
         assert not server.is_serving()
         await plane.gate.open()
-        assert server.is_serving() == (server.plane.gate.acceptors != ())
+        assert server.is_serving() == (plane.gate.acceptors != ())
         with a_client(server) as client:
             assert await answers(client)
 
@@ -669,7 +668,7 @@ async def test_an_idle_protocol_that_ends_by_itself_is_left_to_do_so() -> None:
             asked.append(protocol)
             return True
 
-        server.say_goodbye = say_goodbye
+        server.adapt(say_goodbye=say_goodbye)
         with a_client(server) as client:
             assert await answers(client)
             plane.tracker.hurry()
@@ -958,7 +957,8 @@ class RecordsItsThread(ServerConnection):
     __slots__ = ("threads",)
 
     def __init__(self, server: GatedServer) -> None:
-        super().__init__(server, server._acceptors[0].entry, None)
+        acceptor = server._acceptors[0]
+        super().__init__(acceptor.hooks, acceptor.entry, None)
         self.threads: list[int] = []
 
     def lose(self) -> None:
@@ -970,7 +970,7 @@ async def test_what_another_thread_collects_is_lost_in_that_of_the_loop() -> Non
     async with an_open_plane() as plane:
         connection = RecordsItsThread(await create_server(plane, Echo, LOCALHOST, 0))
         plane.tracker.open(connection)
-        garbage = [_StreamDoorway(connection, Echo())]
+        garbage = [track_protocol(connection, Echo())]
         await anyio.to_thread.run_sync(garbage.clear)
         await until(lambda: connection.threads)
         assert connection.threads == [threading.get_ident()]
@@ -981,7 +981,8 @@ def test_what_is_collected_after_the_loop_was_closed_is_let_go() -> None:
     async def make() -> list[object]:
         async with a_plane() as plane:
             server = await create_server(plane, Echo, LOCALHOST, 0)
-            return [_StreamDoorway(ServerConnection(server, server._acceptors[0].entry, None), Echo())]
+            acceptor = server._acceptors[0]
+            return [track_protocol(ServerConnection(acceptor.hooks, acceptor.entry, None), Echo())]
 
     # An exception of its `__del__` would be a warning, and that an error.
     asyncio.run(make()).clear()

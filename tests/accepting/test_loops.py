@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import uvloop
 
+from ecdysis_async._accepting.asyncio_connections import ServerConnection
 from ecdysis_async._accepting.asyncio_datagrams import DatagramEndpoint
-from ecdysis_async._accepting.asyncio_servers import GatedServer, ServerConnection, start_server
+from ecdysis_async._accepting.asyncio_servers import GatedServer, start_server
 from ecdysis_async._accepting.data_plane import DataPlane, activate, active, deactivate
 from ecdysis_async._accepting.loops import LoopName, loop_factory, run
 from ecdysis_async._connections.connection import current_connection

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
@@ -58,6 +58,11 @@ class Side:
         self.plane = plane
         self.protocols: list[Lines] = []
         self.server: GatedServer
+        # What makes the protocol that goes on with a connection.
+        self.resume: Callable[[int], Lines] = self.make
+
+    def make_again(self, count: int) -> Lines:
+        return self.resume(count)
 
     def make(self, count: int = 0) -> Lines:
         self.protocols.append(Lines(count))
@@ -68,7 +73,7 @@ class Side:
 async def a_side() -> AsyncIterator[Side]:
     async with a_plane() as plane:
         side = Side(plane)
-        side.server = await create_server(plane, side.make, "127.0.0.1", 0, name=NAME, resume=side.make)
+        side.server = await create_server(plane, side.make, "127.0.0.1", 0, name=NAME, resume=side.make_again)
         await plane.gate.open()
         yield side
 

@@ -1,7 +1,7 @@
-"""An ASGI application as it is served here: its clients are told when this generation leaves, and requests are counted.
+"""What a server of ASGI is given in place of the application: it says goodbye to clients, and counts requests.
 
-This is the one seam that all servers of ASGI have in public. It changes nothing of what a request says, and nothing of
-a response but its header ``Connection``, once this generation leaves; HTTP/2 has a frame for that.
+The application is the one seam that all servers of ASGI have in public. Requests are left as they are. Once this
+generation leaves, the header ``Connection`` of responses says so; HTTP/2 has a frame for that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 from weakref import WeakSet
 
-from ecdysis_async._accepting.asyncio_servers import ServerConnection
+from ecdysis_async._accepting.asyncio_connections import ServerConnection
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
 from ecdysis_async._connections.connection import current_connection
@@ -30,19 +30,19 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-# The goodbye of HTTP/2 to a whole connection (RFC 9113, 6.8), of a server that leaves soon: a frame of 8 bytes, which
-# says that whatever was asked is answered, and that there was no error.
+# The goodbye of HTTP/2 to a whole connection (RFC 9113, 6.8), of a server that leaves soon. The frame has 8 bytes, and
+# says that all requests are answered and that there was no error.
 GOAWAY = struct.pack("!IBBIII", 8, 7, 0, 0, 2**31 - 1, 0)[1:]
 
 
-# When a connection without a request is closed after its client has hung up: in seconds, and in turns of the loop after
-# that. A server may have read a request, and takes a few turns to begin with it, which may be long ones.
+# When a connection without a request is closed after its client has hung up: after so many seconds, and so many turns
+# of the loop behind them. A server that has read a request takes a few turns to begin with it, and turns may be long.
 DESERTED_SECONDS = 0.05
 DESERTED_TURNS = 20
 
 
 class Application:
-    """What a server is given in place of the application.
+    """Stands before the application: knows which connections are busy, and says goodbye to clients.
 
     Attributes:
         failure: why the application's start-up failed, if it did.
@@ -50,7 +50,7 @@ class Application:
 
     Args:
         app: the application, of ASGI 3.
-        departure: learns which WebSockets are open.
+        goodbye: learns which WebSockets are open.
         send_goaway: called with the protocol of a connection of HTTP/2 that has answered all of its requests, once this
             generation leaves.
     """
@@ -58,23 +58,23 @@ class Application:
     def __init__(
         self,
         app: Callable[[Any, Any, Any], Awaitable[Any]],
-        departure: Goodbye,
+        goodbye: Goodbye,
         send_goaway: Callable[[asyncio.BaseProtocol], None] | None = None,
     ) -> None:
         self._send_goaway = send_goaway
         self.failure: BaseException | None = None
         self.busy: Counter[AcceptedConnection] = Counter()
         self._app = app
-        self._departure = departure
-        self._draining = departure.ecdysis.draining
+        self._goodbye = goodbye
+        self._draining = goodbye.ecdysis.draining
         self._tracker = active().tracker
         # The requests that each connection has at this moment: with HTTP/2 that may be many.
         self._requests: dict[ServerConnection, set[asyncio.Task[Any]]] = {}
-        # Those whose client has hung up.
+        # The connections whose client has hung up.
         self._deserted: WeakSet[ServerConnection] = WeakSet()
-        # Those of HTTP/2 that were not told of the drain, where the server has no way of its own.
+        # The connections of HTTP/2 that were not told of the drain, where the server has no way to tell them.
         self._untold: WeakSet[ServerConnection] = WeakSet()
-        departure.goodbyes.append(self._tell_http_2)
+        goodbye.repeat(self._tell_http_2)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -84,19 +84,20 @@ class Application:
         scope.setdefault("state", {})[DRAINING] = self._draining
         connection = current_connection.get()
         if self._send_goaway is None and scope["http_version"] == "2" and isinstance(connection, ServerConnection):
-            # One that was told, and goes on asking, is told once more.
+            # A connection that was told, and goes on asking, is told once more.
             self._untold.add(connection)
         with self._in_progress():
             if scope["type"] == "websocket":
-                await _WebSocket(self._departure, receive, send).run(self._app, scope)
+                await _WebSocket(self._goodbye, receive, send).run(self._app, scope)
             else:
                 await self._respond(scope, receive, send)
 
     async def _live(self, scope: Message, receive: Receive, send: Send) -> None:
         """Run the lifespan, and keep the reason if its beginning fails.
 
-        An application that does not know the protocol raises at the sight of the scope. One that has asked for the
-        event, and fails then, does know it: servers go on without, and a broken release would be taken for a good one.
+        An application that does not know the protocol raises at the sight of the scope, and is served without it. An
+        application that has received the event knows the protocol. If it fails then, servers would go on without it,
+        and a broken release would be taken for a good one.
         """
         is_asked = is_started = False
 
@@ -113,7 +114,7 @@ class Application:
             elif message["type"] == "lifespan.startup.failed":
                 # Frameworks say so while they handle the exception.
                 self.failure = sys.exception() or RuntimeError(message.get("message") or "the start-up failed")
-                # Told by whoever has called the server: a server would log it a second time.
+                # The adapter raises the failure: the server would log it a second time.
                 message = {**message, "message": ""}
             await send(message)
 
@@ -138,11 +139,11 @@ class Application:
         is_http_1 = scope["http_version"].startswith("1")
         await self._app(scope, receive, send_through if is_http_1 else send)
 
-    def _tell_http_2(self, is_late: bool) -> None:  # noqa: FBT001 - the departure's word
+    def _tell_http_2(self, is_late: bool) -> None:  # noqa: FBT001 - as Goodbye calls it
         """Say goodbye to the connections of HTTP/2: while there is time, to those that have no request now.
 
-        There are clients that take this frame for the end of everything. Others still get their answers behind it.
-        hypercorn does not offer this; but it writes whole frames at a time, so that one more may stand between two.
+        Some clients take this frame for the end of everything; others still get their answers behind it. hypercorn does
+        not offer to send it. But hypercorn writes whole frames at a time, so that one more may stand between two.
         """
         for connection in [each for each in self._untold if is_late or each not in self._requests]:
             self._untold.discard(connection)
@@ -152,7 +153,7 @@ class Application:
     def close_after_answer(self, connection: ServerConnection) -> None:
         """Close a connection whose client will ask no more, once it has the answers to all it has asked.
 
-        For a server that would keep it, and its descriptor, until its time to be idle is over. It may be lost already.
+        Its server would keep it, and its descriptor, until its time to be idle is over. It may be lost already.
         """
         asyncio.get_running_loop().call_later(DESERTED_SECONDS, self._close_deserted, connection, DESERTED_TURNS)
 
@@ -163,19 +164,16 @@ class Application:
         if connection in self._requests:
             self._deserted.add(connection)
             return
-        # There is no request, so this would be the server's own task for the connection: it may go on without one.
-        connection.handler = None
-        if connection.is_over():
-            connection.server.plane.tracker.close(connection)
-        elif connection.transport is not None and not connection.transport.is_closing():
-            connection.transport.close()
+        # There is no request. A task that is known would be the server's own for the connection: it is not waited for.
+        connection.idle()
+        connection.close()
 
     @contextlib.contextmanager
     def _in_progress(self) -> Iterator[None]:
-        """Let the drain know that this connection is busy, and whom to cancel at the deadline."""
+        """Let the drain know that this connection is busy, and which task to cancel at the deadline."""
         connection = current_connection.get()
         if isinstance(connection, AcceptedConnection):
-            # On trio, where the connection's own scope is what a deadline cancels, and its requests with it.
+            # On trio, a deadline cancels the connection's own scope, and its requests with it.
             self.busy[connection] += 1
             try:
                 yield
@@ -188,29 +186,35 @@ class Application:
             return
         tasks = self._requests.setdefault(connection, set())
         tasks.add(task)
-        connection.handler = task
+        connection.busy(task)
         try:
             yield
         finally:
             tasks.remove(task)
-            connection.handler = next(iter(tasks), None)
-            if not tasks:
+            if tasks:
+                connection.busy(next(iter(tasks)))
+            else:
                 del self._requests[connection]
-                if connection.is_over():
-                    connection.server.plane.tracker.close(connection)
-                elif connection in self._deserted:
-                    self.close_after_answer(connection)
-                elif self._send_goaway is not None and self._draining.is_set() and connection.transport is not None:
-                    # In a turn of the loop: the server has yet to hear that this request is answered.
-                    protocol = connection.transport.get_protocol()
-                    asyncio.get_running_loop().call_soon(self._send_goaway, protocol)
+                connection.idle()
+                self._go_idle(connection)
+
+    def _go_idle(self, connection: ServerConnection) -> None:
+        """End a connection that is idle by now, if it is on its way out."""
+        if connection.is_over():
+            return
+        if connection in self._deserted:
+            self.close_after_answer(connection)
+        elif self._send_goaway is not None and self._draining.is_set() and connection.transport is not None:
+            # In a turn of the loop: the server has yet to hear that this request is answered.
+            protocol = connection.transport.get_protocol()
+            asyncio.get_running_loop().call_soon(self._send_goaway, protocol)
 
 
 class _WebSocket:
-    """One WebSocket, which its application serves, and which may be closed over its head."""
+    """One WebSocket, which is closed without its application's doing once this generation leaves."""
 
-    def __init__(self, departure: Goodbye, receive: Receive, send: Send) -> None:
-        self._departure = departure
+    def __init__(self, goodbye: Goodbye, receive: Receive, send: Send) -> None:
+        self._goodbye = goodbye
         self._receive = receive
         self._send = send
         self._is_dismissed = False
@@ -221,8 +225,8 @@ class _WebSocket:
             with contextlib.suppress(_Dismissed):
                 await app(scope, self._receive_through, self._send_through)
         finally:
-            self._departure.websockets.discard(self._dismiss)
-        # To the end of the closing handshake: a socket that is closed while there is something to be read resets.
+            self._goodbye.discard_websocket(self._dismiss)
+        # Receives to the end of the closing handshake: a socket that is closed with something unread resets.
         while self._is_dismissed and not self._is_disconnected:
             await self._receive_through()
 
@@ -230,24 +234,24 @@ class _WebSocket:
         message = await self._receive()
         if message["type"] == "websocket.disconnect":
             self._is_disconnected = True
-            self._departure.websockets.discard(self._dismiss)
+            self._goodbye.discard_websocket(self._dismiss)
         return message
 
     async def _send_through(self, message: Message) -> None:
         if self._is_dismissed:
             if message["type"] == "websocket.close":
                 return
-            # What the specification asks of a server whose client is gone: a subclass of OSError.
+            # A subclass of OSError, as the specification asks of a server whose client is gone.
             raise _Dismissed("this WebSocket was closed, because the service restarts")
         if message["type"] == "websocket.close":
-            self._departure.websockets.discard(self._dismiss)
+            self._goodbye.discard_websocket(self._dismiss)
         await self._send(message)
         if message["type"] == "websocket.accept":
-            self._departure.websockets.add(self._dismiss)
+            self._goodbye.add_websocket(self._dismiss)
 
     async def _dismiss(self) -> None:
         self._is_dismissed = True
-        # OSError: its client was faster. RuntimeError: its server was (a ping that was not answered).
+        # OSError: the client was faster. RuntimeError: the server was, after a ping that was not answered.
         with contextlib.suppress(OSError, RuntimeError):
             await self._send({"type": "websocket.close", "code": RESTARTING, "reason": "the service restarts"})
 

@@ -1,4 +1,4 @@
-"""What proxies say of the client, for servers that do not listen to that themselves: believed if they are trusted."""
+"""Takes scheme and client from what trusted proxies say, for servers that do not do that themselves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Forwarded", "Trusted"]
 
 LOOPBACK = "127.0.0.1,::1"
 
-# How the scheme of a WebSocket is called.
+# The scheme of a WebSocket, by that of its handshake.
 WEBSOCKET_SCHEMES = {"http": "ws", "https": "wss"}
 
 
@@ -18,14 +18,14 @@ class Trusted:
     """The proxies that are believed.
 
     Args:
-        hosts: addresses and networks, separated by commas; "*" is everybody; None: this machine.
+        hosts: addresses and networks, separated by commas; "*" trusts every peer; None trusts this machine.
     """
 
     def __init__(self, hosts: str | None) -> None:
         names = [each.strip() for each in (LOOPBACK if hosts is None else hosts).split(",")]
         self._is_everybody = "*" in names
         self._networks = []
-        # Others are what a Unix socket's peer may be called.
+        # A name that is no address: the peer of a Unix socket may be called so.
         self._names = set()
         for name in names:
             try:
@@ -43,17 +43,19 @@ class Trusted:
         return any(address in network for network in self._networks)
 
     def find_client(self, forwarded_for: str) -> str | None:
-        """Return the last one of a list who is no proxy of ours; the first, if all are; None if nobody is named."""
+        """Return the last host of a list that is no trusted proxy; the first, if all are; None if the list is empty."""
         hosts = [each.strip() for each in forwarded_for.split(",") if each.strip()]
         return next((each for each in reversed(hosts) if each not in self), hosts[0] if hosts else None)
 
 
 class Forwarded:
-    """An ASGI application behind proxies: ``X-Forwarded-Proto`` and ``-For`` of trusted ones make scheme and client.
+    """Gives an ASGI application the scheme and the client that trusted proxies name.
+
+    The headers are ``X-Forwarded-Proto`` and ``X-Forwarded-For``.
 
     Args:
-        app: of ASGI 3.
-        hosts: see :class:`Trusted`.
+        app: an application of ASGI 3.
+        hosts: the proxies; see :class:`Trusted`.
     """
 
     def __init__(self, app: Callable[[Any, Any, Any], Awaitable[Any]], hosts: str | None) -> None:
@@ -68,10 +70,10 @@ class Forwarded:
                 scope["scheme"] = WEBSOCKET_SCHEMES[scheme] if scope["type"] == "websocket" else scheme
             host = self._trusted.find_client(headers.get(b"x-forwarded-for", b"").decode("latin1"))
             if host is not None:
-                # Its port is not known.
+                # The client's port is not known.
                 scope["client"] = (host, 0)
         await self._app(scope, receive, send)
 
     def _is_believed(self, client: Any) -> bool:
-        # Over a Unix socket comes who may write to it.
+        # A Unix socket's peer has no address: it is trusted by the permissions of the path.
         return client is None or not client[0] or client[0] in self._trusted

@@ -1,8 +1,8 @@
-"""How a generation takes leave of the clients of its server: the same for every server.
+"""How a generation says goodbye to the clients of its server: the same for every server.
 
-From the restart's settling on, whoever asks is answered, and told to come back on a new connection; WebSockets are
-closed one after the other; what is idle to the end the drain closes, shortly before its deadline. Only when nobody is
-left may the server shut down. Nothing here knows a server.
+Once a restart has settled, each request is still answered, and its client told to come back on a new connection.
+WebSockets are closed one after the other. The drain closes the connections that are still idle shortly before its
+deadline. The server shuts down when no connection is left. Nothing here knows a server.
 """
 
 from __future__ import annotations
@@ -25,43 +25,41 @@ from ecdysis_async.errors import DrainInterrupt
 __all__ = ["DRAINING", "RESTARTING", "Goodbye", "is_on_trio"]
 
 DRAINING = "ecdysis.draining"
-"""Where an application finds the event that this generation leaves: an object with ``is_set()`` and ``wait()``."""
+"""The key of the event that this generation leaves, in the scope's state: it has ``is_set()`` and ``wait()``."""
 
 RESTARTING = 1012
-"""The code that a WebSocket is closed with: "Service Restart" in IANA's registry of close codes."""
+"""The code that WebSockets are closed with: "Service Restart" in IANA's registry of close codes."""
 
-# How often it is looked whether the last connection has ended, and who is to be closed next, seconds. A WebSocket's
-# connection ends without telling, because its protocol is no longer the one that was made for it; a drain, too, looks
-# for those this often.
+# How often it is looked whether the last connection has ended, and which WebSocket is to be closed next, seconds. A
+# WebSocket's connection ends without telling, because its protocol is no longer the one that was made for it. A drain
+# looks for such connections as often.
 STEP_SECONDS = 0.05
 
-# How long before the deadline the last WebSocket is closed, seconds, and as a share of the whole time: its client has
-# to answer, and may be far away, or busy. Whoever has not by then is reset.
+# How long before the deadline the last WebSocket is closed, seconds, and as a share of the whole time. Its client has
+# to answer, and may be far away, or busy. A connection whose client has not answered by the deadline is reset.
 ANSWER_SECONDS = 5.0
 ANSWER_SHARE = 0.25
 
-# What a server may take for its own shutdown, the application's included, if the drain has used up all of its time; and
-# what a drain may take beyond its deadline before it is not waited for any longer. Seconds.
+# How long a server may take for its shutdown, with the application's, if the drain has used up all of its time; and how
+# far beyond its deadline a drain is waited for. Seconds.
 GRACE_SECONDS = 10.0
 
 log = logging.getLogger("ecdysis_async")
 
+CloseWebSocket = Callable[[], Coroutine[Any, Any, object]]
+
 
 def is_on_trio() -> bool:
-    """Say whether trio runs, which has no loop that servers could ask for a server."""
+    """Say whether trio runs, which has no loop that could be asked for a server."""
     trio = sys.modules.get("trio")
     return trio is not None and trio.lowlevel.in_trio_run()
 
 
 class Goodbye:
-    """The way out of one server's connections.
+    """Says goodbye to the clients of one server, once its generation leaves.
 
     Attributes:
-        ecdysis: says when.
-        websockets: for each WebSocket that is open, what closes it with ``RESTARTING``; it may take its time, and
-            raises nothing.
-        goodbyes: what is called again and again from the moment on that this generation leaves, with whether it is
-            shortly before the deadline; raises nothing.
+        ecdysis: says when this generation leaves.
 
     Args:
         ecdysis: see above.
@@ -76,13 +74,29 @@ class Goodbye:
         if not is_on_trio() and not hasattr(sys.modules["asyncio"].get_running_loop(), "ungated_create_server"):
             raise RuntimeError("this loop's servers cannot be handed over: run the program by ecdysis_async.run(main)")
         self.ecdysis = ecdysis
-        self.websockets: set[Callable[[], Coroutine[Any, Any, object]]] = set()
-        self.goodbyes: list[Callable[[bool], None]] = []
+        # What closes each open WebSocket.
+        self._websockets: set[CloseWebSocket] = set()
+        self._goodbyes: list[Callable[[bool], None]] = []
         self._is_late = False
         self._gate, self._tracker = active().gate, active().tracker
         self._say_farewell = say_farewell
         self._timeout = ecdysis.drain_timeout
         self._deadline = -math.inf
+
+    def add_websocket(self, close: CloseWebSocket) -> None:
+        """Let a WebSocket be closed by ``close``, with ``RESTARTING``; it may take its time, and raises nothing."""
+        self._websockets.add(close)
+
+    def discard_websocket(self, close: CloseWebSocket) -> None:
+        """Forget a WebSocket that has ended, or is ending by itself; harmless if it was closed from here."""
+        self._websockets.discard(close)
+
+    def repeat(self, say_goodbye: Callable[[bool], None]) -> None:
+        """Have something called again and again once this generation leaves.
+
+        It is told whether the deadline is near, and raises nothing.
+        """
+        self._goodbyes.append(say_goodbye)
 
     async def wait_for_last_connection(self) -> None:
         """Return when this generation has left and its last connection has ended, at the deadline at the latest.
@@ -94,9 +108,9 @@ class Goodbye:
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(self._say_goodbye)
             with anyio.CancelScope(deadline=self._deadline + GRACE_SECONDS):
-                # Before the gate has ended, one may still be accepted.
+                # Until the gate has ended, a connection may still be accepted.
                 while self._gate.state is not GateState.ENDED or len(self._tracker):
-                    for say_goodbye in self.goodbyes:
+                    for say_goodbye in self._goodbyes:
                         say_goodbye(self._is_late)
                     await anyio.sleep(STEP_SECONDS)
             task_group.cancel_scope.cancel()
@@ -105,7 +119,7 @@ class Goodbye:
     def ending(self) -> Iterator[Callable[[], None]]:
         """Cancel a server's own shutdown when its time is up, whatever it waits for.
 
-        Yields what is to be called when that shutdown begins.
+        Yields a function to call when that shutdown begins.
         """
         with anyio.CancelScope() as scope:
 
@@ -124,24 +138,24 @@ class Goodbye:
             if self._say_farewell is not None:
                 self._say_farewell()
             while True:
-                # All that are left, and those that are opened even now.
-                self._close(closing, len(self.websockets))
+                # All that are left, and those that are still being opened.
+                self._close(closing, len(self._websockets))
                 await anyio.sleep(STEP_SECONDS)
 
     async def _close_one_by_one(self, closing: TaskGroup) -> None:
-        """Close WebSockets evenly over the time there is: all at once, their clients would come back all at once."""
+        """Close WebSockets evenly over the time there is: otherwise all of their clients would come back at once."""
         end = self._deadline - min(ANSWER_SECONDS, self._timeout * ANSWER_SHARE)
         due = 0.0
         while True:
             await anyio.sleep(STEP_SECONDS)
-            # Those that can move are gone soon.
+            # WebSockets that can move are gone soon.
             if self._tracker.is_sweeping:
                 continue
-            due += len(self.websockets) / max(1.0, (end - anyio.current_time()) / STEP_SECONDS)
-            number = min(int(due), len(self.websockets))
+            due += len(self._websockets) / max(1.0, (end - anyio.current_time()) / STEP_SECONDS)
+            number = min(int(due), len(self._websockets))
             self._close(closing, number)
             due -= number
 
     def _close(self, closing: TaskGroup, number: int) -> None:
         for _ in range(number):
-            closing.start_soon(self.websockets.pop())
+            closing.start_soon(self._websockets.pop())

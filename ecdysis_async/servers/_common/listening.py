@@ -1,4 +1,4 @@
-"""The sockets and the TLS that the options name, for servers of all kinds."""
+"""The sockets and the TLS context that the options name, for servers of all kinds."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ CERT_REQS = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": s
 
 
 async def open_sockets(options: Options) -> list[socket.socket]:
-    """Ask for the sockets of all addresses: the ``Ecdysis``' own, inherited, passed by systemd, or new.
+    """Return the sockets of all addresses, from the ``Ecdysis``: inherited, passed by systemd, or new.
 
     Raises:
-        StartupError: one cannot be had; the text says why.
+        StartupError: a socket cannot be had; the text says why.
     """
     registry, entries = active().registry, []
     try:
         for address in options.bind:
-            # A name server may be asked.
+            # In a thread, because a name server may be asked.
             for numeric in await run_in_thread(functools.partial(resolve, address)):
                 entries += listen(registry, numeric, backlog=options.backlog, mode=options.unix_mode)
     except (OSError, LookupError, ValueError) as error:
@@ -37,10 +37,10 @@ async def open_sockets(options: Options) -> list[socket.socket]:
 
 
 def make_ssl_context(options: Options) -> ssl.SSLContext | None:
-    """Make what a server of HTTP/1.1 needs for TLS, or None where there shall be none.
+    """Make the TLS context of a server of HTTP/1.1; return None where the options name no certificate.
 
     Raises:
-        StartupError: certificate or key are none, or do not fit.
+        StartupError: certificate or key cannot be read, or do not fit.
     """
     if options.certfile is None:
         return None

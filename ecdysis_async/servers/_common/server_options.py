@@ -1,4 +1,4 @@
-"""Options of a server itself, as ``--server-option NAME=VALUE`` passes them on: of the type that the server wants."""
+"""Reads the server's own options, which ``--server-option NAME=VALUE`` passes on, as the types that it wants."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Wanted = Mapping[str, Any]
 """The type of each option that a server has, by its name."""
 
 
-# What an annotation says by itself, where others of the same function cannot be looked up.
+# The types that an annotation names by itself, if others of the same function cannot be looked up.
 _PLAIN = {"bool": bool, "int": int, "float": float, "str": str}
 
 
@@ -28,7 +28,7 @@ def of_function(function: Callable[..., Any]) -> Wanted:
     """Return the options that a function takes by name."""
     try:
         hints = typing.get_type_hints(function)
-    except NameError:  # something that is imported for type checkers only
+    except NameError:  # a name that is imported for type checkers only
         hints = {}
     wanted = {}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -57,12 +57,12 @@ def read(server: str, wanted: Wanted, given: Mapping[str, Any], ours: Collection
 
     Args:
         server: its name.
-        wanted: what it has.
-        given: text, or what TOML holds, by name.
-        ours: what ``ecdysis run`` sets itself, and has options of its own for.
+        wanted: the options that it has.
+        given: the values, by name: text, or what TOML holds.
+        ours: the options that ``ecdysis run`` sets itself.
 
     Raises:
-        OptionError: there is no such option, it is ours, or it is of another type.
+        OptionError: there is no such option, ``ecdysis run`` sets it, or its value is of another type.
     """
     values = {}
     for name, value in given.items():
@@ -82,7 +82,7 @@ def _type_of(default: Any) -> Any:
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
     if not isinstance(value, str):
-        # TOML has types, and lists of what may be anything.
+        # TOML has types; what its lists hold is not checked.
         return value
     choices = _alternatives(hint)
     literals = [each for choice in choices if typing.get_origin(choice) is typing.Literal for each in choice.__args__]
@@ -102,7 +102,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
 def _alternatives(hint: Any) -> list[Any]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         found = [each for alternative in typing.get_args(hint) for each in _alternatives(alternative)]
-        # What takes any text comes last.
+        # A type that takes any text comes last.
         return sorted(found, key=lambda each: each in (str, Any))
     return [list if typing.get_origin(hint) in (list, Sequence) else hint]
 

@@ -1,8 +1,9 @@
-"""aiohttp's idle connections on their way to a successor.
+"""How aiohttp's idle connections move to a successor.
 
-Its parser hides whether it has read the beginning of a next request. So what it is fed is looked at: where that ended
-with an empty line, and the last request is complete, nothing of another one has come, because an empty line would have
-ended its head. A request with a body of a given length mostly ends otherwise: its connection moves after a later one.
+aiohttp's parser hides whether it has read the beginning of a next request. So the bytes that it is fed are looked at.
+If they ended with an empty line, and the last request is complete, nothing of another request has come: an empty line
+would have ended its head. A request with a body of a given length mostly ends otherwise: its connection moves after a
+later request.
 
 Seams, as seen in aiohttp 3.14, all of ``RequestHandler``: ``_parser`` with ``feed_data``, ``_messages``,
 ``_message_tail``, ``_waiter``, ``_request_in_progress``, ``_buffer_paused``, ``_upgraded``, ``_payload_parser``,
@@ -16,22 +17,22 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from ecdysis_async._accepting.asyncio_servers import GatedServer, ServerConnection
+from ecdysis_async._accepting.asyncio_connections import ServerConnection, ServerHooks
 from ecdysis_async._connections.parcel import Release
 
 from .http import IDLE, UnreadOnly, will_move
 
-__all__ = ["AiohttpMoves", "make_movable", "stays"]
+__all__ = ["AiohttpTransfer", "FollowedParser", "make_movable", "stays"]
 
 EMPTY_LINE: Final = b"\r\n\r\n"
 
 
-class _Followed:
-    """A parser of requests, and whether it has anything in it."""
+class FollowedParser:
+    """Stands in front of a parser of requests, to know whether anything is left in it."""
 
     def __init__(self, parser: Any) -> None:
         self._parser = parser
-        # How the last bytes ended that it was fed, in any number of pieces.
+        # The end of all bytes that it was fed, however they were cut into pieces.
         self._end = b""
         # The body of the last request that it has found.
         self._body: Any = None
@@ -48,32 +49,33 @@ class _Followed:
 
     @property
     def is_empty(self) -> bool:
-        """Whether all that it was fed was complete requests; it may have more to say than it cares to admit."""
+        """Whether all that it was fed is known to be complete requests; False says nothing."""
         return not self._end or (self._end == EMPTY_LINE and self._body is not None and self._body.is_eof())
 
 
-class AiohttpMoves(UnreadOnly):
-    """Connections between two requests, and those before the first one. How long they may be idle begins anew."""
+class AiohttpTransfer(UnreadOnly):
+    """Moves connections between two requests, and before the first one. How long they may be idle begins anew."""
 
-    keeps_alive = True
+    moves_between_requests = True
 
     def pack(self, connection: ServerConnection, protocol: Any) -> Release | None:
-        if not isinstance(protocol, web.RequestHandler) or not isinstance(protocol._parser, _Followed):  # noqa: SLF001
+        if not isinstance(protocol, web.RequestHandler):
+            return None
+        if not isinstance(protocol._parser, FollowedParser):  # noqa: SLF001 - aiohttp's
             return None
         return Release(kind=IDLE) if _is_idle(protocol) else None
 
 
-def make_movable(server: GatedServer) -> None:
-    """Let a server's connections move that it accepts from now on."""
-    make = server.protocol_factory
+def make_movable(hooks: ServerHooks) -> None:
+    """Let the connections move that a server accepts from now on."""
+    make = hooks.protocol_factory
 
     def make_followed() -> asyncio.BaseProtocol:
         protocol: Any = make()
-        protocol._parser = _Followed(protocol._parser)  # noqa: SLF001
+        protocol._parser = FollowedParser(protocol._parser)  # noqa: SLF001 - aiohttp's
         return protocol  # type: ignore[no-any-return]
 
-    server.protocol_factory = make_followed
-    server.moves = AiohttpMoves(server)
+    hooks.adapt(protocol_factory=make_followed, transfer=AiohttpTransfer(make_followed))
 
 
 def stays(request: web.Request) -> bool:
@@ -82,10 +84,12 @@ def stays(request: web.Request) -> bool:
 
 
 def _is_idle(protocol: Any) -> bool:
-    waiter = protocol._waiter  # noqa: SLF001
-    is_waiting = waiter is not None and not waiter.done() and not protocol._messages  # noqa: SLF001
-    is_other = protocol._upgraded or protocol._payload_parser is not None or protocol._message_tail  # noqa: SLF001
-    is_ending = protocol._close or protocol._force_close or not protocol._keepalive  # noqa: SLF001
+    waiter = protocol._waiter  # noqa: SLF001 - aiohttp's
+    is_waiting = waiter is not None and not waiter.done() and not protocol._messages  # noqa: SLF001 - aiohttp's
+    is_other = protocol._upgraded or protocol._payload_parser is not None  # noqa: SLF001 - aiohttp's
+    has_more = protocol._message_tail  # noqa: SLF001 - aiohttp's
+    is_ending = protocol._close or protocol._force_close or not protocol._keepalive  # noqa: SLF001 - aiohttp's
     # A parser that was paused may hold back whole requests.
-    is_busy = protocol._request_in_progress or protocol._buffer_paused  # noqa: SLF001
-    return bool(is_waiting and not is_other and not is_ending and not is_busy and protocol._parser.is_empty)  # noqa: SLF001
+    is_busy = protocol._request_in_progress or protocol._buffer_paused  # noqa: SLF001 - aiohttp's
+    is_empty = protocol._parser.is_empty  # noqa: SLF001 - aiohttp's
+    return bool(is_waiting and is_empty and not (is_other or has_more or is_ending or is_busy))

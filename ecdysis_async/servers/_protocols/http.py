@@ -1,59 +1,55 @@
-"""How the connections of other people's servers move to a successor, as far as their structure lets them.
+"""How connections of other people's HTTP servers move to a successor, as far as their structure lets them.
 
 Between two requests a connection of HTTP/1.1 is like one that was just accepted: nothing of it is in user space but
-what a server shows, or hides. Whoever has read no byte yet moves with every server: the kernel says so.
+what a server shows, or hides. A connection that was never read from moves with every server: the kernel tells.
 """
 
 from __future__ import annotations
 
-import abc
 import asyncio
 import fcntl
 import socket
 import struct
 import termios
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, Final
 
-from ecdysis_async._accepting.asyncio_servers import GatedServer, ServerConnection, TransferStrategy
+from ecdysis_async._accepting.asyncio_acceptors import ServerAcceptor
+from ecdysis_async._accepting.asyncio_connections import (
+    ProtocolFactory,
+    ServerConnection,
+    ServerHooks,
+    TransferStrategy,
+)
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import Acceptor
 from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._connections.parcel import Refused, Release
 
-__all__ = ["IDLE", "WEBSOCKET", "SelfMoving", "UnreadOnly", "let_fresh_ones_move", "servers_but", "will_move"]
+__all__ = ["IDLE", "WEBSOCKET", "UnreadOnly", "move_unread", "new_servers", "will_move"]
 
 IDLE: Final = "http/1.1"
-"""The kind of what moves between two requests; any server of HTTP/1.1 goes on with it."""
+"""The kind of a connection that moves between two requests; any server of HTTP/1.1 goes on with it."""
 
 WEBSOCKET: Final = "websocket"
-"""The kind of what moves between two messages of a WebSocket."""
+"""The kind of a WebSocket that moves between two messages."""
 
 # struct tcp_info of linux/tcp.h: how many bytes were received, in the order and with the alignment of this machine.
 TCP_INFO_BYTES = 136
 BYTES_RECEIVED = 128
 
 
-class SelfMoving(abc.ABC):
-    """A protocol that knows itself whether it can move."""
-
-    @abc.abstractmethod
-    def release(self) -> Release | None:
-        """Give the connection away, or return None where that is impossible at this moment."""
-
-    @abc.abstractmethod
-    def keep(self) -> None:
-        """Go on with a connection that was given away, and not taken."""
-
-
 class UnreadOnly(TransferStrategy):
-    """Connections that nobody has read from."""
+    """Moves connections that were never read from.
 
-    # Whether it also moves connections that have had a response.
-    keeps_alive = False
+    Args:
+        protocol_factory: makes the protocol that goes on with a connection.
+    """
 
-    def __init__(self, server: GatedServer) -> None:
-        self._make = server.protocol_factory
+    moves_between_requests = False
+
+    def __init__(self, protocol_factory: ProtocolFactory) -> None:
+        self._make = protocol_factory
 
     def pack(self, connection: ServerConnection, protocol: Any) -> Release | None:
         return Release(kind=IDLE) if _is_unread(connection.fileno()) else None
@@ -64,18 +60,16 @@ class UnreadOnly(TransferStrategy):
         return self._make()
 
 
-def servers_but(plane: DataPlane, others: Collection[Acceptor]) -> Iterator[GatedServer]:
-    """Return all servers but the other ones, each once for every socket."""
-    for acceptor in plane.gate.acceptors:
-        server = getattr(acceptor, "server", None)
-        if acceptor not in others and isinstance(server, GatedServer):
-            yield server
+def new_servers(plane: DataPlane, others: Collection[Acceptor]) -> list[ServerHooks]:
+    """Return the hooks of all servers, each once, without those whose acceptors are among the others."""
+    acceptors = [each for each in plane.gate.acceptors if isinstance(each, ServerAcceptor) and each not in others]
+    return list(dict.fromkeys(acceptor.hooks for acceptor in acceptors))
 
 
-def let_fresh_ones_move(plane: DataPlane, others: Collection[Acceptor]) -> None:
-    """Let connections move, as long as nobody has read from them, of all servers but the other ones."""
-    for server in servers_but(plane, others):
-        server.moves = UnreadOnly(server)
+def move_unread(plane: DataPlane, others: Collection[Acceptor]) -> None:
+    """Let connections of all servers but the others move, as long as they were never read from."""
+    for hooks in new_servers(plane, others):
+        hooks.adapt(transfer=UnreadOnly(hooks.protocol_factory))
 
 
 def will_move() -> bool:
@@ -84,10 +78,7 @@ def will_move() -> bool:
     Then there is nothing to say goodbye for.
     """
     connection = current_connection.get()
-    if not isinstance(connection, ServerConnection) or connection.refused or not connection.server.plane.tracker.moves:
-        return False
-    moves = connection.server.moves
-    return connection.movable and (not isinstance(moves, UnreadOnly) or moves.keeps_alive)
+    return isinstance(connection, ServerConnection) and connection.will_move
 
 
 def _is_unread(descriptor: int) -> bool:

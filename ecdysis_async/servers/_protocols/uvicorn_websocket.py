@@ -1,4 +1,4 @@
-"""uvicorn's WebSockets on their way to a successor: those of its sans-I/O implementation.
+"""How uvicorn's WebSockets move to a successor: those of its sans-I/O implementation.
 
 Seams, as seen in uvicorn 0.54, all of ``WebSocketsSansIOProtocol``: ``handle_connect``, ``send``, ``receive``,
 ``start_keepalive``, ``stop_keepalive``, and ``transport``, ``conn``, ``response``, ``scope``, ``queue``, ``frames``,
@@ -24,7 +24,7 @@ __all__ = ["MovableWebSocket", "movable"]
 
 
 def movable(protocol_class: type[asyncio.Protocol] | None) -> type[asyncio.Protocol] | None:
-    """Return a protocol of WebSockets that can move, where that is known how; else the given one."""
+    """Return a class of WebSockets that can move, if it is known how; otherwise the given one."""
     if protocol_class is None or not issubclass(protocol_class, WebSocketsSansIOProtocol):
         return protocol_class
     if protocol_class is WebSocketsSansIOProtocol:
@@ -37,7 +37,7 @@ def movable(protocol_class: type[asyncio.Protocol] | None) -> type[asyncio.Proto
 
 
 class MovableWebSocket(MovingWebSocket, WebSocketsSansIOProtocol):
-    """A WebSocket of uvicorn's that can move."""
+    """A WebSocket of uvicorn's sans-I/O implementation that can move."""
 
     _is_waiting = False
 
@@ -59,14 +59,14 @@ class MovableWebSocket(MovingWebSocket, WebSocketsSansIOProtocol):
     def _extensions(self) -> Sequence[Extension]:
         return self.conn.extensions
 
-    def release(self) -> Release | None:
-        release = super().release()
+    def release_connection(self) -> Release | None:
+        release = super().release_connection()
         if release is not None:
             self.stop_keepalive()
         return release
 
-    def keep(self) -> None:
-        super().keep()
+    def keep_connection(self) -> None:
+        super().keep_connection()
         self.start_keepalive()
 
     # What uvicorn calls
@@ -90,7 +90,7 @@ class MovableWebSocket(MovingWebSocket, WebSocketsSansIOProtocol):
             self._is_waiting = False
 
     def _give_up(self) -> None:
-        if self._luggage is not None:
+        if self._carried is not None:
             self.stop_keepalive()
             self.close_sent = self.disconnected = True
         super()._give_up()

@@ -1,9 +1,9 @@
-"""What a WebSocket between two messages takes along to a successor, whichever server speaks for it.
+"""How a WebSocket moves to a successor between two messages, whichever server speaks for it, and what it takes along.
 
-The handshake is replayed there: the same request gives the same subprotocol and extensions, and the response, which
-the client has had, is swallowed. What remains is the state that the application offers, and, where messages are
-compressed with a context, the last bytes that the client has sent: it goes on referring to them. What is sent begins
-with a fresh context, as it may at any message.
+The successor replays the handshake: the same request gives the same subprotocol and extensions. The response, which the
+client has had already, is swallowed. The WebSocket takes along the state that the application offers. If messages are
+compressed with a context, it also takes along the last bytes that the client has sent, because the client goes on
+referring to them. Sending begins with a fresh context, as it may at any message.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import CTRL_OPCODES, Close, Frame, Opcode
 from websockets.http11 import Response
 
-from ecdysis_async._connections.parcel import Refused, Release
+from ecdysis_async._connections.parcel import Refused, Release, Transferable
 from ecdysis_async.servers._common.goodbye import RESTARTING
 
-from .http import WEBSOCKET, SelfMoving
+from .http import WEBSOCKET
 
 __all__ = [
     "GOODBYE",
@@ -42,14 +42,14 @@ TRANSFER: Final = "ecdysis.transfer"
 """Where an application finds the :class:`Transfer` of a WebSocket: in the scope's state, or as an attribute."""
 
 GOODBYE: Final = Frame(Opcode.CLOSE, Close(RESTARTING, "the service restarts").serialize()).serialize(mask=False)
-"""What a client is told whose WebSocket was taken over and cannot go on: it comes back, as without a transfer."""
+"""The last frame of a WebSocket that was taken over and cannot go on: the client comes back, as without a transfer."""
 
-# What every frame begins with, bytes.
+# The length of the shortest head of a frame, bytes.
 SHORTEST_HEAD = 2
 
 
 class Transfer:
-    """What the application of a WebSocket has to say about its moving to a successor.
+    """Lets the application of a WebSocket say that it may move to a successor, and with which state.
 
     Attributes:
         inherited: the state that the predecessor's application offered; None where the WebSocket is new.
@@ -65,7 +65,7 @@ class Transfer:
         Args:
             state: what JSON can hold, or a function that returns it and is called at the last moment; None withdraws
                 the offer. It must say all that the application needs: the successor runs it anew, from its connecting
-                on. Whoever sends without being asked has to withdraw before it does.
+                on. An application that sends without being asked has to withdraw its offer before it does.
         """
         self._offered = state
 
@@ -75,7 +75,7 @@ class Transfer:
         return self._offered is not None
 
     def state(self) -> Any:
-        """Return what is offered at this moment.
+        """Return the state that is offered at this moment.
 
         Raises:
             TypeError, ValueError: JSON cannot hold it.
@@ -86,7 +86,7 @@ class Transfer:
 
 
 class FrameFollower:
-    """Follows what a client sends: where frames end, and what its compression may refer to."""
+    """Follows the bytes of a client: where frames end, and what its compression may refer to."""
 
     def __init__(self) -> None:
         self._head = bytearray()
@@ -101,12 +101,12 @@ class FrameFollower:
 
     @property
     def is_between_messages(self) -> bool:
-        """Whether the last frame that was received ended a message, too."""
+        """Whether the last byte that was received ended a message."""
         return self.is_between_frames and not self._is_fragmented
 
     @property
     def window(self) -> bytes:
-        """The last bytes that were decompressed, as many as can be referred to."""
+        """The last decompressed bytes, as many as the client can refer to."""
         return self._window
 
     def feed(self, data: bytes) -> None:
@@ -128,13 +128,13 @@ class FrameFollower:
                 self._head.clear()
 
     def follow(self, extensions: Sequence[Extension]) -> None:
-        """Remember what is decompressed from now on."""
+        """Remember the bytes that are decompressed from now on."""
         for extension in extensions:
             if isinstance(extension, PerMessageDeflate) and not extension.remote_no_context_takeover:
                 extension.decode = self._remembering(extension.decode, 1 << extension.remote_max_window_bits)  # type: ignore[method-assign]
 
     def restore(self, extensions: Sequence[Extension], window: bytes) -> None:
-        """Let a fresh decompressor go on where another one ended, and remember that."""
+        """Let a fresh decompressor go on where the predecessor's ended, and remember its bytes."""
         self._window = window
         for extension in extensions:
             if window and isinstance(extension, PerMessageDeflate) and not extension.remote_no_context_takeover:
@@ -144,14 +144,14 @@ class FrameFollower:
     def _remembering(self, decode: Callable[..., Frame], size: int) -> Callable[..., Frame]:
         def decode_and_remember(frame: Frame, *, max_size: int | None = None) -> Frame:
             decoded = decode(frame, max_size=max_size)
-            # One that was not compressed comes back as it is.
+            # A frame that was not compressed comes back as it is.
             if decoded is not frame:
                 self._window = (self._window + bytes(decoded.data))[-size:]
             return decoded
 
         return decode_and_remember
 
-    # RFC 6455, 5.2: two bytes, more for the length of what is longer, and four of a mask.
+    # RFC 6455, 5.2: two bytes, two or eight more for a longer length, and four for a mask.
     def _head_size(self) -> int:
         if len(self._head) < SHORTEST_HEAD:
             return SHORTEST_HEAD
@@ -169,19 +169,19 @@ class FrameFollower:
 
 
 def negotiated(response: Response) -> list[list[str]]:
-    """Return the extensions and the subprotocol that a response to a handshake has settled."""
+    """Return the extensions and the subprotocol that the response to a handshake has settled."""
     return [response.headers.get_all(name) for name in ("Sec-WebSocket-Extensions", "Sec-WebSocket-Protocol")]
 
 
 @dataclass(frozen=True, slots=True)
 class WebSocketState:
-    """What a WebSocket takes along.
+    """The part of a WebSocket that moves beside its descriptor.
 
     Attributes:
-        request: that of its handshake.
-        settled: what the response to it has settled; see :func:`negotiated`.
-        window: see :class:`FrameFollower`.
-        state: of the application.
+        request: the request of its handshake.
+        settled: the extensions and the subprotocol of the response; see :func:`negotiated`.
+        window: the last decompressed bytes; see :class:`FrameFollower`.
+        state: the application's.
     """
 
     request: bytes
@@ -199,7 +199,7 @@ class WebSocketState:
         """Read it.
 
         Raises:
-            Refused: it is none that this release knows.
+            Refused: this release does not know such a WebSocket.
         """
         match release.state:
             case [str(request), [list(_), list(_)] as settled, str(window), state, *_]:
@@ -209,11 +209,11 @@ class WebSocketState:
 
 
 class MutedTransport:
-    """A transport, while the handshake is replayed whose response its client has had.
+    """Stands before a transport and swallows the response, while the handshake is replayed.
 
     Args:
-        real: where nothing is written.
-        give_up: called where the application will not have the connection.
+        real: the transport; nothing is written to it.
+        give_up: called if the application refuses the connection.
     """
 
     def __init__(self, real: asyncio.Transport, give_up: Callable[[], None]) -> None:
@@ -224,24 +224,24 @@ class MutedTransport:
         return getattr(self.real, name)
 
     def write(self, data: bytes) -> None:
-        """Swallow a response."""
+        """Swallow a response, which the client has had already."""
 
     def write_eof(self) -> None:
-        """Take it for what it is: the end."""
+        """Give the connection up: the application ends it."""
         self._give_up()
 
     def close(self) -> None:
-        """Take it for the end, too."""
+        """Give the connection up: the application closes it."""
         self._give_up()
 
 
-class MovingWebSocket(SelfMoving, asyncio.Protocol):
-    """A WebSocket that moves while its application waits for a message, and has offered a state.
+class MovingWebSocket(Transferable, asyncio.Protocol, abc.ABC):
+    """Lets a server's WebSocket move while its application waits for a message, and has offered a state.
 
-    It stands in front of a server's own protocol, which has ``transport``, ``response`` and ``logger``.
+    It stands in front of the server's own protocol, which has ``transport``, ``response`` and ``logger``.
 
     Attributes:
-        ecdysis_transfer: where the application offers it.
+        ecdysis_transfer: where the application offers the state.
     """
 
     transport: Any
@@ -251,14 +251,14 @@ class MovingWebSocket(SelfMoving, asyncio.Protocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.ecdysis_transfer = Transfer()
-        # What it has brought along, until its handshake is replayed and its application has accepted it again.
-        self._luggage: WebSocketState | None = None
-        # Set when it is known whether it moves; None while it is not on its way.
+        # What it has brought along, until the handshake is replayed and the application has accepted it again.
+        self._carried: WebSocketState | None = None
+        # Set when it is known whether it moves; None unless it is on its way.
         self._verdict: asyncio.Event | None = None
         self._request_bytes = b""
         self._inbound = FrameFollower()
         self._is_followed = False
-        # What the client sends while the handshake is replayed.
+        # The bytes that the client sends while the handshake is replayed.
         self._unread: list[bytes] = []
 
     # What differs from server to server
@@ -266,7 +266,7 @@ class MovingWebSocket(SelfMoving, asyncio.Protocol):
     @property
     @abc.abstractmethod
     def _is_opening(self) -> bool:
-        """Whether the request of the handshake is still to come, or some of it."""
+        """Whether the request of the handshake has not come completely."""
 
     @property
     @abc.abstractmethod
@@ -276,42 +276,42 @@ class MovingWebSocket(SelfMoving, asyncio.Protocol):
     @property
     @abc.abstractmethod
     def _is_read_paused(self) -> bool:
-        """Whether what was read has to be dealt with first."""
+        """Whether reading is paused until the application has dealt with what was read."""
 
     @property
     @abc.abstractmethod
     def _extensions(self) -> Sequence[Extension]:
-        """What was negotiated."""
+        """The extensions that were negotiated."""
 
     # How it moves
 
     def resume(self, release: Release) -> None:
-        """Go on with a WebSocket of the predecessor's, as soon as there is a transport.
+        """Go on with a WebSocket of the predecessor, as soon as there is a transport.
 
         Raises:
-            Refused: it is none that this release knows.
+            Refused: this release does not know such a WebSocket.
         """
-        self._luggage = WebSocketState.unpack(release)
-        self.ecdysis_transfer = Transfer(self._luggage.state)
+        self._carried = WebSocketState.unpack(release)
+        self.ecdysis_transfer = Transfer(self._carried.state)
 
-    def release(self) -> Release | None:
-        """Give it away between two messages: nothing of the next one has come, and the last one was dealt with."""
+    def release_connection(self) -> Release | None:
+        """Give it away between two messages: the last one was dealt with, and nothing of the next one has come."""
         if not self._is_idle or not self._inbound.is_between_messages:
             return None
-        # One that is half taken over looks as if it was idle.
-        if self._luggage is not None or self._verdict is not None or not self.ecdysis_transfer.is_offered:
+        # A WebSocket that is half taken over looks as if it was idle.
+        if self._carried is not None or self._verdict is not None or not self.ecdysis_transfer.is_offered:
             return None
         settled, state = negotiated(self.response), self.ecdysis_transfer.state()
-        luggage = WebSocketState(self._request_bytes, settled, self._inbound.window, state)
+        carried = WebSocketState(self._request_bytes, settled, self._inbound.window, state)
         self._verdict = asyncio.Event()
-        return luggage.release()
+        return carried.release()
 
-    def keep(self) -> None:
+    def keep_connection(self) -> None:
         """Go on: it has not moved."""
         self._decide()
 
     async def wait_for_verdict(self) -> None:
-        """Wait while it is on its way: what is sent after the successor has begun would be in its way."""
+        """Wait while it is on its way: nothing may be sent once the successor has begun."""
         if self._verdict is not None:
             await self._verdict.wait()
 
@@ -319,14 +319,14 @@ class MovingWebSocket(SelfMoving, asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if self._luggage is not None:
+        if self._carried is not None:
             self.transport = MutedTransport(transport, self._give_up)
-            self._request_bytes = self._luggage.request
+            self._request_bytes = self._carried.request
             super().data_received(self._request_bytes)
 
     def data_received(self, data: bytes) -> None:
-        if self._luggage is not None:
-            # uvloop reads as soon as a connection is made, whatever it was told before.
+        if self._carried is not None:
+            # uvloop reads as soon as a connection is made, even if reading was paused before.
             self._unread.append(data)
             self._real_transport.pause_reading()
             return
@@ -351,19 +351,19 @@ class MovingWebSocket(SelfMoving, asyncio.Protocol):
         return self.transport.real if isinstance(self.transport, MutedTransport) else self.transport
 
     def _unmute(self) -> None:
-        self._luggage = None
+        self._carried = None
         self.transport = self._real_transport
 
     def _go_on(self) -> None:
-        """Let the client be heard, if the application has accepted it as the one before did."""
-        if self._luggage is None:
+        """Let the client be heard, if the application has accepted it as the predecessor's did."""
+        if self._carried is None:
             return
-        if negotiated(self.response) != self._luggage.settled:
+        if negotiated(self.response) != self._carried.settled:
             self.logger.warning("a WebSocket of the predecessor's is accepted otherwise here: it has to come back")
             self._give_up()
             return
         self._is_followed = True
-        self._inbound.restore(self._extensions, self._luggage.window)
+        self._inbound.restore(self._extensions, self._carried.window)
         self._unmute()
         unread, self._unread = self._unread, []
         for data in unread:
@@ -372,8 +372,8 @@ class MovingWebSocket(SelfMoving, asyncio.Protocol):
             self.transport.resume_reading()
 
     def _give_up(self) -> None:
-        """Close a WebSocket that was taken over, and that the application will not have, or not so."""
-        if self._luggage is not None:
+        """Close a WebSocket that was taken over, and that the application refuses or accepts otherwise."""
+        if self._carried is not None:
             self._unmute()
             self.transport.write(GOODBYE)
             self.transport.close()

@@ -1,8 +1,8 @@
-"""The connections of the library websockets on their way to a successor.
+"""How connections of the library websockets move to a successor.
 
 Seams, as seen in websockets 17, all of ``ServerConnection``: ``handshake``, ``send``, ``ping``, ``pong``, ``close``,
 ``transport``, ``protocol``, ``response``, ``send_in_progress``, ``recv_messages`` with ``get_in_progress``, ``frames``
-and ``paused``; and that the server's factory of protocols makes them.
+and ``paused``; and the server's factory of protocols, which makes them.
 """
 
 from __future__ import annotations
@@ -15,34 +15,38 @@ from websockets.asyncio.server import ServerConnection
 from websockets.extensions.base import Extension
 from websockets.protocol import State
 
-from ecdysis_async._accepting.asyncio_servers import GatedServer, TransferStrategy
-from ecdysis_async._accepting.asyncio_servers import ServerConnection as Tracked
-from ecdysis_async._connections.parcel import Refused, Release
+from ecdysis_async._accepting.asyncio_connections import ProtocolFactory, TransferStrategy
+from ecdysis_async._accepting.asyncio_connections import ServerConnection as Tracked
+from ecdysis_async._connections.parcel import Refused, Release, Transferable
 
-from .http import WEBSOCKET, SelfMoving
+from .http import WEBSOCKET
 from .websocket import MovingWebSocket, Transfer
 
 __all__ = ["WebSocketTransfer", "movable", "transfer_of"]
 
 
 def transfer_of(websocket: ServerConnection) -> Transfer:
-    """Return where a handler offers the state of its connection; without effect where it can never move."""
+    """Return where a handler offers the state of its connection; an offer has no effect if it can never move."""
     transfer = getattr(websocket, "ecdysis_transfer", None)
     return transfer if isinstance(transfer, Transfer) else Transfer()
 
 
 class WebSocketTransfer(TransferStrategy):
-    """Connections between two messages."""
+    """Moves connections between two messages.
 
-    def __init__(self, server: GatedServer) -> None:
-        self._make = server.protocol_factory
+    Args:
+        protocol_factory: makes the protocol that goes on with a connection.
+    """
+
+    def __init__(self, protocol_factory: ProtocolFactory) -> None:
+        self._make = protocol_factory
 
     def pack(self, connection: Tracked, protocol: Any) -> Release | None:
-        return protocol.release() if isinstance(protocol, SelfMoving) else None
+        return protocol.release_connection() if isinstance(protocol, Transferable) else None
 
     def keep(self, connection: Tracked, protocol: Any) -> None:
-        if isinstance(protocol, SelfMoving):
-            protocol.keep()
+        if isinstance(protocol, Transferable):
+            protocol.keep_connection()
 
     def resume(self, release: Release) -> asyncio.BaseProtocol:
         if release.kind != WEBSOCKET:
@@ -53,7 +57,7 @@ class WebSocketTransfer(TransferStrategy):
 
 
 def movable(kind: type[ServerConnection]) -> type[ServerConnection]:
-    """Return a connection that moves while its handler waits for a message, and has offered a state."""
+    """Return a class of connections that move while their handler waits for a message, and has offered a state."""
 
     class Movable(MovingWebSocket, kind):  # type: ignore[misc, valid-type]
         @property

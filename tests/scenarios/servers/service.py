@@ -27,7 +27,7 @@ import anyio
 
 import ecdysis_async
 from ecdysis_async import Ecdysis, RestartError
-from ecdysis_async._accepting.asyncio_servers import ServerConnection
+from ecdysis_async._accepting.asyncio_connections import ServerConnection
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
 from ecdysis_async._connections.connection import current_connection
 from ecdysis_async.servers._common import goodbye

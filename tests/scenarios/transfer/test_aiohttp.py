@@ -9,7 +9,7 @@ import pytest
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import HttpRequestParser
 
-from ecdysis_async.servers._protocols.aiohttp import _Followed
+from ecdysis_async.servers._protocols.aiohttp import FollowedParser
 from tests.scenarios.transfer.test_cuts import make_requests
 
 pytestmark = pytest.mark.newest_python_only
@@ -20,7 +20,7 @@ class Reader:
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
-        self.parser = _Followed(HttpRequestParser(BaseProtocol(loop), loop, 2**16))
+        self.parser = FollowedParser(HttpRequestParser(BaseProtocol(loop), loop, 2**16))
         self.found: list[tuple[str, object]] = []
 
     def feed(self, data: bytes) -> None:

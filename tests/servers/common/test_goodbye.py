@@ -1,4 +1,4 @@
-"""How a server's clients are taken leave of: on a clock that jumps, so that it takes no time."""
+"""How a server says goodbye to its clients, on a clock that jumps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEBSOCKETS = 10
 
 
 class Leaving:
-    """What a departure asks of an Ecdysis, of one that leaves at once."""
+    """Stands for an Ecdysis that leaves at once, as far as a goodbye asks it."""
 
     def __init__(self, drain_timeout: float) -> None:
         self.drain_timeout = drain_timeout
@@ -43,15 +43,16 @@ def test_websockets_are_closed_evenly_and_their_clients_have_time_to_answer(time
         async with a_plane() as plane:
             activate(plane)
             try:
-                departure = Goodbye(cast("Any", Leaving(timeout)))
+                goodbye = Goodbye(cast("Any", Leaving(timeout)))
                 begun = anyio.current_time()
 
                 async def close() -> None:
                     closed.append(anyio.current_time() - begun)
 
-                departure.websockets |= {functools.partial(close) for _ in range(WEBSOCKETS)}
+                for _ in range(WEBSOCKETS):
+                    goodbye.add_websocket(functools.partial(close))
                 with anyio.move_on_after(timeout):
-                    await departure.wait_for_last_connection()
+                    await goodbye.wait_for_last_connection()
             finally:
                 deactivate()
 
