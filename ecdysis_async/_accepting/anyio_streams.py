@@ -1,7 +1,7 @@
 """The data plane of anyio, on all of its backends: listeners and datagram sockets behind the gate, and ``serve``.
 
 The listeners implement anyio's own interfaces, so that ``TLSListener`` and the like work on them. When to accept is
-never decided here.
+decided at the gate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from .gated_socket import (
     AcceptingEnded,
     GatedSocket,
     SocketAcceptor,
-    StreamResumer,
     handling,
     largest_datagram,
     require_streams,
@@ -39,7 +38,7 @@ Handler = Callable[[Any], Awaitable[object]]
 Service = Callable[[Handler, TaskGroup], Coroutine[Any, Any, None]]
 
 # A Unix datagram socket is writable also where the receiver's queue is full (unix_dgram_poll looks at the peer of
-# connected sockets only), so there is nothing to wait for: it is tried again after this many seconds.
+# connected sockets only), so no event can be waited for: sending is tried again after this many seconds.
 FULL_QUEUE_PAUSE_SECONDS = 0.005
 
 
@@ -47,13 +46,13 @@ class AnyioListener(Listener[SocketStream]):
     """A registered TCP or Unix listener as an ``anyio.abc.Listener``.
 
     Args:
-        sock: a socket that the supervisor returned, or its entry.
-        plane: default: the one of this process.
+        sock: a socket that the ``Ecdysis`` returned, or its entry.
+        plane: by default the active one of this process.
 
     Raises:
         LookupError: there is no ``Ecdysis`` in this process.
         ValueError: the socket is not registered.
-        TypeError: it is no stream socket.
+        TypeError: the socket is no stream socket.
     """
 
     def __init__(self, sock: socket.socket | Entry, *, plane: DataPlane | None = None) -> None:
@@ -83,9 +82,7 @@ class AnyioListener(Listener[SocketStream]):
             if task_group is None:
                 task_group = await stack.enter_async_context(anyio.create_task_group())
             if resume is not None:
-                resuming = functools.partial(self._resume, resume)
-                self.acceptor.resumer = StreamResumer(self.acceptor, task_group, resuming)
-                self.acceptor.is_resumable = True
+                self.acceptor.resume_by(task_group, functools.partial(self._resume, resume))
             while True:
                 try:
                     sock, connection = await self.acceptor.accept()
@@ -99,7 +96,7 @@ class AnyioListener(Listener[SocketStream]):
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        """Provide the attributes of ``SocketAttribute`` that a listener has."""
+        """The attributes of ``SocketAttribute`` that a listener has."""
         return attributes_of(self.acceptor.entry.sock)
 
     async def _handle(
@@ -121,7 +118,7 @@ class AnyioListener(Listener[SocketStream]):
     ) -> None:
         async def handler(stream: SocketStream) -> None:
             if release.unread:
-                protocol = stream._protocol  # type: ignore[attr-defined]  # noqa: SLF001 - see AcceptedConnection.pack
+                protocol = stream._protocol  # type: ignore[attr-defined]  # noqa: SLF001 - anyio's
                 protocol.read_queue.appendleft(release.unread)
                 protocol.read_event.set()
             await resume(stream, release.state)
@@ -133,12 +130,12 @@ class DatagramListener(UnreliableObjectStream[tuple[bytes, Any]]):
     """A registered UDP or Unix datagram socket, with the interface of ``anyio.abc.UDPSocket``.
 
     It receives only while the gate stands open, and sends at any time: a generation that drains still answers what it
-    has received. Iterating over it ends when receiving is over for good. The address of a datagram is what the kernel
-    gave: host and port, or a path.
+    has received. Iterating over it ends when receiving is over for good. Addresses are as the kernel gives them: host
+    and port, or a path.
 
     Args:
-        sock: a socket that the supervisor returned, or its entry.
-        plane: default: the one of this process.
+        sock: a socket that the ``Ecdysis`` returned, or its entry.
+        plane: by default the active one of this process.
 
     Raises:
         LookupError: there is no ``Ecdysis`` in this process.
@@ -158,7 +155,7 @@ class DatagramListener(UnreliableObjectStream[tuple[bytes, Any]]):
         """Wait for a datagram and return it with its sender's address.
 
         Raises:
-            EndOfStream: nothing more will come; what waits in the queue is the successor's.
+            EndOfStream: nothing more will come; the queue belongs to the successor.
             ClosedResourceError: the application has closed it.
 
         Cancellation, and a pause of the generation, lose no datagram.
@@ -175,7 +172,7 @@ class DatagramListener(UnreliableObjectStream[tuple[bytes, Any]]):
 
         Raises:
             ClosedResourceError: the socket is closed.
-            OSError: the kernel refused this datagram: it is too long, or there is nobody. Others may still go out.
+            OSError: the kernel refused this datagram: it is too long, or nothing listens. Others may still go out.
             ValueError: the host is a name; to resolve it would block.
 
         Cancelled, it was not sent.
@@ -193,7 +190,7 @@ class DatagramListener(UnreliableObjectStream[tuple[bytes, Any]]):
                     sock.sendto(data, address)
                 except BlockingIOError:
                     if self._gated.entry.kind is Kind.UDP:
-                        # A pause wakes everyone who waits for this descriptor, and closes nothing.
+                        # A pause wakes every task that waits for this descriptor, and closes nothing.
                         with contextlib.suppress(anyio.ClosedResourceError):
                             await anyio.wait_writable(sock)
                     else:
@@ -211,12 +208,12 @@ class DatagramListener(UnreliableObjectStream[tuple[bytes, Any]]):
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        """Provide the attributes of ``SocketAttribute`` that an unconnected socket has."""
+        """The attributes of ``SocketAttribute`` that an unconnected socket has."""
         return attributes_of(self._gated.entry.sock)
 
     def _receive(self, sock: socket.socket) -> tuple[bytes, Any]:
         data, address = sock.recvfrom(self._largest)
-        # Without the flow and scope numbers of IPv6, as in anyio; the host has the scope in it.
+        # The flow and scope numbers of IPv6 are left out, as in anyio; the host has the scope in it.
         return data, address[:2] if isinstance(address, tuple) else address
 
     def _is_closed(self) -> bool:
@@ -231,19 +228,19 @@ async def serve(
 ) -> None:
     """Serve connections of registered listeners; see ``Ecdysis.serve``.
 
-    Each handler has its own cancel scope, which the drain's deadline cancels, and runs in the plane's task group: so
-    this returns when accepting ends, and the handlers go on. Where the plane has none, they are waited for.
+    Each handler has its own cancel scope, which the drain's deadline cancels, and runs in the plane's task group. So
+    this returns when accepting ends, and the handlers go on. A plane without a task group has them waited for here.
 
     Args:
         handler: called with each stream, in a task of its own.
-        listeners: sockets that the supervisor returned, for anyio's streams; :class:`AnyioListener`,
+        listeners: sockets that the ``Ecdysis`` returned, for anyio's streams; :class:`AnyioListener`,
             ``TrioListener``, and the TLS listeners of anyio and trio around these.
-        resume: called with a stream of the predecessor's, and the state that its handler gave to ``transfer``; without
+        resume: called with a stream of the predecessor, and the state that its handler gave to ``transfer``; without
             effect for TLS.
-        plane: default: the one of this process.
+        plane: by default the active one of this process.
 
     Raises:
-        TypeError: a listener is none of these.
+        TypeError: a listener is of another kind.
         ValueError: a socket is not registered.
 
     Cancellation ends the accepting only, and loses no connection.
@@ -256,7 +253,7 @@ async def serve(
         for listener in listeners:
             if isinstance(listener, socket.socket | Entry):
                 ours = AnyioListener(listener, plane=plane)
-                # Nobody else knows this acceptor: left behind, it would stay at the gate for ever.
+                # Only this call knows the acceptor: left behind, it would stay at the gate for ever.
                 stack.push_async_callback(plane.gate.remove, ours.acceptor)
                 services.append(_service_of(ours, resume))
             else:
@@ -270,13 +267,13 @@ async def serve(
 
 
 async def wrap(sock: socket.socket) -> SocketStream | None:
-    """Make a stream of an accepted socket, which it takes over; None if the peer has left already."""
+    """Make a stream of an accepted socket, which it takes over; return None if the peer has left already."""
     try:
         if sock.family == socket.AF_UNIX:
             return await UNIXSocketStream.from_socket(sock)
         return await SocketStream.from_socket(sock)
     except ValueError:
-        # Reset before we came to it: it has no peer any more, and anyio refuses it. Nobody is there to be answered.
+        # The connection was reset before: it has no peer any more, and anyio refuses it.
         sock.close()
         return None
     except BaseException:
@@ -303,7 +300,7 @@ def _service_of(listener: object, resume: Callable[[Any, Any], Awaitable[object]
         return functools.partial(listener.serve, resume=resume)
     if isinstance(inner, AnyioListener):
         return cast(Listener[Any], listener).serve
-    # Whoever has made a TrioListener has imported its module; for everybody else trio is not needed.
+    # A program that has made a TrioListener has imported its module; other programs do not need trio.
     trio_streams = sys.modules.get(f"{__package__}.trio_streams")
     service: Service | None = trio_streams.service_of(listener, resume) if trio_streams is not None else None
     if service is not None:

@@ -1,8 +1,8 @@
 """The one accept loop of anyio and trio: gated, cancellable at every moment, and without a loss.
 
-A :class:`GatedSocket` waits until its socket is readable, and then takes from it without waiting: only the wait can be
-cancelled, and there is no await between taking a connection and tracking it. What a connection is wrapped in, and
-which task serves it, is the business of the modules above.
+A :class:`GatedSocket` waits until its socket is readable, and then takes from it without waiting. Only the wait can be
+cancelled, and there is no await between taking a connection and tracking it. ``anyio_streams.py`` and
+``trio_streams.py`` wrap what was accepted, and start the tasks that serve it.
 """
 
 from __future__ import annotations
@@ -70,19 +70,25 @@ BROKEN_CONNECTION = frozenset(
 # Nothing tells when there is a descriptor, or memory, for one more connection again: how long it is waited, seconds.
 EXHAUSTED_PAUSE_SECONDS = 0.1
 
-# The largest datagram, in bytes: lengths in IP have 16 bits; for Unix sockets asyncio's limit.
+# The largest datagram, in bytes: lengths in IP have 16 bits; Unix sockets have asyncio's limit.
 MAX_DATAGRAM = 2**16
 MAX_UNIX_DATAGRAM = 2**18
 
 
 class AcceptingEnded(EcdysisError, anyio.ClosedResourceError):
-    """Nothing more will come from this socket in this generation; what waits in its queue is the successor's."""
+    """Nothing more will come from this socket in this generation; its queue belongs to the successor."""
 
 
 class AcceptedConnection(Connection):
-    """A connection that was accepted from a socket, and the scope of the handler that serves it."""
+    """A connection that was accepted from a socket, and the scope of the handler that serves it.
 
-    # Weak, because a stream that its owner drops without closing it shall end as it would without us.
+    Attributes:
+        scope: of the handler; None where the application's own task serves it.
+        stream: what the handler was given.
+        is_resumable: whether a successor has a handler that goes on with it.
+    """
+
+    # The socket is referred to weakly: a stream that its owner drops without closing it ends as it would without us.
     __slots__ = ("_name", "_sock", "is_resumable", "scope", "stream")
 
     def __init__(self, sock: socket.socket, until: Until, name: str = "", *, is_resumable: bool = False) -> None:
@@ -90,19 +96,18 @@ class AcceptedConnection(Connection):
         self._sock = weakref.ref(sock)
         self._name = name
         self.scope: anyio.CancelScope | None = None
-        # What the handler was given, and whether a successor has somebody to go on with it.
         self.stream: Any = None
         self.is_resumable = is_resumable
 
     def cancel(self) -> None:
-        """Cancel the handler; where it is none that we started, its stream has to end instead."""
+        """Cancel the handler; the stream of an application's own task ends instead."""
         if self.scope is None:
             self.abort()
         else:
             self.scope.cancel()
 
     def abort(self) -> None:
-        """Make every read and write on the stream end; its owner closes it. What was sent before still arrives."""
+        """Make every read and write on the stream end; its owner closes it. Sent bytes still arrive."""
         sock = self._sock()
         if sock is not None:
             # ENOTCONN: the peer has reset it already. EBADF: it is closed already.
@@ -121,18 +126,18 @@ class AcceptedConnection(Connection):
         if not self.movable or self.is_over():
             return None
         if self.offer is None or self.offer.verdict is not Verdict.OPEN:
-            # Only the handler knows when nothing is half read.
+            # The handler has to offer it: only it knows when nothing is half read.
             self.invite()
             return None
         unread = b""
-        # anyio's on asyncio; all other streams read nothing that was not asked for.
-        transport = getattr(self.stream, "_transport", None)
+        # anyio's stream on asyncio reads ahead. All other streams read only what was asked for.
+        transport = getattr(self.stream, "_transport", None)  # anyio's
         if transport is not None:
             if transport.is_closing() or transport.get_write_buffer_size():
                 return None
-            # Until the handler receives again.
+            # Reading goes on when the handler receives again.
             transport.pause_reading()
-            unread = b"".join(self.stream._protocol.read_queue)  # noqa: SLF001 - there is no other way to it
+            unread = b"".join(self.stream._protocol.read_queue)  # noqa: SLF001 - anyio's
         self.offer.verdict = Verdict.SENT
         return TransferRecord(self._name, self.since, Release(self.offer.state, unread))
 
@@ -141,8 +146,8 @@ class AcceptedConnection(Connection):
             self.offer.decide(Verdict.STAYS)
 
     def let_go(self) -> None:
-        transport, sock = getattr(self.stream, "_transport", None), self._sock()
-        # Without a word to the peer: anyio's aclose() would tell it the end (shutdown), in all copies.
+        transport, sock = getattr(self.stream, "_transport", None), self._sock()  # anyio's
+        # Closed without a word to the peer: anyio's aclose() would end the connection in all copies (shutdown).
         if transport is not None:
             transport.abort()
         elif sock is not None and sock.fileno() != -1:
@@ -152,19 +157,19 @@ class AcceptedConnection(Connection):
             self.offer.decide(Verdict.MOVED)
 
     def is_over(self) -> bool:
-        """Say whether the socket was closed: the one end of a connection whose handler is not ours."""
+        """Say whether the socket was closed: the only sign of an end that an application's own task gives."""
         sock = self._sock()
         return sock is None or sock.fileno() == -1
 
 
 class GatedSocket(Acceptor):
-    """A registered socket that is read only while the gate stands open.
+    """Takes from a registered socket, only while the gate stands open.
 
     Several tasks may take from it; they take turns.
 
     Args:
-        sock: a socket that the supervisor returned, or its entry.
-        plane: default: the one of this process.
+        sock: a socket that the ``Ecdysis`` returned, or its entry.
+        plane: by default the active one of this process.
 
     Raises:
         LookupError: there is no ``Ecdysis`` in this process.
@@ -183,14 +188,14 @@ class GatedSocket(Acceptor):
         self._added = False
         self._state = GateState.CLOSED
         self._changed = anyio.Event()
-        # Held by the one task that waits: two cannot wait for one descriptor (BusyResourceError).
+        # Held by the task that waits: two cannot wait for one descriptor (BusyResourceError).
         self._turn = anyio.Lock(fast_acquire=True)
         self._is_exhausted = False
 
     async def take(self, operation: Callable[[socket.socket], T]) -> T:
         """Wait until the gate is open and the socket readable, and return what ``operation`` takes from it.
 
-        ``operation`` may not wait; it raises BlockingIOError where there is nothing, and is then called again.
+        ``operation`` may not wait. It raises BlockingIOError where there is nothing to take, and is called again later.
 
         Raises:
             AcceptingEnded: nothing more will come.
@@ -202,8 +207,8 @@ class GatedSocket(Acceptor):
             if not self._added:
                 self._added = True
                 await self.plane.gate.add(self)
-            # So that a queue that never gets empty does not stop the loop. Every await stands before the operation:
-            # with one after it, a cancellation would lose what was taken (DESIGN.md, trap 18).
+            # Lets the loop turn even if the queue never gets empty. Every await stands before the operation: with an
+            # await behind it, a cancellation would lose what was taken.
             await anyio.lowlevel.checkpoint()
             while True:
                 if self._state is GateState.ENDED:
@@ -217,7 +222,7 @@ class GatedSocket(Acceptor):
                     return operation(self.entry.sock)
                 except BlockingIOError:
                     self._is_exhausted = False
-                    # Raised where a pause wakes us. Should the socket be closed, then the operation itself fails next.
+                    # ClosedResourceError: a pause wakes this task. If the socket is closed, the operation fails next.
                     with contextlib.suppress(anyio.ClosedResourceError):
                         await anyio.wait_readable(self.entry.sock)
                 except OSError as error:
@@ -231,14 +236,15 @@ class GatedSocket(Acceptor):
         self._change(GateState.OPEN)
 
     async def pause(self) -> None:
-        """Take nothing more. There is nothing to wait for: what was taken is tracked already."""
+        """Take nothing more. There is nothing to wait for: everything that was taken is tracked already."""
         self._change(GateState.CLOSED)
-        # Wakes who waits, and makes the loop forget the descriptor. If it watched on after the registry has closed it,
-        # epoll would go on reporting the open file, which the successor shares, under a number that may be reused.
+        # Wakes the task that waits, and makes the loop forget the descriptor. If the loop watched on after the registry
+        # has closed it, epoll would go on reporting the open file, which the successor shares, under a number that may
+        # be reused.
         anyio.notify_closing(self.entry.sock)
 
     async def end(self) -> None:
-        """Let everyone who waits know that nothing more will come."""
+        """Tell every task that waits that nothing more will come."""
         self._change(GateState.ENDED)
 
     async def aclose(self) -> None:
@@ -246,7 +252,7 @@ class GatedSocket(Acceptor):
         if self._state is not GateState.ENDED:
             await self.plane.gate.remove(self)
             self._change(GateState.ENDED)
-            # Once the generation is leaving, sockets are the supervisor's: a path may have to be removed.
+            # Once the generation is leaving, its sockets belong to the `Ecdysis`: a path may have to be removed.
             is_leaving = self.plane.tracker.draining.is_set()
             if not is_leaving and self.plane.registry.find(self.entry.sock) is self.entry:
                 self.plane.registry.release(self.entry)
@@ -257,7 +263,7 @@ class GatedSocket(Acceptor):
         self._changed = anyio.Event()
 
     def _report_exhaustion(self, error: OSError) -> None:
-        """Say it once until the queue was empty again: every connection that waits would fill the log with it."""
+        """Log the shortage once until the queue was empty again: the waiting connections would fill the log."""
         if not self._is_exhausted:
             self._is_exhausted = True
             logger.error(
@@ -270,12 +276,12 @@ class GatedSocket(Acceptor):
 
 
 class StreamResumer(ConnectionResumer):
-    """Resumes streams of the predecessor's, each in a task of its own.
+    """Resumes streams of the predecessor, each in a task of its own.
 
     Args:
-        acceptor: of the socket that they were accepted from.
+        acceptor: of the socket that the predecessor has accepted them from.
         task_group: where the handlers run.
-        handle: a handler's whole task; called with the socket, the connection, and what was released.
+        handle: the whole task of a handler; called with the socket, the connection, and what was released.
     """
 
     def __init__(
@@ -296,8 +302,15 @@ class StreamResumer(ConnectionResumer):
             entry = self._acceptor.entry
             connection = AcceptedConnection(sock, entry.until, entry.name, is_resumable=True)
             connection.since = parcel.since
-            self._acceptor.plane.tracker.open(connection)
-            self._task_group.start_soon(self._handle, sock, connection, parcel.release)
+            tracker = self._acceptor.plane.tracker
+            tracker.open(connection)
+            try:
+                self._task_group.start_soon(self._handle, sock, connection, parcel.release)
+            except BaseException:
+                # The task group has ended: nothing serves the connection.
+                sock.close()
+                tracker.close(connection)
+                raise
 
         return begin
 
@@ -309,13 +322,28 @@ def _buffers() -> bool:
 
 
 class SocketAcceptor(GatedSocket):
-    """A listener's accept: each connection is tracked from the moment it leaves the kernel's queue."""
+    """Accepts the connections of a listener: each is tracked from the moment it leaves the kernel's queue.
 
-    # Whether connections that it accepts can go on in a successor.
+    Attributes:
+        is_resumable: whether the connections that it accepts can go on in a successor.
+    """
+
     is_resumable = False
 
+    def resume_by(
+        self,
+        task_group: TaskGroup,
+        handle: Callable[[socket.socket, AcceptedConnection, Release], Coroutine[Any, Any, None]],
+    ) -> None:
+        """Let connections of the predecessor go on here, and connections from here in a successor.
+
+        See :class:`StreamResumer` for the arguments.
+        """
+        self.resumer = StreamResumer(self, task_group, handle)
+        self.is_resumable = True
+
     async def accept(self) -> tuple[socket.socket, AcceptedConnection]:
-        """Wait for a connection; return its socket, non-blocking, and what stands for it in the tracker.
+        """Wait for a connection; return its non-blocking socket, and the connection that the tracker knows.
 
         Raises:
             AcceptingEnded: nothing more will come.
@@ -329,13 +357,14 @@ class SocketAcceptor(GatedSocket):
         connection = AcceptedConnection(sock, self.entry.until, self.entry.name, is_resumable=self.is_resumable)
         self.plane.tracker.open(connection)
         if self.entry.kind is Kind.TCP:
-            # Whatever wraps the socket does it only if the protocol number is right (DESIGN.md, trap 19).
+            # Streams set it only if the protocol number is right, which a restored socket lacks. Without it, each
+            # keep-alive request would wait for 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock, connection
 
 
 def accept_connection(listener: socket.socket) -> socket.socket:
-    """Return the next connection that waits, non-blocking; those that broke while they waited are nobody's.
+    """Return the next waiting connection, non-blocking; connections that broke while they waited are left out.
 
     Raises:
         OSError: there is none (BlockingIOError), or no room for one.
@@ -355,7 +384,7 @@ def require_streams(acceptor: SocketAcceptor) -> None:
     """Refuse a socket whose connections are no streams.
 
     Raises:
-        TypeError: it is one.
+        TypeError: it is such a socket.
     """
     entry = acceptor.entry
     if entry.sock.type == socket.SOCK_DGRAM:
@@ -373,14 +402,14 @@ def largest_datagram(entry: Entry) -> int:
 def confining_cancellation() -> Iterator[None]:
     """Let a task that was cancelled by itself end alone; every task of the plane's task group runs under this.
 
-    On asyncio a task may be cancelled by anybody, and so it seems when it awaits one that was; anyio takes that for the
-    cancellation of the whole task group, and the service would end. The same is no error to asyncio's own streams.
+    On asyncio any code may cancel a task, and awaiting a cancelled task looks the same. anyio takes that for the
+    cancellation of the whole task group, and the service would end. asyncio's own streams take it for no error.
     """
     cancelled = anyio.get_cancelled_exc_class()
     try:
         yield
     except cancelled:
-        # It is minus infinity where a scope around this is cancelled; on trio there is no other cancellation.
+        # The deadline is minus infinity if a scope around this is cancelled; trio has no other cancellation.
         if anyio.current_effective_deadline() == -math.inf:
             raise
 
@@ -389,7 +418,7 @@ def confining_cancellation() -> Iterator[None]:
 def handling(connection: AcceptedConnection, tracker: Tracker) -> Iterator[None]:
     """Run a handler in its own task: under its own cancel scope, counted to its end.
 
-    Its exceptions are logged and go no further: they would end the connections of everybody else.
+    Its exceptions are logged and go no further: they would end all other connections.
     """
     current_connection.set(connection)
     try:

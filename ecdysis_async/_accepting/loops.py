@@ -1,7 +1,7 @@
-"""Loops whose servers pass the gate: they reach every server that asks its loop for one, such as uvicorn or aiohttp.
+"""Loops whose servers pass the gate: so do all servers that ask their loop for one, such as uvicorn and aiohttp.
 
-While an ``Ecdysis`` runs on such a loop, ``create_server`` and the like go to the data plane; else, and for whatever a
-client does, the loop is as it was. Nothing here accepts.
+While an ``Ecdysis`` runs on such a loop, ``create_server`` and the like go to the data plane. Without one, and for all
+that a client does, the loop is as it was. Nothing here accepts.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def run(
 
     Args:
         main: an ``async def`` function, or its coroutine.
-        loop: "auto" takes uvloop where it is installed.
-        debug: the loop's debug mode.
+        loop: "auto" takes uvloop if it is installed.
+        debug: the loop's debug mode; None leaves it as the environment says.
 
     Raises:
         ModuleNotFoundError: uvloop was asked for and is not installed.
@@ -46,7 +46,7 @@ def run(
 
 
 def loop_factory(name: LoopName = "auto") -> Callable[[], asyncio.AbstractEventLoop]:
-    """Return what makes a gated loop; for ``asyncio.Runner``, or a server that takes a loop factory.
+    """Return a factory of gated loops, for ``asyncio.Runner`` or a server that takes one.
 
     Raises:
         ModuleNotFoundError: uvloop was asked for and is not installed.
@@ -63,7 +63,7 @@ def loop_factory(name: LoopName = "auto") -> Callable[[], asyncio.AbstractEventL
 
 
 class _Gated(asyncio.AbstractEventLoop):
-    """What a gated loop does differently; the loop's own methods stand behind, as ``ungated_…``."""
+    """Lets the servers of a loop pass the gate; the loop's own methods stand behind, as ``ungated_…``."""
 
     async def create_server(self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
         plane = _plane()
@@ -116,7 +116,7 @@ def _uvloop_class() -> type[asyncio.AbstractEventLoop]:
 
 
 def _plane() -> DataPlane | None:
-    """Return the plane whose supervisor runs on this very loop."""
+    """Return the data plane whose ``Ecdysis`` runs on this very loop."""
     try:
         return active()
     except LookupError:

@@ -1,7 +1,7 @@
 """The data plane of native trio: a listener behind the gate that implements trio's own interface.
 
-The only module of the package that imports trio; others reach it only where somebody has imported it. When to accept
-is never decided here.
+No other module of this wing imports trio, and none imports this one: they find it where the application has imported
+it. When to accept is decided at the gate.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ecdysis_async._connections.parcel import Release
 from ecdysis_async._sockets.entry import Entry
 
 from .data_plane import DataPlane
-from .gated_socket import AcceptedConnection, AcceptingEnded, SocketAcceptor, StreamResumer, handling, require_streams
+from .gated_socket import AcceptedConnection, AcceptingEnded, SocketAcceptor, handling, require_streams
 
 __all__ = ["TrioAcceptingEnded", "TrioListener", "service_of"]
 
@@ -29,20 +29,20 @@ Service = Callable[[Handler, TaskGroup], Coroutine[Any, Any, None]]
 
 
 class TrioAcceptingEnded(AcceptingEnded, trio.ClosedResourceError):
-    """What :class:`AcceptingEnded` says, for those who know trio's errors."""
+    """An :class:`AcceptingEnded` that is one of trio's errors, too."""
 
 
 class TrioListener(trio.abc.Listener[trio.SocketStream]):
     """A registered TCP or Unix listener as a ``trio.abc.Listener``.
 
     Args:
-        sock: a socket that the supervisor returned, or its entry.
-        plane: default: the one of this process.
+        sock: a socket that the ``Ecdysis`` returned, or its entry.
+        plane: by default the active one of this process.
 
     Raises:
         LookupError: there is no ``Ecdysis`` in this process.
         ValueError: the socket is not registered.
-        TypeError: it is no stream socket.
+        TypeError: the socket is no stream socket.
     """
 
     def __init__(self, sock: socket.socket | Entry, *, plane: DataPlane | None = None) -> None:
@@ -72,12 +72,12 @@ class TrioListener(trio.abc.Listener[trio.SocketStream]):
 
 
 def service_of(listener: object, resume: Resume | None = None) -> Service | None:
-    """Return what serves the connections of a listener until accepting ends, or None if it is none of ours."""
+    """Return what serves the connections of a listener until accepting ends; None if it is no gated listener."""
     inner = listener.transport_listener if isinstance(listener, trio.SSLListener) else listener
     if not isinstance(inner, TrioListener):
         return None
     if listener is not inner:
-        # TLS is in user space.
+        # The state of a TLS session is in user space: its connections cannot move.
         resume = None
     return functools.partial(_serve, cast(trio.abc.Listener[Any], listener), inner.acceptor, resume)
 
@@ -90,14 +90,13 @@ async def _serve(
     task_group: TaskGroup,
 ) -> None:
     if resume is not None:
-        acceptor.resumer = StreamResumer(acceptor, task_group, functools.partial(_resume, resume, acceptor))
-        acceptor.is_resumable = True
+        acceptor.resume_by(task_group, functools.partial(_resume, resume, acceptor))
     while True:
         try:
             stream = await listener.accept()
         except TrioAcceptingEnded:
             return
-        # Whatever was wrapped around it since: the accept of this very task made it the current one.
+        # The accept of this very task made its connection the current one, whatever wraps the stream by now.
         connection = current_connection.get()
         assert isinstance(connection, AcceptedConnection)
         task_group.start_soon(_handle, handler, stream, connection, acceptor)
@@ -111,8 +110,8 @@ async def _handle(
         try:
             await handler(stream)
         finally:
-            # Forcefully, as trio.serve_listeners does: a goodbye of TLS is the handler's `async with stream`. Asked
-            # before, because to close forcefully costs 40 microseconds, also where nothing is left to close.
+            # Closed forcefully, as by trio.serve_listeners: the handler's `async with stream` says the goodbye of TLS.
+            # A forceful close costs 40 microseconds even if nothing is left to close, so it is asked first.
             if not connection.is_over():
                 await trio.aclose_forcefully(stream)
 
