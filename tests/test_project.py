@@ -49,12 +49,7 @@ FOREIGN = {*LOOPS, "aiohttp", "anyio", "CPython", "h11", "httptools", "hypercorn
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 # Files that still read private names of others without saying of which library.
 UNDERSCORES_TO_GO = {
-    "_accepting/anyio_streams.py",
-    "_accepting/asyncio_servers.py",
-    "_accepting/gated_socket.py",
     "_system/log_files.py",
-    "servers/_protocols/aiohttp.py",
-    "servers/aiohttp.py",
 }
 
 # Modules without a test file of their own name, and why.

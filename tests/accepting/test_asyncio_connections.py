@@ -1,4 +1,4 @@
-"""Safe points of connections of asyncio and uvloop, which do without a cancel scope: no result is lost by that."""
+"""Connections of asyncio and uvloop: their safe points, which do without a cancel scope, and how each is tracked."""
 
 from __future__ import annotations
 

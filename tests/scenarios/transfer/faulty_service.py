@@ -21,7 +21,7 @@ import ecdysis_async
 from ecdysis_async import Ecdysis, current
 from ecdysis_async._connections.parcel import Refused
 from ecdysis_async._connections.receiver import RESERVE_AT_LEAST, Delivery, Receiver
-from ecdysis_async._service import ecdysis as ecdysis_module
+from ecdysis_async._service import restarts
 from ecdysis_async.transfer import Release, Transferable
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ async def make_room() -> None:
 
 
 async def main() -> None:
-    vars(ecdysis_module)["Receiver"] = Faulty
+    vars(restarts)["Receiver"] = Faulty
     async with (
         anyio.create_task_group() as task_group,
         Ecdysis(probation=0.05, drain_timeout=30) as ecdysis,
