@@ -72,8 +72,8 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, in parallel. A missing Python is skipped; where it is named, or CI=true, it is an error."""
     install(session, "test")
-    # One more than there are processors: many tests wait for processes that they have started.
-    processes = (os.cpu_count() or 1) + 1
+    # More than there are processors: most tests wait, for the processes that they have started and for their drains.
+    processes = 2 * (os.cpu_count() or 1) + 1
     session.run("python", "-m", "pytest", f"--numprocesses={processes}", "--dist=worksteal", *session.posargs)
 
 

@@ -44,7 +44,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
 ROOM = "resource.setrlimit(resource.RLIMIT_NOFILE, limits)"
 
 
-@pytest.mark.timeout(300)  # some fifty interpreters start, one after the other
+@pytest.mark.timeout(600)  # some fifty interpreters start, one after the other
 def test_ten_roll_outs_under_load_with_a_kill_and_an_upgrade_in_between(run_anchor: Run) -> None:
     """They lose nothing, and leave nothing behind; and the anchor stays small."""
     service = run_anchor(workers=4, handoffs={"probation": 0})

@@ -19,7 +19,6 @@ Run = Callable[..., Service]
 
 pytestmark = [
     pytest.mark.backends("asyncio", "uvloop", "anyio", "trio"),
-    pytest.mark.timeout(300),
     # When a signal hits a process, the versions differ by asyncio only.
     pytest.mark.newest_python_only(but=("asyncio",)),
 ]

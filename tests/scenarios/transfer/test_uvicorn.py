@@ -18,7 +18,7 @@ SETTINGS = {"probation": 0.02, "drain_timeout": 10, "max_draining": RESTARTS + 1
 
 
 # Twenty restarts, each of which imports uvicorn.
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("server", "loop"), [("uvicorn-moving", "asyncio"), ("uvicorn-h11-moving", "uvloop")])
 def test_every_client_keeps_its_socket_over_twenty_restarts(server: str, loop: str, tmp_path: Path) -> None:
     crowd, transferred = asyncio.run(restart_among(server, loop, tmp_path, RESTARTS, idle=500, active=50))

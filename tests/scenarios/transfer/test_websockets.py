@@ -70,7 +70,7 @@ class Counting:
 
 
 # Twenty restarts, each of which imports uvicorn.
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "loop"), RESTARTS)
 def test_restarts_lose_no_websocket_and_no_count(name: str, loop: str, tmp_path: Path) -> None:
     restarts = RESTARTS[name, loop]
