@@ -1,0 +1,134 @@
+"""What is shown while a command waits: in lines, and on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import pty
+import re
+import signal
+import subprocess
+from typing import Any
+
+import pytest
+
+from ecdysis_async.cli.progress import Lines, Progress
+from ecdysis_async.report import Outcome, Phase, RestartReport
+from tests.cli.commands import (
+    COMMAND,
+    INTERRUPTED,
+    SERVING,
+    Run,
+    call,
+)
+
+pytestmark = pytest.mark.newest_python_only
+
+
+def test_a_restart_shows_its_phases(backend: str, run_service: Run) -> None:
+    service = run_service(backend)
+    done = call("restart")
+    assert (done.returncode, done.stderr) == (SERVING, "")
+    phases = re.findall(r"^  (\w+) +[\d.]+ ms$", done.stdout, re.MULTILINE)
+    assert phases == ["start", "initialise", "pause", "commit", "probation"]
+    second = service.newest()
+    assert f"waiting for generation 2 (pid {second}), on probation for" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"generation 2 (pid {second}) serves: settled, accept gap ")
+
+
+def phase(waiting_for: str, report: RestartReport | None = None, *waits: str) -> dict[str, Any]:
+    """Make an event as a service tells it while it restarts, or stops."""
+    workers = [{"slot": slot, "waiting_for": wait} for slot, wait in enumerate(waits)]
+    told = report.to_json() if report is not None else None
+    return {"event": "phase", "waiting_for": waiting_for, "workers": workers, "report": told}
+
+
+def test_a_roll_out_is_told_in_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a log nobody wants each step of each worker; and what all of them took is a sum, which has to be complete."""
+    progress, report = Progress(Lines()), RestartReport("1d", 2, 10)
+    progress.show({"event": "accepted", "id": "1d", "pid": 10})
+    for number in (1, 2):
+        for step in ("its turn", "initialising", "pausing", "committing", "probation"):
+            progress.show(phase(f"worker {number} of 2: {step}", report, f"its successor: {step}", "its turn"))
+        report.phases = {Phase.START: number * 0.1, Phase.COMMIT: number * 0.001}
+    report.outcome = Outcome.SERVING
+    for left in ("1.0", "0.5", "0.0"):
+        progress.show(phase(f"generation 2, on probation for {left} s more", report, *["the end of its probation"] * 2))
+    report.outcome, report.phases[Phase.PROBATION] = Outcome.SETTLED, 1.0
+    progress.show(phase("the former workers to end", report, "its end", "its end"))
+    assert capsys.readouterr().out.splitlines() == [
+        "restart 1d, asked of pid 10",
+        "  waiting for worker 1 of 2",
+        "  waiting for worker 2 of 2",
+        "  start           200.0 ms",
+        "  commit            2.0 ms",
+        "  waiting for generation 2, on probation for 1.0 s more",
+        "  probation      1000.0 ms",
+        "  waiting for the former workers to end",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "counts"), [(math.inf, [3]), (0.0, [3, 2, 1])])
+def test_a_drain_counts_down_now_and_then(
+    seconds: float, counts: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress(Lines(seconds))
+    progress.show(phase("generation 2 to start, for 0.0 s so far"))
+    progress.show(phase("generation 2 (pid 12) to start, for 0.1 s so far"))
+    for left in (3, 3, 2, 1):
+        progress.show(phase(f"{left} connection{'s' * (left > 1)}, deadline in {left} s"))
+    assert capsys.readouterr().out.splitlines() == [
+        "  waiting for generation 2 to start, for 0.0 s so far",
+        *(f"  waiting for {left} connection{'s' * (left > 1)}, deadline in {left} s" for left in counts),
+    ]
+
+
+@pytest.mark.backends("asyncio")
+def test_on_a_terminal(backend: str, run_service: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without rich's escapes the same lines stand there, and what is waited for has moved beneath them."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    service = run_service(backend, ecdysis={"probation": 0.5})
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([*COMMAND, "restart"], stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
+    output = b""
+    # EIO: nobody writes to it any more.
+    with contextlib.suppress(OSError):
+        while data := os.read(ours, 65536):
+            output += data
+    os.close(ours)
+    assert process.wait(60) == SERVING
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", output.decode())
+    assert re.search(r"  probation +[\d.]+ ms\r\n", text)
+    assert f"waiting for generation 2 (pid {service.newest()}), on probation for" in text
+    assert f"generation 2 (pid {service.newest()}) serves: settled" in text.splitlines()[-1]
+    assert output.count(b"\x1b[2K") > 1, "nothing has moved"
+
+
+@pytest.mark.backends("asyncio")
+def test_watch_on_a_terminal(backend: str, run_service: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same table is drawn again and again, and says what is new."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    service = run_service(backend)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([*COMMAND, "status", "--watch"], stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
+    output = b""
+    for text in (f"generation 1 (pid {service.pids[0]}): serving, up", "generation 2 (pid "):
+        while text.encode() not in output:
+            output += os.read(ours, 65536)
+        if service.newest() == service.pids[0]:
+            service.restart("settled")
+    process.send_signal(signal.SIGINT)
+    # EIO: nobody writes to it any more.
+    with contextlib.suppress(OSError):
+        while data := os.read(ours, 65536):
+            output += data
+    os.close(ours)
+    assert process.wait(60) == INTERRUPTED
+    assert b"\x1b[2K" in output, "nothing is drawn over"
+    assert b"Traceback" not in output
