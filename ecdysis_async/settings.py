@@ -26,6 +26,7 @@ class Settings:
     drain_timeout: float = 30
     probation: float = 5
     max_draining: int = 3
+    exit_timeout: float = 10
     restart_signals: tuple[signal.Signals, ...] = (signal.SIGHUP, signal.SIGUSR2) if os.name == "posix" else ()
     stop_signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)
     pid_file: Path | None = None
@@ -34,7 +35,7 @@ class Settings:
     env_file: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ready_timeout", "drain_timeout", "probation"):
+        for name in ("ready_timeout", "drain_timeout", "probation", "exit_timeout"):
             seconds = getattr(self, name)
             if not isinstance(seconds, int | float) or math.isnan(seconds) or seconds < 0:
                 raise ValueError(f"{name} is a number of seconds, 0 or more, not {seconds!r}")

@@ -55,8 +55,8 @@ STARTUP_FAILED = 3
 
 # How long a worker may take to open its log files anew, seconds.
 REOPEN_SECONDS = 5.0
-# How long workers have at a stop, besides the drain, for the application's own clean-up, seconds.
-EXIT_SECONDS = 15.0
+# How long workers have at a stop besides the drain and the exit_timeout, seconds.
+EXIT_SECONDS = 7.0
 # How long they have once they were told to hurry, seconds.
 HURRY_SECONDS = 5.0
 
@@ -343,7 +343,8 @@ class Anchor:
         for worker in state.pool:
             worker.is_told_to_leave = True
             worker.link.tell(FromAnchor.STOP, {})
-        with anyio.move_on_after(drain_timeout + EXIT_SECONDS) as self._stop_deadline:
+        exit_timeout = self._config.settings.exit_timeout
+        with anyio.move_on_after(drain_timeout + exit_timeout + EXIT_SECONDS) as self._stop_deadline:
             if self._stop_signals > 1:
                 self._hurry()
             if self._refuses_newcomers:

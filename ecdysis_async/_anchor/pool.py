@@ -77,6 +77,7 @@ class Worker:
         rss: how many bytes of it are resident; None where it cannot tell.
         request_limit: after how many requests it is replaced.
         silence: for how many seconds it has said nothing. Seconds in which the anchor did not listen do not count.
+        leaving: for how many seconds it has been leaving, counted like the silence.
         handoff: what it has said of its restart.
         served_since: when it began to serve; NaN before that.
         successor_generation: the generation that its successor is to be.
@@ -100,6 +101,7 @@ class Worker:
     rss: int | None = None
     request_limit: float = math.inf
     silence: float = 0.0
+    leaving: float = 0.0
     handoff: HandoffStatus | None = None
     successor_generation: int = 0
     served_since: float = math.nan

@@ -19,6 +19,9 @@ from .state import AnchorState, Begin, Fill, Life, wait_until
 
 __all__ = ["Reconciler", "find_beat_seconds"]
 
+# How long a worker that leaves may take besides its drain and its exit_timeout, seconds.
+LINGER_SECONDS = 6.0
+
 # How long to wait where the workers could not be looked after, seconds.
 RETRY_SECONDS = 1.0
 
@@ -194,9 +197,23 @@ class Reconciler:
             self.note_silence(elapsed)
 
     def note_silence(self, elapsed: float) -> None:
-        """Take note that so many seconds have passed; begin to end the workers that were silent for too long."""
+        """Take note that so many seconds have passed; begin to end the workers that were silent for too long.
+
+        A worker that leaves ends itself within its limits. Where it cannot, because it is stopped or its interpreter
+        stands still, it is killed here a moment later.
+        """
+        settings = self._state.config.settings
+        limit = settings.drain_timeout + settings.exit_timeout + LINGER_SECONDS
         hang = self._state.config.hang_timeout
         for worker in tuple(self._state.pool):
+            if worker.is_leaving or worker.is_told_to_leave:
+                worker.leaving += elapsed
+                if worker.leaving > limit:
+                    worker.leaving = -math.inf
+                    self.log.error(
+                        "worker pid %d has not ended %g s after it began to leave: it is killed", worker.pid, limit
+                    )
+                    worker.process.send_signal(signal.SIGKILL)
             # A worker that is starting may block for as long as ready_timeout allows.
             if worker.state in (State.SERVING, State.PAUSED, State.DRAINING):
                 worker.silence += elapsed

@@ -188,6 +188,18 @@ class Options:
         aliases=("--graceful-timeout",),
         variables=("ECDYSIS_GRACEFUL_TIMEOUT",),
     )
+    exit_timeout: float = _option(
+        10.0,
+        _seconds,
+        "How long an old process may take to end once it has drained; then it is ended by force.",
+        metavar="SECONDS",
+    )
+    max_draining: int = _option(
+        3,
+        _number(1, "releases"),
+        "How many old releases may drain at once; the oldest one beyond it ends.",
+        metavar="N",
+    )
     transfer: bool = _option(
         True, parse_switch, "Move idle connections to the new release instead of closing them.", shape=Shape.SWITCH
     )

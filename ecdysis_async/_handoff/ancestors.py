@@ -6,10 +6,12 @@ import base64
 import contextlib
 import functools
 import logging
+import math
 import os
+import signal
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
@@ -24,6 +26,9 @@ __all__ = ["Ancestor", "Ancestors"]
 
 logger = logging.getLogger("ecdysis_async")
 
+# How long an older generation gets to end itself before it is killed from here, seconds.
+GRACE_SECONDS = 5.0
+
 
 @dataclass(slots=True)
 class Ancestor:
@@ -33,6 +38,7 @@ class Ancestor:
     pid: int
     peer: Peer
     connections: int | None = None
+    drained: anyio.Event = field(default_factory=anyio.Event)
 
     def to_json(self) -> dict[str, Any]:
         """Return what travels in LISTENERS; channel and pidfd travel beside it, in this order."""
@@ -48,6 +54,8 @@ class Ancestors:
     def __init__(self) -> None:
         self.ancestors: list[Ancestor] = []
         self.on_drained: Callable[[Ancestor, Mapping[str, Any]], None] = lambda ancestor, body: None
+        # Called when an ancestor is ended by force, with what had kept it from ending.
+        self.on_forced: Callable[[Ancestor, list[str]], None] = lambda ancestor, kept: None
         # Called when an ancestor has made its successor the main process in the eyes of the service manager.
         self.on_main: Callable[[Ancestor], None] = lambda ancestor: None
         # Called with the socket over which an ancestor passes its connections on; it is then the callee's.
@@ -58,8 +66,15 @@ class Ancestors:
         # Whether logs were to be reopened before it was known who drains.
         self._has_to_reopen = False
 
-    async def follow(self, max_draining: int) -> None:
-        """Listen to all of them until each one is dead, and tell those beyond ``max_draining`` to hurry."""
+    async def follow(self, max_draining: int, drain_seconds: float = math.inf, exit_seconds: float = math.inf) -> None:
+        """Listen to all of them until each one is dead, and tell those beyond ``max_draining`` to hurry.
+
+        Args:
+            max_draining: how many may drain.
+            drain_seconds: how long a drain may take.
+            exit_seconds: how long a process may take to end after its drain. It ends itself then. Where it cannot,
+                because it is stopped or its interpreter stands still, it is killed a moment later.
+        """
         try:
             with anyio.CancelScope() as self._following:
                 if self._is_let_go:
@@ -71,9 +86,23 @@ class Ancestors:
                 async with anyio.create_task_group() as task_group:
                     for ancestor in self.ancestors:
                         task_group.start_soon(ancestor.peer.run, functools.partial(self.deliver, ancestor))
+                        task_group.start_soon(self._outlast, ancestor, drain_seconds, exit_seconds + GRACE_SECONDS)
         finally:
             # However it ends: somebody may wait for that.
             self._ended.set()
+
+    async def _outlast(self, ancestor: Ancestor, drain_seconds: float, exit_seconds: float) -> None:
+        """Kill an ancestor that does not end."""
+        with anyio.move_on_after(drain_seconds + exit_seconds):
+            await ancestor.drained.wait()
+            await anyio.sleep(exit_seconds)
+        if ancestor in self.ancestors and ancestor.peer.send_signal(signal.SIGKILL):
+            logger.error(
+                "generation %d (pid %d) has not ended %g s after its drain, and does not end itself: it is killed",
+                ancestor.generation,
+                ancestor.pid,
+                exit_seconds,
+            )
 
     async def let_go(self) -> list[dict[str, Any]]:
         """Listen to them no more; return what a successor has to know to go on where this one ended."""
@@ -112,6 +141,7 @@ class Ancestors:
                 ancestor.connections = item.body.get("connections")
             case Frame(type=DrainMessage.DRAINED):
                 ancestor.connections = 0
+                ancestor.drained.set()
                 try:
                     self.on_drained(ancestor, item.body)
                 except (KeyError, TypeError, ValueError):
@@ -123,6 +153,9 @@ class Ancestors:
                     os.close(other)
                 self.on_transfer(socket.socket(fileno=descriptor))
                 return
+            case Frame(type=DrainMessage.FORCED):
+                kept = item.body.get("kept")
+                self.on_forced(ancestor, [str(each) for each in kept] if isinstance(kept, list) else [])
             case Frame(type=DrainMessage.MAIN):
                 self.on_main(ancestor)
             case DescriptorsLost():
@@ -135,6 +168,7 @@ class Ancestors:
                 self.on_main(ancestor)
                 # Still in the list means still to be closed; its tasks end with this call.
                 self.ancestors.remove(ancestor)
+                ancestor.drained.set()
                 ancestor.peer.close()
         if isinstance(item, Frame):
             item.close()

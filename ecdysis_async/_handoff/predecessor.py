@@ -250,6 +250,14 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         except ChannelError as error:
             self.generation.log.debug("the successor was not told of the drain: %s", error)
 
+    def duplicate_channel(self) -> socket.socket | None:
+        """Return another socket for the channel to the successor, by which a last word can be said, if there is one.
+
+        Raises:
+            OSError: there is no descriptor for it.
+        """
+        return self._peer.channel.duplicate() if self._peer is not None else None
+
     # What happens
 
     async def _listen(self, peer: Peer) -> None:

@@ -78,6 +78,7 @@ class DrainMessage(enum.StrEnum):
 
     PROGRESS = "progress"  # down: how many connections are left
     DRAINED = "drained"  # down: none; the report of the restart is complete
+    FORCED = "forced"  # down: it is ended by force; what had kept it
     PUBLISHED = "published"  # up: it has settled, pid file and all; a service manager may be told
     MAIN = "main"  # down: the service manager has been told, and takes the successor for the main process
     TRANSFER = "transfer"  # down: a socket over which the connections come that can go on in the successor

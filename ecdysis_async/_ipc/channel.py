@@ -230,6 +230,14 @@ class Channel:
         # The peer learns of this process' death by the end of the channel, whatever was forked meanwhile.
         withhold_from_children(self)
 
+    def duplicate(self) -> socket.socket:
+        """Return another socket for this end, by which a last word can be said once the channel itself is closed.
+
+        Raises:
+            OSError: there is no descriptor for it.
+        """
+        return self._sock.dup()
+
     def fileno(self) -> int:
         """The socket's descriptor, or -1 once the channel is closed."""
         return self._sock.fileno()

@@ -6,7 +6,6 @@ guessed from a channel that ended. Nothing here knows what the messages mean.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import select
@@ -60,10 +59,13 @@ class Peer:
         """Say whether it has died, without waiting."""
         return is_dead(self.pidfd)
 
-    def send_signal(self, number: int) -> None:
-        """Send it a signal, if it still lives and is not another user's by now."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+    def send_signal(self, number: int) -> bool:
+        """Send it a signal, if it still lives and is not another user's by now; say whether it was sent."""
+        try:
             signal.pidfd_send_signal(self.pidfd, number)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
 
     def has_news(self) -> bool:
         """Say whether something was sent, or the channel ended, that ``run`` has not delivered yet."""

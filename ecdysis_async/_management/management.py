@@ -69,6 +69,7 @@ class Management(abc.ABC):
         spawner: who starts a successor; None: this process does.
         probation: how long a successor is on probation, where that is not the generation's to say, seconds.
         is_supervised: whether systemd ends what is left of the service when its last process ends, and starts it anew.
+        owns_process: whether this process is nothing but its generation, and is to end with it.
         keeps_sockets: whether somebody holds the sockets open after the last generation, so that clients wait there.
         control_path: where commands reach the service through this process, if they do.
     """
@@ -76,6 +77,7 @@ class Management(abc.ABC):
     spawner: Spawner | None = None
     probation: float | None = None
     is_supervised = False
+    owns_process = False
     keeps_sockets = False
     control_path: str | None = None
 

@@ -132,10 +132,12 @@ class AnchorClient(Management):
     Attributes:
         spawner: the anchor starts the successors of its workers.
         probation: it says when all workers have been on probation for long enough.
+        owns_process: a worker is nothing but its generation.
         keeps_sockets: the other workers, and the anchor, have the sockets as well.
     """
 
     probation = math.inf
+    owns_process = True
     keeps_sockets = True
 
     def __init__(

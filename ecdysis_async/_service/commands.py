@@ -25,7 +25,7 @@ from ecdysis_async.report import RestartReport
 from .anchor_client import AnchorClient, WorkerCommands
 from .description import Description
 from .leaving import Leaving
-from .life import Life
+from .life import Life, Stop
 from .restarts import Restarts
 
 __all__ = ["Commands"]
@@ -70,7 +70,7 @@ class Commands:
             )
             orders = WorkerCommands(
                 begin_restart=lambda number: self._restarts.begin(number=number),
-                stop=self._leaving.stop,
+                stop=functools.partial(self._leaving.stop, Stop.TOLD),
                 reopen_logs=generation.reopen_logs,
                 note_report=self._note_report,
                 state=lambda: life.state.value,
@@ -116,7 +116,7 @@ class Commands:
             life.generation.log.warning("told to stop again: the deadline of the drain is now")
             self._leaving.hurry()
         self._leaving.hurry_if_nobody_listens()
-        self._leaving.stop()
+        self._leaving.stop(Stop.TOLD)
 
     def _on_reopen_signal(self) -> None:
         self._life.task_group.start_soon(self._life.generation.reopen_logs)
@@ -148,7 +148,7 @@ class Commands:
             waiting_for=self._description.waiting_for,
             begin_restart=functools.partial(self._begin_restart, is_told=True),
             find_report=self._description.find_report,
-            stop=self._leaving.stop,
+            stop=functools.partial(self._leaving.stop, Stop.TOLD),
             changes=changes,
             reopen_logs=self._life.generation.reopen_logs,
             begin_takeover=self._begin_takeover,

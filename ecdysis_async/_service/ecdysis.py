@@ -39,7 +39,7 @@ from ecdysis_async.settings import Settings, StrPath, read_signals
 from .arriving import Arriving
 from .commands import Commands
 from .leaving import Leaving
-from .life import Life
+from .life import Life, Stop
 from .listeners import Listeners
 from .restarts import Restarts
 
@@ -85,6 +85,9 @@ class Ecdysis(Listeners):
         drain_timeout: how long connections may take to finish once this generation leaves.
         probation: how long a successor has to serve before a restart is final; until then its death undoes it.
         max_draining: how many old generations may drain at once; beyond it the oldest one's deadline is now.
+        exit_timeout: how long this process may take to end once it has drained, whatever its application has left
+            behind: threads, jobs, child processes, a shutdown that hangs. Then it is ended by force, and the log and
+            the report say what has kept it. ``math.inf``: it may take for ever.
         restart_signals: signals that restart the service.
         stop_signals: signals that stop it; a second one makes the drain's deadline now.
         pid_file: names the process that serves; written atomically, moved when a restart has settled.
@@ -110,6 +113,7 @@ class Ecdysis(Listeners):
         drain_timeout: float = 30,
         probation: float = 5,
         max_draining: int = 3,
+        exit_timeout: float = 10,
         restart_signals: Collection[int] = Settings().restart_signals,
         stop_signals: Collection[int] = Settings().stop_signals,
         pid_file: StrPath | None = None,
@@ -125,6 +129,7 @@ class Ecdysis(Listeners):
             drain_timeout=drain_timeout,
             probation=probation,
             max_draining=max_draining,
+            exit_timeout=exit_timeout,
             restart_signals=read_signals(restart_signals),
             stop_signals=read_signals(stop_signals),
             pid_file=Path(pid_file) if pid_file is not None else None,
@@ -299,6 +304,7 @@ class Ecdysis(Listeners):
                         raise others[0] if len(others) == 1 else group from error
         finally:
             life.state = State.ENDED
+            self._leaving.note_left()
             self._vacate()
         if error is not None:
             return False
@@ -392,7 +398,7 @@ class Ecdysis(Listeners):
         Args:
             partial: leave it to the application to tell the service manager that the service stops.
         """
-        self._life.management.stop(functools.partial(self._leaving.stop, partial=partial))
+        self._life.management.stop(functools.partial(self._leaving.stop, Stop.PARTIAL if partial else Stop.ASKED))
 
     def until_draining(self, awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:
         """Await something that is safe to cancel, at a point where this connection may also end.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections.abc import Callable
 
 import anyio
@@ -14,14 +16,17 @@ from ecdysis_async._handoff.protocol import (
     SuccessorEvent,
     SuccessorState,
 )
+from ecdysis_async._ipc.channel import encode
 from ecdysis_async._management.management import LEEWAY_SECONDS
 from ecdysis_async._sockets.entry import Until
+from ecdysis_async._system.exit_deadline import ExitDeadline
+from ecdysis_async._system.forking import withhold_from_children
 from ecdysis_async.report import Phase, State
 
 from .backlogs import Backlogs
 from .life import Life, Stop
 
-__all__ = ["Leaving", "first_of"]
+__all__ = ["EXIT_SECONDS", "Leaving", "first_of"]
 
 # How often a draining generation tells the newest one how many connections are left, seconds.
 PROGRESS_SECONDS = 1.0
@@ -41,6 +46,9 @@ class Leaving:
         self._life = life
         # Whether this generation was ever to accept, as it was when it began to leave.
         self._has_served = False
+        self._exit = ExitDeadline(self._tell_what_kept)
+        # A duplicate of the channel to the successor: the last word is said after everything else is closed.
+        self._last_word: socket.socket | None = None
 
     @property
     def _backlogs(self) -> Backlogs:
@@ -48,17 +56,13 @@ class Leaving:
         limit = life.generation.settings.drain_timeout
         return Backlogs(life.plane, life.generation.log, limit, is_shared=life.management.keeps_sockets)
 
-    def stop(self, *, partial: bool = False) -> None:
-        """Stop this generation, and call off a restart that is under way, or stop its successor as well.
-
-        Args:
-            partial: whether the application itself tells the service manager.
-        """
+    def stop(self, how: Stop = Stop.ASKED) -> None:
+        """Stop this generation, and call off a restart that is under way, or stop its successor as well."""
         life = self._life
-        life.generation.log.info("stopping%s", " (partially)" if partial else "")
+        life.generation.log.info("stopping%s", " (partially)" if how is Stop.PARTIAL else "")
         if life.is_leaving:
             return
-        life.stop = Stop.PARTIAL if partial else Stop.ASKED
+        life.stop = how
         if life.inheritance is not None and not life.inheritance.state.final:
             life.inheritance.post(SuccessorEvent.STOP_HERE)
         elif life.handover is not None and not life.handover.state.final:
@@ -85,7 +89,35 @@ class Leaving:
         if not life.has_successor:
             limit = life.generation.settings.drain_timeout + LEEWAY_SECONDS
             life.management.leaving(limit, is_partial=life.stop is Stop.PARTIAL)
+        settings = life.generation.settings
+        self._set_exit_deadline(settings.drain_timeout + EXIT_SECONDS + settings.exit_timeout)
         life.leaving.set()
+
+    def _set_exit_deadline(self, seconds: float) -> None:
+        """See that this process ends, where it is to, whatever its application has left behind (G10)."""
+        if self._life.is_process_to_end:
+            # A program may have more to do than to serve. Where nothing took the service's place, that is its business.
+            is_replaced = self._life.has_successor or self._life.management.owns_process
+            self._exit.set(seconds, unconditionally=is_replaced)
+
+    def note_left(self) -> None:
+        """Take note that the block is left: what still runs is none of this generation's business."""
+        self._exit.note_left()
+
+    def _tell_what_kept(self, kept: list[str]) -> None:
+        """Say what has kept this process from ending: in the log, and to the successor, for the report.
+
+        This is called in a thread, at the very end. The loop may be blocked, or closed.
+        """
+        life = self._life
+        life.generation.log.error(
+            "this process has not ended %g s after its drain, and is ended by force (exit_timeout); it was kept by %s",
+            life.generation.settings.exit_timeout,
+            "; ".join(kept) or "nothing that can be seen from here",
+        )
+        if self._last_word is not None:
+            with contextlib.suppress(OSError), self._last_word:
+                self._last_word.send(encode(DrainMessage.FORCED, {"kept": kept}, 0))
 
     async def run(self) -> None:
         """Wait until this generation leaves, and see its connections to their end."""
@@ -106,6 +138,7 @@ class Leaving:
                 life.generation.log.exception("the drain broke down")
             finally:
                 life.drained.set()
+                self._set_exit_deadline(life.generation.settings.exit_timeout)
 
     async def stop_accepting(self) -> None:
         """Accept no more, for good; what waits in a queue that nobody goes on with is answered first."""
@@ -163,6 +196,10 @@ class Leaving:
             report.phases[Phase.DRAIN] = anyio.current_time() - begun
             life.management.restart_changed(life.handover)
             await life.handover.tell(DrainMessage.DRAINED, {"report": report.to_json()})
+            with contextlib.suppress(OSError):  # no descriptor is left: then the log alone tells
+                self._last_word = life.handover.duplicate_channel()
+                if self._last_word is not None:
+                    withhold_from_children(self._last_word)
 
     async def _move_connections(self, on_swept: Callable[[], None]) -> None:
         """Pass on to the successor what can go on there."""

@@ -23,8 +23,9 @@ class Stop(enum.Enum):
     """Whether a generation was told to stop before it began to leave."""
 
     NOT_ASKED = enum.auto()
-    ASKED = enum.auto()
-    PARTIAL = enum.auto()  # the application itself tells the service manager
+    ASKED = enum.auto()  # by the application
+    PARTIAL = enum.auto()  # the same, and the application itself tells the service manager
+    TOLD = enum.auto()  # from outside, by a signal or a command: the process is to end as well
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +92,15 @@ class Life:
     def is_aborted(self) -> bool:
         """Whether the restart that it came from has failed, so that it is not to serve."""
         return self.inheritance is not None and self.inheritance.state is SuccessorState.ABORTED
+
+    @property
+    def is_process_to_end(self) -> bool:
+        """Whether the whole process is to end with this generation, and not just its block."""
+        is_stopped = self.inheritance is not None and self.inheritance.state in (
+            SuccessorState.STOPPED,
+            SuccessorState.RETURNED,
+        )
+        return self.has_successor or self.management.owns_process or self.stop is Stop.TOLD or is_stopped
 
     @property
     def has_successor(self) -> bool:

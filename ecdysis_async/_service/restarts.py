@@ -22,7 +22,7 @@ from ecdysis_async._system.process import Spawner, supported
 from ecdysis_async.errors import NotReady, RestartError, RestartInProgress, RestartUnsupported, RestartWhileDraining
 from ecdysis_async.report import Outcome, RestartReport, State
 
-from .leaving import Leaving, first_of
+from .leaving import EXIT_SECONDS, Leaving, first_of
 from .life import Life, Stop
 
 __all__ = ["Restarts"]
@@ -196,6 +196,7 @@ class Restarts:
         else:
             lineage.ancestors.append(predecessor)
         lineage.on_drained = self._note_drained
+        lineage.on_forced = self._note_forced
         lineage.on_transfer = self._receive_transfers
         lineage.on_main = self._become_main
         for item in inheritance.farewells:
@@ -205,7 +206,8 @@ class Restarts:
         if life.last_report is None:
             life.last_report = inheritance.report
         await life.management.succeed(predecessor)
-        await lineage.follow(life.generation.settings.max_draining)
+        settings = life.generation.settings
+        await lineage.follow(settings.max_draining, settings.drain_timeout + EXIT_SECONDS, settings.exit_timeout)
 
     def on_inheritance(self, inheritance: SuccessorSide) -> None:
         """Take note of where the handoff stands that this generation comes from."""
@@ -226,6 +228,18 @@ class Restarts:
         if life.last_report is not None and life.last_report.id == report.id:
             life.last_report = report
         life.generation.log.info("generation %d (pid %d) has drained: %s", ancestor.generation, ancestor.pid, report)
+
+    def _note_forced(self, ancestor: Ancestor, kept: list[str]) -> None:
+        life = self._life
+        if life.last_report is not None and life.last_report.predecessor_pid == ancestor.pid:
+            life.last_report.left_behind = kept
+        life.generation.log.warning(
+            "generation %d (pid %d) was ended by force; it was kept by %s",
+            ancestor.generation,
+            ancestor.pid,
+            "; ".join(kept) or "nothing that it could see",
+        )
+        life.management.changed()
 
     def _become_main(self, ancestor: Ancestor) -> None:
         # The predecessor's own predecessor may still drain, and die, while the predecessor has yet to hand its role on.

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,12 +30,19 @@ CHILD_SECONDS = 1.0
 # How long the last words may take to be written, seconds: standard output may be a pipe that nobody reads.
 FLUSH_SECONDS = 0.5
 
+# How often it is looked whether a program goes on with something else once its time is over, seconds.
+LOOK_SECONDS = 1.0
+
 # How many threads, tasks and children are named at the most.
 NAMED_AT_MOST = 10
 
 
 class ExitDeadline:
-    """Ends this process by force once its time is over. One per process, with a thread of its own from the first `set`.
+    """Ends this process by force once its time is over. It has a thread of its own from the first `set` on.
+
+    A program may go on with something else once its service has ended: the rest of a test suite, a window. Such a
+    program is left alone, unless its deadline counts unconditionally. It goes on where the block of the service was
+    left, the loop that the service ran on is closed, and the main thread still runs the program's own first lines.
 
     Args:
         tell: is called in that thread, with one line for each thing that has kept the process. It may not block.
@@ -48,14 +55,22 @@ class ExitDeadline:
         self._deadline = math.inf
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._is_unconditional = False
+        self._has_left = False
         self._loop = _find_loop()
+        self._program = _find_program()
 
-    def set(self, seconds: float) -> None:
+    def set(self, seconds: float, *, unconditionally: bool = False) -> None:
         """Let this process end in so many seconds, or at an earlier moment that was set before.
 
         Where no thread can be had (``ulimit -u``) nothing is done: those who follow this process still end it.
+
+        Args:
+            seconds: from now on.
+            unconditionally: whether it ends also where its program goes on with something else.
         """
         with self._changed:
+            self._is_unconditional |= unconditionally
             self._deadline = min(self._deadline, time.monotonic() + seconds)
             self._changed.notify()
         if self._thread is None and self._deadline < math.inf:
@@ -64,6 +79,10 @@ class ExitDeadline:
                 self._thread.start()
             except RuntimeError:
                 self._thread = None
+
+    def note_left(self) -> None:
+        """Take note that the block of the service was left."""
+        self._has_left = True
 
     def cancel(self) -> None:
         """Let this process live: it is not to end after all."""
@@ -75,12 +94,27 @@ class ExitDeadline:
         with self._changed:
             while (seconds := self._deadline - time.monotonic()) > 0:
                 self._changed.wait(min(seconds, threading.TIMEOUT_MAX))
+        while self._goes_on():
+            time.sleep(LOOK_SECONDS)
         kept = find_what_keeps(self._loop)
         with contextlib.suppress(Exception):  # the process ends in any case
             self._tell(kept)
         _end_children()
         _flush()
         os._exit(self.status)
+
+    def _goes_on(self) -> bool:
+        if self._is_unconditional or not self._has_left or (self._loop is not None and not self._loop.is_closed()):
+            return False
+        return _find_program() is self._program
+
+
+def _find_program() -> CodeType | None:
+    """Return what the main thread began with: no longer the same while the interpreter waits for threads, or exits."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001 - CPython documents it
+    while frame is not None and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code if frame is not None else None
 
 
 def find_what_keeps(loop: asyncio.AbstractEventLoop | None = None) -> list[str]:

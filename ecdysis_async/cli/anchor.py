@@ -109,6 +109,8 @@ def make_config(options: Options, control_path: str | None) -> AnchorConfig:
         settings=Settings(
             ready_timeout=options.ready_timeout,
             drain_timeout=options.drain_timeout,
+            exit_timeout=options.exit_timeout,
+            max_draining=options.max_draining,
             probation=min(options.probation, RELOAD_PROBATION_SECONDS) if options.reload else options.probation,
             pid_file=Path(options.pid_file) if options.pid_file is not None else None,
             env_file=Path(options.env_file).absolute() if options.env_file is not None else None,

@@ -27,9 +27,9 @@ from .run import run
 
 __all__ = ["unit"]
 
-# What a start and a stop may take besides ready_timeout and drain_timeout, seconds.
+# What a start and a stop may take besides the limits of the options, seconds.
 START_LEEWAY = 30
-STOP_LEEWAY = 20
+STOP_LEEWAY = 10
 
 # Within how many seconds systemd wants to hear of a loop that turns.
 WATCHDOG_SECONDS = 30
@@ -163,7 +163,7 @@ Restart=on-failure
 # A wrong option stays wrong.
 RestartPreventExitStatus=2
 TimeoutStartSec={options.ready_timeout + START_LEEWAY:g}
-TimeoutStopSec={options.drain_timeout + options.lame_duck + STOP_LEEWAY:g}
+TimeoutStopSec={options.drain_timeout + options.exit_timeout + options.lame_duck + STOP_LEEWAY:g}
 TimeoutAbortSec=10
 WatchdogSec={WATCHDOG_SECONDS}
 # Clients wait there for the next start, after a crash.

@@ -166,6 +166,8 @@ async def _serve(options: Options) -> None:
     async with Ecdysis(
         ready_timeout=options.ready_timeout,
         drain_timeout=options.drain_timeout,
+        exit_timeout=options.exit_timeout,
+        max_draining=options.max_draining,
         probation=options.probation,
         pid_file=options.pid_file,
         control_socket=await run_in_thread(functools.partial(find_control_path, options)),
