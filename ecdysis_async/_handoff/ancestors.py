@@ -85,11 +85,16 @@ class Ancestors:
                     await self.reopen_logs()
                 async with anyio.create_task_group() as task_group:
                     for ancestor in self.ancestors:
-                        task_group.start_soon(ancestor.peer.run, functools.partial(self.deliver, ancestor))
-                        task_group.start_soon(self._outlast, ancestor, drain_seconds, exit_seconds + GRACE_SECONDS)
+                        task_group.start_soon(self._listen, ancestor, drain_seconds, exit_seconds + GRACE_SECONDS)
         finally:
             # However it ends: somebody may wait for that.
             self._ended.set()
+
+    async def _listen(self, ancestor: Ancestor, drain_seconds: float, exit_seconds: float) -> None:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(self._outlast, ancestor, drain_seconds, exit_seconds)
+            await ancestor.peer.run(functools.partial(self.deliver, ancestor))
+            task_group.cancel_scope.cancel()
 
     async def _outlast(self, ancestor: Ancestor, drain_seconds: float, exit_seconds: float) -> None:
         """Kill an ancestor that does not end."""

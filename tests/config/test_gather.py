@@ -50,6 +50,8 @@ def test_every_option_can_be_a_variable_and_stand_in_the_file(write: Callable[..
         "pid_file": "a.pid",
         "ready_timeout": "1.5",
         "drain_timeout": "0",
+        "exit_timeout": "8",
+        "max_draining": "5",
         "transfer": "off",
         "probation": "0",
         "hang_timeout": "7",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -75,6 +76,8 @@ async def a_life(**settings: Any) -> AsyncIterator[tuple[Life, Remembering]]:
     """Make the life of a first generation, whose block nobody has entered."""
     async with a_plane() as plane:
         assert plane.task_group is not None
+        # This process, which is the test's, is not to end with a generation.
+        settings.setdefault("exit_timeout", math.inf)
         generation = Generation(1, Settings(**settings), AcceptingHost(plane), GenerationLog(1))
         life = Life(generation, plane, plane.task_group, anyio.CancelScope())
         life.management = management = Remembering()

@@ -27,7 +27,7 @@ async def test_a_stop_begins_to_drain_at_once_and_says_so(backend: str) -> None:
         assert (life.state, life.stop) == (State.DRAINING, Stop.ASKED)
         assert life.leaving.is_set()
         assert life.plane.tracker.draining.is_set()
-        leaving.stop(partial=True)
+        leaving.stop(Stop.PARTIAL)
         assert life.stop is Stop.ASKED
         assert management.told == ["leaving"]
         assert not life.body.cancel_called
@@ -36,7 +36,7 @@ async def test_a_stop_begins_to_drain_at_once_and_says_so(backend: str) -> None:
 async def test_a_partial_stop_leaves_it_to_the_application_to_say_so(backend: str) -> None:
     async with a_life() as (life, management):
         life.state = State.SERVING
-        Leaving(life).stop(partial=True)
+        Leaving(life).stop(Stop.PARTIAL)
         assert management.told == ["leaving partially"]
 
 
