@@ -70,19 +70,12 @@ TESTED_ELSEWHERE = {
 }
 # Those that shall have one.
 TESTS_TO_COME = {
-    "_anchor/anchor.py",
-    "_anchor/dispatch.py",
-    "_anchor/filling.py",
-    "_anchor/reload.py",
-    "_anchor/takeover.py",
-    "_anchor/upgrade.py",
     "_handoff/generation.py",
     "_handoff/predecessor.py",
     "_handoff/side.py",
     "_handoff/successor.py",
     "_ipc/worker_link.py",
     "_system/threads.py",
-    "cli/anchor.py",
     "errors.py",
     "servers/_common/asgi.py",
     "servers/_common/forwarded.py",
