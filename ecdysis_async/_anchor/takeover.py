@@ -8,6 +8,7 @@ itself, and while it is blocked its state cannot change.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -87,23 +88,26 @@ def ask_for_service(path: str) -> Takeover:
     sock = ask_for_channel(path, anchor=reexec.FORMAT)
     sock.settimeout(ANSWER_SECONDS)
     decoder = FrameDecoder()
-    try:
-        frame = _receive(sock, decoder)
-        memory, pidfd, *descriptors = frame.descriptors
-        with os.fdopen(memory, "rb") as file:
-            # The offset of the file is where the writer has left it.
-            file.seek(0)
-            state = json.load(file)
-        if state["format"] != reexec.FORMAT:
-            raise TakeoverFailed(f"the service's state is of format {state['format']}, this release reads another one")
-        here = dict(zip(map(int, frame.body["numbers"]), descriptors, strict=True))
-        return Takeover(_translate(state, here), int(frame.body["pid"]), sock, decoder, pidfd)
-    except (ChannelError, OSError, KeyError, TypeError, ValueError) as error:
-        sock.close()
-        raise TakeoverFailed(f"what the service at {path} hands over cannot be read: {error!r}") from error
-    except BaseException:
-        sock.close()
-        raise
+    with contextlib.ExitStack() as received:
+        # Everything that came is closed unless all of it can be taken over.
+        received.callback(sock.close)
+        received.callback(decoder.close)
+        try:
+            frame = _receive(sock, decoder)
+            received.callback(frame.close)
+            memory, pidfd, *descriptors = frame.descriptors
+            state = json.loads(os.pread(memory, os.fstat(memory).st_size, 0))
+            if state["format"] != reexec.FORMAT:
+                raise TakeoverFailed(
+                    f"the service's state is of format {state['format']}, this release reads another one"
+                )
+            here = dict(zip(map(int, frame.body["numbers"]), descriptors, strict=True))
+            takeover = Takeover(_translate(state, here), int(frame.body["pid"]), sock, decoder, pidfd)
+        except (ChannelError, OSError, KeyError, TypeError, ValueError) as error:
+            raise TakeoverFailed(f"what the service at {path} hands over cannot be read: {error!r}") from error
+        received.pop_all()
+    os.close(memory)
+    return takeover
 
 
 def pass_service_on(channel: socket.socket, state: Mapping[str, Any], numbers: Sequence[int]) -> None:

@@ -1,0 +1,188 @@
+"""A whole service passes from one anchor to another: each side waits for the other's word."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ecdysis_async._anchor import reexec, takeover
+from ecdysis_async._anchor.takeover import Takeover, ask_for_service, pass_service_on
+from ecdysis_async._ipc.channel import encode
+from ecdysis_async.errors import TakeoverFailed
+
+
+class Former:
+    """The former anchor: its control socket answers once, and then the service is passed on, by a thread of its own."""
+
+    def __init__(self, path: Path, executor: ThreadPoolExecutor) -> None:
+        self.path = str(path)
+        self._executor = executor
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self.path)
+        self._listener.listen()
+        self.request: dict[str, Any] = {}
+
+    def serve(self, talk: Callable[[socket.socket], None]) -> Future[None]:
+        """Begin to answer, and to talk over the channel."""
+        return self._executor.submit(self._serve, talk)
+
+    def _serve(self, talk: Callable[[socket.socket], None]) -> None:
+        ours, theirs = socket.socketpair()
+        with ours:
+            with self._listener.accept()[0] as client, theirs:
+                self.request = json.loads(client.recv(4096))
+                socket.send_fds(
+                    client, [json.dumps({"event": "accepted", "pid": os.getpid()}).encode() + b"\n"], [theirs.fileno()]
+                )
+            talk(ours)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def former(tmp_path: Path) -> Iterator[Former]:
+    with ThreadPoolExecutor() as executor:
+        found = Former(tmp_path / "control", executor)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    read_end, write_end = os.pipe()
+    yield read_end, write_end
+    os.close(read_end)
+    os.close(write_end)
+
+
+def make_body(pipe: tuple[int, int]) -> dict[str, Any]:
+    """Return a state with a worker, a socket and signals, each of which has a descriptor."""
+    read_end, write_end = pipe
+    return {
+        "crew": {"workers": [{"pidfd": read_end, "line": write_end}]},
+        "sockets": {"service": {"descriptors": [write_end]}},
+        "signals": read_end,
+    }
+
+
+def close(taken: Takeover) -> None:
+    (worker,) = taken.state["crew"]["workers"]
+    for descriptor in {worker["pidfd"], worker["line"], *taken.state["sockets"]["service"]["descriptors"]}:
+        os.close(descriptor)
+
+
+def test_everything_is_passed_on_and_confirmed(former: Former, pipe: tuple[int, int]) -> None:
+    passing = former.serve(lambda channel: pass_service_on(channel, make_body(pipe), pipe))
+    taken = ask_for_service(former.path)
+    assert not passing.done()
+    taken.confirm()
+    passing.result()
+    assert former.request == {"command": "takeover", "anchor": reexec.FORMAT}
+    assert taken.former_pid == os.getpid()
+    # Descriptors have other numbers here, and lead to the same.
+    (worker,) = taken.state["crew"]["workers"]
+    assert worker["line"] not in pipe
+    os.write(worker["line"], b"x")
+    assert os.read(taken.state["signals"], 1) == b"x"
+    close(taken)
+
+
+def test_a_newcomer_that_leaves_with_the_state_in_hand_takes_nothing(former: Former, pipe: tuple[int, int]) -> None:
+    passing = former.serve(lambda channel: pass_service_on(channel, make_body(pipe), pipe))
+    taken = ask_for_service(former.path)
+    close(taken)
+    taken._sock.close()
+    os.close(taken._pidfd)
+    with pytest.raises(TakeoverFailed, match="does not take it"):
+        passing.result()
+
+
+def test_a_newcomer_that_says_something_else_takes_nothing(pipe: tuple[int, int]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(encode("thanks", {}, 0))
+        with pytest.raises(TakeoverFailed, match="it answers with 'thanks'"):
+            pass_service_on(ours, make_body(pipe), pipe)
+
+
+def test_a_former_anchor_that_hangs_up_and_lives_goes_on(
+    former: Former, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(takeover, "DEATH_GRACE_MILLISECONDS", 10)
+
+    def hang_up(channel: socket.socket) -> None:
+        with contextlib.suppress(TakeoverFailed):
+            pass_service_on(_Deaf(channel.detach()), make_body(pipe), pipe)
+
+    passing = former.serve(hang_up)
+    taken = ask_for_service(former.path)
+    close(taken)
+    with pytest.raises(TakeoverFailed, match="goes on"):
+        taken.confirm()
+    passing.result()
+
+
+class _Deaf(socket.socket):
+    """A socket whose owner sends all it has, and hangs up instead of hearing the answer."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(fileno=descriptor)
+
+    def recvmsg(self, *arguments: Any) -> Any:
+        self.close()
+        raise ConnectionResetError
+
+
+def test_a_former_anchor_that_is_dead_has_had_its_last_word(
+    former: Former, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    pidfd = os.pidfd_open(dead.pid)
+    dead.wait()
+    monkeypatch.setattr(os, "pidfd_open", lambda pid: pidfd)
+
+    def hang_up(channel: socket.socket) -> None:
+        with contextlib.suppress(TakeoverFailed):
+            pass_service_on(_Deaf(channel.detach()), make_body(pipe), pipe)
+
+    passing = former.serve(hang_up)
+    taken = ask_for_service(former.path)
+    passing.result()
+    taken.confirm()
+    close(taken)
+
+
+@pytest.mark.parametrize("mistake", ["format", "numbers", "state", "end"])
+def test_what_cannot_be_read_is_refused(mistake: str, former: Former, pipe: tuple[int, int]) -> None:
+    body: dict[str, Any] = make_body(pipe)
+    match mistake:
+        case "format":
+            body["format"] = reexec.FORMAT + 1
+        case "state":
+            del body["signals"]
+
+    def talk(channel: socket.socket) -> None:
+        if mistake != "end":
+            with contextlib.suppress(TakeoverFailed):
+                pass_service_on(channel, body, pipe if mistake != "numbers" else pipe[:1])
+
+    passing = former.serve(talk)
+    with pytest.raises(TakeoverFailed, match="another one" if mistake == "format" else "cannot be read"):
+        ask_for_service(former.path)
+    passing.result()
+
+
+def test_nobody_is_there(tmp_path: Path) -> None:
+    with pytest.raises(TakeoverFailed, match="there is no service to take over"):
+        ask_for_service(str(tmp_path / "nothing"))
