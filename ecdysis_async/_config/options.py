@@ -190,13 +190,13 @@ class Options:
     )
     exit_timeout: float = _option(
         10.0,
-        _seconds,
+        parse_seconds,
         "How long an old process may take to end once it has drained; then it is ended by force.",
         metavar="SECONDS",
     )
     max_draining: int = _option(
         3,
-        _number(1, "releases"),
+        number_of(1, "releases"),
         "How many old releases may drain at once; the oldest one beyond it ends.",
         metavar="N",
     )

@@ -256,7 +256,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         Raises:
             OSError: there is no descriptor for it.
         """
-        return self._peer.channel.duplicate() if self._peer is not None else None
+        return self._successor.peer.channel.duplicate() if self._successor is not None else None
 
     # What happens
 
