@@ -77,15 +77,6 @@ TESTS_TO_COME = {
     "_ipc/worker_link.py",
     "_system/threads.py",
     "errors.py",
-    "servers/_common/asgi.py",
-    "servers/_common/forwarded.py",
-    "servers/_common/listening.py",
-    "servers/_common/server_options.py",
-    "servers/_protocols/aiohttp.py",
-    "servers/_protocols/http.py",
-    "servers/_protocols/uvicorn.py",
-    "servers/_protocols/uvicorn_websocket.py",
-    "servers/_protocols/websockets.py",
 }
 
 # The only file outside of the package, and of its tests, that may look inside.

@@ -12,8 +12,6 @@ from aiohttp.http import HttpRequestParser
 from ecdysis_async.servers._protocols.aiohttp import FollowedParser
 from tests.scenarios.transfer.test_cuts import make_requests
 
-pytestmark = pytest.mark.newest_python_only
-
 
 class Reader:
     """What is read of a stream: each request's path and body."""
