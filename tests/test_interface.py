@@ -180,6 +180,7 @@ def test_exit_codes() -> None:
         "IN_PROGRESS": 4,
         "ROLLED_BACK": 5,
         "UNKNOWN": 6,
+        "PERMISSION": 7,
     }
 
 
