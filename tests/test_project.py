@@ -74,9 +74,6 @@ TESTS_TO_COME = {
     "_handoff/predecessor.py",
     "_handoff/side.py",
     "_handoff/successor.py",
-    "_ipc/worker_link.py",
-    "_system/threads.py",
-    "errors.py",
 }
 
 # The only file outside of the package, and of its tests, that may look inside.

@@ -51,8 +51,8 @@ def answering(path: Path, answers: list[bytes]) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("answers", "code"),
     [
-        ([b"HTTP/1.1 400\r\n"], USAGE),
-        ([b"[]\n"], USAGE),
+        ([b"HTTP/1.1 400\r\n"], UNKNOWN),
+        ([b"[]\n"], UNKNOWN),
         ([b"", b""], UNKNOWN),
         ([b'{"event": "error", "message": "no"}\n'], FAILED),
     ],
@@ -87,7 +87,7 @@ def test_another_user(backend: str, run_service: Run, tmp_path: Path, monkeypatc
             client.status("api")
     finally:
         os.seteuid(0)
-    assert caught.value.code == FAILED
+    assert caught.value.code == client.Exit.PERMISSION
 
 
 @pytest.mark.backends("asyncio")
