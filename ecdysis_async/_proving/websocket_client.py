@@ -108,7 +108,9 @@ class WebSocketConnection:
         except ConnectionClosed as error:
             if error.rcvd is not None and error.rcvd.code in COME_BACK:
                 self.record.requests.pop()
+                self._end(Ending.ANNOUNCED)
                 raise ComeBack from None
+            self._end(Ending.BUSY)
             raise RequestFailed(Fault.UNANSWERED, f"the WebSocket was closed before the answer: {error}") from None
         finally:
             self._is_busy = False
@@ -144,8 +146,7 @@ class WebSocketConnection:
 
     async def close(self) -> None:
         """Close it."""
-        if self.record.ended is None:
-            self.record.ended, self.record.ending = self._clock(), Ending.OURS
+        self._end(Ending.OURS)
         if self._websocket is not None and self._watching is not None:
             await self._websocket.close()
             await self._watching
@@ -153,9 +154,12 @@ class WebSocketConnection:
     async def _watch(self, websocket: ClientConnection) -> None:
         """Take note when it ends, also while nothing is asked."""
         await websocket.wait_closed()
+        announced = websocket.close_code in COME_BACK
+        self._end(Ending.ANNOUNCED if announced else Ending.BUSY if self._is_busy else Ending.IDLE)
+
+    def _end(self, ending: Ending) -> None:
+        """Note the end, once."""
         if self.record.ended is None:
-            announced = websocket.close_code in COME_BACK
-            ending = Ending.ANNOUNCED if announced else Ending.BUSY if self._is_busy else Ending.IDLE
             self.record.ended, self.record.ending = self._clock(), ending
 
 

@@ -27,7 +27,7 @@ async def load(kind: Kind, path: str) -> tuple[History, FaultyServer]:
         shape = Shape(kind, f"/{path}", rate=200, connections=3, expect=200, seconds=0.02)
         clients = Load(url, [shape], history, patience=PATIENCE_SECONDS)
         running = asyncio.create_task(clients.run())
-        while faulty.mistakes < ENOUGH_MISTAKES and len(history.exchanges) < 60:  # noqa: ASYNC110 - it tells nobody
+        while faulty.mistakes < ENOUGH_MISTAKES and len(history.exchanges) < 60 and not running.done():  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(0.01)
         clients.end()
         await running
@@ -112,7 +112,7 @@ async def test_latency_counts_from_the_schedule() -> None:
     running = asyncio.create_task(clients.run())
     await asyncio.sleep(0.5)
     stall.set()
-    while len(history.exchanges) < 30:  # noqa: ASYNC110 - it tells nobody
+    while len(history.exchanges) < 30 and not running.done():  # noqa: ASYNC110 - it tells nobody
         await asyncio.sleep(0.01)
     clients.end()
     await running
