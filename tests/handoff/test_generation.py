@@ -1,0 +1,35 @@
+"""What the sides of a handoff share: the log that says which generation speaks, and logs that are opened anew."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from ecdysis_async._handoff.generation import GenerationLog
+from tests.handoff.scripted import a_generation
+
+
+def test_each_line_says_which_generation_speaks(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ecdysis_async"):
+        GenerationLog(7).info("it is %s", "ready")
+    assert caplog.messages == [f"[generation 7, pid {os.getpid()}] it is ready"]
+
+
+async def test_logs_are_opened_anew_and_a_handler_that_fails_ends_nothing(
+    backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = logging.FileHandler(tmp_path / "log")
+    logger = logging.getLogger(f"test.{os.getpid()}.{tmp_path.name}")
+    logger.addHandler(handler)
+    try:
+        (tmp_path / "log").rename(tmp_path / "log.1")
+        with a_generation() as (generation, _), caplog.at_level(logging.INFO, "ecdysis_async"):
+            assert await generation.reopen_logs() == 1
+        assert (tmp_path / "log").exists()
+        assert "reopened 1 log file" in caplog.text
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
