@@ -47,10 +47,6 @@ IMPURE |= {"signal", "socket", "ssl", "subprocess", "tempfile", "threading", "ti
 FOREIGN = {*LOOPS, "aiohttp", "anyio", "CPython", "h11", "httptools", "hypercorn", "typeshed", "uvicorn", "websockets"}
 # Documented, in spite of their underscores.
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
-# Files that still read private names of others without saying of which library.
-UNDERSCORES_TO_GO = {
-    "_system/log_files.py",
-}
 
 # Modules without a test file of their own name, and why.
 TESTED_ELSEWHERE = {
@@ -205,8 +201,7 @@ def test_the_control_plane_knows_no_loop(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_file)
 def test_nothing_private_crosses_a_file_unless_it_is_a_foreign_library_s(path: Path) -> None:
-    found = find_private(path.read_text())
-    assert bool(found) == (name_file(path) in UNDERSCORES_TO_GO), found or "it is clean: take it out of the list"
+    assert find_private(path.read_text()) == []
 
 
 def find_private(source: str) -> list[str]:
@@ -250,7 +245,7 @@ def test_a_module_has_a_test_file_of_its_name(path: Path) -> None:
 
 
 def test_excuses_are_for_what_exists() -> None:
-    assert {*UNDERSCORES_TO_GO, *TESTED_ELSEWHERE, *TESTS_TO_COME} <= {name_file(path) for path in MODULES}
+    assert {*TESTED_ELSEWHERE, *TESTS_TO_COME} <= {name_file(path) for path in MODULES}
 
 
 def python_outside() -> Iterator[tuple[str, str]]:

@@ -63,7 +63,7 @@ def _reopen(handler: logging.FileHandler) -> bool:
         handler.mode = handler.mode.replace("w", "a")
         # Open the new file before the other is closed. A handler without a file opens it with its next line, and where
         # that fails it raises at the caller who logs. Where it fails here, the file that was moved is better than none.
-        handler.stream = handler._open()  # noqa: SLF001 - what the subclasses override, and a rotation calls
+        handler.stream = handler._open()  # noqa: SLF001 - CPython's: subclasses override it, and a rotation calls it
         with contextlib.suppress(OSError):  # what a full disk does not take; it is closed all the same
             stream.close()
         return True
