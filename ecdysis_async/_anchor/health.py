@@ -1,7 +1,8 @@
 """The health endpoints: the few lines of HTTP/1.1 by which a load balancer, or Kubernetes, asks how a service is.
 
-``GET`` or ``HEAD`` of ``/live`` is answered by 200 for as long as this process lives, of ``/ready`` by 200, or by 503
-with the reason in one line. A connection has one request. All that a client can take is bounded: places, bytes, time.
+``GET`` or ``HEAD`` of ``/live`` is answered by 200 for as long as this process lives. ``/ready`` is answered by 200, or
+by 503 with the reason in one line. A connection has one request. All that a client can take is bounded: places, bytes,
+time.
 """
 
 from __future__ import annotations

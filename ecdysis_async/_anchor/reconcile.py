@@ -224,8 +224,7 @@ class Reconciler:
     def has_sound_worker(self) -> bool:
         """Say whether a worker's loop turns, if there is one: what systemd's watchdog asks, while this loop turns.
 
-        Where it was said how long a loop may stand still, a worker that hangs is replaced, and the service is not
-        started anew for it.
+        Where a hang timeout is configured, a worker that hangs is replaced. The service is not started anew for it.
         """
         if self._watchdog is None or self._state.config.hang_timeout is not None:
             return True

@@ -1,8 +1,8 @@
 """A roll-out: the workers of an anchor are replaced one after the other, and all of it becomes final, or none of it.
 
 Each worker hands its slot over to its successor by the handoff that a service without workers has too. It stays on
-probation, able to take its place again, until the last slot is served by the new code and has been for a while. Only
-then all settle. A failure in between takes every slot back.
+probation, able to take its place again. Once the last slot has been served by the new code for a while, all settle. A
+failure in between takes every slot back.
 """
 
 from __future__ import annotations
