@@ -127,6 +127,12 @@ class Worker:
         return self.state in (State.DRAINING, State.ENDED)
 
     @property
+    def is_to_end(self) -> bool:
+        """Whether it has to be gone once its drain is over, whether or not it has said that it leaves."""
+        is_followed = self.handoff is not None and self.handoff.is_over and self.handoff.error is None
+        return self.is_leaving or self.is_told_to_leave or is_followed
+
+    @property
     def has_ended_handoff(self) -> bool:
         """Whether nothing more will come of its restart: the handoff is over, or the worker is dead."""
         return not self.is_alive or (self.handoff is not None and self.handoff.is_over)

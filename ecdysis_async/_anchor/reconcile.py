@@ -206,7 +206,7 @@ class Reconciler:
         limit = settings.drain_timeout + settings.exit_timeout + LINGER_SECONDS
         hang = self._state.config.hang_timeout
         for worker in tuple(self._state.pool):
-            if worker.is_leaving or worker.is_told_to_leave:
+            if worker.is_to_end:
                 worker.leaving += elapsed
                 if worker.leaving > limit:
                     worker.leaving = -math.inf
