@@ -58,7 +58,7 @@ def tell_a_story() -> History:
             Connection(number, Kind.NEW, due, due, [number + 1], [answer], due + 0.01, Ending.OURS)
         )
         history.exchanges.append(
-            Exchange(number + 1, Kind.NEW, "GET /</script><b>", due, number, 0.0, answer.at, answer=answer)
+            Exchange(number + 1, Kind.NEW, "GET /</script><b>", due, number, ended=answer.at, answer=answer)
         )
     for number in range(FAILURES):
         history.exchanges.append(Exchange(900 + number, Kind.NEW, "GET /", 3.0, ended=3.0, fault=Fault.REFUSED))
