@@ -65,9 +65,6 @@ TESTED_ELSEWHERE = {
     "_proving/settings.py": "names only",
 }
 # Those that shall have one.
-TESTS_TO_COME = {
-    "_handoff/successor.py",
-}
 
 # The only file outside of the package, and of its tests, that may look inside.
 LOOKS_INSIDE = "benchmarks/stash.py"
@@ -240,12 +237,12 @@ def test_private_names_are_found(source: str, found: list[str]) -> None:
 def test_a_module_has_a_test_file_of_its_name(path: Path) -> None:
     *wings, name = (part.lstrip("_") for part in path.relative_to(PACKAGE).parts)
     exists = PROJECT.joinpath("tests", *wings, f"test_{name}").is_file()
-    excused = {*TESTED_ELSEWHERE, *TESTS_TO_COME, *(f"{face}.py" for face in FACES)}
+    excused = {*TESTED_ELSEWHERE, *(f"{face}.py" for face in FACES)}
     assert exists != (name_file(path) in excused), "it has one: take it out of the list" if exists else "write one"
 
 
 def test_excuses_are_for_what_exists() -> None:
-    assert {*TESTED_ELSEWHERE, *TESTS_TO_COME} <= {name_file(path) for path in MODULES}
+    assert {*TESTED_ELSEWHERE} <= {name_file(path) for path in MODULES}
 
 
 def python_outside() -> Iterator[tuple[str, str]]:

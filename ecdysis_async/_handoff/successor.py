@@ -19,6 +19,7 @@ from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._connections.receiver import make_room
 from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.peer import Death, Peer
+from ecdysis_async._system.descriptors import close_all
 from ecdysis_async._system.stderr import identity, pass_on
 from ecdysis_async._system.tracebacks import describe_failure
 from ecdysis_async.errors import ChannelError, DescriptorsLost, GarbledFrame, HandoffAborted, StartupError
@@ -277,33 +278,35 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
 
     def _take_over(self, frame: Frame) -> None:
         generation, body = self.generation, frame.body
-        sockets, stashes, ancestors = body["sockets"], body["stash"], body["ancestors"]
-        if len(frame.descriptors) != 3 + len(sockets) + len(stashes) + 2 * len(ancestors):
-            frame.close()
-            raise GarbledFrame(f"{len(frame.descriptors)} descriptors do not match the {len(sockets)} sockets named")
         descriptors = iter(frame.descriptors)
-        peer = Peer(self._channel, next(descriptors))
-        self._stderr, self._stderr_read_end = next(descriptors), next(descriptors)
-        self._plane.registry.inherit(sockets, [next(descriptors) for _ in sockets])
-        self._inherited = [entry.sock for entry in self._plane.registry.entries[: len(sockets)]]
-        memories = [next(descriptors) for _ in stashes]
-        try:
-            generation.inherited_stash.receive(stashes, memories)
-        finally:
-            for memory in memories:
-                os.close(memory)
-        generation.inherited_stash.expect(body["stash_later"])
-        for ancestor in ancestors:
-            channel = Channel(socket.socket(fileno=next(descriptors)))
-            generation.lineage.ancestors.append(
-                Ancestor(int(ancestor["generation"]), int(ancestor["pid"]), Peer(channel, next(descriptors)))
-            )
-        generation.number = int(body["generation"])
-        generation.log = GenerationLog(generation.number)
-        generation.env_file_keys = tuple(body["env_file_keys"])
-        self.restart_id = str(body["restart"])
-        make_room(int(body.get("connections", 0)))
-        self.predecessor = Ancestor(int(body["predecessor"]["generation"]), int(body["predecessor"]["pid"]), peer)
+        with contextlib.ExitStack() as unowned:
+            unowned.callback(close_all, descriptors)
+            sockets, stashes, ancestors = body["sockets"], body["stash"], body["ancestors"]
+            if len(frame.descriptors) != 3 + len(sockets) + len(stashes) + 2 * len(ancestors):
+                count = len(frame.descriptors)
+                raise GarbledFrame(f"{count} descriptors do not match the {len(sockets)} sockets named")
+            peer = Peer(self._channel, next(descriptors))
+            unowned.callback(peer.close)
+            self._stderr, self._stderr_read_end = next(descriptors), next(descriptors)
+            self._plane.registry.inherit(sockets, [next(descriptors) for _ in sockets])
+            self._inherited = [entry.sock for entry in self._plane.registry.entries[: len(sockets)]]
+            memories = [next(descriptors) for _ in stashes]
+            try:
+                generation.inherited_stash.receive(stashes, memories)
+            finally:
+                close_all(memories)
+            generation.inherited_stash.expect(body["stash_later"])
+            for ancestor in ancestors:
+                number, pid = int(ancestor["generation"]), int(ancestor["pid"])
+                channel = Channel(socket.socket(fileno=next(descriptors)))
+                generation.lineage.ancestors.append(Ancestor(number, pid, Peer(channel, next(descriptors))))
+            generation.number = int(body["generation"])
+            generation.log = GenerationLog(generation.number)
+            generation.env_file_keys = tuple(body["env_file_keys"])
+            self.restart_id = str(body["restart"])
+            make_room(int(body.get("connections", 0)))
+            self.predecessor = Ancestor(int(body["predecessor"]["generation"]), int(body["predecessor"]["pid"]), peer)
+            unowned.pop_all()
 
     def _restore_stderr(self) -> None:
         """Put the service's real stderr in the place of the predecessor's pipe, which ends with the predecessor."""
