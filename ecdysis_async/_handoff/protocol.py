@@ -2,7 +2,7 @@
 
 No I/O, no clock and no loop: the supervisor turns frames, deaths, timers and requests into events, and carries out the
 actions in the order given. A state is one member of an enum and remembers nothing besides, so that all interleavings
-of three generations can be explored exhaustively (tests/test_protocol_exploration.py).
+of three generations can be explored exhaustively (tests/handoff/test_protocol_exploration.py).
 
     predecessor                                successor
      SPAWNING      <------------- hello        GREETING

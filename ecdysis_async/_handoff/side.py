@@ -1,6 +1,6 @@
 """One side of a restart: a machine of ``protocol.py`` with its queue of events and its timer.
 
-What an event is and what an action does is the business of the two sides, in ``handover.py`` and ``inheritance.py``.
+What an event is and what an action does is the business of the two sides, in ``predecessor.py`` and ``successor.py``.
 """
 
 from __future__ import annotations
