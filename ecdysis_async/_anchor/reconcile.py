@@ -19,6 +19,9 @@ from .state import AnchorState, Begin, Fill, Life, wait_until
 
 __all__ = ["Reconciler", "find_beat_seconds"]
 
+# How often it is looked for workers that have not ended, where nothing asks for more, seconds.
+LOOK_SECONDS = 5.0
+
 # How long a worker that leaves may take besides its drain and its exit_timeout, seconds.
 LINGER_SECONDS = 6.0
 
@@ -184,11 +187,10 @@ class Reconciler:
         state.changes.announce()
 
     async def watch(self) -> None:
-        """Find the workers whose loop does not turn, where somebody wants to know."""
+        """Find the workers that have not ended in time, and, where somebody wants to know, whose loop does not turn."""
         config = self._state.config
-        if config.hang_timeout is None and self._watchdog is None:
-            return
-        tick = find_beat_seconds(config, self._watchdog)
+        is_fast = config.hang_timeout is not None or self._watchdog is not None
+        tick = find_beat_seconds(config, self._watchdog) if is_fast else LOOK_SECONDS
         looked = anyio.current_time()
         while True:
             await anyio.sleep(tick)
@@ -205,21 +207,31 @@ class Reconciler:
         settings = self._state.config.settings
         limit = settings.drain_timeout + settings.exit_timeout + LINGER_SECONDS
         hang = self._state.config.hang_timeout
+        for worker in self._find_leaving():
+            worker.leaving += elapsed
+            if worker.leaving > limit:
+                worker.leaving = -math.inf
+                self._begin(self._end_lingering, worker, limit)
         for worker in tuple(self._state.pool):
-            if worker.is_to_end:
-                worker.leaving += elapsed
-                if worker.leaving > limit:
-                    worker.leaving = -math.inf
-                    self.log.error(
-                        "worker pid %d has not ended %g s after it began to leave: it is killed", worker.pid, limit
-                    )
-                    worker.process.send_signal(signal.SIGKILL)
             # A worker that is starting may block for as long as ready_timeout allows.
             if worker.state in (State.SERVING, State.PAUSED, State.DRAINING):
                 worker.silence += elapsed
                 if hang is not None and worker.silence > hang:
                     worker.silence = -math.inf
                     self._begin(self._end_hanging, worker)
+
+    def _find_leaving(self) -> list[Worker]:
+        """Return the workers that are to be gone soon, also those that could not say so any more."""
+        leaving = [worker for worker in self._state.pool if worker.is_to_end]
+        if not self._state.is_rolling:
+            for slot in self._state.pool.slots:
+                if slot.activity is SlotActivity.NONE and (newest := slot.serving_worker) is not None:
+                    leaving += [each for each in slot.workers if each is not newest and not each.is_to_end]
+        return leaving
+
+    async def _end_lingering(self, worker: Worker, limit: float) -> None:
+        self.log.error("worker pid %d has not ended %g s after it began to leave: it is killed", worker.pid, limit)
+        worker.process.send_signal(signal.SIGKILL)
 
     def has_sound_worker(self) -> bool:
         """Say whether a worker's loop turns, if there is one: what systemd's watchdog asks, while this loop turns.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import anyio
 import pytest
@@ -245,7 +246,11 @@ def test_a_worker_that_is_silent_for_too_long_hangs() -> None:
         ]
         # Each is ended once.
         reconciler.note_silence(1000)
-        assert len(here.begun.calls) == 3
+        # What leaves, and has not ended by then, is ended once as well.
+        lingering: list[Any] = [arguments[0] for _, arguments in here.begun.calls[3:]]
+        assert [worker.state for worker in lingering] == [State.DRAINING, State.ENDED]
+        reconciler.note_silence(1000)
+        assert len(here.begun.calls) == 5
 
 
 def test_a_watchdog_is_fed_while_one_worker_is_sound() -> None:

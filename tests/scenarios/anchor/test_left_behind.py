@@ -30,7 +30,7 @@ def test_workers_end_after_each_restart_and_at_the_stop(run_anchor: Run) -> None
 
 
 def test_a_worker_that_cannot_end_itself_is_killed(run_anchor: Run) -> None:
-    planted = "from ecdysis_async._anchor import reconcile; reconcile.LINGER_SECONDS = reconcile.STATUS_SECONDS = 0.5"
+    planted = "from ecdysis_async._anchor import reconcile; reconcile.LINGER_SECONDS = reconcile.LOOK_SECONDS = 0.5"
     grace = "from ecdysis_async._handoff import ancestors; ancestors.GRACE_SECONDS = 600"
     service = run_anchor(workers=1, ecdysis=LIMITS, handoffs=LIMITS, at_anchor=planted, at_import=grace)
     [former] = service.workers().values()
