@@ -72,8 +72,8 @@ _OUTCOMES: Final = {
 class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, PredecessorAction]):
     """One restart, as the generation that was asked for it carries it out.
 
-    It is long, because each event and each action of the machine has its lines here, and all of them share what is known
-    of one restart. What needs less than that stands in ``failures.py`` and ``successor_process.py``.
+    It is long, because each event and each action of the machine has its lines here, and all share what is known of one
+    restart. What needs less than that stands in ``failures.py`` and ``successor_process.py``.
 
     Args:
         generation: the predecessor.
