@@ -75,7 +75,11 @@ async def _load(plan: Plan, service: Service, history: History, tell: Tell) -> N
                 restart = Restart(step, load.clock())
                 history.restarts.append(restart)
                 tell(f"{load.clock():6.1f} s  {name_restart(number, restart)}")
-                await service.carry_out(restart, load.clock)
+                try:
+                    await service.carry_out(restart, load.clock)
+                except ServiceFailed as error:  # it is gone: what that has cost is the verdict
+                    restart.message, restart.answered = str(error), load.clock()
+                    break
                 await asyncio.sleep(plan.between)
         finally:
             load.end()

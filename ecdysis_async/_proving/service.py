@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,6 +307,8 @@ class CommandedService(Service):
         self._workers: set[int] = set()
 
     async def start(self) -> None:
+        if shutil.which(self._restart[0]) is None:
+            raise ServiceFailed(f"--restart-command {self._restart[0]}: there is no such program")
         if not self._command:
             await self._connect()
             return
@@ -356,12 +359,9 @@ class CommandedService(Service):
     async def carry_out(self, restart: Restart, clock: Callable[[], float]) -> None:
         restart.former = frozenset(await self.look())
         words = [word.replace("{pid}", str(self._process.pid) if self._process else "") for word in self._restart]
-        try:
-            command = await asyncio.create_subprocess_exec(
-                *words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-            )
-        except OSError as error:
-            raise ServiceFailed(f"--restart-command {words[0]}: {error.strerror}") from None
+        command = await asyncio.create_subprocess_exec(
+            *words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         try:
             async with asyncio.timeout(self._timeout):
                 _, errors = await command.communicate()

@@ -33,7 +33,7 @@ those of `ecdysis run`. One release is broken on purpose, one successor and one 
 Instead of a TARGET, --control proves a service that runs already, and --command any other one, by --restart-command."""
 
 CODES = """Exit codes: 0 nothing was lost; 1 something was, or a restart had the wrong outcome; 2 usage, or there is no
-service to be proved."""
+service to be proved; 130 interrupted."""
 
 
 def _prove(arguments: tuple[str, ...], *, as_json: bool, html: str | None, **given: Any) -> None:
@@ -51,6 +51,9 @@ def _prove(arguments: tuple[str, ...], *, as_json: bool, html: str | None, **giv
             Path(html).write_text(page.write(verdict, _name_subject(plan)), encoding="utf-8")
     except (PlanError, CommandFailed, OSError) as error:
         _fail(str(error), as_json=as_json)
+    except KeyboardInterrupt:
+        click.echo("\necdysis: interrupted: nothing is proved", err=True)
+        sys.exit(Exit.INTERRUPTED)
     if as_json:
         click.echo(json.dumps(verdict.to_json()))
     else:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.scenarios.run.harness import ECDYSIS, PROJECT, running
@@ -21,7 +24,9 @@ IN_PROJECT = ("--app-dir", str(PROJECT))
 QUICK = ("--between", "0.7", "--rate", "50", "--max-slowdown", "100")
 ONE = ("--restarts", "1", "--no-broken", "--no-kill-successor", "--no-kill-predecessor")
 
-GOOD, BAD, USAGE = 0, 1, 2
+GOOD, BAD, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+pytestmark = pytest.mark.newest_python_only
 
 
 def prove(*arguments: str, **environment: str) -> tuple[int, str]:
@@ -153,6 +158,34 @@ def test_workers_of_uvicorn_for_comparison() -> None:
     assert 0 < verdict["memory"]["steady"] < verdict["memory"]["restarts"]
 
 
+def test_a_service_that_ends_meanwhile(tmp_path: Path) -> None:
+    command = [*ECDYSIS, "prove", *ONE, "--between", "2", "--log", str(tmp_path / "log"), "asgi_app:app"]
+    with subprocess.Popen(
+        [*command, "--app-dir", "examples"], cwd=PROJECT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        assert "restart 1" in lines[1]
+        [anchor] = psutil.Process(process.pid).children()[:1]
+        for each in [anchor, *anchor.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        output = process.stdout.read()
+    assert process.returncode == BAD, output
+    assert "connection refused" in output
+    assert "restart 1: it failed" in output
+
+
+def test_it_is_interrupted() -> None:
+    command = [*ECDYSIS, "prove", *ONE, "--between", "30", "asgi_app:app", "--app-dir", "examples"]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        output = process.stdout.read()
+    assert (process.returncode, output) == (INTERRUPTED, "\necdysis: interrupted: nothing is proved\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -162,13 +195,17 @@ def test_workers_of_uvicorn_for_comparison() -> None:
         (("asgi_app:app", "--app-dir", "examples", "--wrokers", "2"), "--wrokers"),
         (("--workers", "2", "asgi_app:app"), "there is no such option of `ecdysis prove`"),
         (("--control", "/nowhere/control", "--no-broken"), "/nowhere/control"),
+        (("--restart-command", "no-such-program", "--url", "http://127.0.0.1:9/"), "no-such-program"),
         (("--restart-command", "true", "--url", "http://127.0.0.1:9/"), "nothing listens at http://127.0.0.1:9/"),
         (("--restart-command", "true", "--url", "http://example.org/"), "the load goes to loopback only"),
         (("asgi_app:app", "--app-dir", "examples", "--websocket-path", "/ws"), "websocket /ws: "),
         (("asgi_app:app", "--app-dir", "examples", "--bind", "unix:/tmp/nobody.sock"), "listens on no TCP address"),
         (("asgi_app:app", "--requests", "README.md"), "README.md: "),
         (("asgi_app:app", "--header", "nonsense"), "write NAME: VALUE"),
-        (("--command", "no-such-program", "--restart-command", "x", "--url", "http://127.0.0.1:9/"), "no-such-program"),
+        (
+            ("--command", "no-such-program", "--restart-command", "true", "--url", "http://127.0.0.1:9/"),
+            "no-such-program",
+        ),
     ],
 )
 def test_mistakes_are_told(arguments: tuple[str, ...], words: str) -> None:
