@@ -30,7 +30,7 @@ MAX_IN_FLIGHT = 500
 # A second answer to the same request follows the first at once: so long it is waited for.
 LINGER_SECONDS = 0.01
 
-CLIENT_ERROR = 400
+CLIENT_ERROR, SERVER_ERROR = 400, 500
 
 Channel = HttpConnection | WebSocketConnection
 
@@ -91,6 +91,10 @@ class Load:
                 self._history.notes.append(f"no {what}: {shape.path} answers with {why} (say where by {option})")
                 continue
             status = answer.status if answer is not None else None
+            if status is not None and shape.expect is None and status >= CLIENT_ERROR:
+                if status >= SERVER_ERROR:
+                    raise PlanError(f"{shape} is answered with status {status}: say by --path what the service answers")
+                self._history.notes.append(f"{shape} is answered with status {status}: is the path right?")
             self._shapes.append(dataclasses.replace(shape, expect=shape.expect or status))
         # Trials are no part of the load.
         self._history.exchanges.clear()

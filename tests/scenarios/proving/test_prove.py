@@ -105,6 +105,16 @@ def test_an_aiohttp_application() -> None:
     assert [note.partition(":")[0] for note in verdict["notes"]] == ["no uploads", "no WebSockets"]
 
 
+def test_websockets_that_move(tmp_path: Path) -> None:
+    requests = tmp_path / "requests.toml"
+    requests.write_text('[[request]]\nkind = "websocket"\nrate = 40\nconnections = 8\n')
+    arguments = ("--requests", str(requests), "websocket_echo:app", "--app-dir", "examples")
+    code, verdict, output = judge(*ONE, *QUICK, *arguments, "--server-option", "ws=websockets-sansio")
+    assert (code, verdict["failures"]) == (GOOD, []), output
+    assert verdict["closed_by_server"] == {"announced": 0, "idle": 0, "busy": 0}
+    assert set(verdict["kinds"]) == {"websocket"}
+
+
 def test_a_service_that_loses_one_percent() -> None:
     code, verdict, output = judge(*ONE, *QUICK, "--rate", "120", f"{APPS}:lossy", *IN_PROJECT)
     assert (code, verdict["verdict"]) == (BAD, "bad"), output
@@ -202,6 +212,7 @@ def test_it_is_interrupted() -> None:
         (("asgi_app:app", "--app-dir", "examples", "--bind", "unix:/tmp/nobody.sock"), "listens on no TCP address"),
         (("asgi_app:app", "--requests", "README.md"), "README.md: "),
         (("asgi_app:app", "--header", "nonsense"), "write NAME: VALUE"),
+        (("websocket_echo:app", "--app-dir", "examples"), "status 500: say by --path what the service answers"),
         (
             ("--command", "no-such-program", "--restart-command", "true", "--url", "http://127.0.0.1:9/"),
             "no-such-program",
