@@ -25,6 +25,9 @@ __all__ = [
 
 LOCK_SUFFIX = ".lock"
 
+# Below it systemd makes what a unit asks for by RuntimeDirectory= (systemd.exec(5)).
+RUN_DIRECTORY = "/run"
+
 
 def locate(path: StrPath) -> str:
     """Return the absolute path of a control socket; a bare name is one in the default directory.
@@ -87,10 +90,19 @@ def prepare_directory(path: str) -> None:
         )
 
 
+def _unit_directories() -> list[str]:
+    """Return where services of systemd units may have theirs: RuntimeDirectory= is below one of these directories."""
+    found: list[str] = []
+    for parent in dict.fromkeys((RUN_DIRECTORY, os.environ.get("XDG_RUNTIME_DIR") or RUN_DIRECTORY)):
+        with contextlib.suppress(OSError), os.scandir(parent) as entries:
+            found += sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+    return found
+
+
 def find_live() -> list[str]:
-    """Return the control sockets in the default directories that somebody listens on."""
+    """Return the control sockets that somebody listens on: in the default directories, and in those of units."""
     found = []
-    for directory in default_directories():
+    for directory in dict.fromkeys((*default_directories(), *_unit_directories())):
         # A directory that is missing, or cannot be read, holds no service of this user.
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
             found += sorted(entry.path for entry in entries if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode))

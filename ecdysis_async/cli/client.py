@@ -21,7 +21,19 @@ from typing import Any
 from ecdysis_async._management.control_path import default_directories, find_live, is_live, locate
 from ecdysis_async.report import RestartReport
 
-__all__ = ["CommandFailed", "Exit", "check", "compare", "find", "reopen_logs", "restart", "status", "stop", "upgrade"]
+__all__ = [
+    "CommandFailed",
+    "Exit",
+    "check",
+    "compare",
+    "find",
+    "find_all",
+    "reopen_logs",
+    "restart",
+    "status",
+    "stop",
+    "upgrade",
+]
 
 Event = dict[str, Any]
 
@@ -126,18 +138,28 @@ def find(control: str | None) -> str:
             return locate(control)
         except ValueError as error:
             raise CommandFailed(str(error), Exit.USAGE) from error
-    live = find_live()
+    live = find_all()
     if len(live) > 1:
         raise CommandFailed(
             "several services run; choose one:\n" + "\n".join(f"  --control {path}" for path in live), Exit.USAGE
         )
+    return live[0]
+
+
+def find_all() -> list[str]:
+    """Return the paths of all control sockets that are live, as far as this user can see.
+
+    Raises:
+        CommandFailed: there is none.
+    """
+    live = find_live()
     if not live:
         raise CommandFailed(
             f"no service has its control socket in {', '.join(default_directories())}: "
             "start it, or say where it is by --control PATH",
             Exit.NO_SERVICE,
         )
-    return live[0]
+    return live
 
 
 def upgrade(path: str, on_event: Callable[[Event], None]) -> Event:

@@ -20,7 +20,7 @@ from ecdysis_async.report import RestartReport
 from . import client
 from .client import CommandFailed, Exit
 from .output import has_reader, let_readers_leave
-from .progress import Progress, describe_check, describe_outcome, describe_status, showing, watching
+from .progress import Progress, describe_check, describe_outcome, describe_services, describe_status, showing, watching
 
 __all__ = ["command"]
 
@@ -149,7 +149,7 @@ def restart(until: str, anchor: bool, check: bool, as_json: bool, control: str |
             print_json(client.restart(path, until, lambda event: None))
         return
     with interruptible("the restart"), showing() as display:
-        progress = Progress(display)
+        progress = Progress(display, path)
         event = client.restart(path, until, progress.show)
         progress.show(event)
     click.echo(describe_outcome(RestartReport.from_json(event["report"])))
@@ -192,7 +192,7 @@ def stop(as_json: bool, control: str | None) -> None:  # noqa: FBT001 - click pa
         print_json({"event": "done"})
         return
     with interruptible("the stop"), showing() as display:
-        client.stop(path, Progress(display).show)
+        client.stop(path, Progress(display, path).show)
     click.echo("stopped")
 
 
@@ -202,7 +202,13 @@ def stop(as_json: bool, control: str | None) -> None:  # noqa: FBT001 - click pa
 @control_option
 @failures_exit
 def status(as_json: bool, watch: bool, control: str | None) -> None:  # noqa: FBT001 - click passes it by name
-    """Show the generation that accepts: its connections, its sockets, its restart, and who still drains."""
+    """Show the generation that accepts: its connections, its sockets, its restart, and who still drains.
+
+    Where several services run and none is chosen, all of them are shown in a table.
+    """
+    if control is None and not watch and len(paths := client.find_all()) > 1:
+        _show_services(paths, as_json=as_json)
+        return
     path = client.find(control)
     if not watch:
         found = client.status(path)
@@ -224,6 +230,20 @@ def status(as_json: bool, watch: bool, control: str | None) -> None:  # noqa: FB
                 time.sleep(WATCH_SECONDS)
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)
+
+
+def _show_services(paths: list[str], *, as_json: bool) -> None:
+    found: dict[str, dict[str, Any] | str] = {}
+    for path in paths:
+        try:
+            found[path] = client.status(path)
+        except CommandFailed as error:
+            found[path] = str(error)
+    if as_json:
+        print_json({"services": found})
+        return
+    with client.understanding(", ".join(paths)):
+        click.echo(describe_services(found))
 
 
 @command.command("reopen-logs")

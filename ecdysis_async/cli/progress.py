@@ -22,6 +22,7 @@ __all__ = [
     "Watch",
     "describe_check",
     "describe_outcome",
+    "describe_services",
     "describe_status",
     "showing",
     "watching",
@@ -58,18 +59,24 @@ class Watch(Protocol):
 
 
 class Progress:
-    """Tells how something goes on, from the events of a service."""
+    """Tells how something goes on, from the events of a service.
 
-    def __init__(self, display: Display) -> None:
+    Args:
+        display: where it is told.
+        path: the service's control socket, which names it.
+    """
+
+    def __init__(self, display: Display, path: str) -> None:
         self._display = display
+        self._path = path
         self._phases: set[Phase] = set()
 
     def show(self, event: dict[str, Any]) -> None:
         """Show what is new in an event."""
         if event["event"] == "accepted" and "id" in event:
-            self._display.write(f"restart {event['id']}, asked of pid {event['pid']}")
+            self._display.write(f"restart {event['id']} of {self._path}, asked of pid {event['pid']}")
         elif event["event"] == "accepted":
-            self._display.write(f"pid {event['pid']} stops")
+            self._display.write(f"{self._path} (pid {event['pid']}) stops")
         if event.get("report") is not None:
             report = RestartReport.from_json(event["report"])
             # What several workers took is a sum, which stands once all of them serve.
@@ -242,6 +249,23 @@ def _describe_changes(changes: dict[str, list[str]], otherwise: str) -> str:
 
 def _through_links(path: str, real: str | None) -> str:
     return path if real is None or path == real else f"{path} -> {real}"
+
+
+def describe_services(found: dict[str, dict[str, Any] | str]) -> str:
+    """Tell of several services in a table: the status of each by its control socket, or why there is none."""
+    rows: list[tuple[str, ...]] = [
+        ("control socket", "generation", "pid", "state", "workers", "connections", "listening")
+    ]
+    for path, status in found.items():
+        if isinstance(status, str):
+            rows.append((path, "", "", status, "", "", ""))
+            continue
+        listening = ", ".join(str(each["address"]) for each in status["listeners"]) or "nowhere"
+        workers = str(len(status.get("workers", ()))) if status.get("workers") else "-"
+        facts = (str(status[name]) for name in ("generation", "pid", "state"))
+        rows.append((path, *facts, workers, str(status["connections"]), listening))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def describe_status(status: dict[str, Any]) -> str:

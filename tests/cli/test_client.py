@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import threading
@@ -95,9 +96,19 @@ def test_several_services(backend: str, run_service: Run, environment: Path) -> 
     run_service(backend, "api")
     # The one that is started last is ended first: both let their orphans go to this process.
     run_service(backend, "jobs")
-    done = call("status")
+    done = call("reopen-logs")
     assert done.returncode == USAGE
     assert done.stderr.splitlines()[1:] == [f"  --control {environment}/{name}" for name in ("api", "jobs")]
+    # To look harms nobody: all of them are shown.
+    done = call("status")
+    assert done.returncode == SERVING
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [
+        [f"{environment}/{name}", "1"] for name in ("api", "jobs")
+    ]
+    found = json.loads(call("status", "--json").stdout)["services"]
+    assert {path: status["generation"] for path, status in found.items()} == {
+        f"{environment}/{name}": 1 for name in ("api", "jobs")
+    }
     assert call("status", "--control", "jobs").returncode == SERVING
 
 

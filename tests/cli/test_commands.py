@@ -213,7 +213,7 @@ def test_stop(backend: str, run_service: Run, environment: Path) -> None:
         held.close()
     code, output, errors = end(process)
     assert (code, errors) == (SERVING, "")
-    assert output.splitlines()[0] == f"pid {service.pids[0]} stops"
+    assert output.splitlines()[0].endswith(f"(pid {service.pids[0]}) stops")
     assert output.splitlines()[-1] == "stopped"
     # Nothing is left, and whoever starts it again at once finds everything free.
     assert not service.is_alive(service.pids[0])

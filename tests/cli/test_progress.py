@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ecdysis_async.cli.progress import Lines, Progress
+from ecdysis_async.cli.progress import Lines, Progress, describe_services
 from ecdysis_async.report import Outcome, Phase, RestartReport
 from tests.cli.commands import (
     COMMAND,
@@ -47,7 +47,7 @@ def phase(waiting_for: str, report: RestartReport | None = None, *waits: str) ->
 
 def test_a_roll_out_is_told_in_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """In a log nobody wants each step of each worker; and what all of them took is a sum, which has to be complete."""
-    progress, report = Progress(Lines()), RestartReport("1d", 2, 10)
+    progress, report = Progress(Lines(), "/run/api.sock"), RestartReport("1d", 2, 10)
     progress.show({"event": "accepted", "id": "1d", "pid": 10})
     for number in (1, 2):
         for step in ("its turn", "initialising", "pausing", "committing", "probation"):
@@ -59,7 +59,7 @@ def test_a_roll_out_is_told_in_few_lines(capsys: pytest.CaptureFixture[str]) -> 
     report.outcome, report.phases[Phase.PROBATION] = Outcome.SETTLED, 1.0
     progress.show(phase("the former workers to end", report, "its end", "its end"))
     assert capsys.readouterr().out.splitlines() == [
-        "restart 1d, asked of pid 10",
+        "restart 1d of /run/api.sock, asked of pid 10",
         "  waiting for worker 1 of 2",
         "  waiting for worker 2 of 2",
         "  start           200.0 ms",
@@ -74,7 +74,7 @@ def test_a_roll_out_is_told_in_few_lines(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_drain_counts_down_now_and_then(
     seconds: float, counts: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    progress = Progress(Lines(seconds))
+    progress = Progress(Lines(seconds), "/run/api.sock")
     progress.show(phase("generation 2 to start, for 0.0 s so far"))
     progress.show(phase("generation 2 (pid 12) to start, for 0.1 s so far"))
     for left in (3, 3, 2, 1):
@@ -132,3 +132,13 @@ def test_watch_on_a_terminal(backend: str, run_service: Run, monkeypatch: pytest
     assert process.wait(60) == INTERRUPTED
     assert b"\x1b[2K" in output, "nothing is drawn over"
     assert b"Traceback" not in output
+
+
+def test_several_services_are_a_table() -> None:
+    status = {"generation": 3, "pid": 7, "state": "serving", "connections": 2, "listeners": [{"address": "[::1]:80"}]}
+    found: dict[str, Any] = {"/run/a.sock": {**status, "workers": [{}, {}]}, "/run/longer.sock": "it does not answer"}
+    assert describe_services(found).splitlines() == [
+        "control socket    generation  pid  state               workers  connections  listening",
+        "/run/a.sock       3           7    serving             2        2            [::1]:80",
+        "/run/longer.sock                   it does not answer",
+    ]
