@@ -206,6 +206,9 @@ class _DuplicateListener(socket.socket):
             sock, address = super().accept()
         except OSError as error:
             self._is_exhausted = error.errno in EXHAUSTED
+            if error.errno == errno.EINVAL:
+                # Another worker has shut the socket down, since their anchor is dead. This one will hear of it next.
+                raise BlockingIOError(errno.EAGAIN, "nobody can queue here any more") from error
             raise
         self.accepted.append(sock)
         return sock, address

@@ -226,6 +226,10 @@ class GatedSocket(Acceptor):
                     with contextlib.suppress(anyio.ClosedResourceError):
                         await anyio.wait_readable(self.entry.sock)
                 except OSError as error:
+                    if error.errno == errno.EINVAL and self.entry.has_queue and not self.entry.is_listening():
+                        # Another worker has shut it down, since their anchor is dead. This one will hear of it next.
+                        await self._changed.wait()
+                        continue
                     if error.errno not in EXHAUSTED:
                         raise
                     self._report_exhaustion(error)

@@ -147,7 +147,7 @@ class Dispatcher:
 
     def employ(self, slot: Slot, worker: Worker) -> None:
         """Welcome a worker of the pool, and look after it from now on."""
-        worker.link.tell(FromAnchor.WELCOME, {"beat_seconds": self._beat_seconds})
+        worker.link.tell(FromAnchor.WELCOME, {"beat_seconds": self._beat_seconds, "pid": os.getpid()})
         if self._state.is_stopping:
             worker.is_told_to_leave = True
             worker.link.tell(FromAnchor.STOP, {})

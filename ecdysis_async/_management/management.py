@@ -71,6 +71,8 @@ class Management(abc.ABC):
         is_supervised: whether systemd ends what is left of the service when its last process ends, and starts it anew.
         owns_process: whether this process is nothing but its generation, and is to end with it.
         keeps_sockets: whether somebody holds the sockets open after the last generation, so that clients wait there.
+        is_orphaned: whether the process that held the service together has died, so that the next start is to have
+            the addresses at once.
         control_path: where commands reach the service through this process, if they do.
     """
 
@@ -78,7 +80,8 @@ class Management(abc.ABC):
     probation: float | None = None
     is_supervised = False
     owns_process = False
-    keeps_sockets = False
+    keeps_sockets: bool = False
+    is_orphaned: bool = False
     control_path: str | None = None
 
     def __init__(self, log: GenerationLog, signals: Mapping[signal.Signals, Callable[[], None]]) -> None:

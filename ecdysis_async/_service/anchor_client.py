@@ -41,12 +41,17 @@ from ecdysis_async._system.process import UNKNOWN_STATUS, Child
 from ecdysis_async.errors import ChannelError, RestartError, SpawnFailed
 from ecdysis_async.report import RestartReport
 
+from .anchor_watch import DEATH_SECONDS, AnchorWatch
+
 __all__ = ["AnchorClient", "WorkerCommands"]
 
 logger = logging.getLogger("ecdysis_async")
 
 # How often a worker tells of itself until its anchor has said how often it shall, seconds.
 BEAT_SECONDS = 1.0
+
+# How often it is looked whether the anchor whose link has ended is dead, seconds; that is a matter of milliseconds.
+DEATH_POLL_SECONDS = 0.005
 
 GONE = "the anchor of this worker is gone, and nobody can restart or stop the service: this worker drains and ends"
 
@@ -58,6 +63,8 @@ class WorkerCommands:
     Attributes:
         begin_restart: begins to replace this worker by one of the generation that is given; raises a ``RestartError``.
         stop: lets this worker leave.
+        abandon: lets this worker leave, and leave its addresses at once: nobody else goes on with them.
+        note_death: takes note that the anchor has died, in a thread: the loop may not turn.
         reopen_logs: opens log files anew that were moved; tells how many.
         note_report: takes note of the last restart of the service.
         state: tells where it stands.
@@ -65,6 +72,8 @@ class WorkerCommands:
 
     begin_restart: Callable[[int], PredecessorSide]
     stop: Callable[[], None]
+    abandon: Callable[[], None]
+    note_death: Callable[[], None]
     reopen_logs: Callable[[], Awaitable[int]]
     note_report: Callable[[RestartReport], None]
     state: Callable[[], str]
@@ -133,7 +142,7 @@ class AnchorClient(Management):
         spawner: the anchor starts the successors of its workers.
         probation: it says when all workers have been on probation for long enough.
         owns_process: a worker is nothing but its generation.
-        keeps_sockets: the other workers, and the anchor, have the sockets as well.
+        keeps_sockets: the other workers, and the anchor, have the sockets as well, until the anchor dies.
     """
 
     probation = math.inf
@@ -151,8 +160,12 @@ class AnchorClient(Management):
         super().__init__(log, signals)
         self.spawner = self.spawn
         self._link = WorkerLink(sock)
+        self._watch = AnchorWatch(sock, lambda: plane.registry.entries, commands.note_death)
         self._resources.callback(self._link.close)
+        # First, while the link is open: its end means something.
+        self._resources.callback(self._watch.close)
         self._anchor_pid = self._link.peer_pid
+        self._watch.watch(self._anchor_pid)
         self._plane = plane
         self._commands = commands
         self._numbers = itertools.count(1)
@@ -280,13 +293,23 @@ class AnchorClient(Management):
                     self._hear(await self._link.receive())
             except ChannelError as error:
                 logger.warning("%s (%s)", GONE, error)
+            # A link may also be given up by an anchor that lives, and serves on with the other workers.
+            with anyio.move_on_after(DEATH_SECONDS):
+                while not self._watch.is_proven:  # noqa: ASYNC110 - it may not be known which process that is
+                    await anyio.sleep(DEATH_POLL_SECONDS)
             self._has_lost_anchor = True
             self._link.give_up()
             for answer in self._answers.values():
                 answer.give(None)
             for child in tuple(self._children.values()):
                 child.note_exit(UNKNOWN_STATUS)
-            self._commands.stop()
+            if self._watch.is_proven:
+                # Workers that served on could not be restarted, stopped or asked, nor be replaced when they crash: all
+                # of that was the anchor's. So the next start gets the addresses at once.
+                self.is_orphaned, self.keeps_sockets = True, False
+                self._commands.abandon()
+            else:
+                self._commands.stop()
             self._tasks.cancel_scope.cancel()
 
     async def _beat(self) -> None:
@@ -339,6 +362,10 @@ class AnchorClient(Management):
         match frame.type:
             case FromAnchor.WELCOME:
                 self._beat_seconds = float(body["beat_seconds"])
+                # Another process than the one that has made the link may be the anchor by now.
+                if (pid := int(body.get("pid", self._anchor_pid))) != self._anchor_pid:
+                    self._anchor_pid = pid
+                    self._watch.watch(pid)
                 self.changed()
             case FromAnchor.RESTART:
                 self._pass_on(body["sockets"], frame.descriptors)

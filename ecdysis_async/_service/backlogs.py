@@ -30,18 +30,28 @@ class Backlogs:
         limit: how long those who wait are answered at the most, seconds.
         is_shared: whether somebody else holds the sockets open: other workers, or systemd for the next start. Then the
             sockets go on listening, and newcomers are left to the others.
+        kinds: which listeners end now.
     """
 
-    def __init__(self, plane: DataPlane, log: GenerationLog, limit: float, *, is_shared: bool) -> None:
+    def __init__(
+        self,
+        plane: DataPlane,
+        log: GenerationLog,
+        limit: float,
+        *,
+        is_shared: bool,
+        kinds: Collection[Until] = (Until.DRAIN,),
+    ) -> None:
         self._plane = plane
         self._gate = plane.gate
         self._log = log
         self._limit = min(FLUSH_SECONDS, limit)
         self._is_shared = is_shared
+        self._kinds = kinds
 
     async def answer(self) -> None:
         """Answer everyone who waits, because no generation comes after this one."""
-        acceptors = [each for each in self._gate.acceptors if each.entry.until is Until.DRAIN and each.entry.has_queue]
+        acceptors = [each for each in self._gate.acceptors if each.entry.until in self._kinds and each.entry.has_queue]
         for acceptor in acceptors:
             self._refuse_newcomers(acceptor.entry)
         await self.empty(acceptors)

@@ -71,6 +71,8 @@ class Commands:
             orders = WorkerCommands(
                 begin_restart=lambda number: self._restarts.begin(number=number),
                 stop=functools.partial(self._leaving.stop, Stop.TOLD),
+                abandon=self._leaving.abandon,
+                note_death=self._leaving.expect_end,
                 reopen_logs=generation.reopen_logs,
                 note_report=self._note_report,
                 state=lambda: life.state.value,

@@ -54,7 +54,10 @@ class Leaving:
     def _backlogs(self) -> Backlogs:
         life = self._life
         limit = life.generation.settings.drain_timeout
-        return Backlogs(life.plane, life.generation.log, limit, is_shared=life.management.keeps_sockets)
+        management = life.management
+        # Where the anchor has died, nothing serves to the exit either.
+        kinds = tuple(Until) if management.is_orphaned else (Until.DRAIN,)
+        return Backlogs(life.plane, life.generation.log, limit, is_shared=management.keeps_sockets, kinds=kinds)
 
     def stop(self, how: Stop = Stop.ASKED) -> None:
         """Stop this generation, and call off a restart that is under way, or stop its successor as well."""
@@ -73,6 +76,18 @@ class Leaving:
                 life.body.cancel()
             self.begin()
 
+    def abandon(self) -> None:
+        """Stop, and keep no address: nobody goes on with them, and the next start has to have them at once."""
+        was_leaving = self._life.is_leaving
+        self.stop(Stop.TOLD)
+        if was_leaving:
+            self._life.task_group.start_soon(self._close_listeners)
+
+    def expect_end(self) -> None:
+        """See that this process ends, though its loop may not turn, and cannot begin to leave. Called in any thread."""
+        settings = self._life.generation.settings
+        self._set_exit_deadline(settings.drain_timeout + EXIT_SECONDS + settings.exit_timeout)
+
     def begin(self) -> None:
         """Accept no more, and begin to drain; there is no way back. It may be called where no task can be started."""
         life = self._life
@@ -89,8 +104,7 @@ class Leaving:
         if not life.has_successor:
             limit = life.generation.settings.drain_timeout + LEEWAY_SECONDS
             life.management.leaving(limit, is_partial=life.stop is Stop.PARTIAL)
-        settings = life.generation.settings
-        self._set_exit_deadline(settings.drain_timeout + EXIT_SECONDS + settings.exit_timeout)
+        self.expect_end()
         life.leaving.set()
 
     def _set_exit_deadline(self, seconds: float) -> None:
@@ -151,7 +165,17 @@ class Leaving:
                 await self._backlogs.finish(life.handover.unclaimed if life.handover is not None else ())
             else:
                 await self._backlogs.answer()
-            await gate.end(spare=lambda entry: entry.until is Until.EXIT and not life.has_successor)
+            is_final = life.has_successor or life.management.is_orphaned
+            await gate.end(spare=lambda entry: entry.until is Until.EXIT and not is_final)
+        if life.management.is_orphaned:
+            await self._close_listeners()
+
+    async def _close_listeners(self) -> None:
+        """Close every socket that is listened on, while connections drain."""
+        life = self._life
+        async with life.generation.gate_lock:
+            await life.plane.gate.end()
+            life.plane.registry.close(unlink=not life.has_successor)
 
     def _is_last(self) -> bool:
         """Say whether no generation of this slot will accept after this one; where in doubt, another one will (G2).

@@ -98,18 +98,23 @@ class Entry:
         if not self.has_queue:
             return
         # A connected socket that was adopted has no queue either.
-        if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or is_connected(self.sock):
+        if self.is_listening() or is_connected(self.sock):
             return
         try:
             self.sock.listen(self.backlog)
         except OSError as error:
             raise explain(error, "listen on", self.address) from error
 
+    def is_listening(self) -> bool:
+        """Say whether clients can queue: another process that shares the socket may have put an end to that."""
+        return bool(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
     def is_waited_for(self) -> bool:
         """Say whether somebody waits in the kernel's queue to be accepted, or a datagram to be read."""
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
-        return bool(poll.poll(0))
+        # A socket that does not listen any more hangs up.
+        return any(events & select.POLLIN for _, events in poll.poll(0))
 
     @property
     def has_queue(self) -> bool:
@@ -130,9 +135,10 @@ class Entry:
             os.unlink(self.address)
         # Other systems take 0 for as many as possible.
         elif self.kind is Kind.TCP and sys.platform == "linux":
-            # The application may have closed it.
+            # The application may have closed it. Where it was shut down, `listen` would open it again.
             with contextlib.suppress(OSError):
-                self.sock.listen(0)
+                if self.is_listening():
+                    self.sock.listen(0)
 
     def stop_listening(self) -> None:
         """Refuse the clients of a TCP port at once, though it is not closed yet: no process accepts here any more.

@@ -130,7 +130,7 @@ async def working(here: Stage, puppet: Puppet) -> AsyncIterator[Office]:
     async with office.open():
         office.dispatcher.employ(slot, puppet.worker)
         welcome = await puppet.link.receive()
-        assert (welcome.type, welcome.body) == (FromAnchor.WELCOME, {"beat_seconds": 0.5})
+        assert (welcome.type, welcome.body) == (FromAnchor.WELCOME, {"beat_seconds": 0.5, "pid": os.getpid()})
         yield office
 
 

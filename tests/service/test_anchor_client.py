@@ -72,6 +72,8 @@ async def a_pair() -> AsyncIterator[Pair]:
         commands = WorkerCommands(
             begin_restart=pair.begin,
             stop=lambda: pair.stops.append("stop"),
+            abandon=lambda: pair.stops.append("abandon"),
+            note_death=lambda: pair.stops.append("death"),
             reopen_logs=reopen_logs,
             note_report=pair.reports.append,
             state=lambda: life.state.value,

@@ -25,6 +25,7 @@ class AnchoredService(Service):
 
     Args:
         directory: for its files.
+        loop: what the workers run on.
         workers: how many.
         at_anchor: code to run in the anchor before it starts.
         opens: whether the anchor opens the sockets; else the workers do.
@@ -38,6 +39,7 @@ class AnchoredService(Service):
         self,
         directory: Path,
         *,
+        loop: str = "asyncio",
         workers: int = 3,
         at_anchor: str = "",
         opens: bool = True,
@@ -54,7 +56,7 @@ class AnchoredService(Service):
         command = [*before, sys.executable, "-W", "error", str(MAIN), str(directory / "settings.json")]
         super().__init__(
             directory,
-            "asyncio",
+            loop,
             command=command,
             opens=opens,
             at_anchor=at_anchor,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -450,6 +452,59 @@ def test_the_workers_leave_when_the_anchor_is_killed(run_anchor: Run) -> None:
     for pid in workers.values():
         service.wait_for_death(pid)
     service.pid_file.unlink()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_next_start_has_the_port_while_workers_of_a_dead_anchor_drain(
+    run_anchor: Run, loop: str, *, hangs: bool
+) -> None:
+    """The workers still answer, one of them may hang, and none of them keeps the port."""
+    service = run_anchor(workers=2, loop=loop)
+    workers = service.workers()
+    with service.talk_to(workers[0]) as hung, service.hold(workers[1]) as busy:
+        if hangs:
+            hung.say("run", code="block()")
+            service.wait_for("blocked", pid=workers[0])
+        service.signal(service.anchor, signal.SIGKILL)
+        with bind_soon(service.address) as newcomer:
+            with Conversation(service.address):
+                newcomer.accept()[0].close()
+            assert service.is_alive(workers[1])
+            assert busy.say("go on").answer()["pid"] == workers[1]
+        if hangs:
+            service.release()
+    for pid in workers.values():
+        service.wait_for_death(pid)
+    service.pid_file.unlink()
+
+
+def test_a_lone_worker_that_hangs_keeps_no_port_from_the_next_start(run_anchor: Run) -> None:
+    """Its exit deadline ends it in the end, though it never learns that its anchor is dead."""
+    ecdysis = {"drain_timeout": 0.5, "exit_timeout": 0.5}
+    service = run_anchor(workers=1, ecdysis=ecdysis)
+    service.expected_blemishes = ("is ended by force",)
+    (worker,) = service.workers().values()
+    with Conversation(service.address) as hung:
+        hung.say("run", code="block()")
+        service.wait_for("blocked", pid=worker)
+        service.signal(service.anchor, signal.SIGKILL)
+        with bind_soon(service.address):
+            service.wait_for_death(worker)
+    service.wait_for_log("thread MainThread at")
+    service.pid_file.unlink()
+
+
+def bind_soon(address: tuple[str, int]) -> socket.socket:
+    """Listen where a service was whose anchor is dead, as soon as that is possible."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return socket.create_server(tuple(address))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
 
 
 def test_the_anchor_is_upgraded_in_place(run_anchor: Run) -> None:

@@ -1,0 +1,117 @@
+"""A worker whose anchor has died frees its addresses, though its loop does not turn.
+
+A worker learns of its anchor's death on its loop, and leaves (``anchor_client.py``). One that hangs does not learn of
+it: it would keep the port for as long as it hangs, and clients would wait in a queue that nobody reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable, Iterable
+
+from ecdysis_async._ipc.peer import is_dead
+from ecdysis_async._sockets.entry import Entry
+
+__all__ = ["DEATH_SECONDS", "AnchorWatch"]
+
+# How long after the end of the link the anchor's death may be seen, seconds: the kernel closes descriptors first.
+DEATH_SECONDS = 0.5
+
+# How long a loop gets to answer those who wait, and to close its sockets by itself, seconds.
+GRACE_SECONDS = 0.5
+
+
+class AnchorWatch:
+    """Sees the anchor die in a thread of its own, which sleeps in the kernel until then.
+
+    The thread cuts no request: it only lets nobody queue any more, where the loop has not done so by itself. What ends
+    a process that hangs is its exit deadline. A signal from the kernel (PR_SET_PDEATHSIG) would come with the end of
+    the anchor's thread that has started this process, and not where a wrapper stands between the two.
+
+    Args:
+        link: the worker's end of the link; a duplicate is taken.
+        entries: returns the sockets of this generation.
+        on_death: is called in the thread, once the anchor is dead.
+    """
+
+    def __init__(
+        self, link: socket.socket, entries: Callable[[], Iterable[Entry]], on_death: Callable[[], None]
+    ) -> None:
+        self._link = link.dup()
+        self._entries = entries
+        self._on_death = on_death
+        self._pidfd = -1
+        self._was_dead = False
+        # The thread ends when the write end is closed.
+        self._woken, self._waker = os.pipe2(os.O_CLOEXEC)
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="ecdysis-anchor-watch", daemon=True)
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the anchor is known to be dead, by its pidfd: the link alone may end for another reason."""
+        with self._lock:
+            return self._was_dead or (self._pidfd >= 0 and is_dead(self._pidfd))
+
+    def watch(self, pid: int) -> None:
+        """Watch the process that is the anchor from now on; nothing is done where that is not possible."""
+        pidfd, was_dead = -1, False
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            was_dead = True
+        except (AttributeError, OSError):
+            return
+        with self._lock:
+            self._close_pidfd()
+            self._pidfd, self._was_dead = pidfd, was_dead
+        if self._thread.ident is None:
+            # No thread can be had (ulimit -u): then a loop that turns still frees its addresses.
+            with contextlib.suppress(RuntimeError):
+                self._thread.start()
+
+    def close(self) -> None:
+        """Watch no more; harmless if done already."""
+        with self._lock:
+            if self._waker < 0:
+                return
+            os.close(self._waker)
+            self._waker = -1
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._lock:
+            self._close_pidfd()
+        self._link.close()
+        os.close(self._woken)
+
+    def _close_pidfd(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _run(self) -> None:
+        # Without any event asked for, only a hang-up is told: what the anchor says wakes nobody here.
+        if self._is_closed_within(None, self._link.fileno()):
+            return
+        if self._is_closed_within(DEATH_SECONDS) or not self.is_proven:
+            return
+        self._on_death()
+        if self._is_closed_within(GRACE_SECONDS):
+            return
+        for entry in self._entries():
+            with contextlib.suppress(OSError):  # the loop was faster
+                entry.refuse_newcomers()
+                entry.stop_listening()
+
+    def _is_closed_within(self, seconds: float | None, link: int | None = None) -> bool:
+        """Wait for so long, or until the link has ended; say whether this watch was closed meanwhile."""
+        poll = select.poll()
+        poll.register(self._woken, 0)
+        if link is not None:
+            poll.register(link, 0)
+        found = poll.poll(None if seconds is None else seconds * 1000)
+        return any(number == self._woken for number, _ in found)

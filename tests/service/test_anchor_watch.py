@@ -1,0 +1,137 @@
+"""The death of an anchor, seen by a thread of its worker: real processes that die, and sockets that stop listening."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from ecdysis_async._service.anchor_watch import AnchorWatch
+from ecdysis_async._sockets.addresses import Internet, Unix
+from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._sockets.registry import Registry
+
+PATIENCE_SECONDS = 60
+
+# It has the other end of the link, and does nothing with it.
+ANCHOR = "import sys; sys.stdin.read()"
+
+
+@dataclass
+class Watched:
+    """A worker's watch, and the process that it takes for its anchor."""
+
+    anchor: subprocess.Popen[bytes]
+    watch: AnchorWatch
+    link: socket.socket
+    died: threading.Event = field(default_factory=threading.Event)
+
+    def kill(self) -> None:
+        self.anchor.kill()
+        self.anchor.wait()
+
+
+@contextlib.contextmanager
+def watching(*entries: Entry) -> Iterator[Watched]:
+    ours, theirs = socket.socketpair()
+    died = threading.Event()
+    with ours:
+        with theirs:
+            anchor = subprocess.Popen([sys.executable, "-c", ANCHOR], stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
+        watch = AnchorWatch(ours, lambda: entries, died.set)
+        try:
+            watch.watch(anchor.pid)
+            yield Watched(anchor, watch, ours, died)
+        finally:
+            watch.close()
+            watch.close()
+            anchor.kill()
+            anchor.communicate()
+
+
+def wait_until_refused(entry: Entry) -> None:
+    """Connect until nobody is let in any more."""
+    for _ in range(PATIENCE_SECONDS * 100):
+        with socket.socket(entry.sock.family) as client:
+            client.settimeout(PATIENCE_SECONDS)
+            try:
+                client.connect(entry.sock.getsockname())
+            except (ConnectionRefusedError, FileNotFoundError):
+                return
+        threading.Event().wait(0.01)
+    raise AssertionError("it still listens")
+
+
+def test_the_address_is_free_though_the_socket_stays_open() -> None:
+    registry = Registry()
+    entry = registry.obtain(Internet("127.0.0.1", 0))
+    entry.start_listening()
+    with watching(entry) as watched:
+        assert not watched.watch.is_proven
+        watched.kill()
+        assert watched.died.wait(PATIENCE_SECONDS)
+        assert watched.watch.is_proven
+        wait_until_refused(entry)
+        with socket.create_server(entry.sock.getsockname()):
+            pass
+    registry.close(unlink=True)
+
+
+def test_a_path_is_free(tmp_path: Path) -> None:
+    registry = Registry()
+    entry = registry.obtain(Unix(str(tmp_path / "socket")))
+    entry.start_listening()
+    with watching(entry) as watched:
+        watched.kill()
+        wait_until_refused(entry)
+    registry.close(unlink=True)
+
+
+def test_the_end_of_the_link_alone_is_no_death() -> None:
+    registry = Registry()
+    entry = registry.obtain(Internet("127.0.0.1", 0))
+    entry.start_listening()
+    with watching(entry) as watched:
+        # The process lives, and the link is broken all the same.
+        watched.link.shutdown(socket.SHUT_RDWR)
+        watched.watch._thread.join(PATIENCE_SECONDS)
+        assert not watched.watch._thread.is_alive()
+        assert not watched.died.is_set()
+        assert entry.is_listening()
+    registry.close(unlink=True)
+
+
+def test_another_process_may_be_the_anchor_by_now() -> None:
+    with watching() as first, watching() as second:
+        first.watch.watch(second.anchor.pid)
+        first.kill()
+        assert not first.watch.is_proven
+        second.kill()
+        assert first.watch.is_proven
+
+
+def test_an_anchor_that_had_died_before_it_could_be_watched() -> None:
+    with watching() as watched, subprocess.Popen([sys.executable, "-c", ""]) as other:
+        other.wait()
+        watched.watch.watch(other.pid)
+        assert watched.watch.is_proven
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_a_watch_that_is_closed_leaves_no_thread(*, is_begun: bool) -> None:
+    before = threading.active_count()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        watch = AnchorWatch(ours, list, lambda: None)
+        if is_begun:
+            with watching() as watched:
+                watch.watch(watched.anchor.pid)
+        watch.close()
+    assert threading.active_count() == before
