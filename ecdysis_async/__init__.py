@@ -31,7 +31,8 @@ from .report import DrainCount, Outcome, Phase, RestartReport, State
 if TYPE_CHECKING:
     from ecdysis_async._accepting.loops import run
     from ecdysis_async._handoff.stash import InheritedStash
-    from ecdysis_async._service.ecdysis import Ecdysis, current, track, until_draining
+    from ecdysis_async._service.ecdysis import Ecdysis, current
+    from ecdysis_async._service.helpers import draining, settled, track, until_draining
 
 
 __all__ = [
@@ -57,7 +58,9 @@ __all__ = [
     "SuccessorFailed",
     "TakeoverFailed",
     "current",
+    "draining",
     "run",
+    "settled",
     "track",
     "until_draining",
 ]
@@ -67,7 +70,11 @@ __version__ = "0.1.0"
 
 # The names of these modules are loaded when they are asked for, as are those of `_service.ecdysis`, which has the rest.
 # `Ecdysis` costs `ecdysis restart`, which has no need of it, half of its start; asyncio costs a service on trio 40 ms.
-_MODULES = {"InheritedStash": "_handoff.stash", "run": "_accepting.loops"}
+_MODULES = {
+    "InheritedStash": "_handoff.stash",
+    "run": "_accepting.loops",
+    **dict.fromkeys(("draining", "settled", "track", "until_draining"), "_service.helpers"),
+}
 
 
 def __getattr__(name: str) -> Any:

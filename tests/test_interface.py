@@ -43,7 +43,9 @@ PUBLIC = {
     "SuccessorFailed",
     "TakeoverFailed",
     "current",
+    "draining",
     "run",
+    "settled",
     "track",
     "until_draining",
 }
@@ -53,6 +55,7 @@ OPTIONS = {
     "drain_timeout": 30,
     "probation": 5,
     "max_draining": 3,
+    "exit_timeout": 10,
     "restart_signals": (signal.SIGHUP, signal.SIGUSR2),
     "stop_signals": (signal.SIGTERM, signal.SIGINT),
     "pid_file": None,
@@ -100,6 +103,7 @@ PROPERTIES = {
     "is_successor",
     "last_report",
     "predecessor_pid",
+    "settled",
     "state",
 }
 

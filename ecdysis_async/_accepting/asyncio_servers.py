@@ -7,12 +7,14 @@ decided at the gate; ``asyncio_acceptors.py`` accepts, and ``asyncio_connections
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
 import ssl as tls
 from asyncio.trsock import TransportSocket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from ecdysis_async._connections.connection import Verdict, current_connection
@@ -29,6 +31,8 @@ __all__ = [
     "create_server",
     "create_unix_server",
     "default_name",
+    "note_no_servers",
+    "noting_servers",
     "numeric",
     "start_server",
     "start_unix_server",
@@ -40,6 +44,28 @@ ResumeStream = Callable[[asyncio.StreamReader, asyncio.StreamWriter, Any], Await
 
 # What `asyncio.start_server` lets a StreamReader hold, in bytes.
 STREAM_LIMIT = 2**16
+
+# Where the servers are noted that the running task makes, and the tasks that it starts.
+_noted: ContextVar[list[GatedServer] | None] = ContextVar("ecdysis_noted_servers", default=None)
+
+
+@contextlib.contextmanager
+def noting_servers() -> Iterator[list[GatedServer]]:
+    """Yield a list of the servers that are made within, by the running task and by the tasks that it starts.
+
+    An adapter finds by it the servers that another library has asked the loop for, among those of a whole program.
+    """
+    made: list[GatedServer] = []
+    token = _noted.set(made)
+    try:
+        yield made
+    finally:
+        _noted.reset(token)
+
+
+def note_no_servers() -> None:
+    """Let servers that the running task makes from now on be noted nowhere: they are the application's own."""
+    _noted.set(None)
 
 
 async def create_server(
@@ -222,6 +248,8 @@ class GatedServer(asyncio.AbstractServer):
         self._is_closed = False
         self._closed = asyncio.Event()
         self._forever: asyncio.Future[None] | None = None
+        if (noted := _noted.get()) is not None:
+            noted.append(self)
 
     def __repr__(self) -> str:
         names = ", ".join(acceptor.entry.name for acceptor in self._acceptors)

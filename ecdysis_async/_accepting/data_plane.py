@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio
 from anyio.abc import TaskGroup
@@ -20,6 +20,7 @@ from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._sockets.registry import Registry
 
 from .gate import Acceptor, Gate, GateState
+from .readiness import Readiness
 
 __all__ = ["DataPlane", "activate", "active", "deactivate"]
 
@@ -34,12 +35,14 @@ class DataPlane:
         tracker: what was accepted from them.
         task_group: where handlers run that outlive the accepting; it lives to the end of the ``Ecdysis`` block.
             Without one, handlers live as long as the call that serves them.
+        readiness: which of its servers are still getting ready.
     """
 
     registry: Registry
     gate: Gate
     tracker: Tracker
     task_group: TaskGroup | None = None
+    readiness: Readiness = field(default_factory=Readiness)
 
     def find_entry(self, sock: socket.socket) -> Entry | None:
         """Find the entry of a socket, or of a duplicate of it: servers that are given a descriptor make one."""

@@ -70,8 +70,10 @@ class Arriving:
         if life.inheritance is None:
             await self._open(describe)
         else:
-            life.state = State.WAITING
-            life.inheritance.post(SuccessorEvent.READY)
+            # It is waited for once more where the task was cancelled that had announced it.
+            if life.state is State.STARTING:
+                life.state = State.WAITING
+                life.inheritance.post(SuccessorEvent.READY)
             await life.inheritance.opened.wait()
             if life.is_aborted:
                 # The body is being cancelled; but a task that was woken before gets one more turn on asyncio.
@@ -95,6 +97,7 @@ class Arriving:
             life.management.changed()
         await life.management.publish()
         life.management.announce(describe())
+        life.settled.set()
         for entry in registry.unclaimed():
             if entry.number is None:
                 log.warning("nobody asks for %s, which systemd has kept: closing it", entry)

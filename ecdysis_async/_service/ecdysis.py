@@ -19,6 +19,7 @@ import anyio
 
 from ecdysis_async._accepting import data_plane
 from ecdysis_async._accepting.gate import Gate
+from ecdysis_async._accepting.readiness import Readiness
 from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._handoff import preflight
@@ -43,7 +44,7 @@ from .life import Life, Stop
 from .listeners import Listeners
 from .restarts import Restarts
 
-__all__ = ["Ecdysis", "current", "track", "until_draining"]
+__all__ = ["Ecdysis", "current"]
 
 T = TypeVar("T")
 
@@ -59,16 +60,6 @@ def current() -> Ecdysis:
     if _current is None or _current.pid != os.getpid():
         raise LookupError("no Ecdysis runs in this process: enter `async with Ecdysis() as ecdysis:` first")
     return _current
-
-
-def until_draining(awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:
-    """Await something at a safe point of this process' :class:`Ecdysis`; see :meth:`Ecdysis.until_draining`."""
-    return current().until_draining(awaitable)
-
-
-def track() -> AbstractAsyncContextManager[None]:
-    """Let the drain of this process' :class:`Ecdysis` wait for work; see :meth:`Ecdysis.track`."""
-    return current().track()
 
 
 def _describe_serving(entries: Sequence[Entry], control_path: str | None) -> str:
@@ -187,6 +178,18 @@ class Ecdysis(Listeners):
         return self._tracker.draining
 
     @property
+    def settled(self) -> anyio.Event:
+        """An event to await: this generation is final, and no failure of its own brings the predecessor back.
+
+        In the first generation it is set once it serves. Begin there what two generations must not do at a time, or
+        what could not be undone. It is never set in a generation that ends before.
+
+        Raises:
+            RuntimeError: the block was not entered.
+        """
+        return self._life.settled
+
+    @property
     def drain_timeout(self) -> float:
         """How long connections may take to finish once this generation leaves, in seconds."""
         return self._settings.drain_timeout
@@ -227,8 +230,12 @@ class Ecdysis(Listeners):
             await preflight.tell(take_channel(), preflight.describe_release(None, os.environ))
             raise SystemExit(0)
         self._tracker.draining = anyio.Event()
+        # Several tasks may announce readiness, each for its server: one of them does, and the others wait for it.
+        self._announcing = anyio.Lock()
         self._task_group = anyio.create_task_group()
-        plane = data_plane.DataPlane(self._registry, self._gate, self._tracker, self._task_group)
+        plane = data_plane.DataPlane(
+            self._registry, self._gate, self._tracker, self._task_group, Readiness(self._settings.ready_timeout)
+        )
         generation = Generation(
             1,
             self._settings,
@@ -329,14 +336,16 @@ class Ecdysis(Listeners):
         """Announce that this generation is ready; return when it accepts.
 
         In the first generation that is at once, in a successor after the predecessor's commit. Calling it again
-        does nothing.
+        does nothing. It does not wait for servers that are being started: their ``serve`` announces readiness itself.
 
         Raises:
             OSError: a socket cannot listen, or the pid file cannot be written.
             RuntimeError: the block was not entered.
         """
-        if self._life.state is State.STARTING:
-            await self._arriving.serve(self._describe)
+        self._plane.readiness.note_announced()
+        async with self._announcing:
+            if self._life.state in (State.STARTING, State.WAITING):
+                await self._arriving.serve(self._describe)
 
     def _describe(self) -> str:
         return self.describe_serving(self._registry.entries, self._life.management.control_path)
@@ -352,7 +361,14 @@ class Ecdysis(Listeners):
         await self._life.finished.wait()
 
     async def serve_forever(self) -> None:
-        """Announce readiness, then return when this generation shall leave: ``ready()`` and ``finished()``."""
+        """Announce readiness, then return when this generation shall leave: ``ready()`` and ``finished()``.
+
+        Servers that are being started beside it (``servers.uvicorn.serve`` and the like) are waited for first.
+
+        Raises:
+            OSError, RuntimeError: see :meth:`ready`. TimeoutError: a server did not get ready in time.
+        """
+        await self._plane.readiness.wait()
         await self.ready()
         await self.finished()
 

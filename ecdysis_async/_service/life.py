@@ -50,7 +50,7 @@ class Life:
         leaving: set when this generation will never accept again.
         finished: set when it accepts no more, and the application may close its servers.
         drained: set when its connections have ended.
-        inherited: set when the handoff that it came from has settled.
+        settled: set when it is final: the handoff that it came from has settled, or it came from none, and serves.
         handed_over: set when the last restart is over on this side, and its successor has ended or is to be left alone.
     """
 
@@ -70,7 +70,7 @@ class Life:
     leaving: anyio.Event = field(default_factory=anyio.Event)
     finished: anyio.Event = field(default_factory=anyio.Event)
     drained: anyio.Event = field(default_factory=anyio.Event)
-    inherited: anyio.Event = field(default_factory=anyio.Event)
+    settled: anyio.Event = field(default_factory=anyio.Event)
     handed_over: anyio.Event = field(default_factory=anyio.Event)
 
     @property

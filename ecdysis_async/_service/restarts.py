@@ -134,13 +134,13 @@ class Restarts:
 
     async def _carry_out(self, handover: PredecessorSide, *, is_told: bool) -> None:
         life = self._life
-        if life.inheritance is not None and not life.inherited.is_set():
+        if life.inheritance is not None and not life.settled.is_set():
             # A second restart during probation: so that no more than two generations can ever accept in turn, the
             # predecessor gives up its right to come back first.
             life.inheritance.post(SuccessorEvent.SETTLE)
             with anyio.move_on_after(SETTLE_SECONDS):
-                await life.inherited.wait()
-            if not life.inherited.is_set():
+                await life.settled.wait()
+            if not life.settled.is_set():
                 former = life.inheritance.predecessor
                 handover.refuse(
                     RestartError(
@@ -202,7 +202,7 @@ class Restarts:
         for item in inheritance.farewells:
             lineage.deliver(predecessor, item)
         inheritance.farewells.clear()
-        life.inherited.set()
+        life.settled.set()
         if life.last_report is None:
             life.last_report = inheritance.report
         await life.management.succeed(predecessor)

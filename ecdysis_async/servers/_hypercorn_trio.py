@@ -19,9 +19,10 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import wrap_app
 
-from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
+from ecdysis_async._accepting.readiness import Startup
 from ecdysis_async._accepting.trio_streams import TrioListener
+from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.goodbye import Goodbye
@@ -60,6 +61,7 @@ async def serve(
     config: Config,
     secure: Iterable[socket.socket],
     insecure: Iterable[socket.socket],
+    startup: Startup,
 ) -> None:
     """Serve an ASGI application on trio; see ``hypercorn.serve``.
 
@@ -69,10 +71,11 @@ async def serve(
         config: hypercorn's own.
         secure: sockets of the ``Ecdysis``, to serve TLS on.
         insecure: sockets of the ``Ecdysis``, to serve without TLS on.
+        startup: told when this server could serve.
     """
     # One context for each connection.
     contexts: set[WorkerContext] = set()
-    tracker = active().tracker
+    connections: set[AcceptedConnection] = set()
     is_late = False
 
     async def end_them() -> None:
@@ -83,9 +86,8 @@ async def serve(
     def close_idle() -> None:
         nonlocal is_late
         is_late = True
-        for connection in tracker.connections():
-            is_idle = isinstance(connection, AcceptedConnection) and connection not in application.busy
-            connection.mark_silent(is_silent=is_idle)
+        for connection in connections:
+            connection.mark_silent(is_silent=connection not in application.busy)
         nursery.start_soon(end_them)
 
     goodbye = Goodbye(ecdysis, close_idle)
@@ -103,11 +105,15 @@ async def serve(
         if is_late:
             await context.terminated.set()
         contexts.add(context)
+        connection = current_connection.get()
+        assert isinstance(connection, AcceptedConnection)
+        connections.add(connection)
         try:
             whole: Any = _Stream(stream, context)
             await TCPServer(wrapped, config, context, ConnectionState(state.copy()), whole)
         finally:
             contexts.discard(context)
+            connections.discard(connection)
 
     try:
         async with trio.open_nursery() as nursery:
@@ -119,6 +125,7 @@ async def serve(
                     # must not be announced then.
                     raise application.failure
                 nursery.start_soon(ecdysis.serve, handle, *listeners)
+                await startup.ready()
                 await ecdysis.ready()
                 await goodbye.wait_for_last_connection()
                 begin_shutdown()

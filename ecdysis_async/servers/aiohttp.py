@@ -21,6 +21,7 @@ from aiohttp import WSMsgType, web
 from aiohttp.typedefs import Handler, Middleware
 
 from ecdysis_async._accepting.asyncio_connections import ServerConnection
+from ecdysis_async._accepting.asyncio_servers import noting_servers
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._config.options import Options
 from ecdysis_async._connections.connection import current_connection
@@ -28,9 +29,8 @@ from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.errors import StartupError
 from ecdysis_async.servers._common.forwarded import Trusted
 from ecdysis_async.servers._common.goodbye import RESTARTING, STEP_SECONDS, Goodbye
-from ecdysis_async.servers._common.listening import make_ssl_context, open_sockets
+from ecdysis_async.servers._common.listening import describe, make_ssl_context, open_sockets
 from ecdysis_async.servers._protocols.aiohttp import make_movable, stays
-from ecdysis_async.servers._protocols.http import new_servers
 from ecdysis_async.settings import StrPath
 
 from ._common import server_options
@@ -65,9 +65,9 @@ async def serve(
 ) -> None:
     """Serve an application until this generation shall leave and its requests are answered.
 
-    It announces readiness itself, after the application's start-up. Applications find the event that this generation
-    leaves as ``app[DRAINING]``: streams should end then. WebSockets are closed with 1012, one after the other until the
-    deadline.
+    It announces readiness itself, once the application's start-up is over, and where several servers are started side
+    by side, with the last of them. Applications find the event that this generation leaves as ``app[DRAINING]``:
+    streams should end then. WebSockets are closed with 1012, one after the other until the deadline.
 
     Args:
         ecdysis: entered, on a gated loop (``ecdysis_async.run``).
@@ -98,16 +98,18 @@ async def serve(
     app[DRAINING] = ecdysis.draining
     app.middlewares.insert(0, clients.note_request)
     app.on_response_prepare.append(clients.note_response)
-    plane = active()
-    others = plane.gate.acceptors
+    name = describe("aiohttp", all_socks, path, None if port is None else f"{host or '*'}:{port}")
     try:
-        await runner.setup()
-        for site in _make_sites(runner, host, port, path, all_socks, ssl_context=ssl_context, backlog=backlog):
-            await site.start()
-        if transfer:
-            for hooks in new_servers(plane, others):
-                make_movable(hooks)
-        await ecdysis.ready()
+        with active().readiness.expect(name) as startup:
+            await runner.setup()
+            with noting_servers() as made:
+                for site in _make_sites(runner, host, port, path, all_socks, ssl_context=ssl_context, backlog=backlog):
+                    await site.start()
+            if transfer:
+                for server in made:
+                    make_movable(server)
+            await startup.ready()
+            await ecdysis.ready()
         await clients.goodbye.wait_for_last_connection()
     finally:
         with clients.goodbye.ending() as begin:

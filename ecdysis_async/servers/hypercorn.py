@@ -16,7 +16,9 @@ from typing import Any, cast
 import anyio
 from hypercorn.config import Config, Sockets
 
+from ecdysis_async._accepting.asyncio_servers import noting_servers
 from ecdysis_async._accepting.data_plane import active
+from ecdysis_async._accepting.readiness import Startup
 from ecdysis_async._config.options import Options
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async._sockets.addresses import parse_address
@@ -24,8 +26,8 @@ from ecdysis_async._sockets.registry import listen
 from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.forwarded import Forwarded
 from ecdysis_async.servers._common.goodbye import Goodbye, is_on_trio
-from ecdysis_async.servers._common.listening import CERT_REQS, make_ssl_context, open_sockets
-from ecdysis_async.servers._protocols.http import move_unread, new_servers
+from ecdysis_async.servers._common.listening import CERT_REQS, describe, make_ssl_context, open_sockets
+from ecdysis_async.servers._protocols.http import UnreadOnly
 
 from ._common import server_options
 
@@ -83,9 +85,10 @@ async def serve(
 ) -> None:
     """Serve an ASGI application until this generation shall leave and its requests are answered.
 
-    It announces readiness itself, after the application's start-up. Applications find the event that this generation
-    leaves as ``scope["state"]["ecdysis.draining"]``: streams should end then. WebSockets are closed with 1012, one
-    after the other until the deadline.
+    It announces readiness itself, once the application's start-up is over, and where several servers are started side
+    by side, with the last of them. Applications find the event that this generation leaves as
+    ``scope["state"]["ecdysis.draining"]``: streams should end then. WebSockets are closed with 1012, one after the
+    other until the deadline.
 
     Args:
         ecdysis: entered, on a gated loop (``ecdysis_async.run``) or on trio.
@@ -107,18 +110,19 @@ async def serve(
     if config.quic_bind:
         raise ValueError("QUIC connections cannot be handed over: leave quic_bind out")
     config = _copy(config)
-    if socks:
-        secure, insecure = (list(socks), []) if config.ssl_enabled else ([], list(socks))
-    else:
-        binds, insecure_binds = (config.bind, config.insecure_bind) if config.ssl_enabled else ([], config.bind)
-        secure = [await _register(ecdysis, config, bind) for bind in binds]
-        insecure = [await _register(ecdysis, config, bind) for bind in insecure_binds]
-    if is_on_trio():
-        from ._hypercorn_trio import serve as serve_on_trio
+    with active().readiness.expect(describe("hypercorn", socks, *config.bind)) as startup:
+        if socks:
+            secure, insecure = (list(socks), []) if config.ssl_enabled else ([], list(socks))
+        else:
+            binds, insecure_binds = (config.bind, config.insecure_bind) if config.ssl_enabled else ([], config.bind)
+            secure = [await _register(ecdysis, config, bind) for bind in binds]
+            insecure = [await _register(ecdysis, config, bind) for bind in insecure_binds]
+        if is_on_trio():
+            from ._hypercorn_trio import serve as serve_on_trio
 
-        await serve_on_trio(ecdysis, app, config, secure, insecure)
-    else:
-        await _serve_on_asyncio(ecdysis, app, config, secure, insecure, transfer=transfer)
+            await serve_on_trio(ecdysis, app, config, secure, insecure, startup)
+        else:
+            await _serve_on_asyncio(ecdysis, app, config, secure, insecure, startup, transfer=transfer)
 
 
 async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
@@ -156,6 +160,7 @@ async def _serve_on_asyncio(
     config: _Config,
     secure: Iterable[socket.socket],
     insecure: Iterable[socket.socket],
+    startup: Startup,
     *,
     transfer: bool,
 ) -> None:
@@ -163,9 +168,7 @@ async def _serve_on_asyncio(
 
     goodbye = Goodbye(ecdysis)
     application = Application(app, goodbye)
-    plane = active()
-    others = plane.gate.acceptors
-    with contextlib.ExitStack() as duplicates, goodbye.ending() as begin_shutdown:
+    with noting_servers() as made, contextlib.ExitStack() as duplicates, goodbye.ending() as begin_shutdown:
         config.give_sockets(
             Sockets(
                 [duplicates.enter_context(_duplicate(sock)) for sock in secure],
@@ -175,11 +178,12 @@ async def _serve_on_asyncio(
         )
 
         async def leave() -> None:
-            for hooks in new_servers(plane, others):
+            for server in made:
                 # hypercorn would keep such a connection for `keep_alive_timeout`.
-                hooks.adapt(on_hang_up=application.close_after_answer)
-            if transfer:
-                move_unread(plane, others)
+                server.adapt(on_hang_up=application.close_after_answer)
+                if transfer:
+                    server.adapt(transfer=UnreadOnly(server.protocol_factory))
+            await startup.ready()
             await ecdysis.ready()
             await goodbye.wait_for_last_connection()
             begin_shutdown()

@@ -16,11 +16,13 @@ import anyio
 import uvicorn
 
 from ecdysis_async._accepting.asyncio_servers import GatedServer
+from ecdysis_async._accepting.data_plane import active
+from ecdysis_async._accepting.readiness import Startup
 from ecdysis_async._config.options import Options
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.goodbye import Goodbye
-from ecdysis_async.servers._common.listening import CERT_REQS, make_ssl_context, open_sockets
+from ecdysis_async.servers._common.listening import CERT_REQS, describe, make_ssl_context, open_sockets
 from ecdysis_async.servers._protocols.uvicorn import (
     choose_transfer,
     keep_context,
@@ -75,9 +77,10 @@ async def serve(
 ) -> None:
     """Serve an ASGI application until this generation shall leave and its requests are answered.
 
-    It announces readiness itself, after the application's start-up. Applications find the event that this generation
-    leaves as ``scope["state"]["ecdysis.draining"]``: streams should end then. WebSockets are closed with 1012, one
-    after the other until the deadline.
+    It announces readiness itself, once the application's start-up is over, and where several servers are started side
+    by side, with the last of them. Applications find the event that this generation leaves as
+    ``scope["state"]["ecdysis.draining"]``: streams should end then. WebSockets are closed with 1012, one after the
+    other until the deadline.
 
     Args:
         ecdysis: entered, on a gated loop (``ecdysis_async.run``).
@@ -106,7 +109,9 @@ async def serve(
     config.http_protocol_class = make_movable(keep_context(config.http_protocol_class))
     if transfer:
         config.ws_protocol_class = make_websockets_movable(config.ws_protocol_class)
-    await _Server(config, goodbye, application, transfer=transfer).serve(list(socks) or None)
+    where = config.uds or (f"{config.host}:{config.port}" if config.fd is None else f"fd://{config.fd}")
+    with active().readiness.expect(describe("uvicorn", socks, where)) as startup:
+        await _Server(config, goodbye, application, startup, transfer=transfer).serve(list(socks) or None)
 
 
 async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
@@ -143,8 +148,11 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, goodbye: Goodbye, application: Application, *, transfer: bool) -> None:
+    def __init__(
+        self, config: uvicorn.Config, goodbye: Goodbye, application: Application, startup: Startup, *, transfer: bool
+    ) -> None:
         super().__init__(config)
+        self._startup = startup
         self._transfers = transfer
         self._goodbye = goodbye
         self._application = application
@@ -165,6 +173,7 @@ class _Server(uvicorn.Server):
                 server.adapt(say_goodbye=_say_goodbye, transfer=transfer if self._transfers else None)
         # Makes the headers of the first responses: requests may come before the main loop's first turn.
         await self.on_tick(0)
+        await self._startup.ready()
         await self._goodbye.ecdysis.ready()
 
     async def main_loop(self) -> None:

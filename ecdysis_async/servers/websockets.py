@@ -19,11 +19,12 @@ from websockets.exceptions import ConnectionClosed
 
 from ecdysis_async._accepting.asyncio_connections import ServerConnection as Tracked
 from ecdysis_async._accepting.asyncio_servers import GatedServer
+from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._config.options import Options
 from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.goodbye import RESTARTING, Goodbye
-from ecdysis_async.servers._common.listening import make_ssl_context, open_sockets
+from ecdysis_async.servers._common.listening import describe, make_ssl_context, open_sockets
 from ecdysis_async.servers._protocols.websockets import WebSocketTransfer, movable, transfer_of
 
 from ._common import server_options
@@ -48,8 +49,9 @@ async def serve(
 ) -> None:
     """Serve WebSockets until this generation shall leave and its connections have ended.
 
-    It announces readiness itself. Once this generation leaves, connections are closed with 1012, one after the other
-    until the deadline; a handler may end its own before that, at ``ecdysis.draining``.
+    It announces readiness itself, and where several servers are started side by side, with the last of them. Once this
+    generation leaves, connections are closed with 1012, one after the other until the deadline; a handler may end its
+    own before that, at ``ecdysis.draining``.
 
     Args:
         ecdysis: entered, on a gated loop (``ecdysis_async.run``).
@@ -73,9 +75,11 @@ async def serve(
     options["create_connection"] = _accepted(movable(kind) if transfer else kind)
     places: list[dict[str, Any]] = [{"sock": sock} for sock in socks] or [{"host": host, "port": port}]
     async with contextlib.AsyncExitStack() as stack:
-        for place in places:
-            await stack.enter_async_context(_serving(handle, goodbye, place | options, transfer=transfer))
-        await ecdysis.ready()
+        with active().readiness.expect(describe("websockets", socks, f"{host or '*'}:{port}")) as startup:
+            for place in places:
+                await stack.enter_async_context(_serving(handle, goodbye, place | options, transfer=transfer))
+            await startup.ready()
+            await ecdysis.ready()
         await goodbye.wait_for_last_connection()
 
 

@@ -16,12 +16,14 @@ from typing import Any
 from weakref import WeakSet
 
 from ecdysis_async._accepting.asyncio_connections import ServerConnection
+from ecdysis_async._accepting.asyncio_servers import note_no_servers
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
 from ecdysis_async._connections.connection import current_connection
 from ecdysis_async.servers._protocols.http import will_move
 
-from .goodbye import DRAINING, RESTARTING, Goodbye
+from .goodbye import DRAINING, RESTARTING, SETTLED, Goodbye
+from .transfer import TRANSFER, Transfer
 
 __all__ = ["Application"]
 
@@ -66,7 +68,7 @@ class Application:
         self.busy: Counter[AcceptedConnection] = Counter()
         self._app = app
         self._goodbye = goodbye
-        self._draining = goodbye.ecdysis.draining
+        self._draining, self._settled = goodbye.ecdysis.draining, goodbye.ecdysis.settled
         self._tracker = active().tracker
         # The requests that each connection has at this moment: with HTTP/2 that may be many.
         self._requests: dict[ServerConnection, set[asyncio.Task[Any]]] = {}
@@ -81,13 +83,16 @@ class Application:
             await self._live(scope, receive, send)
             return
         self._tracker.count_request()
-        scope.setdefault("state", {})[DRAINING] = self._draining
+        state = scope.setdefault("state", {})
+        state[DRAINING], state[SETTLED] = self._draining, self._settled
         connection = current_connection.get()
         if self._send_goaway is None and scope["http_version"] == "2" and isinstance(connection, ServerConnection):
             # A connection that was told, and goes on asking, is told once more.
             self._untold.add(connection)
         with self._in_progress():
             if scope["type"] == "websocket":
+                # Where this implementation of WebSockets cannot move, an offer has no effect.
+                state.setdefault(TRANSFER, Transfer())
                 await _WebSocket(self._goodbye, receive, send).run(self._app, scope)
             else:
                 await self._respond(scope, receive, send)
@@ -100,6 +105,8 @@ class Application:
         and a broken release would be taken for a good one.
         """
         is_asked = is_started = False
+        # Servers that the application starts by itself are not the adapter's.
+        note_no_servers()
 
         async def receive_through() -> Message:
             nonlocal is_asked

@@ -22,10 +22,13 @@ from ecdysis_async._accepting.gate import GateState
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.errors import DrainInterrupt
 
-__all__ = ["DRAINING", "RESTARTING", "Goodbye", "is_on_trio"]
+__all__ = ["DRAINING", "RESTARTING", "SETTLED", "Goodbye", "is_on_trio"]
 
 DRAINING = "ecdysis.draining"
 """The key of the event that this generation leaves, in the scope's state: it has ``is_set()`` and ``wait()``."""
+
+SETTLED = "ecdysis.settled"
+"""The key of the event that this generation is final."""
 
 RESTARTING = 1012
 """The code that WebSockets are closed with: "Service Restart" in IANA's registry of close codes."""

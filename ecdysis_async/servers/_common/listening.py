@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import socket
 import ssl
+from collections.abc import Sequence
 
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._config.options import Options
@@ -13,7 +14,7 @@ from ecdysis_async._sockets.registry import listen
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import StartupError
 
-__all__ = ["CERT_REQS", "make_ssl_context", "open_sockets"]
+__all__ = ["CERT_REQS", "describe", "make_ssl_context", "open_sockets"]
 
 CERT_REQS = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
 
@@ -34,6 +35,14 @@ async def open_sockets(options: Options) -> list[socket.socket]:
         text = error.strerror if isinstance(error, OSError) and error.strerror else error.args[0]
         raise StartupError(str(text)) from error
     return [entry.sock for entry in entries]
+
+
+def describe(server: str, socks: Sequence[socket.socket], *places: object) -> str:
+    """Name a server by where it listens: on sockets, or else on the places that it was told of."""
+    registry = active().registry
+    found = [str(entry) for sock in socks if (entry := registry.find(sock)) is not None]
+    where = ", ".join(found or [str(each) for each in places if each is not None])
+    return f"{server} on {where}" if where else server
 
 
 def make_ssl_context(options: Options) -> ssl.SSLContext | None:

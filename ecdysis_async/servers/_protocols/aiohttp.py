@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from ecdysis_async._accepting.asyncio_connections import ServerConnection, ServerHooks
+from ecdysis_async._accepting.asyncio_connections import ServerConnection
+from ecdysis_async._accepting.asyncio_servers import GatedServer
 from ecdysis_async._connections.parcel import Release
 
 from .http import IDLE, UnreadOnly, will_move
@@ -66,16 +67,16 @@ class AiohttpTransfer(UnreadOnly):
         return Release(kind=IDLE) if _is_idle(protocol) else None
 
 
-def make_movable(hooks: ServerHooks) -> None:
+def make_movable(server: GatedServer) -> None:
     """Let the connections move that a server accepts from now on."""
-    make = hooks.protocol_factory
+    make = server.protocol_factory
 
     def make_followed() -> asyncio.BaseProtocol:
         protocol: Any = make()
         protocol._parser = FollowedParser(protocol._parser)  # noqa: SLF001 - aiohttp's
         return protocol  # type: ignore[no-any-return]
 
-    hooks.adapt(protocol_factory=make_followed, transfer=AiohttpTransfer(make_followed))
+    server.adapt(protocol_factory=make_followed, transfer=AiohttpTransfer(make_followed))
 
 
 def stays(request: web.Request) -> bool:

@@ -11,22 +11,17 @@ import fcntl
 import socket
 import struct
 import termios
-from collections.abc import Collection
 from typing import Any, Final
 
-from ecdysis_async._accepting.asyncio_acceptors import ServerAcceptor
 from ecdysis_async._accepting.asyncio_connections import (
     ProtocolFactory,
     ServerConnection,
-    ServerHooks,
     TransferStrategy,
 )
-from ecdysis_async._accepting.data_plane import DataPlane
-from ecdysis_async._accepting.gate import Acceptor
 from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._connections.parcel import Refused, Release
 
-__all__ = ["IDLE", "WEBSOCKET", "UnreadOnly", "move_unread", "new_servers", "will_move"]
+__all__ = ["IDLE", "WEBSOCKET", "UnreadOnly", "will_move"]
 
 IDLE: Final = "http/1.1"
 """The kind of a connection that moves between two requests; any server of HTTP/1.1 goes on with it."""
@@ -58,18 +53,6 @@ class UnreadOnly(TransferStrategy):
         if release.kind != IDLE:
             raise Refused(f"this server does not go on with connections of the kind {release.kind!r}")
         return self._make()
-
-
-def new_servers(plane: DataPlane, others: Collection[Acceptor]) -> list[ServerHooks]:
-    """Return the hooks of all servers, each once, without those whose acceptors are among the others."""
-    acceptors = [each for each in plane.gate.acceptors if isinstance(each, ServerAcceptor) and each not in others]
-    return list(dict.fromkeys(acceptor.hooks for acceptor in acceptors))
-
-
-def move_unread(plane: DataPlane, others: Collection[Acceptor]) -> None:
-    """Let connections of all servers but the others move, as long as they were never read from."""
-    for hooks in new_servers(plane, others):
-        hooks.adapt(transfer=UnreadOnly(hooks.protocol_factory))
 
 
 def will_move() -> bool:

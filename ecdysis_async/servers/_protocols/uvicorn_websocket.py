@@ -17,8 +17,9 @@ from websockets.http11 import Request
 from websockets.protocol import State
 
 from ecdysis_async._connections.parcel import Release
+from ecdysis_async.servers._common.transfer import TRANSFER
 
-from .websocket import TRANSFER, MovingWebSocket
+from .websocket import MovingWebSocket
 
 __all__ = ["MovableWebSocket", "movable"]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import abc
 import asyncio
 import base64
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,65 +23,24 @@ from websockets.http11 import Response
 
 from ecdysis_async._connections.parcel import Refused, Release, Transferable
 from ecdysis_async.servers._common.goodbye import RESTARTING
+from ecdysis_async.servers._common.transfer import Transfer
 
 from .http import WEBSOCKET
 
 __all__ = [
     "GOODBYE",
-    "TRANSFER",
     "FrameFollower",
     "MovingWebSocket",
     "MutedTransport",
-    "Transfer",
     "WebSocketState",
     "negotiated",
 ]
-
-TRANSFER: Final = "ecdysis.transfer"
-"""Where an application finds the :class:`Transfer` of a WebSocket: in the scope's state, or as an attribute."""
 
 GOODBYE: Final = Frame(Opcode.CLOSE, Close(RESTARTING, "the service restarts").serialize()).serialize(mask=False)
 """The last frame of a WebSocket that was taken over and cannot go on: the client comes back, as without a transfer."""
 
 # The length of the shortest head of a frame, bytes.
 SHORTEST_HEAD = 2
-
-
-class Transfer:
-    """Lets the application of a WebSocket say that it may move to a successor, and with which state.
-
-    Attributes:
-        inherited: the state that the predecessor's application offered; None where the WebSocket is new.
-    """
-
-    def __init__(self, inherited: Any = None) -> None:
-        self.inherited = inherited
-        self._offered: Any = None
-
-    def offer(self, state: Any) -> None:
-        """Let this WebSocket move while the application waits for a message; the old side of it is disconnected then.
-
-        Args:
-            state: what JSON can hold, or a function that returns it and is called at the last moment; None withdraws
-                the offer. It must say all that the application needs: the successor runs it anew, from its connecting
-                on. An application that sends without being asked has to withdraw its offer before it does.
-        """
-        self._offered = state
-
-    @property
-    def is_offered(self) -> bool:
-        """Whether it may move."""
-        return self._offered is not None
-
-    def state(self) -> Any:
-        """Return the state that is offered at this moment.
-
-        Raises:
-            TypeError, ValueError: JSON cannot hold it.
-        """
-        state = self._offered() if callable(self._offered) else self._offered
-        json.dumps(state, allow_nan=False)
-        return state
 
 
 class FrameFollower:

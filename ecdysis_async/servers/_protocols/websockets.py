@@ -18,9 +18,10 @@ from websockets.protocol import State
 from ecdysis_async._accepting.asyncio_connections import ProtocolFactory, TransferStrategy
 from ecdysis_async._accepting.asyncio_connections import ServerConnection as Tracked
 from ecdysis_async._connections.parcel import Refused, Release, Transferable
+from ecdysis_async.servers._common.transfer import Transfer
 
 from .http import WEBSOCKET
-from .websocket import MovingWebSocket, Transfer
+from .websocket import MovingWebSocket
 
 __all__ = ["WebSocketTransfer", "movable", "transfer_of"]
 

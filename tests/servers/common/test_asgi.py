@@ -24,6 +24,7 @@ class Leaving:
 
     def __init__(self) -> None:
         self.draining = anyio.Event()
+        self.settled = anyio.Event()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 from ecdysis_async._accepting.asyncio_servers import create_server
 from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._connections.parcel import Refused, Release
-from ecdysis_async.servers._protocols.http import IDLE, UnreadOnly, move_unread, new_servers, will_move
+from ecdysis_async.servers._protocols.http import IDLE, UnreadOnly, will_move
 from tests.accepting.serving import LOCALHOST, Echo, a_client, an_open_plane, answers
 
 pytestmark = pytest.mark.backends("asyncio", "uvloop")
@@ -52,17 +52,6 @@ async def test_another_kind_of_connection_is_refused() -> None:
     assert isinstance(strategy.resume(Release(kind=IDLE)), Echo)
     with pytest.raises(Refused, match="of the kind 'another'"):
         strategy.resume(Release(kind="another"))
-
-
-async def test_of_several_servers_only_the_new_ones_are_changed() -> None:
-    async with an_open_plane() as plane:
-        await create_server(plane, Echo, LOCALHOST, 0)
-        others = plane.gate.acceptors
-        server = await create_server(plane, Echo, ["127.0.0.1", "127.0.0.2"], 0)
-        (hooks,) = new_servers(plane, others)
-        assert hooks.protocol_factory is server.protocol_factory
-        move_unread(plane, others)
-        assert [each.transfer is not None for each in new_servers(plane, ())] == [False, True]
 
 
 async def test_a_connection_that_has_answered_does_not_move_with_a_server_that_shows_nothing() -> None:

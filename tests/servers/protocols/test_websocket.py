@@ -13,7 +13,8 @@ from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Frame, Opcode
 
 from ecdysis_async._connections.parcel import Refused, Release
-from ecdysis_async.servers._protocols.websocket import FrameFollower, Transfer, WebSocketState
+from ecdysis_async.servers._common.transfer import Transfer
+from ecdysis_async.servers._protocols.websocket import FrameFollower, WebSocketState
 
 LENGTHS = (0, 1, 125, 126, 127, 65535, 65536, 70000)
 
