@@ -109,12 +109,12 @@ class Readiness:
         with anyio.move_on_after(self._timeout * TELL_SHARE):
             await self._wait()
             return
-        log.warning("not ready yet: waiting for %s", self._names())
+        log.warning("not ready yet: waiting for %s", self.names())
         with anyio.move_on_after(begun + self._timeout * TIME_SHARE - anyio.current_time()):
             await self._wait()
             return
         raise TimeoutError(
-            f"{self._names()} did not get ready within {self._timeout * TIME_SHARE:g} s, while other servers of this "
+            f"{self.names()} did not get ready within {self._timeout * TIME_SHARE:g} s, while other servers of this "
             f"program were waiting to begin (ready_timeout={self._timeout:g})"
         )
 
@@ -131,5 +131,6 @@ class Readiness:
             self._complete = anyio.Event()
             await self._complete.wait()
 
-    def _names(self) -> str:
+    def names(self) -> str:
+        """Say what is waited for."""
         return ", ".join(startup.name for startup in self._pending) or "a server that has failed"

@@ -48,6 +48,9 @@ __all__ = ["Ecdysis", "current"]
 
 T = TypeVar("T")
 
+# How long `serve` is silent where it accepts nothing, because readiness was not announced, seconds.
+SILENT_SECONDS = 1.0
+
 _current: Ecdysis | None = None
 
 
@@ -232,6 +235,7 @@ class Ecdysis(Listeners):
         self._tracker.draining = anyio.Event()
         # Several tasks may announce readiness, each for its server: one of them does, and the others wait for it.
         self._announcing = anyio.Lock()
+        self._body_task = anyio.get_current_task().id
         self._task_group = anyio.create_task_group()
         plane = data_plane.DataPlane(
             self._registry, self._gate, self._tracker, self._task_group, Readiness(self._settings.ready_timeout)
@@ -275,6 +279,7 @@ class Ecdysis(Listeners):
             raise
         self._registry.on_release = management.park
         self._task_group.start_soon(self._leaving.run)
+        self._task_group.start_soon(self._warn_if_never_ready)
         if life.inheritance is not None:
             self._task_group.start_soon(self._restarts.follow, life.inheritance)
         management.start(self._task_group)
@@ -350,6 +355,36 @@ class Ecdysis(Listeners):
     def _describe(self) -> str:
         return self.describe_serving(self._registry.entries, self._life.management.control_path)
 
+    def _announcement(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
+        if self._life.state is not State.STARTING:
+            return None
+        is_body = anyio.get_current_task().id == self._body_task
+        return self._announce_with_others if is_body else self._warn_if_silent
+
+    async def _announce_with_others(self) -> None:
+        await self._plane.readiness.wait()
+        await self.ready()
+
+    async def _warn_if_silent(self) -> None:
+        await anyio.sleep(SILENT_SECONDS)
+        if self.state is State.STARTING and not self._plane.readiness.is_awaited:
+            self._life.generation.log.warning(
+                "serve() was called %g s ago, and nothing is accepted before readiness is announced: await ready() or "
+                "serve_forever(), or await serve() in the task that has entered the block",
+                SILENT_SECONDS,
+            )
+
+    async def _warn_if_never_ready(self) -> None:
+        """Say so where the first generation is not ready when a successor would have failed."""
+        await anyio.sleep(self._settings.ready_timeout)
+        readiness = self._plane.readiness
+        if self.state is State.STARTING:
+            self._life.generation.log.warning(
+                "not ready %g s after the start: nothing is accepted; %s",
+                self._settings.ready_timeout,
+                f"waiting for {readiness.names()}" if readiness.is_awaited else "nobody has called ready()",
+            )
+
     async def finished(self) -> None:
         """Return when this generation shall leave: its successor has settled, or the service is to stop.
 
@@ -368,8 +403,7 @@ class Ecdysis(Listeners):
         Raises:
             OSError, RuntimeError: see :meth:`ready`. TimeoutError: a server did not get ready in time.
         """
-        await self._plane.readiness.wait()
-        await self.ready()
+        await self._announce_with_others()
         await self.finished()
 
     # Restarting and stopping

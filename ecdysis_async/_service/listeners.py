@@ -10,8 +10,10 @@ import abc
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
+
+import anyio
 
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._sockets.addresses import Internet, Unix
@@ -36,6 +38,10 @@ class Listeners(abc.ABC):
         Raises:
             RuntimeError: there is none yet: a socket asked for before the block would be created, and never inherited.
         """
+
+    def _announcement(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
+        """Return what sees to it that readiness is announced while the running task serves; None: it was announced."""
+        return None
 
     @property
     def _sockets(self) -> Registry:
@@ -133,10 +139,27 @@ class Listeners(abc.ABC):
         """Return a Unix datagram socket, as :meth:`listen_unix`."""
         return self._sockets.obtain(Unix(os.fspath(path), Kind.UNIX_DATAGRAM, mode=mode), name=name, until=until).sock
 
-    def adopt(self, sock: socket.socket, *, name: str, until: Until | str = Until.DRAIN) -> socket.socket:
-        """Register a socket that the application has made; return the one to use.
+    def adopt(
+        self,
+        sock: socket.socket | Callable[[], socket.socket],
+        *,
+        name: str,
+        until: Until | str = Until.DRAIN,
+    ) -> socket.socket:
+        """Register a socket that the application makes; return the one to use.
 
-        That is the predecessor's where it has one of this name, and the given one is closed then.
+        That is the predecessor's where it has one of this name.
+
+        Args:
+            sock: a function that makes the socket, and is called only where the predecessor has none of this name. An
+                address can be bound once: where it is fixed, a successor that binds it before it asks fails. Or a
+                socket, which is closed where the predecessor has one of this name.
+            name: what it is inherited by.
+            until: as for :meth:`listen_tcp`.
+
+        Raises:
+            ValueError: the socket is registered already.
+            OSError, or anything else: what the function raises.
         """
         return self._sockets.adopt(sock, name=name, until=until).sock
 
@@ -234,6 +257,10 @@ class Listeners(abc.ABC):
 
         Each handler has a cancel scope under the drain's deadline, and runs to its end after this has returned.
 
+        Awaited in the task that has entered the block, it announces readiness by itself, because that task cannot do so
+        any more: after a turn of the loop, and with the last of the servers that are being started elsewhere. In
+        another task it leaves that to the program (:meth:`ready`, :meth:`serve_forever`), and warns after a second.
+
         Args:
             handler: called with the stream of each connection.
             listeners: sockets of this ``Ecdysis`` (their streams are anyio's), or listeners made of them.
@@ -242,12 +269,24 @@ class Listeners(abc.ABC):
 
         Raises:
             TypeError: something that is not a listener of ours.
+            OSError, TimeoutError: readiness cannot be announced; see :meth:`serve_forever`.
 
         Cancelling it stops accepting; handlers that have begun go on.
         """
         from ecdysis_async._accepting.anyio_streams import serve
 
-        await serve(handler, *listeners, resume=resume)
+        announce = self._announcement()
+        if announce is None:
+            await serve(handler, *listeners, resume=resume)
+            return
+        try:
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(announce)
+                await serve(handler, *listeners, resume=resume)
+                task_group.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            # What one of the two has raised, without the group around it.
+            raise group.exceptions[0] if len(group.exceptions) == 1 else group from None
 
 
 def _require_asyncio() -> None:

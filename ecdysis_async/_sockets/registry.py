@@ -208,18 +208,27 @@ class Registry:
             found = self._claim(fits, until, backlog)
         return self._create(address, name, until, backlog) if found is None else found
 
-    def adopt(self, sock: socket.socket, *, name: str, until: Until | str = Until.DRAIN) -> Entry:
-        """Take over a socket that the application built.
+    def adopt(
+        self, given: socket.socket | Callable[[], socket.socket], *, name: str, until: Until | str = Until.DRAIN
+    ) -> Entry:
+        """Take over a socket that the application built, or a function builds.
 
         Where one of the same name, family and type was inherited, the inherited one takes its place and the given one
-        is closed: the entry's ``sock`` is the one to use.
+        is closed: the entry's ``sock`` is the one to use. A function is not called where one of that name was
+        inherited.
 
         Raises:
             ValueError: it is registered already.
         """
+        until = Until(until)
+        if isinstance(given, socket.socket):
+            sock = given
+        else:
+            if (claimed := self._claim(lambda inherited: inherited.name == name, until, BACKLOG)) is not None:
+                return claimed
+            sock = given()
         if (entry := self.find(sock)) is not None:
             raise ValueError(f"this socket is registered already, as {entry.name!r}")
-        until = Until(until)
 
         def is_successor(inherited: Entry) -> bool:
             return inherited.name == name and (inherited.sock.family, inherited.sock.type) == (sock.family, sock.type)

@@ -142,3 +142,22 @@ async def test_a_block_that_could_not_be_entered_can_be_entered_later(backend: s
         await ecdysis.ready()
         with pytest.raises(RuntimeError, match="entered once"):
             await ecdysis.__aenter__()
+
+
+async def test_a_first_generation_that_is_not_ready_in_time_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    async with Ecdysis(systemd=False, ready_timeout=0.01) as ecdysis:
+        with anyio.fail_after(60):
+            while not caplog.messages:  # noqa: ASYNC110 - a log has no event
+                await anyio.sleep(0.01)
+        await ecdysis.ready()
+        ecdysis.stop()
+    assert "not ready 0.01 s after the start: nothing is accepted; nobody has called ready()" in caplog.text
+
+
+async def test_two_tasks_may_announce_readiness() -> None:
+    async with Ecdysis(systemd=False) as ecdysis:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(ecdysis.ready)
+            task_group.start_soon(ecdysis.ready)
+        assert ecdysis.state is State.SERVING
+        ecdysis.stop()

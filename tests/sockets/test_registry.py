@@ -521,6 +521,26 @@ def test_an_adopted_socket_is_replaced_by_the_inherited_one(
     socket.create_connection(("127.0.0.1", port)).close()
 
 
+def test_a_function_makes_the_socket_only_where_none_was_inherited(
+    registry: Registry, succeed: Callable[[Registry], Registry]
+) -> None:
+    made: list[socket.socket] = []
+
+    def make() -> socket.socket:
+        # A successor could not bind this address a second time.
+        made.append(socket.create_server(made[0].getsockname() if made else ("127.0.0.1", 0)))
+        return made[-1]
+
+    entry = registry.adopt(make, name="own")
+    successor = succeed(registry)
+    inherited = successor.adopt(make, name="own")
+    assert len(made) == 1
+    assert inherited.inherited
+    assert inherited.sock.getsockname() == entry.sock.getsockname()
+    with pytest.raises(OSError, match="in use"):
+        successor.adopt(make, name="another")
+
+
 @pytest.mark.parametrize(
     ("family", "kind", "expected"),
     [
