@@ -9,7 +9,7 @@ from typing import Protocol
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._management.controlled import Restart
 from ecdysis_async._management.management import LEEWAY_SECONDS
-from ecdysis_async.errors import NotReady, RestartError, RestartInProgress, RestartWhileDraining
+from ecdysis_async.errors import RestartError, RestartInProgress, RestartWhileDraining
 from ecdysis_async.report import Outcome, RestartReport
 
 from .rollout import RollOutRunner, end_probation, make_roll_out
@@ -59,9 +59,13 @@ class Restarts:
         self._fill = fill
         self._tell_restart = tell_restart
         self._tell_end = tell_end
+        # What a restart waits for that a signal has asked for meanwhile.
+        self._follows: str | None = None
 
     def begin(self, *, is_told: bool = False) -> RollOut:
         """Begin a roll-out; if another one is on probation, that ends now, and this one waits for it.
+
+        While the service starts, the roll-out waits for the end of the start.
 
         Args:
             is_told: whether systemd may know of it already.
@@ -77,8 +81,6 @@ class Restarts:
             raise RestartInProgress(f"restart {before.report.id} is in progress; await that one")
         if state.life is Life.UPGRADING:
             raise RestartInProgress("the anchor is being upgraded; try again in a moment")
-        if state.life is Life.STARTING:
-            raise NotReady("the service is starting: a restart is possible once all workers serve")
         if before is not None:
             end_probation(before, state.changes)
         # The number of the roll-out before is its own, also if that roll-out fails in this very moment.
@@ -114,11 +116,31 @@ class Restarts:
         return roll_out.report
 
     def begin_by_signal(self) -> None:
-        """Restart the service because a signal has asked for it; the log tells what becomes of it."""
+        """Restart the service because a signal has asked for it; the log tells what becomes of it.
+
+        A signal that comes during a restart is remembered, and another restart follows. However many come meanwhile,
+        one restart follows: what they were sent for is there when it begins.
+        """
+        if self._follows is not None:
+            return
+        self._follows = busy = self._find_hindrance()
+        if busy is not None:
+            self.log.info("a signal asks for a restart while %s: another restart follows", busy)
         self._begin(self._restart_by_signal)
+
+    def _find_hindrance(self) -> str | None:
+        """Say why no restart can begin now that will be able to begin later."""
+        state = self._state
+        if state.life is Life.UPGRADING:
+            return "the anchor is being upgraded"
+        if state.roll_out is not None and state.roll_out.stage < RollOutStage.PROBATION:
+            return f"restart {state.roll_out.report.id} is in progress"
+        return None
 
     async def _restart_by_signal(self) -> None:
         try:
+            await wait_until(self._state.changes, lambda: self._state.is_leaving or self._find_hindrance() is None)
+            self._follows = None
             self.log.info("%s", await self.see_through(self.begin(), "settled"))
         except RestartWhileDraining as error:
             self.log.info("%s", error)

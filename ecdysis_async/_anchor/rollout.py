@@ -23,7 +23,7 @@ from ecdysis_async.report import DrainCount, Outcome, Phase, RestartReport
 
 from .pool import HandoffStatus, Slot, SlotActivity, Worker
 from .sockets import HeldSockets
-from .state import AnchorState, Fill, RollOut, RollOutStage, Turn, TurnState, wait_until
+from .state import AnchorState, Fill, Life, RollOut, RollOutStage, Turn, TurnState, wait_until
 
 __all__ = ["RollOutRunner", "call_off", "end_probation", "make_roll_out", "replace", "settle", "sum_up"]
 
@@ -194,6 +194,7 @@ class RollOutRunner:
 
     async def _begin(self) -> None:
         roll_out = self._roll_out
+        await wait_until(self._state.changes, lambda: self._state.life is not Life.STARTING)
         if (before := roll_out.before) is not None:
             await wait_until(self._state.changes, lambda: before.is_over)
             roll_out.before = None

@@ -81,6 +81,8 @@ def _wait_of_roll_out(state: AnchorState, roll_out: RollOut) -> str | None:
         return f"generation {roll_out.generation}, on probation for {seconds:.1f} s more"
     if roll_out.before is not None:
         return f"restart {roll_out.before.report.id} to settle, whose probation this one has ended"
+    if state.life is Life.STARTING:
+        return f"the start to end: {state.pool.serving} of {counted(state.pool.target, 'worker')} serving"
     if all(turn.state is TurnState.PENDING for turn in roll_out.turns):
         return "the first worker's turn"
     return "the former workers to take their places again"
