@@ -184,4 +184,4 @@ async def test_a_signal_restarts_the_service_and_the_log_tells_what_becomes_of_i
     restarts.begin_by_signal()
     # Both are remembered as one.
     assert caplog.text.count("while the anchor is being upgraded: another restart follows") == 1
-    assert len(here.begun.calls) == 2
+    assert len(here.begun.calls) == 1
