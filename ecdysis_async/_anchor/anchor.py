@@ -29,7 +29,9 @@ from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import find_systemd
 from ecdysis_async._sockets.registry import listen
 from ecdysis_async._system.log_files import reopen_logs
+from ecdysis_async._system.signals import unblock_all_signals
 from ecdysis_async._system.stderr import say
+from ecdysis_async._system.terminal import is_in_foreground
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import State
@@ -85,6 +87,9 @@ class Anchor:
         self._config = config
         self._former_pid = former_pid
         self._held_sockets = HeldSockets(self.log)
+        # Former code of this process has had its handlers, which hide what the process was started with.
+        is_same_process = body is not None and former_pid is None
+        self._is_in_foreground = bool(body and body.get("foreground")) if is_same_process else is_in_foreground()
         # The pipe of signals that the former code has not acted upon; -1 for none.
         self._signals_before = -1
         if body is None:
@@ -149,6 +154,7 @@ class Anchor:
             plane=self._control_plane,
             control_path=config.control_path,
             pid_file=config.settings.pid_file,
+            hung_up=self._on_hang_up if self._is_in_foreground else None,
             takes_activation=config.systemd is not False,
         )
         # The number of each request to open log files anew.
@@ -177,7 +183,7 @@ class Anchor:
             management.handle_signals()
             if self._signals_before >= 0:
                 reexec.repeat_signals(self._signals_before)
-                reexec.unblock_signals()
+            unblock_all_signals()
             async with anyio.create_task_group() as self._tasks:
                 exit_status = await self._open_and_run(resources)
                 self._tasks.cancel_scope.cancel()
@@ -377,7 +383,8 @@ class Anchor:
         body, descriptors = self._state.describe()
         sockets, numbers = self._held_sockets.describe()
         signals = self._management.fileno()
-        return {**body, "sockets": sockets, "signals": signals}, [*descriptors, *numbers, signals]
+        facts = {"sockets": sockets, "signals": signals, "foreground": self._is_in_foreground}
+        return {**body, **facts}, [*descriptors, *numbers, signals]
 
     # What it is told
 
@@ -424,6 +431,14 @@ class Anchor:
         if self._stop_signals > 1:
             self.log.warning("told to stop again: the deadline of the drain is now")
             self._hurry()
+        self._stop()
+
+    def _on_hang_up(self) -> None:
+        if self._state.is_stopping:
+            return
+        self.log.info("the terminal is gone")
+        self._management.ignore_on_the_way_out(signal.SIGHUP)
+        self._lame_duck.cancel()
         self._stop()
 
     def _hurry(self) -> None:

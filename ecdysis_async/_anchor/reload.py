@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import anyio
 
 from ecdysis_async._system.process import Process, describe_exit
+from ecdysis_async._system.signals import clean_mask
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import StartupError
 
@@ -65,9 +66,10 @@ async def watch_files(control: str, paths: Sequence[str]) -> None:
 
 def _start(control: str, paths: Sequence[str]) -> tuple[Process, int, int]:
     """Return the child, the end of a pipe that keeps it alive, and the end of a pipe on which it tells of itself."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", WATCHER, control, *paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-    )
+    with clean_mask():
+        child = subprocess.Popen(
+            [sys.executable, "-m", WATCHER, control, *paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
     assert child.stdin is not None and child.stdout is not None
     with child.stdin, child.stdout:
         process = Process(child.pid, os.pidfd_open(child.pid))

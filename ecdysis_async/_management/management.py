@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping
@@ -27,6 +28,7 @@ from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.claims import take_activation
 from ecdysis_async._system.process import Spawner
 from ecdysis_async._system.signals import SignalReceiver, can_handle_signals, handled_signals
+from ecdysis_async._system.terminal import is_terminal_gone
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import ChannelError, RestartUnsupported
 from ecdysis_async.report import RestartReport
@@ -54,6 +56,10 @@ PUBLISH_SECONDS = 5.0
 
 # How often a process that serves the control socket for good looks whether it is still there, seconds.
 CONTROL_SECONDS = 1.0
+
+
+# How long after its SIGHUP a terminal may still be there, seconds.
+HANG_UP_SECONDS = 0.1
 
 
 class Management(abc.ABC):
@@ -291,6 +297,8 @@ class OwnManagement(Management):
         plane: where the control socket is registered, if there is one.
         control_path: where the control socket is.
         pid_file: where the pid file is.
+        hung_up: is called instead of the handler of SIGHUP where that came because the terminal is gone, of a service
+            in its foreground; None: SIGHUP is an operator's.
         takes_activation: whether what systemd has passed to this process is taken.
         stashes: what is kept in case of a crash.
         inherited_stash: where that is found again.
@@ -313,11 +321,14 @@ class OwnManagement(Management):
         plane: DataPlane | None = None,
         control_path: str | None = None,
         pid_file: Path | None = None,
+        hung_up: Callable[[], None] | None = None,
         takes_activation: bool = True,
         stashes: Stashes | None = None,
         inherited_stash: InheritedStash | None = None,
     ) -> None:
         super().__init__(log, signals)
+        if hung_up is not None and (handler := signals.get(signal.SIGHUP)) is not None:
+            self._handlers = {**signals, signal.SIGHUP: functools.partial(self._begin_hang_up, handler, hung_up)}
         self.systemd = systemd
         self.store = DescriptorStore(systemd, os.environ.get("FDSTORE", ""))
         self.is_supervised = systemd.is_there
@@ -366,6 +377,7 @@ class OwnManagement(Management):
 
     def start(self, task_group: TaskGroup) -> None:
         super().start(task_group)
+        self._task_group = task_group
         if self.systemd.is_there:
             task_group.start_soon(self.systemd.run)
             task_group.start_soon(self._tell_status)
@@ -373,6 +385,19 @@ class OwnManagement(Management):
                 task_group.start_soon(self._check_systemd)
         if self._control is not None:
             task_group.start_soon(self._control.run)
+
+    def _begin_hang_up(self, handler: Callable[[], None], hung_up: Callable[[], None]) -> None:
+        self._task_group.start_soon(self._hang_up, handler, hung_up)
+
+    async def _hang_up(self, handler: Callable[[], None], hung_up: Callable[[], None]) -> None:
+        """Find out what a SIGHUP means to a service in the foreground of a terminal."""
+        # At the end of a shell the signal comes a moment before the terminal is taken away (exit(2)).
+        with anyio.move_on_after(HANG_UP_SECONDS):
+            while not is_terminal_gone():  # noqa: ASYNC110 - nobody tells
+                await anyio.sleep(HANG_UP_SECONDS / 10)
+            hung_up()
+            return
+        handler()
 
     def begin(self, limit: float) -> None:
         self.systemd.begin()

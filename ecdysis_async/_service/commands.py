@@ -19,6 +19,7 @@ from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.claims import take_line
 from ecdysis_async._system.process import Spawner
 from ecdysis_async._system.signals import can_handle_signals, is_handled
+from ecdysis_async._system.terminal import is_in_foreground
 from ecdysis_async.errors import RestartError, RestartInProgress, RestartWhileDraining
 from ecdysis_async.report import RestartReport
 
@@ -90,6 +91,7 @@ class Commands:
             plane=life.plane,
             control_path=control_path,
             pid_file=pid_file,
+            hung_up=self._on_hang_up if self._ends_with_terminal() else None,
             takes_activation=takes_activation,
             stashes=generation.stashes,
             inherited_stash=generation.inherited_stash,
@@ -118,6 +120,21 @@ class Commands:
             life.generation.log.warning("told to stop again: the deadline of the drain is now")
             self._leaving.hurry()
         self._leaving.hurry_if_nobody_listens()
+        self._leaving.stop(Stop.TOLD)
+
+    def _ends_with_terminal(self) -> bool:
+        # With the exit of the first generation the shell has its terminal back, and nobody watches the others.
+        return (
+            self._life.inheritance is None
+            and is_in_foreground()
+            and signal.SIGHUP in self._life.generation.settings.restart_signals
+        )
+
+    def _on_hang_up(self) -> None:
+        if self._life.is_leaving:
+            return
+        self._life.generation.log.info("the terminal is gone: stopping")
+        self._life.management.ignore_on_the_way_out(signal.SIGHUP)
         self._leaving.stop(Stop.TOLD)
 
     def _on_reopen_signal(self) -> None:

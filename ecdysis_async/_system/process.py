@@ -23,6 +23,7 @@ from ecdysis_async.errors import SpawnFailed
 
 from .claims import LINE_MARKER, MARKER, mark
 from .launch import Launch
+from .signals import clean_mask
 
 __all__ = [
     "Child",
@@ -229,7 +230,7 @@ def spawn(
         is_kept: it shall become a child of systemd later, by :meth:`Process.let_go`.
         line: the worker's end of its line to the anchor, where the anchor starts it; stays ours.
 
-    Signals that the calling thread blocks are blocked in the successor too.
+    The successor blocks no signal, whatever this process blocks.
 
     Raises:
         SpawnFailed: there is no process; the text says why and what can be done.
@@ -241,14 +242,15 @@ def spawn(
             _require_program(launch)
         # With neither preexec_fn nor a change of user, subprocess takes vfork: fork would stop this process for as
         # long as the kernel copies its page tables, 58 ms at 4 GB (DESIGN.md, trap 12).
-        child = _Detached(
-            (*_REPARENTING_SHELL, *launch.arguments) if is_kept else launch.arguments,
-            cwd=launch.directory,
-            env=environment,
-            stderr=stderr,
-            pass_fds=[sock.fileno() for sock in passed.values()],
-            process_group=0 if is_kept else None,
-        )
+        with clean_mask():
+            child = _Detached(
+                (*_REPARENTING_SHELL, *launch.arguments) if is_kept else launch.arguments,
+                cwd=launch.directory,
+                env=environment,
+                stderr=stderr,
+                pass_fds=[sock.fileno() for sock in passed.values()],
+                process_group=0 if is_kept else None,
+            )
     # No error may end this process, which serves, and goes on serving.
     except Exception as error:
         raise _spawn_failed(launch, error) from error

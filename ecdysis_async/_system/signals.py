@@ -17,7 +17,7 @@ from typing import Any
 
 import anyio
 
-__all__ = ["SignalReceiver", "can_handle_signals", "handled_signals", "is_handled"]
+__all__ = ["SignalReceiver", "can_handle_signals", "clean_mask", "handled_signals", "is_handled", "unblock_all_signals"]
 
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
@@ -41,18 +41,42 @@ def is_handled(number: signal.Signals) -> bool:
         return True
 
 
+def unblock_all_signals() -> None:
+    """Let every signal come, in a process that is nothing but a service: its parent may have blocked some.
+
+    A parent blocks signals for its own threads (a JVM, a supervisor that waits by sigwait), and an exec keeps that.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+@contextlib.contextmanager
+def clean_mask() -> Iterator[None]:
+    """Block no signal in this thread, so that a process which is started here blocks none."""
+    former = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 @contextlib.contextmanager
 def handled_signals(handlers: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[SignalReceiver]:
-    """Install handlers; run the receiver that is returned, and it calls them as the signals come."""
+    """Install handlers; run the receiver that is returned, and it calls them as the signals come.
+
+    A parent may have blocked these signals, which this process has inherited: they come meanwhile all the same.
+    """
     receiver = SignalReceiver(handlers)
     former: dict[signal.Signals, Handler] = {}
+    blocked: set[int] = set()
     _replaced.append(former)
     try:
         receiver.wake_from_c()
         for each in handlers:
             former[each] = signal.signal(each, receiver.note)
+        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers) & set(handlers)
         yield receiver
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         _replaced.remove(former)
         for each, handler in former.items():
             if each in receiver.ignored_afterwards:

@@ -20,6 +20,7 @@ from ecdysis_async._handoff.preflight import preflight
 from ecdysis_async._management.control_path import locate
 from ecdysis_async._sockets.registry import Registry, listen
 from ecdysis_async._system.launch import describe_launch
+from ecdysis_async._system.signals import unblock_all_signals
 from ecdysis_async._system.stderr import say
 from ecdysis_async.errors import RestartError, StartupError, TakeoverFailed
 from ecdysis_async.settings import Settings
@@ -60,6 +61,8 @@ def serve(config: AnchorConfig) -> int:
         if found is not None and found.is_check:
             reexec.try_state(config, found.state)
             return 0
+        if found is None:
+            unblock_all_signals()
         if found is None and config.takeover is not None:
             return _take_over(config, config.takeover)
         anchor = Anchor(config, found.state if found is not None else None)
