@@ -33,7 +33,10 @@ foreground = is_in_foreground()
 signal.signal(signal.SIGHUP, lambda *_: None)
 gone = is_terminal_gone()
 print(foreground, gone, flush=True)
-sys.stdin.readline()
+try:
+    os.read(0, 1)
+except OSError:  # EIO: it is closed
+    pass
 print(is_terminal_gone())
 """
 
