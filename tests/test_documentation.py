@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from docs.state_diagrams import PAGE, make_diagrams, put_into
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 def test_the_state_diagrams_are_drawn_from_the_tables_of_today() -> None:
@@ -22,3 +27,13 @@ def test_a_diagram_shows_how_each_side_begins_and_ends() -> None:
     assert "PROBATION --> SETTLED: settle, timed out, stop" in diagrams["predecessor"]
     assert "ROLLED_BACK --> [*]" in diagrams["predecessor"]
     assert "WAITING --> OPENING: commit" in diagrams["successor"]
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_that_a_page_names_exist(page: str) -> None:
+    named = re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|toml))`", (PROJECT / page).read_text())
+    missing = [
+        name for name in named if not any((root / name).exists() for root in (PROJECT, PROJECT / "ecdysis_async"))
+    ]
+    assert named
+    assert not missing
