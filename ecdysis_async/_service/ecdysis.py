@@ -316,6 +316,7 @@ class Ecdysis(Listeners):
                         raise others[0] if len(others) == 1 else group from error
         finally:
             life.state = State.ENDED
+            self._leaving.tell_what_is_abandoned()
             self._leaving.note_left()
             self._vacate()
         if error is not None:

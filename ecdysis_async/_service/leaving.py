@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import weakref
 from collections.abc import Callable
 
 import anyio
@@ -21,6 +22,7 @@ from ecdysis_async._management.management import LEEWAY_SECONDS
 from ecdysis_async._sockets.entry import Until
 from ecdysis_async._system.exit_deadline import ExitDeadline
 from ecdysis_async._system.forking import withhold_from_children
+from ecdysis_async._system.tasks import abandoned_tasks, all_tasks, describe_task
 from ecdysis_async.report import Phase, State
 
 from .backlogs import Backlogs
@@ -33,6 +35,9 @@ PROGRESS_SECONDS = 1.0
 
 # How long the connections of "exit" listeners get once everything else has drained, seconds.
 EXIT_SECONDS = 1.0
+
+# How many tasks and connections are named at the most, where they are lost.
+NAMED_AT_MOST = 10
 
 
 class Leaving:
@@ -49,6 +54,8 @@ class Leaving:
         self._exit = ExitDeadline(self._tell_what_kept)
         # A duplicate of the channel to the successor: the last word is said after everything else is closed.
         self._last_word: socket.socket | None = None
+        # The tasks that were there before the block: what becomes of them is none of its business.
+        self._former_tasks = weakref.WeakSet(all_tasks())
 
     @property
     def _backlogs(self) -> Backlogs:
@@ -327,6 +334,18 @@ class Leaving:
         self._close_sockets(has_served=has_begun and not life.is_aborted, is_orderly=is_orderly)
         await management.finish()
         log.info("this generation ends")
+
+    def tell_what_is_abandoned(self) -> None:
+        """Name the application's own tasks that nobody waits for: they are lost when its loop ends."""
+        tasks = abandoned_tasks(self._former_tasks)
+        if not tasks or not self._has_served:
+            return
+        self._life.generation.log.warning(
+            "left behind at the end of this generation, and lost when its loop ends: %s%s; "
+            "what is done within `async with ecdysis_async.track()` is waited for",
+            "; ".join(f"task {task.get_name()}: {describe_task(task)}" for task in tasks[:NAMED_AT_MOST]),
+            f"; and {len(tasks) - NAMED_AT_MOST} more" if len(tasks) > NAMED_AT_MOST else "",
+        )
 
     async def _let_handover_end(self) -> None:
         """See a restart through that is under way while the body leaves: call it off, or let it settle."""

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
+from .tasks import describe_task
+
 if TYPE_CHECKING:
     import asyncio
     from multiprocessing.process import BaseProcess
@@ -128,7 +130,7 @@ def find_what_keeps(loop: asyncio.AbstractEventLoop | None = None) -> list[str]:
     ]
     kept = [f"thread {thread.name}{_describe_place(frames.get(thread.ident or 0))}" for thread in threads]
     tasks = _unfinished_tasks(loop)
-    kept += [f"task {task.get_name()}: {_describe_coroutine(task)}" for task in tasks[:NAMED_AT_MOST]]
+    kept += [f"task {task.get_name()}: {describe_task(task)}" for task in tasks[:NAMED_AT_MOST]]
     if len(tasks) > NAMED_AT_MOST:
         kept.append(f"{len(tasks) - NAMED_AT_MOST} more tasks")
     kept += [f"child process {child.name} (pid {child.pid})" for child in _children()]
@@ -145,12 +147,6 @@ def _describe_place(frame: FrameType | None) -> str:
     place = (own or stack)[-1]
     innermost = "" if place is stack[-1] else f", in {stack[-1].name}"
     return f" at {place.filename}:{place.lineno} ({place.name}{innermost})"
-
-
-def _describe_coroutine(task: asyncio.Task[Any]) -> str:
-    frames = task.get_stack(limit=1)
-    name = getattr(task.get_coro(), "__qualname__", repr(task.get_coro()))
-    return f"{name} at {frames[-1].f_code.co_filename}:{frames[-1].f_lineno}" if frames else name
 
 
 def _find_loop() -> asyncio.AbstractEventLoop | None:
