@@ -119,6 +119,8 @@ class Stage:
         self.filled: list[tuple[int, int]] = []
         self.failure: RestartError | None = None
         self._puppets: list[Puppet] = []
+        # Every worker may be sent a signal, so that none is the test's own process.
+        self._sleeper: subprocess.Popen[bytes] | None = None
 
     def add_slot(self, *, state: State | None = State.SERVING, process: Process | None = None) -> Puppet | None:
         """Add a slot, with a worker in a state."""
@@ -126,8 +128,12 @@ class Stage:
         return None if state is None else self.add_worker(slot, state=state, process=process)
 
     def add_worker(self, slot: Slot, *, state: State = State.SERVING, process: Process | None = None) -> Puppet:
-        """Add a worker to a slot; without a process of its own it has the test's."""
-        puppet = Puppet(process or Process(os.getpid(), os.pidfd_open(os.getpid())), state=state)
+        """Add a worker to a slot; without a process of its own it shares one that sleeps."""
+        if process is None:
+            if self._sleeper is None:
+                self._sleeper = subprocess.Popen(["sleep", "600"])
+            process = Process(self._sleeper.pid, os.pidfd_open(self._sleeper.pid))
+        puppet = Puppet(process, state=state)
         self._puppets.append(puppet)
         slot.workers.append(puppet.worker)
         return puppet
@@ -151,6 +157,9 @@ class Stage:
         for puppet in self._puppets:
             puppet.close()
         self.sockets.close(unlink=True)
+        if self._sleeper is not None:
+            self._sleeper.kill()
+            self._sleeper.wait()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from ecdysis_async._anchor.config import BEAT_SECONDS, AnchorConfig
 from ecdysis_async._anchor.pool import FIRST_BACKOFF_SECONDS, ReplaceReason, SlotActivity
 from ecdysis_async._anchor.reconcile import (
     BEATS_PER_WATCHDOG,
+    LINGER_SECONDS,
     SILENT_SECONDS,
     SILENT_SHARE,
     Reconciler,
@@ -23,7 +25,8 @@ from ecdysis_async._anchor.state import Life, RollOutStage
 from ecdysis_async._ipc.worker_link import FromAnchor
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import State
-from tests.anchor.puppets import Puppet, Stage, stage
+from ecdysis_async.settings import Settings
+from tests.anchor.puppets import Puppet, Stage, sleeping_process, stage
 
 pytestmark = pytest.mark.backends("asyncio")
 
@@ -251,6 +254,21 @@ def test_a_worker_that_is_silent_for_too_long_hangs() -> None:
         assert [worker.state for worker in lingering] == [State.DRAINING, State.ENDED]
         reconciler.note_silence(1000)
         assert len(here.begun.calls) == 5
+
+
+async def test_a_worker_that_leaves_for_too_long_is_killed(caplog: pytest.LogCaptureFixture) -> None:
+    with sleeping_process() as process, stage(settings=Settings(drain_timeout=10)) as here:
+        puppet = here.add_slot(state=State.DRAINING, process=process)
+        assert puppet is not None
+        limit = 10 + here.state.config.settings.exit_timeout + LINGER_SECONDS
+        reconciler = make_reconciler(here)
+        reconciler.note_silence(limit)
+        assert here.begun.calls == []
+        reconciler.note_silence(1)
+        await here.begun.run()
+        with anyio.fail_after(60):
+            assert await process.wait() == -signal.SIGKILL
+    assert "has not ended" in caplog.text
 
 
 def test_a_watchdog_is_fed_while_one_worker_is_sound() -> None:
