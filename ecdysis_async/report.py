@@ -78,6 +78,7 @@ class RestartReport:
         unclaimed: names of the sockets that it did not want; they are closed after the restart has settled.
         lost: connections that a successor had accepted and took with it when it was rolled back.
         drain: what became of the predecessor's connections.
+        unanswered: which workers did not answer, and were replaced without a handoff.
         left_behind: what had kept the predecessor's process after its drain, where it was ended by force.
         error: why it failed.
         workers: where an anchor rolled it out over several workers, the restart of each; what stands above is for all.
@@ -96,6 +97,7 @@ class RestartReport:
     unclaimed: list[str] = field(default_factory=list)
     lost: int = 0
     drain: DrainCount = field(default_factory=DrainCount)
+    unanswered: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
     error: str | None = None
     workers: list[RestartReport] = field(default_factory=list)
@@ -123,6 +125,7 @@ class RestartReport:
         known["drain"] = DrainCount(
             **{name.name: int(counts[name.name]) for name in fields(DrainCount) if name.name in counts}
         )
+        known["unanswered"] = [str(each) for each in known.get("unanswered", ())]
         known["left_behind"] = [str(each) for each in known.get("left_behind", ())]
         known["workers"] = [cls.from_json(each) for each in known.get("workers", ())]
         return cls(**known)
@@ -142,6 +145,7 @@ class RestartReport:
             )
         if self.lost:
             parts.append(f"{self.lost} connections lost")
+        parts += self.unanswered
         if self.left_behind:
             parts.append(f"the old process was ended by force, kept by {', '.join(self.left_behind)}")
         if self.error is not None:

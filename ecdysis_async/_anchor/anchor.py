@@ -40,6 +40,7 @@ from . import reexec, status
 from .config import AnchorConfig
 from .dispatch import Dispatcher
 from .filling import Filler
+from .hanging import HungWorkers
 from .health import HealthServer
 from .pool import Slot
 from .reaping import Reaper
@@ -102,12 +103,14 @@ class Anchor:
         systemd = find_systemd(config.systemd)
         # As PID 1 it is the parent of every orphan, and new code is the parent of what the former code has started.
         self._reaper = Reaper(reaps_orphans=os.getpid() == 1 or self._is_follower)
+        self._hung_workers = HungWorkers(self._state, self.log, begin=self._begin, fill=self._fill)
         self._restarts = Restarts(
             self._state,
             self._held_sockets,
             self.log,
             begin=self._begin,
             fill=self._fill,
+            hung_workers=self._hung_workers,
             tell_restart=self._tell_restart,
             tell_end=self._tell_that_it_serves,
         )
@@ -129,6 +132,7 @@ class Anchor:
             self.log,
             begin=self._begin,
             fill=self._fill,
+            bypass=self._hung_workers.bypass,
             watchdog=systemd.watchdog,
         )
         systemd.is_sound = self._reconciler.has_sound_worker

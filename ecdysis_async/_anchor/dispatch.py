@@ -147,6 +147,7 @@ class Dispatcher:
 
     def employ(self, slot: Slot, worker: Worker) -> None:
         """Welcome a worker of the pool, and look after it from now on."""
+        worker.heard_at = anyio.current_time()
         worker.link.tell(FromAnchor.WELCOME, {"beat_seconds": self._beat_seconds, "pid": os.getpid()})
         if self._state.is_stopping:
             worker.is_told_to_leave = True
@@ -217,6 +218,8 @@ class Dispatcher:
 
     def _hear(self, slot: Slot, worker: Worker, frame: Frame) -> None:
         worker.silence = 0.0
+        worker.heard += 1
+        worker.heard_at = anyio.current_time()
         try:
             if frame.lost_descriptors:
                 self._miss(worker, frame)
@@ -253,6 +256,9 @@ class Dispatcher:
                 return
             case FromWorker.BEAT:
                 self._note_beat(slot, worker, body)
+            case FromWorker.HANDOVER if worker.is_bypassed:
+                # It has woken up, and speaks of a restart that is none of its business any more.
+                pass
             case FromWorker.HANDOVER:
                 worker.handoff = HandoffStatus(
                     PredecessorState(body["state"]) if body["state"] is not None else None,
@@ -306,6 +312,9 @@ class Dispatcher:
         end, stderr = frame.descriptors
         child: Child | None = None
         try:
+            if worker.is_bypassed:
+                os.close(end)
+                raise SpawnFailed("this worker has not answered, and the anchor has started its successor")
             with socket.socket(fileno=end) as channel:
                 child = await self._spawn(slot, worker.successor_generation, worker, channel, stderr)
             descriptor = os.dup(child.pidfd)

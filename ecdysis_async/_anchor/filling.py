@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Awaitable, Callable
 
 import anyio
 
 from ecdysis_async._handoff.generation import Generation, GenerationLog
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import PredecessorEvent
+from ecdysis_async._ipc.worker_link import FromAnchor
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.process import Spawner
 from ecdysis_async.report import State
 
-from .pool import Slot, SlotActivity
+from .pool import Slot, SlotActivity, Worker
 from .state import AnchorState, Filled, wait_until
 
 __all__ = ["Filler"]
+
+# How long a worker that has woken up may take to accept no more, seconds: a turn or two of its loop.
+OBEY_SECONDS = 1.0
+# A worker that has said nothing for so long hangs, seconds: a beat comes each second.
+HANGS_SECONDS = 3.0
 
 
 class _AnchorHost:
@@ -29,11 +36,14 @@ class _AnchorHost:
 
     connections = 0
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, before_commit: Callable[[], Awaitable[None]] | None = None) -> None:
         self.registry = registry
+        self._before_commit = before_commit
 
     async def pause(self, spare: Callable[[Entry], bool]) -> None:
-        """Do nothing: an anchor accepts nothing that it could stop to accept."""
+        """Accept nothing, as ever; where somebody else in this slot may, let that end."""
+        if self._before_commit is not None:
+            await self._before_commit()
 
     async def resume(self) -> None:
         """Do nothing: an anchor has nothing to accept again."""
@@ -60,20 +70,22 @@ class Filler:
         make_spawner: Callable[[Slot, int], Spawner],
     ) -> None:
         self._state = state
-        self._host = _AnchorHost(registry)
+        self._registry = registry
         self.log = log
         self._make_spawner = make_spawner
 
     async def fill(self, slot: Slot, generation: int) -> Filled:
-        """Start a worker where there is none; return once it serves, or has failed."""
+        """Start a worker where there is none, or none that answers; return once it serves, or has failed."""
         state = self._state
         slot.activity = SlotActivity.FILLING
         before = set(slot.workers)
         try:
             # The anchor could not serve in the worker's place, so there is nothing to keep a probation for.
             settings = dataclasses.replace(state.config.settings, probation=0, pid_file=None)
+            hung = slot.bypassed
+            before_commit = functools.partial(self._send_away, hung) if hung is not None else None
             handoff = PredecessorSide(
-                Generation(generation - 1, settings, self._host, self.log),
+                Generation(generation - 1, settings, _AnchorHost(self._registry, before_commit), self.log),
                 lambda handoff: state.changes.announce(),
                 spawner=self._make_spawner(slot, generation),
                 number=generation,
@@ -101,3 +113,17 @@ class Filler:
             slot.activity = SlotActivity.NONE
             state.changes.announce()
         return Filled(handoff.report, handoff.error)
+
+    async def _send_away(self, hung: Worker) -> None:
+        """Tell a worker that does not answer that its place is another one's from now on (G2).
+
+        The order lies on its link before the successor accepts. When its loop turns again, it finds the order in the
+        first turn. In that very turn a loop may still accept from the shared queue what it found there beside the
+        order. Those clients are answered by it, as all that it has accepted before.
+        """
+        hung.is_told_to_leave = True
+        hung.link.tell(FromAnchor.STOP, {"replaced": True})
+        if hung.silent_seconds(anyio.current_time()) < HANGS_SECONDS:
+            with anyio.move_on_after(OBEY_SECONDS):
+                await wait_until(self._state.changes, lambda: not hung.is_alive or hung.is_done_accepting)
+        hung.state = State.DRAINING

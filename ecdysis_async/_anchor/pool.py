@@ -78,6 +78,9 @@ class Worker:
         request_limit: after how many requests it is replaced.
         silence: for how many seconds it has said nothing. Seconds in which the anchor did not listen do not count.
         leaving: for how many seconds it has been leaving, counted like the silence.
+        heard: how many messages have come from it.
+        heard_at: when the last one came, on the anchor's clock.
+        is_bypassed: whether the anchor starts its successor, because it does not answer.
         handoff: what it has said of its restart.
         served_since: when it began to serve; NaN before that.
         successor_generation: the generation that its successor is to be.
@@ -102,6 +105,9 @@ class Worker:
     request_limit: float = math.inf
     silence: float = 0.0
     leaving: float = 0.0
+    heard: int = 0
+    heard_at: float = math.nan
+    is_bypassed: bool = False
     handoff: HandoffStatus | None = None
     successor_generation: int = 0
     served_since: float = math.nan
@@ -120,6 +126,15 @@ class Worker:
     def serves(self) -> bool:
         """Whether it accepts."""
         return self.is_alive and self.state is State.SERVING
+
+    def silent_seconds(self, now: float) -> float:
+        """Return for how long it has said nothing."""
+        return 0.0 if math.isnan(self.heard_at) else now - self.heard_at
+
+    @property
+    def is_superseded(self) -> bool:
+        """Whether another worker has its place without a handoff, so that it can never take it again."""
+        return self.is_bypassed and self.is_told_to_leave
 
     @property
     def is_leaving(self) -> bool:
@@ -160,6 +175,7 @@ class Slot:
         index: its number, from 0 on.
         workers: those alive, the oldest first.
         activity: what is being done about it.
+        bypassed: the worker that does not answer, in whose place another one is being started.
         failures: how often in a row its worker has ended before it had served for long.
         retry_at: when a worker may be started here again, on the anchor's clock.
     """
@@ -167,6 +183,7 @@ class Slot:
     index: int
     workers: list[Worker] = field(default_factory=list)
     activity: SlotActivity = SlotActivity.NONE
+    bypassed: Worker | None = None
     failures: int = 0
     retry_at: float = 0.0
 

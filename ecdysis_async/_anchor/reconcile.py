@@ -12,6 +12,7 @@ from ecdysis_async._ipc.worker_link import FromAnchor
 from ecdysis_async.report import State
 
 from .config import AnchorConfig
+from .hanging import LINGER_SECONDS, Bypass, abort
 from .pool import ReplaceReason, Slot, SlotActivity, Worker
 from .rollout import replace, settle
 from .sockets import HeldSockets
@@ -22,9 +23,6 @@ __all__ = ["Reconciler", "find_beat_seconds"]
 # How often it is looked for workers that have not ended, where nothing asks for more, seconds.
 LOOK_SECONDS = 5.0
 
-# How long a worker that leaves may take besides its drain and its exit_timeout, seconds.
-LINGER_SECONDS = 6.0
-
 # How long to wait where the workers could not be looked after, seconds.
 RETRY_SECONDS = 1.0
 
@@ -34,9 +32,6 @@ BEATS_PER_WATCHDOG = 8
 # unfed. Where this process had no turn for a while, a sound worker seems to have been silent for three beats.
 SILENT_SHARE = 0.75
 SILENT_SECONDS = 15.0
-
-# What a worker that hangs gets to leave its traceback (faulthandler), before it is killed, seconds.
-ABORT_SECONDS = 1.0
 
 
 def find_beat_seconds(config: AnchorConfig, watchdog: float | None) -> float:
@@ -60,6 +55,7 @@ class Reconciler:
         log: the anchor's log.
         begin: runs something beside everything else.
         fill: starts a worker in a slot that has none.
+        bypass: starts a worker in the place of one that does not answer.
         watchdog: within how many seconds systemd wants to hear of a sound service, if it does.
     """
 
@@ -71,6 +67,7 @@ class Reconciler:
         *,
         begin: Begin,
         fill: Fill,
+        bypass: Bypass,
         watchdog: float | None = None,
     ) -> None:
         self._state = state
@@ -78,6 +75,7 @@ class Reconciler:
         self.log = log
         self._begin = begin
         self._fill = fill
+        self._bypass = bypass
         self._watchdog = watchdog
 
     async def manage(self) -> None:
@@ -172,7 +170,7 @@ class Reconciler:
             why.value.format(requests=worker.requests, megabytes=(worker.rss or 0) / 1e6),
         )
         try:
-            error = await replace(state, self._sockets, slot, worker, state.generation)
+            error = await replace(state, self._sockets, slot, worker, state.generation, self._bypass)
             if error is None and worker.is_alive:
                 with anyio.move_on_after(state.config.settings.probation):
                     await wait_until(state.changes, lambda: worker.handoff is not None and worker.handoff.is_over)
@@ -250,7 +248,4 @@ class Reconciler:
             worker.pid,
             self._state.config.hang_timeout,
         )
-        worker.process.send_signal(signal.SIGABRT)
-        with anyio.move_on_after(ABORT_SECONDS):
-            await worker.process.wait()
-        worker.process.send_signal(signal.SIGKILL)
+        await abort(worker)

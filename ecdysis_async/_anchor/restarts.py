@@ -12,6 +12,7 @@ from ecdysis_async._management.management import LEEWAY_SECONDS
 from ecdysis_async.errors import RestartError, RestartInProgress, RestartWhileDraining
 from ecdysis_async.report import Outcome, RestartReport
 
+from .hanging import HungWorkers
 from .rollout import RollOutRunner, end_probation, make_roll_out
 from .sockets import HeldSockets
 from .state import AnchorState, Begin, Fill, Life, RollOut, RollOutStage, TurnState, wait_until
@@ -37,6 +38,7 @@ class Restarts:
         log: the anchor's log.
         begin: runs something beside everything else.
         fill: starts a worker in a slot that has none.
+        hung_workers: what is done about workers that do not answer.
         tell_restart: tells the service manager of a roll-out that begins.
         tell_end: tells the service manager that a roll-out is over, and what serves now.
     """
@@ -49,6 +51,7 @@ class Restarts:
         *,
         begin: Begin,
         fill: Fill,
+        hung_workers: HungWorkers,
         tell_restart: TellRestart,
         tell_end: Callable[[], None],
     ) -> None:
@@ -57,6 +60,7 @@ class Restarts:
         self._sockets = sockets
         self._begin = begin
         self._fill = fill
+        self._hung_workers = hung_workers
         self._tell_restart = tell_restart
         self._tell_end = tell_end
         # What a restart waits for that a signal has asked for meanwhile.
@@ -93,6 +97,7 @@ class Restarts:
             self._sockets,
             self.log,
             fill=self._fill,
+            hung_workers=self._hung_workers,
             prepare=self._prepare,
             conclude=self._conclude,
         )

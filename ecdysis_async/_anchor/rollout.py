@@ -21,6 +21,7 @@ from ecdysis_async._management.changes import Changes
 from ecdysis_async.errors import RestartError, RestartWhileDraining, RolledBack, SuccessorFailed
 from ecdysis_async.report import DrainCount, Outcome, Phase, RestartReport
 
+from .hanging import Bypass, HungWorkers, wait_for_answer
 from .pool import HandoffStatus, Slot, SlotActivity, Worker
 from .sockets import HeldSockets
 from .state import AnchorState, Fill, Life, RollOut, RollOutStage, Turn, TurnState, wait_until
@@ -65,9 +66,12 @@ def end_probation(roll_out: RollOut, changes: Changes) -> None:
 
 
 async def replace(
-    state: AnchorState, sockets: HeldSockets, slot: Slot, old: Worker, generation: int
+    state: AnchorState, sockets: HeldSockets, slot: Slot, old: Worker, generation: int, bypass: Bypass
 ) -> RestartError | None:
-    """Let a worker be followed by one of another generation; return once that serves, on probation, or why not."""
+    """Let a worker be followed by one of another generation; return once that serves, on probation, or why not.
+
+    Where the worker does not answer, its successor is not on probation: nobody could take the place again.
+    """
     try:
         begin_replacing(sockets, slot, old, generation)
     except RestartError as failure:
@@ -91,7 +95,7 @@ async def replace(
         return True
 
     with anyio.move_on_after(state.config.settings.ready_timeout + HANDOFF_SECONDS) as scope:
-        await wait_until(state.changes, is_decided)
+        is_answered = await wait_for_answer(state.changes, old, is_decided)
     if scope.cancelled_caught:
         error = RestartError(
             f"worker {slot.index} (pid {old.pid}) does not answer: is it stopped (SIGSTOP, a debugger)? "
@@ -99,6 +103,8 @@ async def replace(
         )
         # Should the worker go on after all, it shall not begin the handoff.
         _revert(old, error)
+    elif not is_answered:
+        return await bypass(slot, old, generation)
     return error
 
 
@@ -136,6 +142,7 @@ class RollOutRunner:
         sockets: what the workers share.
         log: the anchor's log.
         fill: starts a worker in a slot that has none.
+        hung_workers: what is done about workers that do not answer.
         prepare: called when the roll-out begins, now that no other one is under way.
         conclude: called when it is over, before anybody else hears of that.
     """
@@ -148,6 +155,7 @@ class RollOutRunner:
         log: GenerationLog,
         *,
         fill: Fill,
+        hung_workers: HungWorkers,
         prepare: Callable[[RollOut], None],
         conclude: Callable[[RollOut], None],
     ) -> None:
@@ -156,6 +164,7 @@ class RollOutRunner:
         self._sockets = sockets
         self.log = log
         self._fill = fill
+        self._hung_workers = hung_workers
         self._prepare = prepare
         self._conclude = conclude
 
@@ -235,7 +244,10 @@ class RollOutRunner:
     async def _replace(self, turn: Turn) -> RestartError | None:
         old, generation = turn.old, self._roll_out.generation
         if old is not None:
-            error = await self._unless_stopped(lambda: replace(self._state, self._sockets, turn.slot, old, generation))
+            bypass = self._hung_workers.bypass
+            error = await self._unless_stopped(
+                lambda: replace(self._state, self._sockets, turn.slot, old, generation, bypass)
+            )
             is_unwanted = self._state.is_stopping or self._roll_out.called_off is not None
             if old.is_alive or not turn.slot.is_vacant or is_unwanted:
                 return error
@@ -288,7 +300,7 @@ class RollOutRunner:
         for turn in self._roll_out.turns:
             if turn.state is not TurnState.SERVED:
                 continue
-            if turn.old is not None and turn.old.is_alive:
+            if turn.old is not None and turn.old.is_alive and not turn.old.is_superseded:
                 if (handoff := turn.old.handoff) is not None and handoff.error is not None:
                     return handoff.error
             elif turn.slot.is_vacant:
@@ -300,13 +312,10 @@ class RollOutRunner:
     async def _settle(self) -> None:
         roll_out = self._roll_out
         self.log.info("restart %s: settling all workers", roll_out.report.id)
-        olds = [turn.old for turn in roll_out.turns if turn.old is not None]
-        for old in olds:
-            settle(old)
-        with anyio.move_on_after(ANSWER_SECONDS):
-            await wait_until(
-                self._state.changes, lambda: self._sum_up() or all(each.has_ended_handoff for each in olds)
-            )
+        async with anyio.create_task_group() as task_group:
+            for turn in roll_out.turns:
+                if turn.old is not None and not turn.old.is_superseded:
+                    task_group.start_soon(self._settle_one, turn.old)
         for turn in roll_out.turns:
             if turn.old is not None and turn.old.serves:
                 # Its successor died in this very moment. The other slots cannot be undone any more, so that this one
@@ -317,6 +326,15 @@ class RollOutRunner:
                 turn.state = TurnState.SETTLED
         roll_out.report.outcome = Outcome.SETTLED
         self._sum_up()
+
+    async def _settle_one(self, old: Worker) -> None:
+        settle(old)
+        with anyio.move_on_after(ANSWER_SECONDS):
+            await wait_for_answer(self._state.changes, old, lambda: self._sum_up() or old.has_ended_handoff)
+        if not old.has_ended_handoff:
+            # It has paused, and finds the message when its loop turns again.
+            self.log.error("worker pid %d was replaced, and does not answer", old.pid)
+            self._hung_workers.expect_end(old)
 
     async def _undo(self, error: RestartError) -> None:
         """Let the old workers serve again, wherever they live."""
@@ -334,7 +352,9 @@ class RollOutRunner:
                 ),
             )
             error.__cause__ = was
-        reverting = [turn.old for turn in served if turn.old is not None and turn.old.is_alive]
+        reverting = [
+            turn.old for turn in served if turn.old is not None and turn.old.is_alive and not turn.old.is_superseded
+        ]
         for old in reverting:
             _revert(old, error)
         with anyio.move_on_after(ANSWER_SECONDS):
@@ -343,11 +363,12 @@ class RollOutRunner:
                 lambda: self._sum_up() or self._state.is_stopping or all(each.has_ended_handoff for each in reverting),
             )
         for turn in served:
-            if turn.old is not None and turn.old.is_alive:
+            if turn.old is not None and turn.old.is_alive and not turn.old.is_superseded:
                 turn.state = TurnState.REVERTED
             else:
                 turn.state = TurnState.KEPT
-                self.log.warning("worker %d goes on with the new code: its old process has died", turn.slot.index)
+                why = "does not answer" if turn.old is not None and turn.old.is_alive else "has died"
+                self.log.warning("worker %d goes on with the new code: its old process %s", turn.slot.index, why)
         is_rolled_back = isinstance(error, RolledBack)
         self._fail(error, Outcome.ROLLED_BACK if is_rolled_back else Outcome.FAILED)
 
@@ -401,6 +422,7 @@ def sum_up(report: RestartReport, workers: Iterable[RestartReport]) -> None:
     report.accept_gap = max((each.accept_gap for each in report.workers if each.accept_gap is not None), default=None)
     for names in ("inherited", "created", "unclaimed"):
         setattr(report, names, list(dict.fromkeys(name for each in report.workers for name in getattr(each, names))))
+    report.unanswered = [what for each in report.workers for what in each.unanswered]
     report.lost = sum(each.lost for each in report.workers)
     report.drain = DrainCount(
         drained=sum(each.drain.drained for each in report.workers),

@@ -21,6 +21,9 @@ from .state import AnchorState, Life, RollOut, RollOutStage, Turn, TurnState
 
 __all__ = ["describe", "describe_status", "describe_wait", "describe_waits", "why_not_ready"]
 
+# A worker that says nothing for so long hangs, seconds: its beat comes each second.
+SILENT_SECONDS = 2.5
+
 # A worker in one of these states accepts, or is about to, or can again.
 _ACCEPTING = (State.WAITING, State.SERVING, State.PAUSED)
 
@@ -71,6 +74,8 @@ def _wait_of_roll_out(state: AnchorState, roll_out: RollOut) -> str | None:
         left = sum(turn.old.connections for turn in roll_out.turns if turn.old is not None and turn.old.is_alive)
         return counted(left, "connection") if left else "the former workers to end"
     if (turn := roll_out.current) is not None:
+        if (silence := _describe_silence(turn)) is not None:
+            return silence
         place = f"worker {roll_out.turns.index(turn) + 1} of {len(roll_out.turns)}"
         filling = state.fillings.get(turn.slot)
         handoff = turn.old.handoff if turn.old is not None else None
@@ -132,6 +137,7 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
                 "requests": worker.requests,
                 "rss": worker.rss,
                 "uptime": now - worker.born,
+                "silence": worker.silent_seconds(now),
             }
             for slot in pool.slots
             for worker in slot.workers
@@ -170,6 +176,8 @@ def _wait_of(turn: Turn) -> str | None:
     match turn.state:
         case TurnState.PENDING:
             return "its turn"
+        case TurnState.UNDER_WAY if (silence := _describe_silence(turn)) is not None:
+            return silence
         case TurnState.UNDER_WAY if old is not None and old.handoff is not None and old.handoff.state is not None:
             return f"its successor: {old.handoff.state.value}"
         case TurnState.UNDER_WAY:
@@ -179,3 +187,14 @@ def _wait_of(turn: Turn) -> str | None:
         case TurnState.SETTLED if old is not None and old.is_alive:
             return f"{counted(old.connections, 'connection')} of pid {old.pid}" if old.connections else "its end"
     return None
+
+
+def _describe_silence(turn: Turn) -> str | None:
+    """Say of a worker whose successor is waited for that it does not answer; None where it does."""
+    old = turn.old
+    if old is None or not old.is_alive or old.is_bypassed:
+        return None
+    seconds = old.silent_seconds(anyio.current_time())
+    if seconds < SILENT_SECONDS:
+        return None
+    return f"worker {turn.slot.index} (pid {old.pid}) to answer, which has been silent for {seconds:.0f} s"

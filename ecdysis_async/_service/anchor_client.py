@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,7 @@ class WorkerCommands:
     Attributes:
         begin_restart: begins to replace this worker by one of the generation that is given; raises a ``RestartError``.
         stop: lets this worker leave.
+        leave_place: lets this worker leave, because another one has its place already, and accepts.
         abandon: lets this worker leave, and leave its addresses at once: nobody else goes on with them.
         note_death: takes note that the anchor has died, in a thread: the loop may not turn.
         reopen_logs: opens log files anew that were moved; tells how many.
@@ -72,6 +73,7 @@ class WorkerCommands:
 
     begin_restart: Callable[[int], PredecessorSide]
     stop: Callable[[], None]
+    leave_place: Callable[[], None]
     abandon: Callable[[], None]
     note_death: Callable[[], None]
     reopen_logs: Callable[[], Awaitable[int]]
@@ -290,7 +292,8 @@ class AnchorClient(Management):
             self._tasks.start_soon(self._beat)
             try:
                 while True:
-                    self._hear(await self._link.receive())
+                    for frame in self._take_back([await self._link.receive(), *self._receive_rest()]):
+                        self._hear(frame)
             except ChannelError as error:
                 logger.warning("%s (%s)", GONE, error)
             # A link may also be given up by an anchor that lives, and serves on with the other workers.
@@ -334,6 +337,27 @@ class AnchorClient(Management):
             "rss": _resident_bytes(),
         }
 
+    def _receive_rest(self) -> Iterator[Frame]:
+        """Return what has come behind the last message. What is wrong with the link, the next one that waits learns."""
+        with contextlib.suppress(ChannelError):
+            while (frame := self._link.receive_nowait()) is not None:
+                yield frame
+
+    def _take_back(self, frames: list[Frame]) -> list[Frame]:
+        """Leave out an order to make a successor that was taken back before it could be obeyed.
+
+        That is so where this loop was blocked, and the anchor has not waited for it.
+        """
+        kept = []
+        is_taken_back = False
+        for frame in reversed(frames):
+            if frame.type == FromAnchor.RESTART and is_taken_back:
+                frame.close()
+                continue
+            is_taken_back |= frame.type in (FromAnchor.REVERT, FromAnchor.STOP)
+            kept.append(frame)
+        return kept[::-1]
+
     def _hear(self, frame: Frame) -> None:
         try:
             if frame.lost_descriptors:
@@ -375,6 +399,8 @@ class AnchorClient(Management):
                 self._handover.post(PredecessorEvent.SETTLE)
             case FromAnchor.REVERT if self._handover is not None:
                 self._revert(self._handover, error_from_json(body["error"]))
+            case FromAnchor.STOP if body.get("replaced"):
+                self._commands.leave_place()
             case FromAnchor.STOP:
                 self._commands.stop()
             case FromAnchor.HURRY:

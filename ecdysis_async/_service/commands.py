@@ -72,6 +72,7 @@ class Commands:
             orders = WorkerCommands(
                 begin_restart=lambda number: self._restarts.begin(number=number),
                 stop=functools.partial(self._leaving.stop, Stop.TOLD),
+                leave_place=self._leaving.leave_place,
                 abandon=self._leaving.abandon,
                 note_death=self._leaving.expect_end,
                 reopen_logs=generation.reopen_logs,

@@ -23,6 +23,7 @@ from ecdysis_async._sockets.entry import Until
 from ecdysis_async._system.exit_deadline import ExitDeadline
 from ecdysis_async._system.forking import withhold_from_children
 from ecdysis_async._system.tasks import abandoned_tasks, all_tasks, describe_task
+from ecdysis_async.errors import RestartError
 from ecdysis_async.report import Phase, State
 
 from .backlogs import Backlogs
@@ -82,6 +83,16 @@ class Leaving:
                 # Nobody is served yet, and a stop would have to wait for the end of this start.
                 life.body.cancel()
             self.begin()
+
+    def leave_place(self) -> None:
+        """Accept no more, at once: another process does so already, since this one did not answer."""
+        life = self._life
+        life.is_superseded = True
+        life.stop = Stop.TOLD
+        if life.handover is not None and not life.handover.state.final:
+            life.handover.post(PredecessorEvent.CANCELLED, RestartError("this worker has been replaced without it"))
+        life.generation.log.warning("this worker did not answer, and was replaced: it answers what it has accepted")
+        self.begin()
 
     def abandon(self) -> None:
         """Stop, and keep no address: nobody goes on with them, and the next start has to have them at once."""
@@ -169,7 +180,9 @@ class Leaving:
             await life.handover.over.wait()
         async with life.generation.gate_lock:
             if life.has_successor or not self._is_last():
-                await self._backlogs.finish(life.handover.unclaimed if life.handover is not None else ())
+                await self._backlogs.finish(
+                    life.handover.unclaimed if life.handover is not None and not life.is_superseded else ()
+                )
             else:
                 await self._backlogs.answer()
             is_final = life.has_successor or life.management.is_orphaned
@@ -190,7 +203,7 @@ class Leaving:
         A successor that died after it had settled may have had a successor of its own, which cannot be asked any more.
         So where there was none, nobody answers who waits on the sockets: they are reset when this generation ends.
         """
-        if not self._has_served:
+        if not self._has_served or self._life.is_superseded:
             return False
         inheritance, handover = self._life.inheritance, self._life.handover
         if inheritance is not None and inheritance.state not in (SuccessorState.SETTLED, SuccessorState.STOPPED):

@@ -41,6 +41,7 @@ class Life:
         state: where it stands.
         stop: whether it was told to stop. It is remembered, because a restart that is over in the same moment does not
             hear of it any more.
+        is_superseded: whether another process accepts in its place, which it has not started.
         stop_signals: how many signals have told it so.
         inheritance: the handoff that it came from, if it did.
         handover: the last restart that was asked for.
@@ -61,6 +62,7 @@ class Life:
     management: Management = field(init=False)
     state: State = State.STARTING
     stop: Stop = Stop.NOT_ASKED
+    is_superseded: bool = False
     stop_signals: int = 0
     inheritance: SuccessorSide | None = None
     handover: PredecessorSide | None = None

@@ -31,6 +31,9 @@ __all__ = [
 # How often a line tells how many connections a drain has left, where lines stay, seconds.
 COUNT_SECONDS = 5.0
 
+# A worker that has said nothing to its anchor for so long hangs, seconds: it tells of itself each second.
+SILENT_SECONDS = 2.5
+
 # Parts of what a service waits for (status.py, account.py).
 _STEP = re.compile(r"(worker \d+ of \d+): .*")
 _PID = re.compile(r" \(pid \d+\)")
@@ -206,7 +209,7 @@ def describe_outcome(report: RestartReport) -> str:
             f"; connections: {drain.drained} drained, {drain.silent} silent, {drain.transferred} transferred, "
             f"{drain.cut} cut"
         )
-    return text
+    return "\n".join([text, *report.unanswered])
 
 
 def describe_check(checked: dict[str, Any]) -> str:
@@ -324,6 +327,8 @@ def _describe_worker(worker: dict[str, Any]) -> str:
         text = f"generation {worker['generation']}, {text}"
     if worker.get("connections") is not None:
         text += f", {worker['connections']} connections"
+    if worker.get("silence") is not None and worker["silence"] >= SILENT_SECONDS:
+        text += f"; has not answered for {worker['silence']:.0f} s"
     if worker.get("waiting_for"):
         text += f"; waiting for {worker['waiting_for']}"
     return text

@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 
 from ecdysis_async._anchor.config import AnchorConfig
+from ecdysis_async._anchor.hanging import HungWorkers
 from ecdysis_async._anchor.pool import HandoffStatus, Slot, Worker, WorkerPool
 from ecdysis_async._anchor.sockets import HeldSockets
 from ecdysis_async._anchor.state import AnchorState, Filled, Life
@@ -109,6 +110,7 @@ class Stage:
         begun: what it has begun.
         filled: the slots and generations in which a worker was started; each start succeeds unless `failure` is set.
         failure: why a start fails.
+        hung_workers: what is done about workers that do not answer.
     """
 
     def __init__(self, config: AnchorConfig) -> None:
@@ -118,6 +120,7 @@ class Stage:
         self.begun = Begun()
         self.filled: list[tuple[int, int]] = []
         self.failure: RestartError | None = None
+        self.hung_workers = HungWorkers(self.state, self.log, begin=self.begun, fill=self.fill)
         self._puppets: list[Puppet] = []
         # Every worker may be sent a signal, so that none is the test's own process.
         self._sleeper: subprocess.Popen[bytes] | None = None

@@ -11,10 +11,10 @@ import anyio
 import pytest
 
 from ecdysis_async._anchor.config import BEAT_SECONDS, AnchorConfig
+from ecdysis_async._anchor.hanging import LINGER_SECONDS
 from ecdysis_async._anchor.pool import FIRST_BACKOFF_SECONDS, ReplaceReason, SlotActivity
 from ecdysis_async._anchor.reconcile import (
     BEATS_PER_WATCHDOG,
-    LINGER_SECONDS,
     SILENT_SECONDS,
     SILENT_SHARE,
     Reconciler,
@@ -34,7 +34,15 @@ NOW = 1000.0
 
 
 def make_reconciler(here: Stage, watchdog: float | None = None) -> Reconciler:
-    return Reconciler(here.state, here.sockets, here.log, begin=here.begun, fill=here.fill, watchdog=watchdog)
+    return Reconciler(
+        here.state,
+        here.sockets,
+        here.log,
+        begin=here.begun,
+        fill=here.fill,
+        bypass=here.hung_workers.bypass,
+        watchdog=watchdog,
+    )
 
 
 @pytest.fixture

@@ -51,6 +51,7 @@ def restarts(here: Stage, told: Told) -> Restarts:
         here.log,
         begin=here.begun,
         fill=here.fill,
+        hung_workers=here.hung_workers,
         tell_restart=told.begins,
         tell_end=told.ends,
     )

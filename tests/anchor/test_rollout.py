@@ -41,6 +41,7 @@ class Play:
             here.sockets,
             here.log,
             fill=fill or here.fill,
+            hung_workers=here.hung_workers,
             prepare=lambda roll_out: self.told.append("begins"),
             conclude=lambda roll_out: self.told.append(roll_out.report.outcome.value),
         )

@@ -118,7 +118,7 @@ async def test_what_a_roll_out_waits_for(here: Stage) -> None:
     assert status.describe_wait(state) is None
 
 
-def test_what_each_worker_waits_for(here: Stage) -> None:
+async def test_what_each_worker_waits_for(here: Stage) -> None:
     puppets = [add(here) for _ in range(8)]
     puppets[7].stand(PredecessorState.PAUSING)
     states = (*TurnState, TurnState.UNDER_WAY)
@@ -222,3 +222,15 @@ async def test_the_status_is_json_with_all_that_commands_know(here: Stage) -> No
         2,
         "the first worker's turn",
     )
+
+
+async def test_a_worker_that_does_not_answer_is_named_while_it_is_waited_for(here: Stage) -> None:
+    puppet = add(here)
+    roll(here, TurnState.UNDER_WAY)
+    puppet.worker.heard_at = anyio.current_time() - 7
+    wait = f"worker 0 (pid {puppet.worker.pid}) to answer, which has been silent for 7 s"
+    assert status.describe_wait(here.state) == wait
+    assert status.describe_status(here.state, [])["workers"][0]["silence"] >= 7
+    # From then on it is not waited for any more.
+    puppet.worker.is_bypassed = True
+    assert status.describe_wait(here.state) == "worker 1 of 1: its turn"

@@ -72,6 +72,7 @@ async def a_pair() -> AsyncIterator[Pair]:
         commands = WorkerCommands(
             begin_restart=pair.begin,
             stop=lambda: pair.stops.append("stop"),
+            leave_place=lambda: pair.stops.append("leave place"),
             abandon=lambda: pair.stops.append("abandon"),
             note_death=lambda: pair.stops.append("death"),
             reopen_logs=reopen_logs,
