@@ -157,6 +157,7 @@ class Anchor:
             is_accepting=self._keeps_what_is_open,
             plane=self._control_plane,
             control_path=config.control_path,
+            control_access=config.control_access,
             pid_file=config.settings.pid_file,
             hung_up=self._on_hang_up if self._is_in_foreground else None,
             takes_activation=config.systemd is not False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ecdysis_async._management.control_access import ControlAccess
 from ecdysis_async._sockets.addresses import Address
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.settings import Settings
@@ -26,6 +27,7 @@ class AnchorConfig:
         workers: how many workers there shall be.
         settings: the settings of the workers' handoffs. Pid file and command are the anchor's.
         control_path: the absolute path of the control socket; None for none.
+        control_access: who may use it.
         systemd: whether systemd is told of the service, as in ``Ecdysis``.
         hang_timeout: for how long a worker's loop may not turn, before the worker is replaced.
         max_requests: after how many requests a worker is replaced.
@@ -42,6 +44,7 @@ class AnchorConfig:
     workers: int = 1
     settings: Settings = field(default_factory=Settings)
     control_path: str | None = None
+    control_access: ControlAccess = field(default_factory=ControlAccess)
     systemd: bool | None = None
     hang_timeout: float | None = None
     max_requests: int | None = None

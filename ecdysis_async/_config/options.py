@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ecdysis_async._management.control_access import ControlAccess
 from ecdysis_async._management.control_path import default_directory, locate
 from ecdysis_async._sockets.addresses import Address, Internet
 from ecdysis_async._sockets.entry import BACKLOG
@@ -22,6 +23,7 @@ from ecdysis_async.errors import StartupError
 
 from .parsing import (
     OFF,
+    find_group,
     number_of,
     one_of,
     optional,
@@ -31,6 +33,7 @@ from .parsing import (
     parse_cert_reqs,
     parse_directory,
     parse_file,
+    parse_group,
     parse_mode,
     parse_one_address,
     parse_path,
@@ -173,6 +176,12 @@ class Options:
         parse_text,
         "The control socket: a path, a name in the default directory, or off.",
         metavar="PATH",
+    )
+    control_mode: int | None = _option(
+        None, parse_mode, "Permissions of the control socket; else 600, or 660 with control-group.", metavar="OCTAL"
+    )
+    control_group: str | None = _option(
+        None, parse_group, "The group whose members may command the service too: a name or a number.", metavar="GROUP"
     )
     pid_file: str | None = _option(
         None, parse_path, "Names the process to signal.", metavar="PATH", aliases=("--pid", "-p")
@@ -327,6 +336,11 @@ class Options:
             digest = hashlib.sha256(name.encode()).hexdigest()[:16]
             path = os.path.join(default_directory(), f"{digest}.sock")
         return os.path.abspath(path)
+
+    @property
+    def control_access(self) -> ControlAccess:
+        """Who may use the control socket."""
+        return ControlAccess(self.control_mode, find_group(self.control_group) if self.control_group else None)
 
     @property
     def is_tls(self) -> bool:

@@ -19,6 +19,7 @@ from ecdysis_async._sockets.addresses import Address, parse_address
 __all__ = [
     "OFF",
     "did_you_mean",
+    "find_group",
     "number_of",
     "one_of",
     "optional",
@@ -28,6 +29,7 @@ __all__ = [
     "parse_cert_reqs",
     "parse_directory",
     "parse_file",
+    "parse_group",
     "parse_mode",
     "parse_one_address",
     "parse_path",
@@ -43,6 +45,9 @@ __all__ = [
 
 OFF = ("off", "none", "no", "false", "0", "")
 ON = ("on", "yes", "true", "1")
+
+# The kernel's gid_t, whose last number means "as it is" (chown(2)).
+MAX_GROUP = 2**32 - 2
 
 
 def parse_text(value: Any) -> str:
@@ -145,6 +150,34 @@ def parse_mode(value: Any) -> int:
     if found is None or isinstance(value, bool):
         raise ValueError(f"permissions are octal digits, such as 660, not {value!r}")
     return int(found[1], 8)
+
+
+def parse_group(value: Any) -> str:
+    """Read the name, or the number, of a group that there is."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"a group is a name or a number, not {value!r}")
+    find_group(text)
+    return text
+
+
+def find_group(text: str) -> int:
+    """Return the number of a group.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    # Imported here, because there are platforms without it, and without control sockets.
+    import grp
+
+    if text.isdecimal():
+        if int(text) > MAX_GROUP:
+            raise ValueError(f"there is no group {text}: a number up to {MAX_GROUP} is possible")
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise ValueError(f"there is no group {text!r}: getent group lists those that there are") from None
 
 
 def parse_switch(value: Any) -> bool:

@@ -28,14 +28,14 @@ class ClientGone(Exception):
 
 
 class ControlConnection:
-    """One connection, each of its messages a line of JSON."""
+    """One connection, each of its messages a line of JSON.
+
+    Attributes:
+        sock: the connection.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-
-    def read_uid(self) -> int:
-        """Return the user who connected, as the kernel saw it then (SO_PEERCRED, unix(7))."""
-        return read_credentials(self._sock).uid
+        self.sock = sock
 
     def identify(self) -> tuple[int, int]:
         """Return the process that connected, and a new pidfd of it.
@@ -43,11 +43,11 @@ class ControlConnection:
         Raises:
             ClientGone: it has ended. ValueError: it cannot be watched from here.
         """
-        pid = read_credentials(self._sock).pid
+        pid = read_credentials(self.sock).pid
         if pid == 0:
             raise ValueError("it is in another pid namespace (another container)")
         with contextlib.suppress(OSError):  # Linux before 6.5, or a peer that was reaped
-            return pid, self._sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+            return pid, self.sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError as error:
@@ -61,7 +61,7 @@ class ControlConnection:
     def has_left(self) -> bool:
         """Say whether the client has closed its end, or said something more than its request."""
         try:
-            self._sock.recv(1, socket.MSG_PEEK)
+            self.sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
         except OSError:
@@ -76,7 +76,7 @@ class ControlConnection:
         """
         line = json.dumps({"event": event, **facts}).encode() + b"\n"
         try:
-            socket.send_fds(self._sock, [line], [passed.fileno()])
+            socket.send_fds(self.sock, [line], [passed.fileno()])
         except OSError as error:
             raise ClientGone from error
 
@@ -91,9 +91,9 @@ class ControlConnection:
             if len(line) > MAX_REQUEST_BYTES:
                 raise ValueError(f"it is longer than {MAX_REQUEST_BYTES} bytes")
             try:
-                data = self._sock.recv(MAX_REQUEST_BYTES)
+                data = self.sock.recv(MAX_REQUEST_BYTES)
             except BlockingIOError:
-                await anyio.wait_readable(self._sock)
+                await anyio.wait_readable(self.sock)
                 continue
             except OSError as error:
                 raise ClientGone from error
@@ -120,8 +120,8 @@ class ControlConnection:
             with anyio.fail_after(ANSWER_SECONDS):
                 while rest:
                     try:
-                        rest = rest[self._sock.send(rest) :]
+                        rest = rest[self.sock.send(rest) :]
                     except BlockingIOError:
-                        await anyio.wait_writable(self._sock)
+                        await anyio.wait_writable(self.sock)
         except OSError as error:
             raise ClientGone from error

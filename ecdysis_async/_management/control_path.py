@@ -25,6 +25,8 @@ __all__ = [
 
 LOCK_SUFFIX = ".lock"
 
+PASSABLE = stat.S_IXGRP | stat.S_IXOTH
+
 # Below it systemd makes what a unit asks for by RuntimeDirectory= (systemd.exec(5)).
 RUN_DIRECTORY = "/run"
 
@@ -60,8 +62,12 @@ def default_directories() -> list[str]:
     return list(dict.fromkeys(directories))
 
 
-def prepare_directory(path: str) -> None:
+def prepare_directory(path: str, *, is_shared: bool = False) -> None:
     """See that nobody else can replace a control socket; make its directory where that is the default one.
+
+    Args:
+        path: of the control socket.
+        is_shared: whether others may use the socket, who then need to pass the directory.
 
     Raises:
         OSError: there is no such directory, or it belongs to, or may be written by, others; the text says what to do.
@@ -69,6 +75,9 @@ def prepare_directory(path: str) -> None:
     directory = os.path.dirname(path)
     if directory == default_directory():
         os.makedirs(directory, mode=0o700, exist_ok=True)
+        if is_shared and (found := os.stat(directory)).st_uid == os.geteuid():
+            # They pass it, and cannot look around in it.
+            os.chmod(directory, stat.S_IMODE(found.st_mode) | PASSABLE)
     try:
         found = os.stat(directory)
     except FileNotFoundError as error:

@@ -48,6 +48,7 @@ from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import RestartError, SpawnFailed
 from ecdysis_async.report import RestartReport
 
+from .control_access import ControlAccess
 from .control_connection import ClientGone, ControlConnection
 from .control_path import ControlLock, prepare_directory
 from .controlled import ControlHandlers
@@ -80,10 +81,14 @@ class ControlServer:
         path: absolute.
         plane: where it is registered.
         controlled: whom it speaks for.
+        access: who may command it.
     """
 
-    def __init__(self, path: str, plane: DataPlane, controlled: ControlHandlers) -> None:
+    def __init__(
+        self, path: str, plane: DataPlane, controlled: ControlHandlers, access: ControlAccess | None = None
+    ) -> None:
         self.path = path
+        self._access = access if access is not None else ControlAccess()
         self.controlled = controlled
         self._ending = anyio.Event()
         self._plane = plane
@@ -184,12 +189,32 @@ class ControlServer:
 
     def _open(self) -> Entry:
         registry = self._plane.registry
-        prepare_directory(self.path)
+        access = self._access
+        prepare_directory(self.path, is_shared=access.group is not None)
         is_family = any(
             entry.inherited and (entry.name, entry.address) == (NAME, self.path) for entry in registry.entries
         )
         self._lock.acquire(is_family=is_family)
-        return registry.obtain(Unix(self.path, mode=0o600), name=NAME, until=Until.EXIT)
+        try:
+            address = Unix(self.path, mode=access.mode, group=access.group)
+            entry = registry.obtain(address, name=NAME, until=Until.EXIT)
+            if entry.inherited:
+                access.apply(self.path)
+        except PermissionError as error:
+            if access.group is None:
+                raise
+            raise PermissionError(
+                error.errno,
+                f"the control socket {self.path} cannot be given to group {access.group} ({error.strerror}): only "
+                "root, and who is in that group, can do that",
+            ) from error
+        if (obstacle := access.find_obstacle(self.path)) is not None:
+            logger.warning(
+                "group %d cannot reach the control socket: it may not pass %s (chmod g+x, or take another directory)",
+                access.group,
+                obstacle,
+            )
+        return entry
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[bool]:
@@ -210,12 +235,8 @@ class ControlServer:
         with sock:
             client = ControlConnection(sock)
             try:
-                if (uid := client.read_uid()) not in (0, os.geteuid()):
-                    await client.send(
-                        "error",
-                        reason="permission",
-                        message=f"uid {uid} may not control a service of uid {os.geteuid()}: ask as that user, or root",
-                    )
+                if not self._access.admits(sock):
+                    await client.send("error", reason="permission", message=self._access.refusal(sock))
                     return
                 with self._place() as has_place:
                     if has_place:
@@ -267,6 +288,11 @@ class ControlServer:
                     await client.send("checked", comparison=comparison)
             case {"command": "upgrade"}:
                 await self._upgrade(client)
+            case {"command": "takeover"} if not ControlAccess().admits(client.sock):
+                # The sockets, and the processes behind them, are more than a word of command.
+                await client.send(
+                    "error", reason="permission", message=f"only uid {os.geteuid()} and root may take this service over"
+                )
             case {"command": "takeover", "anchor": int()}:
                 await self._pass_all_on(client)
             case {"command": "takeover"}:

@@ -33,6 +33,7 @@ from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import ChannelError, RestartUnsupported
 from ecdysis_async.report import RestartReport
 
+from .control_access import ControlAccess
 from .control_server import ControlServer
 from .controlled import ControlHandlers
 from .descriptor_store import DescriptorStore
@@ -296,6 +297,7 @@ class OwnManagement(Management):
             yet; afterwards, what is closed is a successor's, or the next start's.
         plane: where the control socket is registered, if there is one.
         control_path: where the control socket is.
+        control_access: who may use it; None: this user and root.
         pid_file: where the pid file is.
         hung_up: is called instead of the handler of SIGHUP where that came because the terminal is gone, of a service
             in its foreground; None: SIGHUP is an operator's.
@@ -320,6 +322,7 @@ class OwnManagement(Management):
         is_accepting: Callable[[], bool],
         plane: DataPlane | None = None,
         control_path: str | None = None,
+        control_access: ControlAccess | None = None,
         pid_file: Path | None = None,
         hung_up: Callable[[], None] | None = None,
         takes_activation: bool = True,
@@ -347,7 +350,7 @@ class OwnManagement(Management):
         self._pid_file = PidFile(pid_file) if pid_file is not None else None
         self._control: ControlServer | None = None
         if control_path is not None and plane is not None:
-            self._control = ControlServer(control_path, plane, control)
+            self._control = ControlServer(control_path, plane, control, control_access)
             self._resources.callback(self._control.close)
         self._has_predecessor = False
         # Why a restart would end the systemd unit that this process is in, if it would.

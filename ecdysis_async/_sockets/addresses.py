@@ -113,11 +113,13 @@ class Unix:
         path: in the file system; or ``@name``, an abstract address.
         kind: whether it has connections, connections that keep the boundaries of messages, or datagrams.
         mode: permissions of a new path, in force from its first moment; None: those of the umask.
+        group: the group that a new path belongs to; None: that of the process, or of the directory.
     """
 
     path: str
     kind: Kind = Kind.UNIX
     mode: int | None = None
+    group: int | None = None
 
     def __str__(self) -> str:
         return f"unix:{self.path}"
@@ -165,6 +167,9 @@ class Unix:
                 # the path is at no time more open than it shall be.
                 os.fchmod(sock.fileno(), mode)
             sock.bind(target)
+            # Nobody can connect yet: it does not listen.
+            if self.group is not None and not self.is_abstract:
+                os.chown(target, -1, self.group, follow_symlinks=False)
             if mode is not None:
                 os.chmod(target, mode)
         except BaseException:

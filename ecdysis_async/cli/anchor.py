@@ -119,6 +119,7 @@ def make_config(options: Options, control_path: str | None) -> AnchorConfig:
             env_file=Path(options.env_file).absolute() if options.env_file is not None else None,
         ),
         control_path=control_path,
+        control_access=options.control_access,
         hang_timeout=options.hang_timeout,
         max_requests=options.max_requests,
         max_requests_jitter=options.max_requests_jitter,

@@ -134,6 +134,10 @@ def _describe(
     written = {path for path in written if path != directory and not path.startswith(directory + "/")}
     for missing in sorted(path for path in written if not os.path.isdir(path)):
         raise OptionError(f"there is no directory {missing}: make it, or use {directory}, which systemd makes")
+    if options.control_group is not None:
+        # To give the socket to that group, the service has to be in it.
+        identity += f"SupplementaryGroups={_escape(options.control_group)}\n"
+    is_passed = options.control_group is not None or any(path.startswith(directory) for path in paths)
     sockets = f"Requires={name}.socket\nAfter={name}.socket\n" if has_socket else ""
     hides_home = "read-only" if _are_in(places, HOMES) else "yes"
     hides_temporary = "no" if _are_in([*places, *written], TEMPORARY) else "yes"
@@ -172,7 +176,7 @@ FileDescriptorStoreMax={STORED}
 OOMPolicy=continue
 LimitNOFILE=65536
 RuntimeDirectory={name}
-RuntimeDirectoryMode={"0755" if any(path.startswith(directory) for path in paths) else "0700"}
+RuntimeDirectoryMode={"0755" if is_passed else "0700"}
 {identity}\
 CapabilityBoundingSet={capability}
 AmbientCapabilities={capability}
