@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from ecdysis_async._handoff.protocol import DrainMessage
 from ecdysis_async._handoff.stash import InheritedStash, Stashes
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.claims import take_activation
+from ecdysis_async._system.exit_deadline import describe_main_thread
 from ecdysis_async._system.process import Spawner
 from ecdysis_async._system.signals import SignalReceiver, can_handle_signals, handled_signals
 from ecdysis_async._system.terminal import is_terminal_gone
@@ -118,7 +119,16 @@ class Management(abc.ABC):
                 "off the main thread, and off POSIX, no signals can be handled: call restart() and stop() instead"
             )
             return
-        self._signals = self._resources.enter_context(handled_signals(self._handlers))
+        self._signals = self._resources.enter_context(handled_signals(self._handlers, self._tell_delay))
+
+    def _tell_delay(self, signals: Collection[str], seconds: float) -> None:
+        """Say that the loop is blocked: called in a thread. A restart, or a stop, has to wait for it."""
+        self._log.warning(
+            "the event loop has not turned for %.0f s, and %s waits for it: the main thread stands %s",
+            seconds,
+            ", ".join(signals) or "a signal",
+            describe_main_thread(),
+        )
 
     def start(self, task_group: TaskGroup) -> None:
         """Begin to listen, in tasks of this group."""

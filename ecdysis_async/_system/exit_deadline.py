@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import asyncio
     from multiprocessing.process import BaseProcess
 
-__all__ = ["ExitDeadline", "find_what_keeps"]
+__all__ = ["ExitDeadline", "describe_main_thread", "find_what_keeps"]
 
 # How long child processes get from SIGTERM to SIGKILL, and the process itself once they are gone, seconds.
 CHILD_SECONDS = 1.0
@@ -135,6 +135,12 @@ def find_what_keeps(loop: asyncio.AbstractEventLoop | None = None) -> list[str]:
         kept.append(f"{len(tasks) - NAMED_AT_MOST} more tasks")
     kept += [f"child process {child.name} (pid {child.pid})" for child in _children()]
     return kept
+
+
+def describe_main_thread() -> str:
+    """Say where the main thread stands."""
+    frames = sys._current_frames()  # noqa: SLF001 - CPython documents it: no other way to a stack
+    return _describe_place(frames.get(threading.main_thread().ident or 0)).strip()
 
 
 def _describe_place(frame: FrameType | None) -> str:

@@ -13,12 +13,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import anyio
 
 __all__ = ["SignalReceiver", "can_handle_signals", "clean_mask", "handled_signals", "is_handled", "unblock_all_signals"]
 
+
+# After how many seconds a signal that the loop has not seen is told.
+DELAY_SECONDS = 3.0
+
+TellDelay: TypeAlias = Callable[[Collection[str], float], None]
+"""Is told the names of signals, and for how many seconds they have waited. It is called in a thread."""
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
@@ -60,12 +66,18 @@ def clean_mask() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def handled_signals(handlers: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[SignalReceiver]:
+def handled_signals(
+    handlers: Mapping[signal.Signals, Callable[[], None]], tell_delay: TellDelay | None = None
+) -> Iterator[SignalReceiver]:
     """Install handlers; run the receiver that is returned, and it calls them as the signals come.
 
     A parent may have blocked these signals, which this process has inherited: they come meanwhile all the same.
+
+    Args:
+        handlers: what is called at each signal.
+        tell_delay: see :class:`SignalReceiver`.
     """
-    receiver = SignalReceiver(handlers)
+    receiver = SignalReceiver(handlers, tell_delay)
     former: dict[signal.Signals, Handler] = {}
     blocked: set[int] = set()
     _replaced.append(former)
@@ -87,9 +99,22 @@ def handled_signals(handlers: Mapping[signal.Signals, Callable[[], None]]) -> It
 
 
 class SignalReceiver:
-    """The signals that came and were not looked at yet."""
+    """The signals that came and were not looked at yet.
 
-    def __init__(self, handlers: Mapping[signal.Signals, Callable[[], None]]) -> None:
+    Python's own handler runs while the loop is blocked, if the main thread comes to another bytecode, or waits in a
+    system call. So it can have a thread look whether the loop turns.
+
+    Args:
+        handlers: what is called at each signal.
+        tell_delay: is told, in a thread, which signals have waited for the loop, and for how many seconds. There is no
+            such thread before a signal comes, and none any more once the loop has seen it.
+    """
+
+    def __init__(
+        self, handlers: Mapping[signal.Signals, Callable[[], None]], tell_delay: TellDelay | None = None
+    ) -> None:
+        self._tell_delay = tell_delay
+        self._watched: threading.Event | None = None
         self.ignored_afterwards: frozenset[signal.Signals] = frozenset()
         self._handlers = handlers
         self._noted: deque[int] = deque()
@@ -127,6 +152,28 @@ class SignalReceiver:
         # A full pipe has woken the loop long ago.
         with contextlib.suppress(BlockingIOError):
             os.write(self._write_end, b"\0")
+        # The end of a child is no order that anybody waits for.
+        if self._tell_delay is not None and self._watched is None and number != signal.SIGCHLD:
+            self._watched = threading.Event()
+            thread = threading.Thread(
+                target=self._watch, args=(self._tell_delay, self._watched), name="ecdysis-signals", daemon=True
+            )
+            # No thread can be had (ulimit -u): then nobody is told.
+            with contextlib.suppress(RuntimeError):
+                thread.start()
+
+    def _watch(self, tell_delay: TellDelay, seen: threading.Event) -> None:
+        """Tell that the loop does not turn, for as long as that is so; more and more seldom."""
+        waited, pause = 0.0, DELAY_SECONDS
+        while not seen.wait(pause):
+            waited += pause
+            pause = waited
+            tell_delay([signal.Signals(number).name for number in tuple(self._noted)], waited)
+
+    def _note_seen(self) -> None:
+        if self._watched is not None:
+            self._watched.set()
+            self._watched = None
 
     def fileno(self) -> int:
         """Return the pipe that C has written the number of each signal to that was not acted upon yet.
@@ -140,11 +187,13 @@ class SignalReceiver:
         while True:
             await anyio.wait_readable(self._read_end)
             os.read(self._read_end, 4096)
+            self._note_seen()
             while self._noted:
                 self._handlers[signal.Signals(self._noted.popleft())]()
 
     def close(self) -> None:
         """Let go of the pipe; harmless if done already. What is noted from then on is ignored."""
+        self._note_seen()
         if self._write_end == -1:
             return
         if self._wakes_from_c:

@@ -43,6 +43,9 @@ MAX_ANSWER_BYTES = 16 * 1024 * 1024
 # A service says something every second to those who wait; one that says nothing for this long hangs, seconds.
 SILENCE_SECONDS = 15.0
 
+# After how many seconds without a first answer that is told, while it is still waited for.
+QUIET_SECONDS = 3.0
+
 # How long to look for somebody who knows the verdict, once the generation that was asked is gone, seconds.
 VERDICT_SECONDS = 10.0
 VERDICT_POLL_SECONDS = 0.05
@@ -280,7 +283,7 @@ def restart(path: str, until: str, on_event: Callable[[Event], None]) -> Event:
     """
     last: str | None = None
     try:
-        for event in _ask(path, {"command": "restart", "until": until}, SILENCE_SECONDS):
+        for event in _ask(path, {"command": "restart", "until": until}, SILENCE_SECONDS, on_event):
             with understanding(path):
                 on_event(event)
             match event["event"]:
@@ -312,7 +315,7 @@ def stop(path: str, on_event: Callable[[Event], None]) -> None:
     """
     pid = pidfd = -1
     try:
-        for event in _ask(path, {"command": "stop"}, SILENCE_SECONDS):
+        for event in _ask(path, {"command": "stop"}, SILENCE_SECONDS, on_event):
             with understanding(path):
                 on_event(event)
             if event["event"] == "accepted":
@@ -404,13 +407,14 @@ def _ask_once(path: str, request: Event, timeout: float) -> Event:
     return next(_ask(path, request, timeout))
 
 
-def _ask(path: str, request: Event, timeout: float) -> Iterator[Event]:
+def _ask(path: str, request: Event, timeout: float, on_event: Callable[[Event], None] | None = None) -> Iterator[Event]:
     """Ask, and yield each answer.
 
     Args:
         path: the control socket.
         request: what is asked.
         timeout: how long the service may be silent, in seconds.
+        on_event: is told that the service does not answer yet.
 
     Raises:
         CommandFailed: nobody is there, or the service refuses to answer.
@@ -434,6 +438,9 @@ def _ask(path: str, request: Event, timeout: float) -> Iterator[Event]:
         # Refused before it was heard: what the service has said to that is there to be read.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(json.dumps(request).encode() + b"\n")
+        if on_event is not None and not select.select([sock], [], [], min(QUIET_SECONDS, timeout))[0]:
+            what = f"an answer of {path}, silent for {QUIET_SECONDS:.0f} s: is its event loop blocked?"
+            on_event({"event": "silent", "waiting_for": what})
         with sock.makefile("rb") as lines:
             while True:
                 try:

@@ -127,3 +127,17 @@ def test_no_service(command: str, environment: Path, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
     assert call(command, "--control", str(path)).returncode == NO_SERVICE
+
+
+def test_who_waits_for_a_service_that_is_silent_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(client, "SILENCE_SECONDS", 0.5)
+    path = str(tmp_path / "control")
+    events: list[dict[str, object]] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        with pytest.raises(client.CommandFailed, match="did not say whether it restarts"):
+            client.restart(path, "settled", events.append)
+    (event,) = events
+    assert str(event["waiting_for"]).startswith(f"an answer of {path}, silent for ")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import anyio
@@ -197,3 +197,35 @@ def test_after_a_stop_no_second_one_kills_the_interpreter(why: str, status: int)
         [sys.executable, "-c", ENDS, why], env=environment, check=False, stderr=subprocess.PIPE, text=True
     )
     assert done.returncode == status, done.stderr
+
+
+@pytest.mark.parametrize("is_blocked", [True, False])
+async def test_a_signal_that_a_blocked_loop_does_not_see_is_told(
+    backend: str, monkeypatch: pytest.MonkeyPatch, *, is_blocked: bool
+) -> None:
+    monkeypatch.setattr(signals_module, "DELAY_SECONDS", 0.05)
+    told = threading.Event()
+    delays: list[tuple[list[str], float]] = []
+
+    def tell_delay(names: Collection[str], seconds: float) -> None:
+        delays.append((list(names), seconds))
+        told.set()
+
+    before = threading.active_count()
+    seen = anyio.Event()
+    with handled_signals({signal.SIGUSR1: seen.set}, tell_delay) as receiver:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(receiver.run)
+            await anyio.lowlevel.checkpoint()
+            if not is_blocked:
+                monkeypatch.setattr(signals_module, "DELAY_SECONDS", 60)
+            signal.raise_signal(signal.SIGUSR1)
+            if is_blocked:
+                told.wait(60)
+            with anyio.fail_after(60):
+                await seen.wait()
+            task_group.cancel_scope.cancel()
+    assert [names for names, _ in delays[:1]] == ([["SIGUSR1"]] if is_blocked else [])
+    with anyio.fail_after(60):
+        while threading.active_count() > before:  # noqa: ASYNC110 - the end of a thread is no event
+            await anyio.sleep(0.01)

@@ -253,3 +253,16 @@ def test_a_stop_is_heard_while_a_generation_cannot_accept_again(backend: str, is
     assert service.wait_for_death(first) == 0
     assert service.log.count("cannot accept again yet") == 1
     service.expected_blemishes = ("Traceback (most",)
+
+
+@pytest.mark.backends("asyncio", "uvloop", "trio")
+def test_a_restart_that_a_blocked_loop_does_not_hear_of_says_so(backend: str, run_service: Run) -> None:
+    service = run_service(backend)
+    with service.begin("run", code="block()") as conversation:
+        service.wait_for("blocked")
+        service.signal(service.pids[0], signal.SIGHUP)
+        service.wait_for_log("and SIGHUP waits for it: the main thread stands at ")
+        assert "(block)" in service.log
+        service.release()
+        assert conversation.answer() is None
+        service.wait_for("ready", generation=2)
