@@ -79,6 +79,7 @@ class RestartReport:
         lost: connections that a successor had accepted and took with it when it was rolled back.
         drain: what became of the predecessor's connections.
         unanswered: which workers did not answer, and were replaced without a handoff.
+        cut_requests: what was cut at its deadline, in a few words each: ten of them, and how many more.
         left_behind: what had kept the predecessor's process after its drain, where it was ended by force.
         error: why it failed.
         workers: where an anchor rolled it out over several workers, the restart of each; what stands above is for all.
@@ -98,6 +99,7 @@ class RestartReport:
     lost: int = 0
     drain: DrainCount = field(default_factory=DrainCount)
     unanswered: list[str] = field(default_factory=list)
+    cut_requests: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
     error: str | None = None
     workers: list[RestartReport] = field(default_factory=list)
@@ -126,6 +128,7 @@ class RestartReport:
             **{name.name: int(counts[name.name]) for name in fields(DrainCount) if name.name in counts}
         )
         known["unanswered"] = [str(each) for each in known.get("unanswered", ())]
+        known["cut_requests"] = [str(each) for each in known.get("cut_requests", ())]
         known["left_behind"] = [str(each) for each in known.get("left_behind", ())]
         known["workers"] = [cls.from_json(each) for each in known.get("workers", ())]
         return cls(**known)
@@ -143,6 +146,8 @@ class RestartReport:
                 f"connections: {drain.drained} drained, {drain.silent} silent, {drain.transferred} transferred, "
                 f"{drain.cut} cut"
             )
+        if self.cut_requests:
+            parts.append(f"cut at the deadline: {', '.join(self.cut_requests)}")
         if self.lost:
             parts.append(f"{self.lost} connections lost")
         parts += self.unanswered

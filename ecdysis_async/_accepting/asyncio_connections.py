@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ecdysis_async._connections.connection import Connection, Verdict, current_connection
+from ecdysis_async._connections.connection import Connection, Verdict, current_connection, describe_peer
 from ecdysis_async._connections.parcel import Release, TransferRecord
 from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._sockets.entry import Entry
@@ -284,6 +284,10 @@ class ServerConnection(Connection):
             # ENOTCONN: the peer has reset it already. EBADF: it is closed already.
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
+
+    def what(self) -> str:
+        sock = self.transport.get_extra_info("socket") if self.transport is not None else self._sock
+        return f"a connection to {self._name} from {describe_peer(sock)}"
 
     def is_over(self) -> bool:
         return self.handler is None and (self._is_lost or self._is_lost_unheard())

@@ -21,7 +21,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from ecdysis_async._connections.connection import Connection, Verdict, current_connection
+from ecdysis_async._connections.connection import Connection, Verdict, current_connection, describe_peer
 from ecdysis_async._connections.parcel import ConnectionResumer, Refused, Release, TransferRecord
 from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._sockets.entry import Entry, Kind, Until
@@ -113,6 +113,9 @@ class AcceptedConnection(Connection):
             # ENOTCONN: the peer has reset it already. EBADF: it is closed already.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+    def what(self) -> str:
+        return f"a connection to {self._name} from {describe_peer(self._sock())}"
 
     @property
     def movable(self) -> bool:

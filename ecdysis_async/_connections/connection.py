@@ -20,9 +20,20 @@ from ecdysis_async.errors import DrainInterrupt
 
 from .parcel import TransferRecord
 
-__all__ = ["LEAVING", "Connection", "Offer", "Verdict", "current_connection"]
+__all__ = [
+    "LEAVING",
+    "Connection",
+    "Offer",
+    "Verdict",
+    "current_connection",
+    "describe_peer",
+    "describe_request",
+]
 
 T = TypeVar("T")
+
+# How much of a request's path is told.
+MAX_PATH = 200
 
 current_connection: ContextVar[Connection | None] = ContextVar("ecdysis_current_connection", default=None)
 """The connection, or the tracked work, that the running task serves; data planes set it in each handler."""
@@ -31,6 +42,31 @@ current_connection: ContextVar[Connection | None] = ContextVar("ecdysis_current_
 LEAVING = "this generation is leaving: close the connection now"
 MOVABLE = "this generation is leaving, and this connection can move to the next one: await transfer(state)"
 MOVED = "this connection has moved to the next generation"
+
+
+def describe_request(method: str, path: str, since: float) -> str:
+    """Describe a request in a few words: its method, its path without the query, and its age.
+
+    Args:
+        method: or what takes its place.
+        path: as the client has written it, or decoded.
+        since: when it began, by CLOCK_MONOTONIC.
+    """
+    # What a client has written goes into logs and onto terminals.
+    shown = path.partition("?")[0][:MAX_PATH].encode("unicode_escape").decode()
+    return f"{method} {shown}, {time.monotonic() - since:.1f} s old"
+
+
+def describe_peer(sock: Any) -> str:
+    """Say who is at the other end of a socket, as far as that is known."""
+    try:
+        peer = sock.getpeername()
+    except (OSError, AttributeError):
+        return "a client that has gone"
+    if isinstance(peer, tuple):
+        host, port, *_ = peer
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return "a client of this machine"
 
 
 class Verdict(enum.Enum):
@@ -72,10 +108,12 @@ class Connection:
         offer: what its handler offers for transfer at this moment.
         moved: whether it has moved to the successor.
         refused: whether the successor will never take it.
+        describe_requests: returns a few words on each request that it has, where its server knows requests.
     """
 
     __slots__ = (
         "_idle_scopes",
+        "describe_requests",
         "interrupted",
         "invited",
         "moved",
@@ -100,6 +138,7 @@ class Connection:
         self.offer: Offer | None = None
         self.moved = False
         self.refused = False
+        self.describe_requests: Callable[[Any], list[str]] | None = None
         self._idle_scopes: list[anyio.CancelScope] = []
 
     def interrupt(self) -> None:
@@ -117,6 +156,16 @@ class Connection:
 
     def abort(self) -> None:
         """Let go of the socket without waiting for anything."""
+
+    def describe(self) -> list[str]:
+        """Say in a few words each what is lost where it is cut: its requests, or else the connection itself."""
+        requests = self.describe_requests(self) if self.describe_requests is not None else []
+        age = time.monotonic() - self.since
+        return requests or [f"{self.what()}, {age:.1f} s old"]
+
+    def what(self) -> str:
+        """Say what it is, and whose."""
+        return "a connection"
 
     def is_over(self) -> bool:
         """Say whether it ended without telling: asked now and then of connections that cannot always know."""

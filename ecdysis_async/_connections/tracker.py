@@ -67,13 +67,17 @@ Move = Callable[[Callable[[], None]], Awaitable[None]]
 class _Work(Connection):
     """Work of the application's own, within ``async with track()``."""
 
-    __slots__ = ("_scope",)
+    __slots__ = ("_scope", "_task")
 
     is_accepted = False
 
     def __init__(self, scope: anyio.CancelScope) -> None:
         super().__init__()
         self._scope = scope
+        self._task = anyio.get_current_task().name
+
+    def what(self) -> str:
+        return f"tracked work of the task {self._task}"
 
     def cancel(self) -> None:
         self._scope.cancel()
@@ -122,6 +126,7 @@ class Tracker:
     Attributes:
         draining: set when this generation leaves.
         count: how the connections have ended since then.
+        cut: what was cut at the deadline, in a few words each.
         moves: whether connections move to a successor at this time: then no client is told to come back on a new one.
         on_safe_point: told of each connection that reaches a safe point, while connections are sent to a successor.
     """
@@ -129,6 +134,7 @@ class Tracker:
     def __init__(self) -> None:
         self.draining = anyio.Event()
         self.count = DrainCount()
+        self.cut: list[str] = []
         self.moves = False
         self.on_safe_point: Callable[[Connection], None] | None = None
         # In the order in which they are asked whether they have ended without telling: the asked ones go to the end.
@@ -417,6 +423,7 @@ class Tracker:
             self._note_end(connection)
             return
         self.count.cut += 1
+        self.cut += connection.describe()
         for force in (connection.cancel, connection.abort):
             news = connection.news = anyio.Event()
             force()

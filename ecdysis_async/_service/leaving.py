@@ -234,9 +234,14 @@ class Leaving:
         await tracker.drain(min(EXIT_SECONDS, timeout))
         count = tracker.count
         log.info("drained: %d by themselves, %d silent, %d cut", count.drained, count.silent, count.cut)
+        cut = tracker.cut[:NAMED_AT_MOST]
+        if len(tracker.cut) > NAMED_AT_MOST:
+            cut.append(f"{len(tracker.cut) - NAMED_AT_MOST} more")
+        for each in cut:
+            log.warning("cut at the deadline: %s", each)
         if life.handover is not None and life.has_successor:
             report = life.handover.report
-            report.drain = count
+            report.drain, report.cut_requests = count, cut
             report.phases[Phase.DRAIN] = anyio.current_time() - begun
             life.management.restart_changed(life.handover)
             await life.handover.tell(DrainMessage.DRAINED, {"report": report.to_json()})

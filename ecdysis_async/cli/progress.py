@@ -209,7 +209,8 @@ def describe_outcome(report: RestartReport) -> str:
             f"; connections: {drain.drained} drained, {drain.silent} silent, {drain.transferred} transferred, "
             f"{drain.cut} cut"
         )
-    return "\n".join([text, *report.unanswered])
+    cut = (f"cut at the deadline: {each}" for each in report.cut_requests)
+    return "\n".join([text, *cut, *report.unanswered])
 
 
 def describe_check(checked: dict[str, Any]) -> str:

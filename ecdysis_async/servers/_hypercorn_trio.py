@@ -87,7 +87,7 @@ async def serve(
         nonlocal is_late
         is_late = True
         for connection in connections:
-            connection.mark_silent(is_silent=connection not in application.busy)
+            connection.mark_silent(is_silent=not application.is_busy(connection))
         nursery.start_soon(end_them)
 
     goodbye = Goodbye(ecdysis, close_idle)

@@ -13,6 +13,7 @@ import functools
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from ecdysis_async._accepting.asyncio_connections import ServerConnection
 from ecdysis_async._accepting.asyncio_servers import noting_servers
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._config.options import Options
-from ecdysis_async._connections.connection import current_connection
+from ecdysis_async._connections.connection import current_connection, describe_request
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.errors import StartupError
 from ecdysis_async.servers._common.forwarded import Trusted
@@ -168,8 +169,8 @@ class _Clients:
         self.goodbye = Goodbye(ecdysis, self._close_idle)
         self._runner = runner
         self._tracker = active().tracker
-        # Each connection that has made a request, and whether it has a request now.
-        self._is_busy: dict[ServerConnection, bool] = {}
+        # Each connection that has made a request; and the request that it has now, with the time of its beginning.
+        self._requests: dict[ServerConnection, tuple[web.Request, float] | None] = {}
 
     @web.middleware
     async def note_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -178,15 +179,16 @@ class _Clients:
         connection = current_connection.get()
         if not isinstance(connection, ServerConnection):
             return await handler(request)
-        if connection not in self._is_busy:
+        if connection not in self._requests:
             connection.busy(request.task)
+            connection.describe_requests = self._describe_requests
             request.task.add_done_callback(functools.partial(self._forget, connection))
-        self._is_busy[connection] = True
+        self._requests[connection] = request, time.monotonic()
         try:
             return await handler(request)
         finally:
-            if connection in self._is_busy:
-                self._is_busy[connection] = False
+            if connection in self._requests:
+                self._requests[connection] = None
 
     async def note_response(self, request: web.Request, response: web.StreamResponse) -> None:
         """Say goodbye once this generation leaves, and take note of WebSockets."""
@@ -200,14 +202,18 @@ class _Clients:
                 response.headers["Connection"] = "close"
 
     def _close_idle(self) -> None:
-        for connection, is_busy in self._is_busy.items():
-            connection.mark_silent(is_silent=not is_busy)
+        for connection, request in self._requests.items():
+            connection.mark_silent(is_silent=request is None)
         # Ends the tasks of idle connections at once, and the tasks of the others after their response.
         assert self._runner.server is not None
         self._runner.server.pre_shutdown()
 
+    def _describe_requests(self, connection: ServerConnection) -> list[str]:
+        found = self._requests.get(connection)
+        return [] if found is None else [describe_request(found[0].method, found[0].rel_url.raw_path, found[1])]
+
     def _forget(self, connection: ServerConnection, task: asyncio.Task[None]) -> None:
-        del self._is_busy[connection]
+        del self._requests[connection]
         connection.idle()
         if self.goodbye.ecdysis.draining.is_set():
             # aiohttp leaves an idle connection open whose task was ended, and would never answer on it.

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from ecdysis_async._accepting.asyncio_connections import ServerConnection as Tra
 from ecdysis_async._accepting.asyncio_servers import GatedServer
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._config.options import Options
-from ecdysis_async._connections.connection import current_connection
+from ecdysis_async._connections.connection import current_connection, describe_request
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.goodbye import RESTARTING, Goodbye
 from ecdysis_async.servers._common.listening import describe, make_ssl_context, open_sockets
@@ -116,6 +117,7 @@ async def _handle(goodbye: Goodbye, handler: Handler, websocket: ServerConnectio
     connection = current_connection.get()
     if isinstance(connection, Tracked):
         connection.busy(asyncio.current_task())
+        connection.describe_requests = functools.partial(_describe, websocket, time.monotonic())
     goodbye.add_websocket(dismiss)
     try:
         await handler(websocket)
@@ -127,6 +129,11 @@ async def _handle(goodbye: Goodbye, handler: Handler, websocket: ServerConnectio
         goodbye.discard_websocket(dismiss)
         if isinstance(connection, Tracked):
             connection.idle()
+
+
+def _describe(websocket: ServerConnection, since: float, connection: Tracked) -> list[str]:
+    path = websocket.request.path if websocket.request is not None else ""
+    return [describe_request("WebSocket", path, since)]
 
 
 def _accepted(kind: type[ServerConnection]) -> type[ServerConnection]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from anyio.abc import SocketStream
 from ecdysis_async._accepting.anyio_streams import serve
 from ecdysis_async._accepting.asyncio_servers import start_server
 from ecdysis_async._accepting.data_plane import DataPlane
-from ecdysis_async._connections.connection import Connection, current_connection
+from ecdysis_async._connections.connection import Connection, current_connection, describe_peer, describe_request
 from ecdysis_async._connections.receiver import Receiver
 from ecdysis_async._connections.sender import Sender, socketpair
 from ecdysis_async._connections.tracker import Tracker
@@ -208,3 +209,17 @@ async def test_errors_of_the_awaited_pass_through() -> None:
 
     with pytest.raises(LookupError, match="this one"):
         await tracker.until_draining(fail())
+
+
+def test_a_request_is_described_without_its_query_and_without_what_a_terminal_obeys() -> None:
+    described = describe_request("GET", "/\x1b[2J/\u2028?token=secret", time.monotonic() - 2)
+    assert described.startswith("GET /\\x1b[2J/\\u2028, ")
+    assert described.endswith(" s old")
+
+
+def test_a_peer_is_described_as_far_as_it_is_known() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert describe_peer(ours) == "a client of this machine"
+    assert describe_peer(ours) == "a client that has gone"
+    assert describe_peer(None) == "a client that has gone"

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import struct
 import sys
-from collections import Counter
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 from weakref import WeakSet
@@ -19,7 +19,7 @@ from ecdysis_async._accepting.asyncio_connections import ServerConnection
 from ecdysis_async._accepting.asyncio_servers import note_no_servers
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
-from ecdysis_async._connections.connection import current_connection
+from ecdysis_async._connections.connection import Connection, current_connection, describe_request
 from ecdysis_async.servers._protocols.http import will_move
 
 from .goodbye import DRAINING, RESTARTING, SETTLED, Goodbye
@@ -48,7 +48,6 @@ class Application:
 
     Attributes:
         failure: why the application's start-up failed, if it did.
-        busy: how many requests each connection has at this moment, on trio.
 
     Args:
         app: the application, of ASGI 3.
@@ -65,13 +64,12 @@ class Application:
     ) -> None:
         self._send_goaway = send_goaway
         self.failure: BaseException | None = None
-        self.busy: Counter[AcceptedConnection] = Counter()
         self._app = app
         self._goodbye = goodbye
         self._draining, self._settled = goodbye.ecdysis.draining, goodbye.ecdysis.settled
         self._tracker = active().tracker
         # The requests that each connection has at this moment: with HTTP/2 that may be many.
-        self._requests: dict[ServerConnection, set[asyncio.Task[Any]]] = {}
+        self._requests: dict[Connection, dict[_Request, None]] = {}
         # The connections whose client has hung up.
         self._deserted: WeakSet[ServerConnection] = WeakSet()
         # The connections of HTTP/2 that were not told of the drain, where the server has no way to tell them.
@@ -89,7 +87,7 @@ class Application:
         if self._send_goaway is None and scope["http_version"] == "2" and isinstance(connection, ServerConnection):
             # A connection that was told, and goes on asking, is told once more.
             self._untold.add(connection)
-        with self._in_progress():
+        with self._in_progress(scope):
             if scope["type"] == "websocket":
                 # Where this implementation of WebSockets cannot move, an offer has no effect.
                 state.setdefault(TRANSFER, Transfer())
@@ -175,35 +173,43 @@ class Application:
         connection.idle()
         connection.close()
 
+    def is_busy(self, connection: Connection) -> bool:
+        """Say whether a connection has a request at this moment."""
+        return connection in self._requests
+
     @contextlib.contextmanager
-    def _in_progress(self) -> Iterator[None]:
-        """Let the drain know that this connection is busy, and which task to cancel at the deadline."""
+    def _in_progress(self, scope: Message) -> Iterator[None]:
+        """Let the drain know that this connection is busy, with what, and which task to cancel at the deadline."""
         connection = current_connection.get()
-        if isinstance(connection, AcceptedConnection):
-            # On trio, a deadline cancels the connection's own scope, and its requests with it.
-            self.busy[connection] += 1
-            try:
-                yield
-            finally:
-                self.busy -= Counter([connection])
-            return
+        # On trio, a deadline cancels the connection's own scope, and its requests with it.
         task = asyncio.current_task() if isinstance(connection, ServerConnection) else None
-        if not isinstance(connection, ServerConnection) or task is None:
+        if connection is None or (task is None and not isinstance(connection, AcceptedConnection)):
             yield
             return
-        tasks = self._requests.setdefault(connection, set())
-        tasks.add(task)
-        connection.busy(task)
+        request = _Request(scope, task)
+        requests = self._requests.setdefault(connection, {})
+        requests[request] = None
+        connection.describe_requests = self._describe_requests
+        if isinstance(connection, ServerConnection):
+            connection.busy(task)
         try:
             yield
         finally:
-            tasks.remove(task)
-            if tasks:
-                connection.busy(next(iter(tasks)))
-            else:
+            del requests[request]
+            if not requests:
                 del self._requests[connection]
-                connection.idle()
-                self._go_idle(connection)
+            if isinstance(connection, ServerConnection):
+                if requests:
+                    connection.busy(next(iter(requests)).task)
+                else:
+                    connection.idle()
+                    self._go_idle(connection)
+
+    def _describe_requests(self, connection: Connection) -> list[str]:
+        return [
+            describe_request(request.scope.get("method", "WebSocket"), request.scope["path"], request.since)
+            for request in self._requests.get(connection, ())
+        ]
 
     def _go_idle(self, connection: ServerConnection) -> None:
         """End a connection that is idle by now, if it is on its way out."""
@@ -215,6 +221,23 @@ class Application:
             # In a turn of the loop: the server has yet to hear that this request is answered.
             protocol = connection.transport.get_protocol()
             asyncio.get_running_loop().call_soon(self._send_goaway, protocol)
+
+
+class _Request:
+    """One request, or one WebSocket, from its beginning to its end.
+
+    Attributes:
+        scope: of ASGI.
+        task: that runs it, on asyncio.
+        since: when it began, by CLOCK_MONOTONIC.
+    """
+
+    __slots__ = ("scope", "since", "task")
+
+    def __init__(self, scope: Message, task: asyncio.Task[Any] | None) -> None:
+        self.scope = scope
+        self.task = task
+        self.since = time.monotonic()
 
 
 class _WebSocket:

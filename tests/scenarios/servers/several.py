@@ -1,11 +1,14 @@
 """A program with several servers, each on a port of its own: ``KIND:PORT:SECONDS`` for each, with what its start takes.
 
 Once it serves, the first generation asks all of them, restarts, and asks all of them again; the second one then asks
-them, and stops. What they answer is written to stdout.
+them, and stops. What they answer is written to stdout. With ``MODE=cut``, the first generation asks all of them what
+they never answer, restarts, and writes what was cut.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import socket
@@ -18,6 +21,16 @@ import anyio.to_thread
 import ecdysis_async
 from ecdysis_async import Ecdysis
 
+# What was asked in vain.
+hanging: list[str] = []
+
+
+async def hang_if_asked(path: str) -> None:
+    """Answer nothing where the path says so."""
+    if "/slow" in path:
+        hanging.append(path)
+        await anyio.sleep_forever()
+
 
 def make_application(seconds: float) -> Any:
     async def application(scope: Any, receive: Any, send: Any) -> None:
@@ -28,6 +41,7 @@ def make_application(seconds: float) -> Any:
             await receive()
             await send({"type": "lifespan.shutdown.complete"})
         else:
+            await hang_if_asked(scope["path"])
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
 
@@ -58,13 +72,14 @@ async def by_aiohttp(ecdysis: Ecdysis, port: int, seconds: float) -> None:
     from ecdysis_async.servers.aiohttp import serve
 
     async def answer(request: web.Request) -> web.Response:
+        await hang_if_asked(request.path)
         return web.Response()
 
     async def start(app: web.Application) -> None:
         await anyio.sleep(seconds)
 
     app = web.Application()
-    app.router.add_get("/", answer)
+    app.router.add_get("/{path:.*}", answer)
     app.on_startup.append(start)
     await serve(ecdysis, app, host="127.0.0.1", port=port)
 
@@ -73,6 +88,7 @@ async def by_websockets(ecdysis: Ecdysis, port: int, seconds: float) -> None:
     from ecdysis_async.servers.websockets import serve
 
     async def echo(websocket: Any) -> None:
+        await hang_if_asked(websocket.request.path)
         async for message in websocket:
             await websocket.send(message)
 
@@ -81,7 +97,7 @@ async def by_websockets(ecdysis: Ecdysis, port: int, seconds: float) -> None:
 
 async def by_streams(ecdysis: Ecdysis, port: int, seconds: float) -> None:
     async def answer(reader: Any, writer: Any) -> None:
-        await reader.readline()
+        await hang_if_asked((await reader.readline()).decode())
         writer.write(b"HTTP/1.1 200 own\r\n\r\n")
         writer.close()
 
@@ -90,7 +106,7 @@ async def by_streams(ecdysis: Ecdysis, port: int, seconds: float) -> None:
 
 async def by_anyio(ecdysis: Ecdysis, port: int, seconds: float) -> None:
     async def answer(stream: Any) -> None:
-        await stream.receive()
+        await hang_if_asked((await stream.receive()).decode())
         await stream.send(b"HTTP/1.1 200 own\r\n\r\n")
 
     await ecdysis.serve(answer, ecdysis.listen_tcp("127.0.0.1", port))
@@ -121,6 +137,35 @@ def tell(*words: object) -> None:
     os.write(1, " ".join(map(str, words)).encode() + b"\n")
 
 
+def ask_in_vain(port: int) -> socket.socket:
+    """Ask one server what it never answers, and go on waiting."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=30)
+    sock.sendall(
+        b"GET /slow?token=secret HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    return sock
+
+
+async def be_cut(ecdysis: Ecdysis, ports: list[int]) -> None:
+    """Ask all servers in vain, and write what was cut by a restart."""
+    await ecdysis.settled.wait()
+    if ecdysis.generation > 1:
+        while ecdysis.draining_generations:  # noqa: ASYNC110 - there is no event for that
+            await anyio.sleep(0.01)
+        assert ecdysis.last_report is not None
+        tell(json.dumps(ecdysis.last_report.to_json()["cut_requests"]))
+        ecdysis.stop()
+        return
+    with contextlib.ExitStack() as stack:
+        for number, port in enumerate(ports, 1):
+            stack.enter_context(await anyio.to_thread.run_sync(ask_in_vain, port))
+            while len(hanging) < number:  # noqa: ASYNC110 - servers set it that know no event of each other
+                await anyio.sleep(0.01)
+        report = await ecdysis.restart("drained")
+    tell(json.dumps(report.cut_requests))
+
+
 async def drive(ecdysis: Ecdysis, ports: list[int]) -> None:
     """Ask all servers before and after a restart, and end."""
 
@@ -147,12 +192,12 @@ async def serve(ecdysis: Ecdysis) -> None:
     async with anyio.create_task_group() as task_group:
         for kind, port, seconds in servers:
             task_group.start_soon(KINDS[kind], ecdysis, int(port), float(seconds))
-        task_group.start_soon(drive, ecdysis, ports)
+        task_group.start_soon(be_cut if os.environ.get("MODE") == "cut" else drive, ecdysis, ports)
 
 
 async def main() -> None:
     timeout = float(os.environ.get("READY_TIMEOUT", "60"))
-    async with Ecdysis(probation=0.1, ready_timeout=timeout, systemd=False) as ecdysis:
+    async with Ecdysis(probation=0.1, drain_timeout=0.5, ready_timeout=timeout, systemd=False) as ecdysis:
         await serve(ecdysis)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 from pathlib import Path
 
@@ -70,3 +72,34 @@ def test_a_server_that_never_gets_ready_is_named(tmp_path: Path) -> None:
     assert ended.status == 1
     assert f"waiting for aiohttp on 127.0.0.1:{port}" in ended.log
     assert f"TimeoutError: aiohttp on 127.0.0.1:{port} did not get ready within 1.6 s" in ended.log
+
+
+WHAT = {
+    "uvicorn": "WebSocket /slow",
+    "hypercorn": "WebSocket /slow",
+    "aiohttp": "GET /slow",
+    "websockets": "WebSocket /slow",
+    "streams": "a connection to tcp:127.0.0.1:PORT from 127.0.0.1:PORT",
+    "anyio": "a connection to tcp:127.0.0.1:PORT from 127.0.0.1:PORT",
+}
+
+
+@pytest.mark.parametrize(
+    ("loop", "kinds"),
+    [
+        ("asyncio", ("uvicorn", "hypercorn", "aiohttp", "websockets", "streams", "anyio")),
+        ("uvloop", ("uvicorn", "hypercorn", "aiohttp", "websockets", "streams", "anyio")),
+        ("trio", ("hypercorn", "anyio")),
+    ],
+)
+def test_what_is_cut_at_the_deadline_is_named(loop: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
+    servers = with_ports(tuple(f"{kind}:0" for kind in kinds))
+    ended = programs.run(tmp_path, PROGRAM, *servers, LOOP=loop, MODE="cut")
+    former, latter = map(json.loads, ended.output.splitlines())
+    assert former == latter
+    ports = re.compile(r":[0-9]{4,}")
+    ages = re.compile(r", [0-9]+\.[0-9] s old$")
+    assert sorted(ages.sub("", ports.sub(":PORT", each)) for each in former) == sorted(WHAT[kind] for kind in kinds)
+    for each in former:
+        assert f"cut at the deadline: {each}\n" in ended.log
+    assert "secret" not in "".join(former)
