@@ -297,6 +297,8 @@ class Dispatcher:
         worker.connections = int(body["connections"])
         worker.requests = int(body["requests"])
         worker.rss = int(body["rss"]) if body["rss"] is not None else None
+        ends_in = body.get("ends_in")
+        worker.ends_at = anyio.current_time() + float(ends_in) if ends_in is not None else None
         if worker.serves and math.isnan(worker.served_since):
             worker.served_since = anyio.current_time()
         if worker.state is State.DRAINING and before is not State.DRAINING:

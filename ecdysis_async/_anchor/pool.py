@@ -81,6 +81,7 @@ class Worker:
         heard: how many messages have come from it.
         heard_at: when the last one came, on the anchor's clock.
         is_bypassed: whether the anchor starts its successor, because it does not answer.
+        ends_at: when its drain ends at the latest, on the anchor's clock; None before it drains.
         handoff: what it has said of its restart.
         served_since: when it began to serve; NaN before that.
         successor_generation: the generation that its successor is to be.
@@ -108,6 +109,7 @@ class Worker:
     heard: int = 0
     heard_at: float = math.nan
     is_bypassed: bool = False
+    ends_at: float | None = None
     handoff: HandoffStatus | None = None
     successor_generation: int = 0
     served_since: float = math.nan

@@ -124,7 +124,12 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
         "anchor": {"upgrades": state.upgrades, "error": state.upgrade_error},
         "process": {**describe_place(), "environment": sorted(pool.environment)},
         "draining": [
-            {"generation": worker.generation, "pid": worker.pid, "connections": worker.connections}
+            {
+                "generation": worker.generation,
+                "pid": worker.pid,
+                "connections": worker.connections,
+                "ends_in": max(0.0, worker.ends_at - now) if worker.ends_at is not None else None,
+            }
             for worker in draining
         ],
         "workers": [

@@ -32,12 +32,22 @@ GRACE_SECONDS = 5.0
 
 @dataclass(slots=True)
 class Ancestor:
-    """An older generation that is still there, or the predecessor."""
+    """An older generation that is still there, or the predecessor.
+
+    Attributes:
+        generation: its number.
+        pid: its process.
+        peer: the channel to it.
+        connections: how many it has left; None before it has said so.
+        ends_at: when its drain ends at the latest, on the loop's clock, as far as it has said so.
+        drained: set when it has drained.
+    """
 
     generation: int
     pid: int
     peer: Peer
     connections: int | None = None
+    ends_at: float | None = None
     drained: anyio.Event = field(default_factory=anyio.Event)
 
     def to_json(self) -> dict[str, Any]:
@@ -144,6 +154,9 @@ class Ancestors:
         match item:
             case Frame(type=DrainMessage.PROGRESS):
                 ancestor.connections = item.body.get("connections")
+                # A release before this one does not say it.
+                ends_in = item.body.get("ends_in")
+                ancestor.ends_at = anyio.current_time() + ends_in if isinstance(ends_in, int | float) else None
             case Frame(type=DrainMessage.DRAINED):
                 ancestor.connections = 0
                 ancestor.drained.set()

@@ -9,6 +9,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import anyio
+
 from ecdysis_async._handoff.ancestors import Ancestor
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.preflight import describe_place
@@ -110,9 +112,15 @@ def describe_listeners(entries: Sequence[Entry]) -> list[dict[str, str]]:
 
 
 def describe_ancestors(ancestors: Sequence[Ancestor]) -> list[dict[str, Any]]:
-    """Return the older generations that still drain; the number of connections is None before the first word of it."""
+    """Return the older generations that still drain; what one has not told yet is None."""
+    now = anyio.current_time()
     return [
-        {"generation": each.generation, "pid": each.pid, "connections": each.connections}
+        {
+            "generation": each.generation,
+            "pid": each.pid,
+            "connections": each.connections,
+            "ends_in": max(0.0, each.ends_at - now) if each.ends_at is not None else None,
+        }
         for each in sorted(ancestors, key=lambda each: each.generation)
     ]
 

@@ -69,6 +69,7 @@ class WorkerCommands:
         reopen_logs: opens log files anew that were moved; tells how many.
         note_report: takes note of the last restart of the service.
         state: tells where it stands.
+        ends_in: tells within how many seconds its drain ends; None while none is under way.
     """
 
     begin_restart: Callable[[int], PredecessorSide]
@@ -79,6 +80,7 @@ class WorkerCommands:
     reopen_logs: Callable[[], Awaitable[int]]
     note_report: Callable[[RestartReport], None]
     state: Callable[[], str]
+    ends_in: Callable[[], float | None] = lambda: None
 
 
 @dataclass(slots=True)
@@ -335,6 +337,7 @@ class AnchorClient(Management):
             "connections": len(self._plane.tracker),
             "requests": self._plane.tracker.requests,
             "rss": _resident_bytes(),
+            "ends_in": self._commands.ends_in(),
         }
 
     def _receive_rest(self) -> Iterator[Frame]:

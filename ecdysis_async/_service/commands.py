@@ -78,6 +78,7 @@ class Commands:
                 reopen_logs=generation.reopen_logs,
                 note_report=self._note_report,
                 state=lambda: life.state.value,
+                ends_in=lambda: life.ends_in,
             )
             return AnchorClient(line, life.plane, orders, generation.log, self._signal_handlers())
         self._control_path = control_path

@@ -274,7 +274,8 @@ class Leaving:
 
     async def _tell_progress(self) -> None:
         while self._life.has_successor and self._life.handover is not None:
-            await self._life.handover.tell(DrainMessage.PROGRESS, {"connections": len(self._life.plane.tracker)})
+            progress = {"connections": len(self._life.plane.tracker), "ends_in": self._life.ends_in}
+            await self._life.handover.tell(DrainMessage.PROGRESS, progress)
             await anyio.sleep(PROGRESS_SECONDS)
 
     def hurry(self) -> None:

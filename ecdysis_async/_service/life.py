@@ -105,6 +105,11 @@ class Life:
         return self.has_successor or self.management.owns_process or self.stop is Stop.TOLD or is_stopped
 
     @property
+    def ends_in(self) -> float | None:
+        """Within how many seconds its drain ends; None while none is under way."""
+        return max(0.0, self.drain_deadline - anyio.current_time()) if self.drain_deadline is not None else None
+
+    @property
     def has_successor(self) -> bool:
         """Whether a successor goes on with what this generation leaves."""
         return self.handover is not None and self.handover.report.outcome is Outcome.SETTLED

@@ -307,7 +307,8 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "draining",
             f"generation {each['generation']} (pid {each['pid']})"
-            + (f": {each['connections']} connections" if each["connections"] is not None else ""),
+            + (f": {each['connections']} connections" if each["connections"] is not None else "")
+            + (f", ends within {each['ends_in']:.0f} s" if each.get("ends_in") is not None else ""),
         )
         for each in status["draining"]
     ]

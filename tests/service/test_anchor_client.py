@@ -101,6 +101,7 @@ async def test_it_beats_at_once_and_at_each_change(backend: str) -> None:
             "connections": 0,
             "requests": 0,
             "rss": first.body["rss"],
+            "ends_in": None,
         }
         assert first.body["rss"] > 0
         pair.life.state = State.SERVING
