@@ -149,7 +149,7 @@ def test_a_drain_counts_down(backend: str, run_service: Run, path: str) -> None:
         service.wait_until(lambda: bool(status(path)["draining"]), "it does not know that its predecessor drains")
         [former] = status(path)["draining"]
         # How long it may still take is told as well: by each word of it, of which the first comes at once.
-        service.wait_until(lambda: status(path)["draining"][0]["ends_in"] is not None, "nobody says until when it drains")
+        service.wait_until(lambda: status(path)["draining"][0]["ends_in"] is not None, "nobody says so")
         assert (former["generation"], former["pid"]) == (1, service.pids[0])
         held.say("hello")
         held.answer()
