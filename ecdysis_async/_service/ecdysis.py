@@ -270,6 +270,8 @@ class Ecdysis(Listeners):
             )
             self._resources.callback(management.close)
             generation.is_supervised = management.is_supervised
+            self._resources.callback(life.reserve.give_up)
+            life.reserve.fill()
             await management.open(has_predecessor=life.inheritance is not None)
             management.handle_signals()
             await self._task_group.__aenter__()

@@ -14,6 +14,7 @@ from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import SuccessorState
 from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._management.management import Management
+from ecdysis_async._system.reserve import Reserve
 from ecdysis_async.report import Outcome, RestartReport, State
 
 __all__ = ["Life", "Stop"]
@@ -48,6 +49,7 @@ class Life:
         last_report: what has become of that, or else of the restart that it came from.
         phase_begun: since when the restart is in its state, on the loop's clock.
         drain_deadline: until when the drain may last, on the loop's clock, once it has begun.
+        reserve: descriptors for a restart where no other is left.
         leaving: set when this generation will never accept again.
         finished: set when it accepts no more, and the application may close its servers.
         drained: set when its connections have ended.
@@ -69,6 +71,7 @@ class Life:
     last_report: RestartReport | None = None
     phase_begun: float = 0.0
     drain_deadline: float | None = None
+    reserve: Reserve = field(default_factory=Reserve)
     leaving: anyio.Event = field(default_factory=anyio.Event)
     finished: anyio.Event = field(default_factory=anyio.Event)
     drained: anyio.Event = field(default_factory=anyio.Event)

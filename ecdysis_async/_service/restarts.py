@@ -128,6 +128,7 @@ class Restarts:
             self._life.handed_over.set()
         self._leaving.hurry_if_nobody_listens()
         if handover.error is not None:
+            self._life.reserve.fill()
             self._life.management.serving()
         if self._life.stop is not Stop.NOT_ASKED:
             self._leaving.begin()
@@ -153,6 +154,7 @@ class Restarts:
         settings = life.generation.settings
         limit = settings.ready_timeout + settings.probation + LEEWAY_SECONDS
         await life.management.announce_restart(limit, is_told=is_told)
+        life.reserve.give_up()
         await handover.run()
 
     def _on_handover(self, handover: PredecessorSide) -> None:

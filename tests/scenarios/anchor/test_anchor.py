@@ -22,6 +22,7 @@ from ecdysis_async.cli import client
 from ecdysis_async.cli.client import Exit
 from tests.scenarios.anchor.harness import AnchoredService, Watchdog
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Clients, Conversation
+from tests.scenarios.handoff.test_hardships import LEAK
 
 pytestmark = pytest.mark.newest_python_only
 
@@ -452,6 +453,17 @@ def test_the_workers_leave_when_the_anchor_is_killed(run_anchor: Run) -> None:
     for pid in workers.values():
         service.wait_for_death(pid)
     service.pid_file.unlink()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_a_worker_without_a_descriptor_left_is_replaced(run_anchor: Run, loop: str) -> None:
+    service = run_anchor(workers=1, loop=loop)
+    before = service.workers()
+    with service.begin("run", code=LEAK) as conversation:
+        assert conversation.answer() is None
+        assert service.roll_out()["unanswered"] == []
+        assert conversation.say("hello").answer()["pid"] == before[0]
+    assert service.roll_out("drained")["outcome"] == "settled"
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])

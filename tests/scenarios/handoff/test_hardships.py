@@ -266,3 +266,26 @@ def test_a_restart_that_a_blocked_loop_does_not_hear_of_says_so(backend: str, ru
         service.release()
         assert conversation.answer() is None
         service.wait_for("ready", generation=2)
+
+
+# A leak: every descriptor that this process may have is in use.
+LEAK = """
+import contextlib, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+kept = []
+with contextlib.suppress(OSError):
+    while True:
+        kept.append(os.open(os.devnull, os.O_RDONLY))
+"""
+
+
+@pytest.mark.backends("asyncio", "uvloop", "trio")
+def test_a_restart_helps_where_no_descriptor_is_left(backend: str, run_service: Run) -> None:
+    service = run_service(backend)
+    with service.begin("run", code=LEAK) as conversation:
+        assert conversation.answer() is None
+        service.signal(service.pids[0], signal.SIGHUP)
+        service.wait_for("ready", generation=2)
+        assert conversation.say("hello").answer()["generation"] == 1
+    assert service.wait_for_death(service.pids[0]) == 0
+    assert service.restart("settled")["generation"] == 3
