@@ -90,6 +90,6 @@ def __dir__() -> list[str]:
 
 
 # What was passed to this process is taken with the first import, before the application can start another process. That
-# would find the marker, or hold the descriptors, as well (DESIGN.md, trap 7). Commands are passed nothing.
+# would find the marker, or hold the descriptors, as well. Commands are passed nothing.
 if os.environ.keys() & {"ECDYSIS_CHANNEL", "ECDYSIS_LINE", "LISTEN_PID"}:
     importlib.import_module("._system.claims", __name__)

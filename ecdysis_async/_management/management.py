@@ -518,7 +518,7 @@ class OwnManagement(Management):
     async def hand_main_process_to(self, handover: PredecessorSide) -> None:
         try:
             # systemd reads PIDFile= again when a reload has ended. A pid file that is behind MAINPID would point it
-            # back to this process, and nothing could ever correct that (DESIGN.md, trap 14).
+            # back to this process, and nothing could ever correct that.
             if self.systemd.is_there:
                 with anyio.move_on_after(PUBLISH_SECONDS):
                     await handover.published.wait()

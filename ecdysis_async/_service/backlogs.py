@@ -63,7 +63,7 @@ class Backlogs:
         """Answer everyone who waits on what the successor did not claim, and close it: nobody else can.
 
         A client that comes later, to one of several sockets of a port (SO_REUSEPORT), finds another one when it asks
-        again (DESIGN.md, trap 11).
+        again.
         """
         registry = self._plane.registry
         for entry in unclaimed:

@@ -62,7 +62,7 @@ class Registry:
                 name, address, inode, number = _parse(description)
                 adopted = description.get("adopted") is True
                 # Family, type and protocol come from the kernel: with another protocol asyncio does not set
-                # TCP_NODELAY, which costs 44 ms per keep-alive request (DESIGN.md, trap 19).
+                # TCP_NODELAY, which costs 44 ms per keep-alive request.
                 sock = socket.socket(fileno=rest[0])
                 del rest[0]
                 entry = Entry(

@@ -2,7 +2,7 @@
 
 A process is passed a channel, a line or sockets as open descriptors, and a variable says which number is which. The
 application may start a process at any time after its first import. That process would find the variable, or hold the
-descriptors, as well (DESIGN.md, trap 7). So this module takes both when it is imported, and starts nothing else.
+descriptors, as well. So this module takes both when it is imported, and starts nothing else.
 """
 
 from __future__ import annotations

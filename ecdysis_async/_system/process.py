@@ -241,7 +241,7 @@ def spawn(
         if is_kept:
             _require_program(launch)
         # With neither preexec_fn nor a change of user, subprocess takes vfork: fork would stop this process for as
-        # long as the kernel copies its page tables, 58 ms at 4 GB (DESIGN.md, trap 12).
+        # long as the kernel copies its page tables, 58 ms at 4 GB.
         with clean_mask():
             child = _Detached(
                 (*_REPARENTING_SHELL, *launch.arguments) if is_kept else launch.arguments,
