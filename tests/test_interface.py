@@ -268,7 +268,7 @@ def test_an_anchor_loads_nothing_of_what_only_a_worker_runs() -> None:
 
 @pytest.mark.parametrize("key", [MARKER, LINE_MARKER, "LISTEN_PID"])
 def test_what_was_passed_is_claimed_with_the_package(key: str) -> None:
-    """Before the application can start a process that would find it as well (trap 7)."""
+    """Before the application can start a process that would find it as well."""
     program = f"import os, ecdysis_async; print({key!r} in os.environ)"
     outcome = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, key: "1:2:3"}, capture_output=True, check=True

@@ -78,7 +78,7 @@ class Registry:
                 )
                 entries.append(entry)
                 sock.set_inheritable(False)
-                # O_NONBLOCK is shared with the predecessor, who listens on a duplicate (trap 3): it only ever goes on.
+                # O_NONBLOCK is shared with the predecessor, who listens on a duplicate: it only ever goes on.
                 sock.setblocking(False)
         except BaseException:
             for entry in entries:

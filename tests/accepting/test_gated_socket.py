@@ -54,7 +54,7 @@ async def test_who_waits_gets_the_connection_when_the_gate_opens() -> None:
 
 
 async def test_an_accepted_socket_is_ready_to_use() -> None:
-    # Protocol 0, as socket.socket() has it: asyncio sets TCP_NODELAY only where it is IPPROTO_TCP (trap 19).
+    # Protocol 0, as socket.socket() has it: asyncio sets TCP_NODELAY only where it is IPPROTO_TCP.
     mine = socket.socket()
     mine.bind(("127.0.0.1", 0))
     async with a_plane() as plane:
@@ -252,7 +252,7 @@ async def test_several_tasks_may_accept_from_one_socket() -> None:
 
 @pytest.mark.parametrize("turns", range(6))
 async def test_cancelling_an_accept_loses_no_connection(turns: int) -> None:
-    """DESIGN.md, trap 18: whoever waits for an accepted connection, not for a readable socket, loses it here."""
+    """Whoever waits for an accepted connection, not for a readable socket, loses it here."""
     rounds = 50
     async with a_plane() as plane:
         entry = plane.registry.obtain(Internet("127.0.0.1", 0))

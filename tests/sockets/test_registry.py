@@ -113,7 +113,7 @@ def test_tcp_and_udp_are_bound_and_do_not_listen(
         assert (entry.claimed, entry.inherited, entry.until) == (True, False, Until.DRAIN)
         assert has_nonblocking_flag(entry.sock)
         assert not entry.sock.get_inheritable()
-    # With protocol 0 asyncio leaves TCP_NODELAY off (trap 19).
+    # With protocol 0 asyncio leaves TCP_NODELAY off.
     assert tcp.sock.proto == socket.IPPROTO_TCP
     assert not is_listening(tcp.sock)
     tcp.start_listening()

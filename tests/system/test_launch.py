@@ -132,7 +132,7 @@ def interpreter(tmp_path: Path) -> Path:
     return path
 
 
-# --- the command line (trap 9) ----------------------------------------------------------------------------------------
+# --- the command line ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_an_empty_command_is_refused() -> None:
         describe_launch([], None, None)
 
 
-# --- the working directory (trap 9) -----------------------------------------------------------------------------------
+# --- the working directory -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_absolute", [True, False])

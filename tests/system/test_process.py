@@ -140,7 +140,7 @@ def test_what_is_no_text_is_a_failure_like_others(theirs: socket.socket) -> None
 @pytest.mark.backends("asyncio")
 @pytest.mark.parametrize("is_kept", [False, True])
 async def test_no_memory_is_copied_to_start_it(backend: str, theirs: socket.socket, is_kept: bool) -> None:
-    """DESIGN.md, trap 12: after a fork each page that this process writes to is a fault, and the fork is a stall."""
+    """After a fork each page that this process writes to is a fault, and the fork is a stall."""
     pages = 4096
     with mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_NOHUGEPAGE)

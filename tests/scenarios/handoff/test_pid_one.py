@@ -1,4 +1,4 @@
-"""PID 1 of a container must not leave (DESIGN.md, trap 13): a restart there is refused, and the service goes on."""
+"""PID 1 of a container must not leave: a restart there is refused, and the service goes on."""
 
 from __future__ import annotations
 
