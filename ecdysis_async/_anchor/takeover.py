@@ -13,20 +13,28 @@ import json
 import os
 import select
 import socket
+import stat
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ecdysis_async._ipc.channel import READ_SIZE, Frame, FrameDecoder, encode
 from ecdysis_async._management.takeover import ask_for_channel
-from ecdysis_async._system.descriptors import DescriptorWriter, receive_with_descriptors
+from ecdysis_async._system.claims import LINE_MARKER
+from ecdysis_async._system.descriptors import DescriptorWriter, find_pid, read_credentials, receive_with_descriptors
 from ecdysis_async.errors import ChannelError, TakeoverFailed
 
 from . import reexec
 
-__all__ = ["Takeover", "ask_for_service", "pass_service_on"]
+__all__ = ["UNREADABLE", "Takeover", "ask_for_service", "pass_service_on"]
 
 STATE, TAKEN, GO = "state", "taken", "go"
+
+MAX_STATE_BYTES = 64 * 1024 * 1024
+
+# What comes of a state that is not as an anchor writes it.
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 # How long either side may take over its next word, seconds. That is far more than it needs, and the former anchor hears
 # nobody else meanwhile.
@@ -96,14 +104,21 @@ def ask_for_service(path: str) -> Takeover:
             frame = _receive(sock, decoder)
             received.callback(frame.close)
             memory, pidfd, *descriptors = frame.descriptors
-            state = json.loads(os.pread(memory, os.fstat(memory).st_size, 0))
+            state = json.loads(_read_memory(memory))
             if state["format"] != reexec.FORMAT:
                 raise TakeoverFailed(
                     f"the service's state is of format {state['format']}, this release reads another one"
                 )
             here = dict(zip(map(int, frame.body["numbers"]), descriptors, strict=True))
-            takeover = Takeover(_translate(state, here), int(frame.body["pid"]), sock, decoder, pidfd)
-        except (ChannelError, OSError, KeyError, TypeError, ValueError) as error:
+            former_pid = int(frame.body["pid"])
+            # The kernel's word for who has made the channel.
+            if former_pid != read_credentials(sock).pid or find_pid(pidfd) not in (None, former_pid):
+                raise TakeoverFailed(
+                    f"the service at {path} does not speak for itself: it says that it is {former_pid}"
+                )
+            _require_workers(state, here, former_pid)
+            takeover = Takeover(_translate(state, here), former_pid, sock, decoder, pidfd)
+        except (ChannelError, OSError, *UNREADABLE) as error:
             raise TakeoverFailed(f"what the service at {path} hands over cannot be read: {error!r}") from error
         received.pop_all()
     os.close(memory)
@@ -140,6 +155,49 @@ def pass_service_on(channel: socket.socket, state: Mapping[str, Any], numbers: S
         os.close(memory)
 
 
+def _read_memory(memory: int) -> bytes:
+    """Return the sealed state.
+
+    Raises:
+        ValueError: it is no such memory.
+    """
+    found = os.fstat(memory)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_STATE_BYTES:
+        raise ValueError(f"its state is no memory of at most {MAX_STATE_BYTES} bytes")
+    return os.pread(memory, found.st_size, 0)
+
+
+def _require_workers(state: Mapping[str, Any], here: Mapping[int, int], former_pid: int) -> None:
+    """See that each process that is handed over is a worker: this anchor would end what is none.
+
+    Raises:
+        TakeoverFailed: one is not.
+    """
+    for worker in state["crew"]["workers"]:
+        pid = find_pid(here[worker["pidfd"]])
+        # One that has died meanwhile has no number any more, and its pidfd reaches nobody else.
+        if pid is not None and (pid != worker["process"] or not (_is_child(pid, former_pid) or _has_line(pid))):
+            raise TakeoverFailed(f"process {worker['process']}, which the service hands over, is no worker of it")
+
+
+def _is_child(pid: int, parent: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # Behind the name, which may have spaces and parentheses: the state and the parent (proc(5)).
+            return int(file.read().rpartition(b")")[2].split()[1]) == parent
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def _has_line(pid: int) -> bool:
+    """Say whether a process was started as a worker: by an anchor before the former one, whose child it is no more."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return any(each.startswith(f"{LINE_MARKER}=".encode()) for each in file.read().split(b"\0"))
+    except OSError:
+        return False
+
+
 def _translate(state: dict[str, Any], here: Mapping[int, int]) -> dict[str, Any]:
     """Name descriptors by the numbers that they have in this process."""
     for worker in state["crew"]["workers"]:
@@ -151,13 +209,28 @@ def _translate(state: dict[str, Any], here: Mapping[int, int]) -> dict[str, Any]
 
 
 def _send(sock: socket.socket, type: str, body: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
+    deadline = time.monotonic() + ANSWER_SECONDS
     writer = DescriptorWriter(encode(type, body, len(descriptors)), descriptors)
     while not writer.is_done:
+        _limit(sock, deadline)
         writer.write(sock)
 
 
+def _limit(sock: socket.socket, deadline: float) -> None:
+    """Let the next call on a socket wait until a deadline at most: that is for a whole word, however slowly it comes.
+
+    Raises:
+        TimeoutError: it is over.
+    """
+    if (left := deadline - time.monotonic()) <= 0:
+        raise TimeoutError(f"its word is not complete after {ANSWER_SECONDS:g} seconds")
+    sock.settimeout(left)
+
+
 def _receive(sock: socket.socket, decoder: FrameDecoder) -> Frame:
+    deadline = time.monotonic() + ANSWER_SECONDS
     while True:
+        _limit(sock, deadline)
         received = receive_with_descriptors(sock, READ_SIZE)
         frames = decoder.feed(received.data, received.descriptors, lost_descriptors=received.lost_descriptors)
         if frames:

@@ -11,8 +11,10 @@ import json
 import os
 import socket
 import stat
+import time
 from typing import Any
 
+from ecdysis_async._system.descriptors import read_credentials
 from ecdysis_async.errors import TakeoverFailed
 
 __all__ = ["ask_for_channel"]
@@ -41,11 +43,17 @@ def ask_for_channel(path: str, *, anchor: int | None = None) -> socket.socket:
                 f"there is no service to take over: {path}: {error.strerror or error}. Start this one without "
                 "takeover, or name the control socket of the running one"
             ) from error
+        if (uid := read_credentials(sock).uid) not in (0, os.geteuid()):
+            raise TakeoverFailed(
+                f"what listens on {path} belongs to uid {uid}: this process takes over from root and from its own "
+                f"user, uid {os.geteuid()}, only, whose word it can believe"
+            )
+        deadline = time.monotonic() + ANSWER_SECONDS
         try:
             # The service may refuse before it has read anything. What it has said is there to be read.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 sock.sendall(json.dumps({"command": "takeover", "anchor": anchor}).encode() + b"\n")
-            return _receive(sock, path)
+            return _receive(sock, path, deadline)
         except TimeoutError as error:
             raise TakeoverFailed(
                 f"the service at {path} has not answered within {ANSWER_SECONDS:g} seconds: it hangs, or is stopped"
@@ -54,15 +62,21 @@ def ask_for_channel(path: str, *, anchor: int | None = None) -> socket.socket:
             raise TakeoverFailed(f"the service at {path} has left without an answer: {error}") from error
 
 
-def _receive(sock: socket.socket, path: str) -> socket.socket:
+def _receive(sock: socket.socket, path: str, deadline: float) -> socket.socket:
     line = b""
     channel = -1
     try:
         while not line.endswith(b"\n"):
+            # One deadline for all of it, however slowly it comes.
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError
+            sock.settimeout(left)
             # The descriptor comes with the first byte of the line it belongs to.
             data, descriptors, _, _ = socket.recv_fds(sock, MAX_ANSWER_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-            if descriptors:
-                channel = descriptors[0]
+            for descriptor in descriptors:
+                if channel >= 0:
+                    os.close(channel)
+                channel = descriptor
             if not data or len(line) > MAX_ANSWER_BYTES:
                 raise TakeoverFailed(f"the service at {path} has left without an answer; its log says why")
             line += data
@@ -82,5 +96,5 @@ def _receive(sock: socket.socket, path: str) -> socket.socket:
 def _read(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (RecursionError, ValueError):
         return None

@@ -21,6 +21,7 @@ __all__ = [
     "DescriptorWriter",
     "Received",
     "close_all",
+    "find_pid",
     "occupy_standard_descriptors",
     "read_credentials",
     "receive_with_descriptors",
@@ -134,6 +135,20 @@ def receive_with_descriptors(sock: socket.socket, size: int, limit: int = MAX_PE
 def read_credentials(sock: socket.socket) -> Credentials:
     """Return who is at the other end of a Unix socket (SO_PEERCRED, unix(7))."""
     return Credentials(*_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
+
+
+def find_pid(pidfd: int) -> int | None:
+    """Return the number of the process that a pidfd stands for; None if it is dead and reaped, or in another namespace.
+
+    Raises:
+        ValueError: the descriptor is no pidfd.
+    """
+    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as lines:
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    if "Pid" not in fields:
+        raise ValueError("this descriptor is no pidfd")
+    pid = int(fields["Pid"])
+    return pid if pid > 0 else None
 
 
 def close_all(descriptors: Iterable[int]) -> None:

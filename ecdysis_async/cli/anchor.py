@@ -12,7 +12,7 @@ from ecdysis_async._anchor import reexec
 from ecdysis_async._anchor.anchor import STARTUP_FAILED, Anchor
 from ecdysis_async._anchor.config import AnchorConfig
 from ecdysis_async._anchor.reload import require_watchfiles
-from ecdysis_async._anchor.takeover import ask_for_service
+from ecdysis_async._anchor.takeover import UNREADABLE, ask_for_service
 from ecdysis_async._config.gather import find_control_path
 from ecdysis_async._config.logging import configure_logging
 from ecdysis_async._config.options import DEFAULT_BIND, OptionError, Options
@@ -81,7 +81,10 @@ def _take_over(config: AnchorConfig, path: str) -> int:
             launch, _ = describe_launch(settings.command, settings.environment, settings.env_file)
             anyio.run(functools.partial(preflight, launch, settings.ready_timeout))
         takeover = ask_for_service(path)
-        anchor = Anchor(config, takeover.state, takeover.former_pid)
+        try:
+            anchor = Anchor(config, takeover.state, takeover.former_pid)
+        except (OSError, *UNREADABLE) as error:
+            raise TakeoverFailed(f"what the service at {path} hands over cannot be read: {error!r}") from error
         takeover.confirm()
     except TakeoverFailed as error:
         say(str(error))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -86,3 +89,29 @@ def test_a_service_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         listener.listen()
         with pytest.raises(TakeoverFailed, match="hangs, or is stopped"):
             ask_for_channel(path)
+
+
+# Listens as another user, and says that by a line.
+LISTENS = """
+import os, socket, sys
+os.setuid(54000)
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen()
+    print("listening", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_another_user_is_not_believed() -> None:
+    with tempfile.TemporaryDirectory() as shared:
+        os.chmod(shared, 0o777)
+        path = f"{shared}/control"
+        command = [sys.executable, "-c", LISTENS, path]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stranger:
+            assert stranger.stdout is not None
+            assert stranger.stdout.readline() == b"listening\n"
+            with pytest.raises(TakeoverFailed, match="belongs to uid 54000"):
+                ask_for_channel(path)
+            stranger.communicate()
