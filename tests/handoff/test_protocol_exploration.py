@@ -2,7 +2,7 @@
 
 P, S and T stand in a chain; each pair runs the handoff over a link of two channels. The checker walks through every
 state that messages, deaths, broken channels, timers, stops, failures and requests lead to, in whatever order they
-come, and asks in each whether the guarantees of DESIGN.md hold. A generation whose restart failed may try again. Here
+come, and asks in each whether the guarantees of a restart hold. A generation whose restart failed may try again. Here
 stands what a supervisor does with the actions of the machines; no process is started, and no time passes.
 """
 
