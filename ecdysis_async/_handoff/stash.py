@@ -10,6 +10,7 @@ import enum
 import fcntl
 import functools
 import inspect
+import logging
 import mmap
 import os
 import stat
@@ -38,6 +39,8 @@ KeepState: TypeAlias = Callable[[str, Version, int], None]
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 MAX_NAME = 128
+
+log = logging.getLogger("ecdysis_async")
 
 # How much one call in a thread writes, bytes: between two of them the restart can be called off.
 SLICE = 64 * 1024 * 1024
@@ -242,11 +245,22 @@ def _write(descriptor: int, octets: memoryview, position: int) -> None:
         octets, position = octets[written:], position + written
 
 
+class _NoStash(KeyError):
+    """There is no such stash, or none yet; its text is a sentence, which a ``KeyError`` would put into quotes."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class InheritedStash(Mapping[str, memoryview]):
     """What the predecessor has left to this generation, by name: read-only views of its bytes.
 
     Empty in the first generation, unless a crash has left something. The memory is given back when the block of the
     ``Ecdysis`` ends, or earlier by :meth:`pop`, once nobody holds a view (or a slice of one) any more.
+
+    A stash that is made at the commit is there after ``ready()``. To ask for it before, also by ``in`` and ``get()``,
+    is an error (a ``KeyError`` that says so): to go on as if there were none would lose it. What is iterated over, or
+    counted, lacks it until then, which is logged.
     """
 
     def __init__(self) -> None:
@@ -255,17 +269,37 @@ class InheritedStash(Mapping[str, memoryview]):
         # What the predecessor makes at the commit, until it is here; and why it never comes.
         self._awaited: frozenset[str] = frozenset()
         self._is_forsaken = False
+        # What the application has read, or was told that nobody has read.
+        self._noted: set[str] = set()
+        self._has_told_of_awaited = False
 
     def __getitem__(self, name: str) -> memoryview:
         try:
-            return self._views[name]
+            view = self._views[name]
         except KeyError:
-            raise KeyError(self._explain(name)) from None
+            raise self._error(name) from None
+        self._noted.add(name)
+        return view
+
+    def __contains__(self, name: object) -> bool:
+        if self._is_awaited(name):
+            raise self._error(str(name))
+        return name in self._views
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a view, or the default where the predecessor has left no such stash.
+
+        Raises:
+            KeyError: it has, but it is made at the commit, and this generation is not ready.
+        """
+        return self[name] if name in self else default  # noqa: SIM401 - this is `get`
 
     def __iter__(self) -> Iterator[str]:
+        self._tell_of_awaited()
         return iter(self._views)
 
     def __len__(self) -> int:
+        self._tell_of_awaited()
         return len(self._views)
 
     def version(self, name: str) -> Version:
@@ -277,7 +311,7 @@ class InheritedStash(Mapping[str, memoryview]):
         try:
             return self._versions[name]
         except KeyError:
-            raise KeyError(self._explain(name)) from None
+            raise self._error(name) from None
 
     def pop(self, name: str) -> memoryview:
         """Return a view and keep none: its memory is given back as soon as the last reference to it is dropped.
@@ -321,9 +355,29 @@ class InheritedStash(Mapping[str, memoryview]):
         """Return the versions of all that has come, by name."""
         return self._versions
 
+    def take_unread(self) -> list[str]:
+        """Return the names of what nobody has read, each once."""
+        unread = [name for name in self._views if name not in self._noted]
+        self._noted.update(unread)
+        return unread
+
     def clear(self) -> None:
         """Let go of all views; those that somebody else holds stay valid."""
         self._views.clear()
+
+    def _is_awaited(self, name: object) -> bool:
+        return name in self._awaited and not self._is_forsaken
+
+    def _tell_of_awaited(self) -> None:
+        if self._awaited and not self._is_forsaken and not self._has_told_of_awaited:
+            self._has_told_of_awaited = True
+            log.warning(
+                "inherited_stash is looked through before ready(), and lacks what is made at the commit: %s",
+                ", ".join(map(repr, sorted(self._awaited))),
+            )
+
+    def _error(self, name: str) -> KeyError:
+        return _NoStash(self._explain(name))
 
     def _explain(self, name: str) -> str:
         if name in self._versions:

@@ -17,7 +17,19 @@ from ecdysis_async.report import State
 
 from .life import Life
 
-__all__ = ["Arriving"]
+__all__ = ["Arriving", "tell_of_unread"]
+
+
+# How long an application may take to read what was left to it, after its generation is final, seconds.
+UNREAD_SECONDS = 1.0
+
+
+def tell_of_unread(life: Life) -> None:
+    """Name what the predecessor has left and nobody has read: a name that is spelt otherwise loses it in silence."""
+    if life.settled.is_set() and (unread := life.generation.inherited_stash.take_unread()):
+        life.generation.log.warning(
+            "nobody has read what the predecessor has left: %s (inherited_stash)", ", ".join(map(repr, unread))
+        )
 
 
 class Arriving:
@@ -80,6 +92,13 @@ class Arriving:
                 await anyio.sleep_forever()
             life.management.announce(describe())
         life.management.serving()
+
+    async def tell_of_unread_stashes(self) -> None:
+        """Name what the predecessor has left and nobody has read, soon after this generation is final."""
+        await self._life.settled.wait()
+        # A commit may be final at once, before the application has had its turn.
+        await anyio.sleep(UNREAD_SECONDS)
+        tell_of_unread(self._life)
 
     async def _open(self, describe: Callable[[], str]) -> None:
         """Accept, as a generation that follows nobody."""

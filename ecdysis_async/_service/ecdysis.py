@@ -282,6 +282,7 @@ class Ecdysis(Listeners):
         self._registry.on_release = management.park
         self._task_group.start_soon(self._leaving.run)
         self._task_group.start_soon(self._warn_if_never_ready)
+        self._task_group.start_soon(self._arriving.tell_of_unread_stashes)
         if life.inheritance is not None:
             self._task_group.start_soon(self._restarts.follow, life.inheritance)
         management.start(self._task_group)

@@ -26,6 +26,7 @@ from ecdysis_async._system.tasks import abandoned_tasks, all_tasks, describe_tas
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import Phase, State
 
+from .arriving import tell_of_unread
 from .backlogs import Backlogs
 from .life import Life, Stop
 
@@ -328,6 +329,7 @@ class Leaving:
     async def _finish(self, error: BaseException | None) -> None:
         life = self._life
         log, management = life.generation.log, life.management
+        tell_of_unread(life)
         is_orderly = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
         if not is_orderly:
             management.failed(f"generation {life.generation.number} has failed: {error!r}", error)

@@ -370,3 +370,29 @@ def test_a_batch_of_nothing() -> None:
     batch = Batch()
     assert batch.describe() == []
     batch.close()
+
+
+async def test_what_is_made_at_the_commit_is_not_overlooked_before(caplog: pytest.LogCaptureFixture) -> None:
+    inherited = InheritedStash()
+    inherited.expect(["late"])
+    for ask in (lambda: "late" in inherited, lambda: inherited.get("late"), lambda: inherited["late"]):
+        with pytest.raises(KeyError, match=r"^the stash 'late' is made at the commit: it can be read after ready\(\)"):
+            ask()
+    assert "another" not in inherited
+    assert inherited.get("another", 1) == 1
+    assert caplog.messages == []
+    assert list(inherited) == []
+    assert len(inherited) == 0
+    assert caplog.messages == [
+        "inherited_stash is looked through before ready(), and lacks what is made at the commit: 'late'"
+    ]
+    inherited.expect_no_more()
+    assert "late" not in inherited
+
+
+async def test_what_nobody_has_read_is_known() -> None:
+    inherited = await pass_on(lambda: b"one", lambda: b"two")
+    first, *others = list(inherited)
+    assert bytes(inherited[first])
+    assert inherited.take_unread() == others
+    assert inherited.take_unread() == []
