@@ -80,6 +80,8 @@ class RestartReport:
         drain: what became of the predecessor's connections.
         unanswered: which workers did not answer, and were replaced without a handoff.
         cut_requests: what was cut at its deadline, in a few words each: ten of them, and how many more.
+        hurried: generations whose drain this restart has cut short, because more than ``max_draining`` drained; each
+            with the number of its connections, which have about a second left.
         left_behind: what had kept the predecessor's process after its drain, where it was ended by force.
         error: why it failed.
         workers: where an anchor rolled it out over several workers, the restart of each; what stands above is for all.
@@ -100,6 +102,7 @@ class RestartReport:
     drain: DrainCount = field(default_factory=DrainCount)
     unanswered: list[str] = field(default_factory=list)
     cut_requests: list[str] = field(default_factory=list)
+    hurried: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
     error: str | None = None
     workers: list[RestartReport] = field(default_factory=list)
@@ -129,6 +132,7 @@ class RestartReport:
         )
         known["unanswered"] = [str(each) for each in known.get("unanswered", ())]
         known["cut_requests"] = [str(each) for each in known.get("cut_requests", ())]
+        known["hurried"] = [str(each) for each in known.get("hurried", ())]
         known["left_behind"] = [str(each) for each in known.get("left_behind", ())]
         known["workers"] = [cls.from_json(each) for each in known.get("workers", ())]
         return cls(**known)
@@ -151,6 +155,8 @@ class RestartReport:
         if self.lost:
             parts.append(f"{self.lost} connections lost")
         parts += self.unanswered
+        if self.hurried:
+            parts.append(f"cut short, because too many releases drain (--max-draining): {', '.join(self.hurried)}")
         if self.left_behind:
             parts.append(f"the old process was ended by force, kept by {', '.join(self.left_behind)}")
         if self.error is not None:

@@ -9,9 +9,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Settings", "StrPath"]
+__all__ = ["MAX_DRAINING", "Settings", "StrPath"]
 
 StrPath = str | os.PathLike[str]
+
+MAX_DRAINING = 8
+"""How many generations may drain at once, where nothing else is said.
+
+A request that was promised ``drain_timeout`` keeps it. With the default probation of 5 s and the default drain of 30 s,
+deploys that wait for each other have no more than 7 generations drain at once. Memory is bounded by the drain's
+deadline already. The limit is for what that does not bound: deploys in a loop, and drains of hours.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,7 @@ class Settings:
     ready_timeout: float = 60
     drain_timeout: float = 30
     probation: float = 5
-    max_draining: int = 3
+    max_draining: int = MAX_DRAINING
     exit_timeout: float = 10
     restart_signals: tuple[signal.Signals, ...] = (signal.SIGHUP, signal.SIGUSR2) if os.name == "posix" else ()
     stop_signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)

@@ -54,7 +54,7 @@ OPTIONS = {
     "ready_timeout": 60,
     "drain_timeout": 30,
     "probation": 5,
-    "max_draining": 3,
+    "max_draining": 8,
     "exit_timeout": 10,
     "restart_signals": (signal.SIGHUP, signal.SIGUSR2),
     "stop_signals": (signal.SIGTERM, signal.SIGINT),

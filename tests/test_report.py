@@ -46,10 +46,10 @@ def test_what_a_newer_release_adds_is_left_out(body: dict[str, Any]) -> None:
 
 
 def test_what_an_older_release_does_not_count_is_none(body: dict[str, Any]) -> None:
-    del body["drain"]["transferred"], body["drain"]["silent"], body["unclaimed"]
+    del body["drain"]["transferred"], body["drain"]["silent"], body["unclaimed"], body["hurried"]
     report = RestartReport.from_json(body)
     assert report.drain == DrainCount(drained=3, cut=1)
-    assert report.unclaimed == []
+    assert report.unclaimed == report.hurried == []
 
 
 @pytest.mark.parametrize(("error", "expected"), [(None, Outcome.IN_PROGRESS), ("no", Outcome.FAILED)])

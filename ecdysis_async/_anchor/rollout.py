@@ -424,6 +424,7 @@ def sum_up(report: RestartReport, workers: Iterable[RestartReport]) -> None:
         setattr(report, names, list(dict.fromkeys(name for each in report.workers for name in getattr(each, names))))
     report.unanswered = [what for each in report.workers for what in each.unanswered]
     report.cut_requests = [request for each in report.workers for request in each.cut_requests]
+    report.hurried = [what for each in report.workers for what in each.hurried]
     report.lost = sum(each.lost for each in report.workers)
     report.drain = DrainCount(
         drained=sum(each.drain.drained for each in report.workers),

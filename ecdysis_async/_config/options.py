@@ -20,6 +20,7 @@ from ecdysis_async._management.control_path import default_directory, locate
 from ecdysis_async._sockets.addresses import Address, Internet
 from ecdysis_async._sockets.entry import BACKLOG
 from ecdysis_async.errors import StartupError
+from ecdysis_async.settings import MAX_DRAINING
 
 from .parsing import (
     OFF,
@@ -204,9 +205,9 @@ class Options:
         metavar="SECONDS",
     )
     max_draining: int = _option(
-        3,
+        MAX_DRAINING,
         number_of(1, "releases"),
-        "How many old releases may drain at once; the oldest one beyond it ends.",
+        "How many old releases may drain at once; the oldest one beyond it ends, and the restart says what that costs.",
         metavar="N",
     )
     transfer: bool = _option(

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from ecdysis_async.errors import ChannelError, DescriptorsLost
 
 from .protocol import DrainMessage
 
-__all__ = ["Ancestor", "Ancestors"]
+__all__ = ["Ancestor", "Ancestors", "beyond"]
 
 logger = logging.getLogger("ecdysis_async")
 
@@ -49,10 +49,29 @@ class Ancestor:
     connections: int | None = None
     ends_at: float | None = None
     drained: anyio.Event = field(default_factory=anyio.Event)
+    # Whether its deadline was brought forward, because too many drain.
+    is_hurried: bool = False
+
+    def describe(self) -> str:
+        """Say in words which one it is, and how many connections it has, as far as it has said so."""
+        match self.connections:
+            case None:
+                count = "an unknown number of connections"
+            case 1:
+                count = "1 connection"
+            case number:
+                count = f"{number} connections"
+        return f"generation {self.generation} (pid {self.pid}) with {count}"
 
     def to_json(self) -> dict[str, Any]:
         """Return what travels in LISTENERS; channel and pidfd travel beside it, in this order."""
         return {"generation": self.generation, "pid": self.pid}
+
+
+def beyond(ancestors: Iterable[Ancestor], max_draining: int) -> list[Ancestor]:
+    """Return the oldest of those that still drain, as many as are more than ``max_draining``."""
+    draining = sorted((each for each in ancestors if not each.drained.is_set()), key=lambda each: each.generation)
+    return draining[: max(0, len(draining) - max_draining)]
 
 
 class Ancestors:
@@ -89,7 +108,8 @@ class Ancestors:
             with anyio.CancelScope() as self._following:
                 if self._is_let_go:
                     return
-                for ancestor in sorted(self.ancestors, key=lambda each: each.generation)[:-max_draining]:
+                for ancestor in beyond(self.ancestors, max_draining):
+                    ancestor.is_hurried = True
                     await _tell(ancestor, DrainMessage.HURRY)
                 if self._has_to_reopen:
                     await self.reopen_logs()

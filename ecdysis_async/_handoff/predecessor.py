@@ -32,6 +32,7 @@ from ecdysis_async.errors import (
 )
 from ecdysis_async.report import Outcome, Phase, RestartReport
 
+from .ancestors import beyond
 from .failures import PHASES, Failure, explain, record
 from .generation import Generation
 from .protocol import (
@@ -122,6 +123,8 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         self.serving = anyio.Event()
         self.published = anyio.Event()
         self.unclaimed: list[Entry] = []
+        # How many generations the successor lets drain.
+        self._max_draining = settings.max_draining
         self._on_change = on_change
         self._entries: list[Entry] = []
         self._entered = time.monotonic()
@@ -282,7 +285,10 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 self.published.set()
             case Frame(type=DrainMessage.HURRY):
                 item.close()
-                self.generation.log.warning("too many generations drain: the deadline of this one is now")
+                self.generation.log.warning(
+                    "too many generations drain: the deadline of this one is now (max_draining); open connections: %d",
+                    self.generation.host.connections,
+                )
                 self.generation.host.hurry()
             case Frame(type=DrainMessage.REOPEN_LOGS):
                 item.close()
@@ -319,6 +325,8 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             self.report.created = [str(name) for name in frame.body["created"]]
             self.report.inherited = [entry.name for index, entry in enumerate(self._entries) if index in claimed]
             self.unclaimed = [entry for index, entry in enumerate(self._entries) if index not in claimed]
+            # A release that does not say it has the limit that this one has.
+            self._max_draining = int(frame.body.get("max_draining", self._max_draining))
             self.report.unclaimed = [entry.name for entry in self.unclaimed]
         elif event is PredecessorEvent.SERVING:
             self.report.accept_gap = max(0.0, float(frame.body["opened_at"]) - self._paused_at)
@@ -369,6 +377,10 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 self.report.lost = self._running.read_open_connections()
             except (OSError, struct.error) as error:
                 self.generation.log.warning("what the successor had accepted cannot be read: %r", error)
+        if self.state is PredecessorState.SETTLED:
+            # This generation, which is not among its own ancestors, begins to drain as well.
+            hurried = beyond(self.generation.lineage.ancestors, self._max_draining - 1)
+            self.report.hurried = [each.describe() for each in hurried if each.connections != 0]
         self.report.outcome = _OUTCOMES.get(self.state, self.report.outcome)
         if event is PredecessorEvent.STOP:
             self.report.outcome = Outcome.STOPPED

@@ -229,7 +229,11 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                 registry.close_unclaimed()
                 created = [entry.name for entry in registry.entries if not entry.inherited]
                 self._restore_stderr()
-                await self._send(FromSuccessor.READY, {"claimed": claimed, "created": created})
+                # The predecessor tells its caller whom this will hurry.
+                max_draining = self.generation.settings.max_draining
+                await self._send(
+                    FromSuccessor.READY, {"claimed": claimed, "created": created, "max_draining": max_draining}
+                )
             case SuccessorAction.SEND_FAILED:
                 await self._send(FromSuccessor.FAILED, {"error": self.reason})
             case SuccessorAction.OPEN:

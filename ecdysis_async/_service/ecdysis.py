@@ -35,7 +35,7 @@ from ecdysis_async._system.claims import is_check, is_worker, take_channel
 from ecdysis_async._system.forking import withholding_from_children
 from ecdysis_async.errors import HandoffAborted
 from ecdysis_async.report import RestartReport, State
-from ecdysis_async.settings import Settings, StrPath, read_signals
+from ecdysis_async.settings import MAX_DRAINING, Settings, StrPath, read_signals
 
 from .arriving import Arriving
 from .commands import Commands
@@ -78,7 +78,8 @@ class Ecdysis(Listeners):
         ready_timeout: how long a successor may take from its start to ``ready()``.
         drain_timeout: how long connections may take to finish once this generation leaves.
         probation: how long a successor has to serve before a restart is final; until then its death undoes it.
-        max_draining: how many old generations may drain at once; beyond it the oldest one's deadline is now.
+        max_draining: how many old generations may drain at once; beyond it the oldest one's deadline is now, and the
+            report of the restart and the log say what that has cost.
         exit_timeout: how long this process may take to end once it has drained, whatever its application has left
             behind: threads, jobs, child processes, a shutdown that hangs. Then it is ended by force, and the log and
             the report say what has kept it. ``math.inf``: it may take for ever.
@@ -106,7 +107,7 @@ class Ecdysis(Listeners):
         ready_timeout: float = 60,
         drain_timeout: float = 30,
         probation: float = 5,
-        max_draining: int = 3,
+        max_draining: int = MAX_DRAINING,
         exit_timeout: float = 10,
         restart_signals: Collection[int] = Settings().restart_signals,
         stop_signals: Collection[int] = Settings().stop_signals,

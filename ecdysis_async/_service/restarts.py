@@ -230,6 +230,16 @@ class Restarts:
         if life.last_report is not None and life.last_report.id == report.id:
             life.last_report = report
         life.generation.log.info("generation %d (pid %d) has drained: %s", ancestor.generation, ancestor.pid, report)
+        if ancestor.is_hurried and report.drain.cut:
+            life.generation.log.warning(
+                "%d of the connections of generation %d (pid %d) were cut before their deadline, because more than %d "
+                "generations drained (max_draining): %s",
+                report.drain.cut,
+                ancestor.generation,
+                ancestor.pid,
+                life.generation.settings.max_draining,
+                "; ".join(report.cut_requests),
+            )
 
     def _note_forced(self, ancestor: Ancestor, kept: list[str]) -> None:
         life = self._life

@@ -301,14 +301,17 @@ def test_what_comes_one_after_the_other_adds_up_and_what_is_parallel_does_not() 
             drain=DrainCount(drained=1, silent=2, transferred=3, cut=4),
             inherited=["a", "b"],
         ),
-        make_report(phases={Phase.START: 2.0, Phase.DRAIN: 1.0}, accept_gap=0.2, lost=2, inherited=["b", "c"]),
-        make_report(drain=DrainCount(drained=10)),
+        make_report(
+            phases={Phase.START: 2.0, Phase.DRAIN: 1.0}, accept_gap=0.2, lost=2, inherited=["b", "c"], hurried=["a"]
+        ),
+        make_report(drain=DrainCount(drained=10), hurried=["b"]),
     ]
     sum_up(whole, workers)
     assert whole.phases == {Phase.START: 3.0, Phase.DRAIN: 4.0}
     assert (whole.accept_gap, whole.lost) == (0.2, 3)
     assert whole.drain == DrainCount(drained=11, silent=2, transferred=3, cut=4)
     assert whole.inherited == ["a", "b", "c"]
+    assert whole.hurried == ["a", "b"]
     assert whole.workers == workers
 
 

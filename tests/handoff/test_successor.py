@@ -105,7 +105,7 @@ async def test_it_takes_over_and_serves_from_the_commit_on(backend: str) -> None
         registry.obtain(Internet("127.0.0.1", 0), name="new")
         task_group.start_soon(side.run)
         side.post(SuccessorEvent.READY)
-        assert await start.expect("ready") == {"claimed": [0], "created": ["new"]}
+        assert await start.expect("ready") == {"claimed": [0], "created": ["new"], "max_draining": 8}
         assert not entry.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         await start.channel.send("commit", {"stash": []})
         assert "opened_at" in await start.expect("serving")

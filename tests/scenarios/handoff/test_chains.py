@@ -49,11 +49,25 @@ def test_one_too_many_is_hurried(backend: str, run_service: Run) -> None:
         for generation in range(1, 4):
             held.append(stack.enter_context(service.begin("hold")))
             service.wait_for("holding", generation=generation)
-            service.restart("settled")
+            if generation == 3:
+                service.wait_until(
+                    lambda: service.run(DRAINING) == [[1, service.pids[0], 1], [2, service.pids[1], 1]],
+                    "the newest generation does not hear of the drains",
+                )
+            report = service.restart("settled")
+        # Told to the caller of the restart, before it is cut.
+        cost = f"generation 1 (pid {service.pids[0]}) with 1 connection"
+        assert report["hurried"] == [cost]
         with pytest.raises(Lost):
             held[0].answer()
         assert service.wait_for_death(service.pids[0]) in (0, None)
-        assert "too many generations drain" in service.log
+        assert (
+            "too many generations drain: the deadline of this one is now (max_draining); open connections: 1"
+            in service.log
+        )
+        service.wait_for_log(
+            f"1 of the connections of generation 1 (pid {service.pids[0]}) were cut before their deadline"
+        )
         for conversation in held[1:]:
             conversation.say("go on").answer()
 
