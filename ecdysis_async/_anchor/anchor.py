@@ -27,7 +27,7 @@ from ecdysis_async._management.controlled import ControlHandlers
 from ecdysis_async._management.management import LEEWAY_SECONDS, OwnManagement
 from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import find_systemd
-from ecdysis_async._sockets.registry import listen
+from ecdysis_async._sockets.registry import Registry, listen
 from ecdysis_async._system.log_files import reopen_logs
 from ecdysis_async._system.signals import unblock_all_signals
 from ecdysis_async._system.stderr import say
@@ -42,6 +42,7 @@ from .dispatch import Dispatcher
 from .filling import Filler
 from .hanging import HungWorkers
 from .health import HealthServer
+from .needs import OPENING_ERRORS, Need, Needs, explain_failure
 from .pool import Slot
 from .reaping import Reaper
 from .reconcile import Reconciler, find_beat_seconds
@@ -162,6 +163,9 @@ class Anchor:
             hung_up=self._on_hang_up if self._is_in_foreground else None,
             takes_activation=config.systemd is not False,
         )
+        pid_file = config.settings.pid_file
+        self._pid_file_need = Need(f"the pid file {pid_file}", self._open_pid_file) if pid_file is not None else None
+        self._needs = Needs(self._list_needs(), self._state, self.log, self._begin)
         # The number of each request to open log files anew.
         self._numbers = itertools.count(1)
         self._stop_signals = 0
@@ -197,41 +201,84 @@ class Anchor:
     async def _open_and_run(self, resources: AsyncExitStack) -> int:
         try:
             await self._open(resources)
-        except (OSError, LookupError, ValueError) as error:
-            if not self._is_follower:
-                say(str(error))
-                self._management.systemd.begin()
-                await self._tell_failure(error)
-                return STARTUP_FAILED
-            # The workers serve, whatever this is.
-            self.log.error("the upgraded anchor goes on without something: %s", error)  # noqa: TRY400
+        except OPENING_ERRORS as error:
+            say(explain_failure(error))
+            self._management.systemd.begin()
+            await self._tell_failure(error)
+            return STARTUP_FAILED
         return await self._run()
 
     async def _open(self, resources: AsyncExitStack) -> None:
         """Open what the service needs, before the first worker.
 
         Raises:
-            OSError, LookupError, ValueError: something cannot be opened; the text says what to do.
+            OSError, LookupError, ValueError: something cannot be opened, and no worker serves; the text says what to
+                do.
         """
-        config, sockets, management = self._config, self._held_sockets, self._management
+        sockets, management = self._held_sockets, self._management
         try:
-            await management.open(has_predecessor=self._is_follower)
-            sockets.control.start_listening()
-            await self._control_plane.gate.open()
+            management.claim(has_predecessor=self._is_follower)
         finally:
             management.start(self._tasks)
-        self._begin(management.keep_control)
-        # The control socket of a former anchor may have been elsewhere.
-        sockets.control.close_unclaimed(unlink=True)
-        if config.health is not None:
-            for entry in await run_in_thread(functools.partial(listen, sockets.health, config.health)):
-                entry.start_listening()
-                why_not_ready = functools.partial(status.why_not_ready, self._state)
-                self._tasks.start_soon(HealthServer(entry.sock, why_not_ready).run)
-        sockets.health.close_unclaimed(unlink=True)
-        await management.prepare(lambda: self._state.description)
+        await self._control_plane.gate.open()
         resources.push_async_callback(self._withdraw)
-        await run_in_thread(functools.partial(config.open_sockets, sockets.service))
+        if self._is_follower:
+            # The workers serve, whatever cannot be opened.
+            await self._needs.open_each()
+        else:
+            await self._needs.open_all()
+        # Those of a former anchor may have been elsewhere.
+        sockets.control.close_unclaimed(unlink=True)
+        sockets.health.close_unclaimed(unlink=True)
+
+    def _list_needs(self) -> list[Need]:
+        """Return what has to be open, in the order in which it is opened."""
+        config = self._config
+        needs = []
+        if config.health is not None:
+            needs.append(Need(f"the health address {config.health}", self._open_health))
+        if self._pid_file_need is not None:
+            needs.append(self._pid_file_need)
+        needs += [
+            Need(f"the address {address}", functools.partial(self._open_sockets, open_sockets))
+            for address, open_sockets in config.open_sockets.items()
+        ]
+        if config.control_path is not None:
+            # Its lock says whether this service runs already. Whoever asks new code about its upgrade is to hear of
+            # everything that is missing.
+            place = len(needs) if self._is_follower else 0
+            needs.insert(place, Need(f"the control socket {config.control_path}", self._open_control))
+        return needs
+
+    async def _open_control(self) -> None:
+        await self._management.open_control()
+        self._held_sockets.control.start_listening()
+        self._tasks.start_soon(self._management.serve_control)
+        self._begin(self._management.keep_control)
+
+    async def _open_health(self) -> None:
+        assert self._config.health is not None
+        registry = self._held_sockets.health
+        opened = await run_in_thread(functools.partial(listen, registry, self._config.health))
+        try:
+            for entry in opened:
+                entry.start_listening()
+        except OSError:
+            for entry in opened:
+                registry.give_back(entry)
+            raise
+        for entry in opened:
+            why_not_ready = functools.partial(status.why_not_ready, self._state)
+            self._tasks.start_soon(HealthServer(entry.sock, why_not_ready).run)
+
+    async def _open_pid_file(self) -> None:
+        if self._state.has_served:
+            await self._management.publish()
+        else:
+            await self._management.prepare(lambda: self._state.description)
+
+    async def _open_sockets(self, open_sockets: Callable[[Registry], object]) -> None:
+        await run_in_thread(functools.partial(open_sockets, self._held_sockets.service))
 
     async def _run(self) -> int:
         state, management = self._state, self._management
@@ -312,7 +359,8 @@ class Anchor:
         if state.life is Life.STARTING:
             state.life = Life.SERVING
         state.has_served = True
-        await self._management.publish()
+        if self._pid_file_need is not None:
+            await self._needs.open(self._pid_file_need)
         control = f", control socket {self._config.control_path}" if self._config.control_path is not None else ""
         verb = f"upgraded (pid {os.getpid()} as before): " if self._is_follower else ""
         if self._former_pid is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ecdysis_async._management.control_access import ControlAccess
@@ -23,7 +23,8 @@ class AnchorConfig:
     """What an anchor is to run. Times are in seconds.
 
     Attributes:
-        open_sockets: asks the registry for the service's sockets. It may block.
+        open_sockets: what asks the registry for the sockets of an address, by the address. It may block. Where it
+            fails, none of them stays.
         workers: how many workers there shall be.
         settings: the settings of the workers' handoffs. Pid file and command are the anchor's.
         control_path: the absolute path of the control socket; None for none.
@@ -40,7 +41,7 @@ class AnchorConfig:
         is_checked_first: whether the command line has a check mode, in which it is run before a takeover.
     """
 
-    open_sockets: Callable[[Registry], None]
+    open_sockets: Mapping[str, Callable[[Registry], object]]
     workers: int = 1
     settings: Settings = field(default_factory=Settings)
     control_path: str | None = None

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from ecdysis_async._system.claims import ANCHOR_CHECK_MARKER, ANCHOR_MARKER, mark
 from ecdysis_async._system.launch import Launch
+from ecdysis_async._system.stderr import PREFIX
 from ecdysis_async.errors import RestartError
 
 from .config import AnchorConfig
@@ -150,6 +151,9 @@ def check(launch: Launch, memory: int, timeout: float) -> None:
     except (OSError, subprocess.SubprocessError) as error:
         raise UpgradeFailed(f"the new anchor could not be tried: {error}", phase="check") from error
     if result.returncode != 0:
+        complaints = [line for line in result.stdout.splitlines() if line.startswith(PREFIX)]
+        if complaints:
+            raise UpgradeFailed(complaints[-1].removeprefix(PREFIX), phase="check")
         raise UpgradeFailed(
             f"the new anchor does not take over: exit status {result.returncode}",
             phase="check",

@@ -124,7 +124,9 @@ class HeldSockets:
         descriptors: list[int] = []
         for name, registry in self._registries():
             descriptions, numbers = registry.describe()
-            sockets[name] = {"descriptions": descriptions, "descriptors": numbers}
+            # The code that tries the state has no descriptors, by which it could see what they are.
+            kinds = [[int(entry.sock.family), int(entry.sock.type)] for entry in registry.entries]
+            sockets[name] = {"descriptions": descriptions, "descriptors": numbers, "kinds": kinds}
             descriptors += numbers
         return sockets, descriptors
 

@@ -178,6 +178,7 @@ class AnchorState:
         lame_duck_ends: when it stops being a lame duck, on the loop's clock.
         upgrades: how often new code has gone on with the service.
         upgrade_error: why the last upgrade failed.
+        missing: what the service goes on without, because it could not be opened, and why.
         changes: announced whenever something here has changed.
     """
 
@@ -195,6 +196,7 @@ class AnchorState:
     lame_duck_ends: float = 0.0
     upgrades: int = 0
     upgrade_error: str | None = None
+    missing: dict[str, str] = field(default_factory=dict)
     changes: Changes = field(default_factory=Changes)
 
     @classmethod

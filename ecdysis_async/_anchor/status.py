@@ -121,7 +121,7 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
             "seconds": time.time() - roll_out.report.started_at,
         },
         "last_report": state.last_report.to_json() if state.last_report is not None else None,
-        "anchor": {"upgrades": state.upgrades, "error": state.upgrade_error},
+        "anchor": {"upgrades": state.upgrades, "error": state.upgrade_error, "missing": dict(state.missing)},
         "process": {**describe_place(), "environment": sorted(pool.environment)},
         "draining": [
             {
@@ -159,6 +159,8 @@ def describe(state: AnchorState) -> str:
         parts.append(f"rolling out generation {roll_out.generation}")
     elif roll_out is not None and roll_out.error is not None:
         parts.append(describe_failed_restart(roll_out.error))
+    if state.missing:
+        parts.append(f"without {', '.join(state.missing)}")
     return "; ".join(parts)
 
 

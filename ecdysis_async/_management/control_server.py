@@ -43,6 +43,7 @@ from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gated_socket import AcceptingEnded, GatedSocket, accept_connection
 from ecdysis_async._sockets.addresses import Unix
 from ecdysis_async._sockets.entry import Entry, Until
+from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.process import Child, Process
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import RestartError, SpawnFailed
@@ -53,7 +54,7 @@ from .control_connection import ClientGone, ControlConnection
 from .control_path import ControlLock, prepare_directory
 from .controlled import ControlHandlers
 
-__all__ = ["ControlServer"]
+__all__ = ["NAME", "ControlServer", "obtain_control_socket"]
 
 T = TypeVar("T")
 
@@ -188,33 +189,7 @@ class ControlServer:
         self._lock.release()
 
     def _open(self) -> Entry:
-        registry = self._plane.registry
-        access = self._access
-        prepare_directory(self.path, is_shared=access.group is not None)
-        is_family = any(
-            entry.inherited and (entry.name, entry.address) == (NAME, self.path) for entry in registry.entries
-        )
-        self._lock.acquire(is_family=is_family)
-        try:
-            address = Unix(self.path, mode=access.mode, group=access.group)
-            entry = registry.obtain(address, name=NAME, until=Until.EXIT)
-            if entry.inherited:
-                access.apply(self.path)
-        except PermissionError as error:
-            if access.group is None:
-                raise
-            raise PermissionError(
-                error.errno,
-                f"the control socket {self.path} cannot be given to group {access.group} ({error.strerror}): only "
-                "root, and who is in that group, can do that",
-            ) from error
-        if (obstacle := access.find_obstacle(self.path)) is not None:
-            logger.warning(
-                "group %d cannot reach the control socket: it may not pass %s (chmod g+x, or take another directory)",
-                access.group,
-                obstacle,
-            )
-        return entry
+        return obtain_control_socket(self.path, self._access, self._lock, self._plane.registry)
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[bool]:
@@ -461,6 +436,36 @@ class ControlServer:
             self._waiting -= 1
             if not self._waiting:
                 self._nobody_waits.set()
+
+
+def obtain_control_socket(path: str, access: ControlAccess, lock: ControlLock, registry: Registry) -> Entry:
+    """Take the lock, and register the socket: an inherited one, or a new one in the place of a stale one.
+
+    Raises:
+        OSError: a live service has it, or its directory is not safe; the text says what to do.
+    """
+    prepare_directory(path, is_shared=access.group is not None)
+    is_family = any(entry.inherited and (entry.name, entry.address) == (NAME, path) for entry in registry.entries)
+    lock.acquire(is_family=is_family)
+    try:
+        entry = registry.obtain(Unix(path, mode=access.mode, group=access.group), name=NAME, until=Until.EXIT)
+        if entry.inherited:
+            access.apply(path)
+    except PermissionError as error:
+        if access.group is None:
+            raise
+        raise PermissionError(
+            error.errno,
+            f"the control socket {path} cannot be given to group {access.group} ({error.strerror}): only "
+            "root, and who is in that group, can do that",
+        ) from error
+    if (obstacle := access.find_obstacle(path)) is not None:
+        logger.warning(
+            "group %d cannot reach the control socket: it may not pass %s (chmod g+x, or take another directory)",
+            access.group,
+            obstacle,
+        )
+    return entry
 
 
 def _describe(error: RestartError) -> dict[str, Any]:

@@ -358,10 +358,12 @@ class OwnManagement(Management):
         self._stashes.keep = self.store.keep
         self._inherited_stash = inherited_stash if inherited_stash is not None else InheritedStash()
         self._pid_file = PidFile(pid_file) if pid_file is not None else None
+        # The server of the control socket, and the same once its socket is open.
+        self._control_server: ControlServer | None = None
         self._control: ControlServer | None = None
         if control_path is not None and plane is not None:
-            self._control = ControlServer(control_path, plane, control, control_access)
-            self._resources.callback(self._control.close)
+            self._control_server = ControlServer(control_path, plane, control, control_access)
+            self._resources.callback(self._control_server.close)
         self._has_predecessor = False
         # Why a restart would end the systemd unit that this process is in, if it would.
         self._unit_end: str | None = None
@@ -373,6 +375,11 @@ class OwnManagement(Management):
     # From its start to its end
 
     async def open(self, *, has_predecessor: bool) -> None:
+        self.claim(has_predecessor=has_predecessor)
+        await self.open_control()
+
+    def claim(self, *, has_predecessor: bool) -> None:
+        """Take what was passed to this process, or kept for it; see :meth:`open`."""
         self._has_predecessor = has_predecessor
         if has_predecessor:
             self.store.inherit(self._registry.entries)
@@ -382,11 +389,21 @@ class OwnManagement(Management):
             self._unit_end = forbid_restart()
             if (complaint := check_unit()) is not None:
                 self._log.warning("%s", complaint)
-        # A socket that cannot be opened is not served, where the service goes on without it (an upgraded anchor).
-        control, self._control = self._control, None
-        if control is not None:
-            await control.open()
-            self._control = control
+
+    async def open_control(self) -> None:
+        """Open the control socket, if there shall be one; it may be tried again where it has failed.
+
+        Raises:
+            OSError: another service has the control socket, or its directory is not safe.
+        """
+        if self._control_server is not None:
+            await self._control_server.open()
+            self._control = self._control_server
+
+    async def serve_control(self) -> None:
+        """Answer on a control socket that was opened after :meth:`start`."""
+        if self._control is not None:
+            await self._control.run()
 
     def start(self, task_group: TaskGroup) -> None:
         super().start(task_group)

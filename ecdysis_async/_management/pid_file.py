@@ -42,6 +42,9 @@ class PidFile:
             OSError: the directory is missing or not writable, the disk is full, or something else than a file is there.
         """
         self.discard()
+        if self.names(os.getpid()):
+            # Nothing has to be written: the code of a process may have changed, and not its pid.
+            return
         try:
             self._require_place()
             self._write()
@@ -60,11 +63,21 @@ class PidFile:
         Raises:
             OSError: the directory has become unwritable since ``prepare``.
         """
+        if self.names(os.getpid()):
+            self.discard()
+            return
         if self._draft is None or not _is_own_file(self._draft):
             self.prepare()
         assert self._draft is not None
         self._draft.replace(self.path)
         self._draft = None
+
+    def names(self, pid: int) -> bool:
+        """Say whether the file names a process."""
+        # A file that is not there, or cannot be read, names nobody. Somebody else's may be another one in a moment.
+        with contextlib.suppress(OSError):
+            return _is_own_file(self.path) and self._read() == str(pid).encode()
+        return False
 
     def discard(self) -> None:
         """Remove a draft that was never published."""
@@ -80,7 +93,7 @@ class PidFile:
         # A process that is not root any more cannot remove the file from a directory of root's. What is no file is
         # somebody else's.
         with contextlib.suppress(OSError):
-            if self._read() == str(os.getpid()).encode():
+            if self.names(os.getpid()):
                 self.path.unlink()
 
     def _require_place(self) -> None:

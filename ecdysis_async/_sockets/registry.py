@@ -294,6 +294,13 @@ class Registry:
         entry.sock.close()
         self.on_release()
 
+    def give_back(self, entry: Entry) -> None:
+        """Undo that a socket was asked for: what was inherited is nobody's again, and a new one is closed."""
+        if not entry.inherited:
+            self.release(entry, unlink=True)
+        elif entry in self._entries:
+            self._entries[self._entries.index(entry)] = replace(entry, claimed=False)
+
     def close(self, *, unlink: bool) -> None:
         """Close everything.
 
@@ -368,8 +375,18 @@ def listen(registry: Registry, address: Address, *, backlog: int = BACKLOG, mode
 
     Raises:
         OSError: it cannot be bound. LookupError: no such socket was passed. ValueError: a path is too long.
+
+    On an error everything is as it was before.
     """
-    return [_listen(registry, each, backlog, mode) for each in resolve(address)]
+    opened: list[Entry] = []
+    try:
+        for each in resolve(address):
+            opened.append(_listen(registry, each, backlog, mode))  # noqa: PERF401 - those before an error are given back
+    except BaseException:
+        for entry in opened:
+            registry.give_back(entry)
+        raise
+    return opened
 
 
 def _listen(registry: Registry, address: Address, backlog: int, mode: int | None) -> Entry:

@@ -14,7 +14,10 @@ import anyio
 
 from .threads import run_in_thread
 
-__all__ = ["StderrTail", "duplicate_stderr", "identity", "pass_on", "say", "write_lines"]
+__all__ = ["PREFIX", "StderrTail", "duplicate_stderr", "identity", "pass_on", "say", "write_lines"]
+
+# What begins a line in the name of the command.
+PREFIX = "ecdysis: "
 
 STDERR_LINES = 40
 STDERR_BYTES = 16 * 1024
@@ -27,7 +30,7 @@ REST_SECONDS = 1.0
 
 def say(text: str) -> None:
     """Say something in the command's own name, mostly why it ends."""
-    write_lines(f"ecdysis: {text}")
+    write_lines(f"{PREFIX}{text}")
 
 
 def write_lines(text: str) -> None:

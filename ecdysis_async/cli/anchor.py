@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import anyio
 
 from ecdysis_async._anchor import reexec
 from ecdysis_async._anchor.anchor import STARTUP_FAILED, Anchor
 from ecdysis_async._anchor.config import AnchorConfig
+from ecdysis_async._anchor.needs import OPENING_ERRORS, explain_failure
+from ecdysis_async._anchor.rehearsal import rehearse
 from ecdysis_async._anchor.reload import require_watchfiles
 from ecdysis_async._anchor.takeover import UNREADABLE, ask_for_service
 from ecdysis_async._config.gather import find_control_path
@@ -18,7 +22,7 @@ from ecdysis_async._config.logging import configure_logging
 from ecdysis_async._config.options import DEFAULT_BIND, OptionError, Options
 from ecdysis_async._handoff.preflight import preflight
 from ecdysis_async._management.control_path import locate
-from ecdysis_async._sockets.registry import Registry, listen
+from ecdysis_async._sockets.registry import listen
 from ecdysis_async._system.launch import describe_launch
 from ecdysis_async._system.signals import unblock_all_signals
 from ecdysis_async._system.stderr import say
@@ -60,7 +64,8 @@ def serve(config: AnchorConfig) -> int:
         found = reexec.claim()
         if found is not None and found.is_check:
             reexec.try_state(config, found.state)
-            return 0
+            # This process is a child of the one that is to run the new code.
+            return _rehearse(config, found.state, os.getppid())
         if found is None:
             unblock_all_signals()
         if found is None and config.takeover is not None:
@@ -72,6 +77,19 @@ def serve(config: AnchorConfig) -> int:
     return anyio.run(anchor.run)
 
 
+def _rehearse(config: AnchorConfig, state: Mapping[str, Any], pid: int) -> int:
+    """Try to open what is needed; say what cannot be, and return the exit status."""
+    try:
+        rehearse(config, state["sockets"], pid)
+    except KeyError:
+        # The state is of another form.
+        raise
+    except OPENING_ERRORS as error:
+        say(explain_failure(error))
+        return STARTUP_FAILED
+    return 0
+
+
 def _take_over(config: AnchorConfig, path: str) -> int:
     """Go on with the service of another anchor, and then replace its workers."""
     try:
@@ -81,6 +99,8 @@ def _take_over(config: AnchorConfig, path: str) -> int:
             launch, _ = describe_launch(settings.command, settings.environment, settings.env_file)
             anyio.run(functools.partial(preflight, launch, settings.ready_timeout))
         takeover = ask_for_service(path)
+        if (status := _rehearse(config, takeover.state, os.getpid())) != 0:
+            return status
         try:
             anchor = Anchor(config, takeover.state, takeover.former_pid)
         except (OSError, *UNREADABLE) as error:
@@ -103,14 +123,11 @@ def make_config(options: Options, control_path: str | None) -> AnchorConfig:
         options: what the user wants.
         control_path: the absolute path of the control socket; None for none.
     """
-
-    def open_sockets(registry: Registry) -> None:
-        # Without --bind the first worker opens its own sockets: an `async def main` may listen elsewhere.
-        for address in options.bind if options.bind != DEFAULT_BIND else ():
-            listen(registry, address, backlog=options.backlog, mode=options.unix_mode)
-
+    # Without --bind the first worker opens its own sockets: an `async def main` may listen elsewhere.
+    addresses = options.bind if options.bind != DEFAULT_BIND else ()
+    backlog, mode = options.backlog, options.unix_mode
     return AnchorConfig(
-        open_sockets,
+        {str(each): functools.partial(listen, address=each, backlog=backlog, mode=mode) for each in addresses},
         workers=options.workers,
         settings=Settings(
             ready_timeout=options.ready_timeout,

@@ -172,31 +172,69 @@ def upgrade(path: str, on_event: Callable[[Event], None]) -> Event:
         CommandFailed: it goes on as it is, or nobody is there.
     """
     before: Event | None = None
+    pid = pidfd = -1
     try:
         for event in _ask(path, {"command": "upgrade"}, SILENCE_SECONDS):
             with understanding(path):
                 on_event(event)
             if event["event"] == "failed":
+                with understanding(path):
+                    if event["error"] == "UpgradeFailed":
+                        event["message"] = f"the anchor goes on as it is: {event['message']}"
                 raise _failure(event, path)
             if event["event"] == "accepted":
                 with understanding(path):
                     before = {"upgrades": int(event["upgrades"])}
+                    pid = int(event["pid"])
+                pidfd = _open_pidfd(pid)
     except NoAnswer as error:
         if before is None:
             raise CommandFailed(f"the service at {path} does not answer: {error}", Exit.UNKNOWN) from error
+    try:
+        return _await_upgrade(path, before["upgrades"] if before is not None else 0, pidfd)
+    except NoAnswer as error:
+        raise CommandFailed(
+            f"the anchor (pid {pid}) has not said what became of its upgrade ({error}): see `ecdysis status`",
+            Exit.UNKNOWN,
+        ) from error
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def _await_upgrade(path: str, upgrades: int, pidfd: int) -> Event:
+    """Return the status of an anchor once new code runs it.
+
+    Args:
+        path: its control socket.
+        upgrades: how often it had been upgraded.
+        pidfd: of the process; -1 where it cannot be watched.
+
+    Raises:
+        CommandFailed: it goes on as it is, or has ended. NoAnswer: it does not say.
+    """
     deadline = time.monotonic() + UPGRADE_SECONDS
-    while before is not None and time.monotonic() < deadline:
-        with contextlib.suppress(NoAnswer):  # in the moment of the exec
+    silence: Exception | None = None
+    while time.monotonic() < deadline:
+        try:
             answer = _ask_once(path, {"command": "status"}, SILENCE_SECONDS)
+        except NoAnswer as error:  # in the moment of the exec
+            silence = error
+        except CommandFailed as error:
+            # A process that lives may be about to open its control socket, which it could not open at first.
+            if error.code is not Exit.NO_SERVICE or pidfd < 0 or select.select([pidfd], [], [], 0)[0]:
+                raise
+            silence = error
+        else:
             with understanding(path):
                 found: Event = answer["status"]
-                if found["anchor"]["upgrades"] > before["upgrades"]:
+                if found["anchor"]["upgrades"] > upgrades:
                     return found
                 failure = found["anchor"]["error"]
             if failure is not None:
                 raise CommandFailed(f"the anchor goes on as it is: {failure}", Exit.FAILED)
         time.sleep(VERDICT_POLL_SECONDS)
-    raise CommandFailed("the anchor has not said what became of its upgrade: see `ecdysis status`", Exit.UNKNOWN)
+    raise NoAnswer(str(silence) if silence is not None else "it answers, and is not upgraded yet")
 
 
 def status(path: str) -> Event:

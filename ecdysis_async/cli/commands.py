@@ -20,7 +20,16 @@ from ecdysis_async.report import RestartReport
 from . import client
 from .client import CommandFailed, Exit
 from .output import has_reader, let_readers_leave
-from .progress import Progress, describe_check, describe_outcome, describe_services, describe_status, showing, watching
+from .progress import (
+    Progress,
+    describe_check,
+    describe_outcome,
+    describe_services,
+    describe_status,
+    find_missing,
+    showing,
+    watching,
+)
 
 __all__ = ["command"]
 
@@ -136,6 +145,8 @@ def restart(until: str, anchor: bool, check: bool, as_json: bool, control: str |
             print_json({"event": "done", "status": found})
         else:
             click.echo(f"the anchor (pid {found['pid']}) is upgraded, and its workers serve on")
+        for what, why in find_missing(found).items():
+            click.echo(f"ecdysis: it goes on without {what}, which it tries again: {why}", err=True)
         return
     if check:
         checked = client.check(path)

@@ -24,6 +24,7 @@ __all__ = [
     "describe_outcome",
     "describe_services",
     "describe_status",
+    "find_missing",
     "showing",
     "watching",
 ]
@@ -290,6 +291,13 @@ def _title(status: dict[str, Any]) -> str:
     )
 
 
+def find_missing(status: dict[str, Any]) -> dict[str, str]:
+    """Return what the anchor of a status goes on without, and why; nothing where none is named."""
+    anchor = status.get("anchor")
+    found = anchor.get("missing") if isinstance(anchor, dict) else None
+    return {str(what): str(why) for what, why in found.items()} if isinstance(found, dict) else {}
+
+
 def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what there is to tell of a service, each with its name; also of one of an older release."""
     rows = [
@@ -301,6 +309,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         pid = f" (pid {restart['pid']})" if restart["pid"] is not None else ""
         what = f"{restart['id']} to generation {restart['generation']}{pid}"
         rows.append(("restart", f"{what}: {restart['phase']}, for {restart['seconds']:.1f} s"))
+    rows += [("missing", f"{what}: {why}") for what, why in find_missing(status).items()]
     if status["waiting_for"] is not None:
         rows.append(("waiting for", status["waiting_for"]))
     rows += [

@@ -171,7 +171,7 @@ def stage(
 ) -> Iterator[Stage]:
     """Set a stage with so many slots, in each of which a worker serves."""
     config = AnchorConfig(
-        lambda registry: None,
+        {},
         workers=workers if target is None else target,
         settings=settings or Settings(probation=0),
         **plan,

@@ -46,7 +46,9 @@ def make_config(tmp_path: Path, program: str, **more: object) -> AnchorConfig:
         ready_timeout=60,
         drain_timeout=60,
     )
-    config = functools.partial(AnchorConfig, open_web, settings=settings, control_path=str(tmp_path / "control"))
+    config = functools.partial(
+        AnchorConfig, {"web": open_web}, settings=settings, control_path=str(tmp_path / "control")
+    )
     return config(systemd=False, **more)  # type: ignore[arg-type]
 
 
@@ -99,13 +101,13 @@ def test_what_cannot_be_opened_ends_the_start(what: str, tmp_path: Path, capfd: 
     config = make_config(tmp_path, "raise AssertionError")
     if what == "pid file":
         settings = Settings(pid_file=missing)
-        config = AnchorConfig(open_web, settings=settings, systemd=False)
+        config = AnchorConfig({"web": open_web}, settings=settings, systemd=False)
     else:
 
         def open_missing(registry: Registry) -> None:
             registry.obtain(Unix(str(missing)))
 
-        config = AnchorConfig(open_missing, systemd=False)
+        config = AnchorConfig({"missing": open_missing}, systemd=False)
     assert run(config) == STARTUP_FAILED
     written = capfd.readouterr().err
     assert written.startswith("ecdysis: ")

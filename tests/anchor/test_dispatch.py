@@ -292,7 +292,7 @@ async def test_a_worker_is_started_for_the_one_that_asks_for_it(here: Stage, pup
 
 
 async def test_a_worker_that_cannot_be_started(puppet: Puppet, here: Stage) -> None:
-    here.state.config = type(here.state.config)(lambda registry: None, settings=Settings(command=("/no/such/program",)))
+    here.state.config = type(here.state.config)({}, settings=Settings(command=("/no/such/program",)))
     async with working(here, puppet):
         ours, theirs = socket.socketpair()
         read_end, write_end = os.pipe()
@@ -350,7 +350,7 @@ async def test_a_worker_that_comes_while_the_service_stops_is_told_so(here: Stag
 
 async def test_a_limit_of_requests_differs_from_worker_to_worker(here: Stage) -> None:
     here.state.config = type(here.state.config)(
-        lambda registry: None,
+        {},
         settings=Settings(command=(sys.executable, "-c", "")),
         max_requests=100,
         max_requests_jitter=10,

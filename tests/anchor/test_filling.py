@@ -46,7 +46,7 @@ async def fill(here: Stage, program: str) -> Filled:
 
     state = here.state
     settings = Settings(command=(sys.executable, "-c", program), ready_timeout=60)
-    state.config = type(state.config)(lambda registry: None, settings=settings)
+    state.config = type(state.config)({}, settings=settings)
     dispatcher = Dispatcher(
         state,
         here.sockets,

@@ -304,7 +304,7 @@ def test_hanging_workers_are_replaced_instead_of_the_service_where_that_was_conf
 
 
 def test_a_worker_tells_of_itself_often_enough() -> None:
-    config = AnchorConfig(lambda registry: None)
+    config = AnchorConfig({})
     assert find_beat_seconds(config, None) == BEAT_SECONDS
     assert find_beat_seconds(config, 3600) == BEAT_SECONDS
     assert find_beat_seconds(config, 1) == 1 / BEATS_PER_WATCHDOG

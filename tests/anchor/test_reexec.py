@@ -21,7 +21,7 @@ from ecdysis_async._system.launch import Launch
 from ecdysis_async._system.process import Process
 from ecdysis_async.report import State
 
-CONFIG = AnchorConfig(lambda registry: None)
+CONFIG = AnchorConfig({})
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ WORKER_KEYS = {
 
 
 def make_config(workers: int = 1) -> AnchorConfig:
-    return AnchorConfig(lambda registry: None, workers=workers)
+    return AnchorConfig({}, workers=workers)
 
 
 def own(body: dict[str, Any]) -> dict[str, Any]:

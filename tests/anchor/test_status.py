@@ -202,11 +202,12 @@ async def test_the_status_is_json_with_all_that_commands_know(here: Stage) -> No
     first.worker.environment, first.worker.requests, first.worker.rss = {"B": "1", "A": "2"}, 5, 1000
     second.worker.connections, second.worker.pid = 4, 77
     here.state.last_report, here.state.upgrades, here.state.upgrade_error = make_report(), 3, "not today"
+    here.state.missing["the pid file"] = "full"
     found = await ask(here)
     assert found.keys() == KEYS
     assert [each["name"] for each in found["listeners"]] == ["web"]
     assert found["connections"] == 4
-    assert found["anchor"] == {"upgrades": 3, "error": "not today"}
+    assert found["anchor"] == {"upgrades": 3, "error": "not today", "missing": {"the pid file": "full"}}
     assert found["process"]["environment"] == ["A", "B"]
     assert found["draining"] == [{"generation": 1, "pid": 77, "connections": 4, "ends_in": None}]
     assert [(each["slot"], each["state"], each["requests"]) for each in found["workers"]] == [

@@ -18,6 +18,10 @@ from ecdysis_async._system.claims import ANCHOR_CHECK_MARKER
 from ecdysis_async.cli import anchor
 from ecdysis_async.cli.anchor import RELOAD_PROBATION_SECONDS, make_config, serve
 
+SOCKETS: dict[str, dict[str, list[int]]] = {
+    name: {"descriptions": [], "descriptors": []} for name in ("service", "control", "health")
+}
+
 
 def test_what_was_said_is_what_is_run(tmp_path: Path) -> None:
     (tmp_path / "env").touch()
@@ -58,10 +62,11 @@ def test_who_saves_a_file_again_does_not_wait(tmp_path: Path) -> None:
 def test_sockets_are_opened_that_were_asked_for() -> None:
     registry = Registry()
     try:
-        make_config(Options(target="main:app"), None).open_sockets(registry)
         # The first worker decides: an `async def main` may listen elsewhere.
-        assert list(registry.entries) == []
-        make_config(Options(target="main:app", bind=(Internet("127.0.0.1", 0),)), None).open_sockets(registry)
+        assert make_config(Options(target="main:app"), None).open_sockets == {}
+        config = make_config(Options(target="main:app", bind=(Internet("127.0.0.1", 0),)), None)
+        assert list(config.open_sockets) == ["127.0.0.1:0"]
+        config.open_sockets["127.0.0.1:0"](registry)
         (entry,) = registry.entries
         assert entry.sock.getsockname()[0] == "127.0.0.1"
     finally:
@@ -74,9 +79,9 @@ def test_new_code_says_whether_it_can_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    config = AnchorConfig(lambda registry: None)
+    config = AnchorConfig({})
     body, _ = AnchorState.fresh(config).describe()
-    memory = reexec.seal({**body, "sockets": {}} if is_readable else {})
+    memory = reexec.seal({**body, "sockets": SOCKETS} if is_readable else {})
     found = os.fstat(memory)
     monkeypatch.setenv(ANCHOR_CHECK_MARKER, f"{memory}:{found.st_dev}:{found.st_ino}")
     assert serve(config) == (0 if is_readable else STARTUP_FAILED)

@@ -38,5 +38,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     command = (sys.executable, "-W", "error", str(WORKER), sys.argv[1])
     settings = Settings(**SETTINGS["handoffs"], command=command, pid_file=Path(SETTINGS["pid_file"]))
-    plan = AnchorConfig(open_sockets, settings=settings, control_path=SETTINGS["control"], **SETTINGS["plan"])
+    plan = AnchorConfig(
+        {"everything": open_sockets}, settings=settings, control_path=SETTINGS["control"], **SETTINGS["plan"]
+    )
     sys.exit(start.serve(plan))

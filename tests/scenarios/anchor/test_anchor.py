@@ -554,6 +554,31 @@ def test_an_upgrade_that_fails_changes_nothing(run_anchor: Run) -> None:
     assert service.roll_out()["generation"] == 2
 
 
+# After the check, and before the new code opens anything, the control socket's directory becomes unsafe.
+SPOILS_THE_DIRECTORY = """
+import os
+if "ECDYSIS_ANCHOR" in os.environ:
+    os.chmod(os.path.dirname(SETTINGS["control"]), 0o770)
+"""
+
+
+def test_what_cannot_be_opened_after_the_check_is_missing_and_heals(run_anchor: Run) -> None:
+    service = run_anchor(workers=1, at_anchor=SPOILS_THE_DIRECTORY)
+    with ThreadPoolExecutor() as executor, Clients(service.address) as clients:
+        (worker,) = service.workers().values()
+        upgrade = executor.submit(client.upgrade, service.control, lambda event: None)
+        service.wait_until(lambda: "goes on without the control socket" in service.log, "it misses nothing")
+        clients.wait_for(worker)
+        os.chmod(os.path.dirname(service.control), 0o700)
+        # The verdict is told by the new code, as soon as it can be asked.
+        found = upgrade.result(PATIENCE_SECONDS)
+        service.wait_until(lambda: "is there again" in service.log, "it does not heal")
+    assert (found["pid"], found["anchor"]["upgrades"]) == (service.anchor, 1)
+    assert service.status()["anchor"]["missing"] == {}
+    assert service.roll_out()["generation"] == 2
+    assert (clients.refused, clients.lost) == ([], [])
+
+
 # The new code is executed only when a worker has said something that is not heard yet.
 WAITS_FOR_A_WORD = """
 import os, time
