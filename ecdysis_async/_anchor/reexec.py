@@ -87,7 +87,10 @@ def seal(state: Mapping[str, Any]) -> int:
     Raises:
         OSError: there is no room for it.
     """
-    memory = os.memfd_create("ecdysis-anchor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        memory = os.memfd_create("ecdysis-anchor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise OSError(error.errno, f"memfd_create: {error.strerror}") from error
     try:
         view = memoryview(json.dumps({"format": FORMAT, **state}).encode())
         while view:
@@ -113,12 +116,11 @@ def claim() -> ReceivedState | None:
         text = os.environ.pop(marker, None)
         if text is None:
             continue
+        if (descriptor := _find_memory(text)) is None:
+            # Somebody else wrote it. A process that was executed with a state has had its check before.
+            continue
         try:
-            descriptor, device, inode = map(int, text.split(":"))
-            found = os.fstat(descriptor)
-            if (found.st_dev, found.st_ino) != (device, inode) or not stat.S_ISREG(found.st_mode):
-                raise ValueError("something else is open under its number")
-            state = json.loads(os.pread(descriptor, found.st_size, 0))
+            state = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
             os.close(descriptor)
             if state["format"] != FORMAT:
                 raise ValueError(f"it is of format {state['format']}, and this release knows {FORMAT}")
@@ -126,6 +128,17 @@ def claim() -> ReceivedState | None:
             raise UpgradeFailed(f"the state of the former anchor cannot be read: {error}") from error
         return ReceivedState(state, is_check=marker == ANCHOR_CHECK_MARKER)
     return None
+
+
+def _find_memory(marker: str) -> int | None:
+    """Return the descriptor that a marker names; None if something else, or nothing, is open under its number."""
+    try:
+        descriptor, device, inode = map(int, marker.split(":"))
+        found = os.fstat(descriptor)
+    except (OSError, OverflowError, ValueError):
+        return None
+    is_meant = (found.st_dev, found.st_ino) == (device, inode) and stat.S_ISREG(found.st_mode)
+    return descriptor if is_meant else None
 
 
 def check(launch: Launch, memory: int, timeout: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,18 @@ from ecdysis_async._management.control_path import prepare_directory
 from ecdysis_async._sockets.addresses import Address, Internet, Unix, parse_address
 from ecdysis_async._system.launch import read_env_file
 
-from .options import CONFIG, DEFAULT_HOST, DEFAULT_PORT, OPTIONS, SHORTHANDS, Option, OptionError, Options, Shape
+from .options import (
+    CONFIG,
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    OPTIONS,
+    SHORTHANDS,
+    Option,
+    OptionError,
+    Options,
+    Shape,
+    is_short,
+)
 from .parsing import did_you_mean
 
 __all__ = ["find_control_path", "gather", "read_variables"]
@@ -72,14 +84,24 @@ def read_variables(env_file: str) -> dict[str, str]:
 def find_control_path(options: Options) -> str | None:
     """Return where the control socket can be; None where there shall be none, or cannot be one. It may block."""
     path = options.control_path
-    if path is not None and options.control == "auto":
-        # A directory that cannot be written to is no reason not to serve where nobody has asked for this socket.
+    if path is None or options.control != "auto":
+        return path
+    # A directory that cannot be written to is no reason not to serve where nobody has asked for this socket.
+    obstacles = []
+    for each in options.default_control_paths:
+        if not is_short(each):
+            obstacles.append(f"{each} is too long for a socket")
+            continue
         try:
-            prepare_directory(path)
+            prepare_directory(each)
         except OSError as error:
-            logger.warning("there is no control socket, say where by --control PATH: %s", error.strerror or error)
-            return None
-    return path
+            obstacles.append(f"{os.path.dirname(each)}: {error.strerror or error}")
+        else:
+            if os.access(os.path.dirname(each), os.W_OK | os.X_OK):
+                return each
+            obstacles.append(f"{os.path.dirname(each)} cannot be written to")
+    logger.warning("there is no control socket, say where by --control PATH: %s", "; ".join(obstacles))
+    return None
 
 
 @dataclass(frozen=True, slots=True)

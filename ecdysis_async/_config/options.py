@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ecdysis_async._management.control_access import ControlAccess
-from ecdysis_async._management.control_path import default_directory, locate
+from ecdysis_async._management.control_path import default_directories, locate
 from ecdysis_async._sockets.addresses import Address, Internet
 from ecdysis_async._sockets.entry import BACKLOG
 from ecdysis_async.errors import StartupError
@@ -58,6 +58,7 @@ __all__ = [
     "Options",
     "Shape",
     "command_line_options",
+    "is_short",
 ]
 
 PREFIX = "ECDYSIS_"
@@ -67,6 +68,11 @@ DEFAULT_BIND = (Internet(DEFAULT_HOST, DEFAULT_PORT),)
 
 # What a path of a Unix socket has room for (registry.MAX_UNIX_PATH), less the name of a lock file next to it.
 MAX_CONTROL_PATH = 100
+
+
+def is_short(path: str) -> bool:
+    """Say whether a control socket can have this path."""
+    return len(os.fsencode(path)) <= MAX_CONTROL_PATH
 
 
 class OptionError(StartupError, ValueError):
@@ -314,6 +320,11 @@ class Options:
             except ValueError as error:
                 raise OptionError(f"{option.name}: {error}") from None
             object.__setattr__(self, option.name, value)
+        if self.control != "auto" and self.control.lower() not in OFF:
+            try:
+                locate(self.control)
+            except ValueError as error:
+                raise OptionError(f"control: {error}") from None
         if self.keyfile and not self.certfile:
             raise OptionError("keyfile needs a certfile: the certificate that the key belongs to")
         if self.cert_reqs != "none" and not self.ca_certs:
@@ -330,13 +341,19 @@ class Options:
             return None
         if self.control != "auto":
             return locate(self.control)
+        return self.default_control_paths[0]
+
+    @property
+    def default_control_paths(self) -> list[str]:
+        """Where the control socket may be that nobody has asked for, the best place first; too long ones come last."""
         # The same in all generations, and another one for each service: told by what it serves, and where.
         name = re.sub(r"[^\w.@-]+", "-", f"{self.target} {self.bind[0]}").strip("-")
-        path = os.path.join(default_directory(), f"{name}.sock")
-        if len(os.fsencode(path)) > MAX_CONTROL_PATH:
-            digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-            path = os.path.join(default_directory(), f"{digest}.sock")
-        return os.path.abspath(path)
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        paths = []
+        for directory in default_directories():
+            path = os.path.join(directory, f"{name}.sock")
+            paths.append(path if is_short(path) else os.path.join(directory, f"{digest}.sock"))
+        return sorted(map(os.path.abspath, paths), key=lambda path: not is_short(path))
 
     @property
     def control_access(self) -> ControlAccess:

@@ -40,7 +40,13 @@ async def load(target: str, *, app_dir: str = ".", factory: bool = False) -> Any
         Exception: whatever the application's own code raised.
     """
     # Nothing else has to run yet, and what is imported has to be imported here.
-    directory = os.path.abspath(app_dir)  # noqa: ASYNC240
+    try:
+        directory = os.path.abspath(app_dir)  # noqa: ASYNC240
+    except FileNotFoundError as error:
+        raise StartupError(
+            f"{target} cannot be loaded: the working directory is gone; start the service in one that is there, or say "
+            "an absolute --app-dir"
+        ) from error
     if directory not in sys.path:
         sys.path.insert(0, directory)
     module, _, attribute = target.partition(":")

@@ -137,7 +137,7 @@ class Batch:
         for order in self._orders:
             self.making = order.name
             try:
-                descriptor = os.memfd_create("ecdysis-stash", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                descriptor = _make_memory()
                 self.descriptors.append(descriptor)
                 self._sizes.append(await _fill(descriptor, order.producer))
                 if order.is_kept and self._keep is not None:
@@ -402,3 +402,10 @@ def _map(name: str, descriptor: int, size: int) -> memoryview:
     # Private, because Linux before 6.7 refuses to share a file that nobody may write. It is never unmapped in so many
     # words, which an existing view would not survive: the last view takes it along.
     return memoryview(mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
+
+
+def _make_memory() -> int:
+    try:
+        return os.memfd_create("ecdysis-stash", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise OSError(error.errno, f"memfd_create: {error.strerror}") from error

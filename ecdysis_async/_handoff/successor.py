@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import mmap
 import os
 import socket
@@ -270,7 +271,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
 
     async def _say_hello(self) -> None:
         pidfd = os.pidfd_open(os.getpid())
-        counters = os.memfd_create("ecdysis-counters", os.MFD_CLOEXEC)
+        counters = _make_counters()
         try:
             os.ftruncate(counters, COUNTERS.size)
             self._plane.tracker.share(memoryview(mmap.mmap(counters, COUNTERS.size)).cast("Q"))
@@ -342,3 +343,22 @@ _REASONS: Final = {
     SuccessorEvent.TIMED_OUT: "the predecessor does not answer",
     SuccessorEvent.BROKEN: "the predecessor's channel is broken",
 }
+
+
+def _make_counters() -> int:
+    """Return a descriptor of memory that a predecessor can look into.
+
+    Raises:
+        OSError: there is none to be had.
+    """
+    try:
+        return os.memfd_create("ecdysis-counters", os.MFD_CLOEXEC)
+    except OSError as error:
+        # A sandbox denies it, or the kernel does not have it. A file without a name does as well.
+        if error.errno not in (errno.EPERM, errno.ENOSYS):
+            raise
+        # Imported here, because it is for sandboxes alone.
+        import tempfile
+
+        with tempfile.TemporaryFile() as file:
+            return os.dup(file.fileno())

@@ -58,7 +58,13 @@ def default_directories() -> list[str]:
     directories = [each for each in environment.get("RUNTIME_DIRECTORY", "").split(":") if each]
     if runtime_directory := environment.get("XDG_RUNTIME_DIR"):
         directories.append(os.path.join(runtime_directory, "ecdysis"))
-    directories.append("/run/ecdysis" if os.geteuid() == 0 else os.path.expanduser("~/.local/state/ecdysis"))
+    if os.geteuid() == 0:
+        directories.append("/run/ecdysis")
+    elif os.path.isabs(home := os.path.expanduser("~")):
+        directories.append(os.path.join(home, ".local/state/ecdysis"))
+    else:
+        # Neither HOME nor an entry in passwd(5): where the session manager would have made a directory.
+        directories.append(f"/run/user/{os.geteuid()}/ecdysis")
     return list(dict.fromkeys(directories))
 
 
@@ -73,7 +79,7 @@ def prepare_directory(path: str, *, is_shared: bool = False) -> None:
         OSError: there is no such directory, or it belongs to, or may be written by, others; the text says what to do.
     """
     directory = os.path.dirname(path)
-    if directory == default_directory():
+    if directory in default_directories():
         os.makedirs(directory, mode=0o700, exist_ok=True)
         if is_shared and (found := os.stat(directory)).st_uid == os.geteuid():
             # They pass it, and cannot look around in it.

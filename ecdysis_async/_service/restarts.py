@@ -18,7 +18,7 @@ from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState, SuccessorEvent, SuccessorState
 from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._management.management import LEEWAY_SECONDS
-from ecdysis_async._system.process import Spawner, supported
+from ecdysis_async._system.process import Spawner, find_missing
 from ecdysis_async.errors import NotReady, RestartError, RestartInProgress, RestartUnsupported, RestartWhileDraining
 from ecdysis_async.report import Outcome, RestartReport, State
 
@@ -76,10 +76,10 @@ class Restarts:
             )
         if not life.has_begun:
             raise NotReady("this generation does not serve yet: a restart is possible after ready()")
-        if not supported():
+        if (missing := find_missing()) is not None:
             raise RestartUnsupported(
-                "a restart needs pidfds and descriptors passed over Unix sockets, which this platform does not have: "
-                "stop and start the service instead"
+                f"a restart needs pidfds and descriptors passed over Unix sockets, and {missing}: stop and start the "
+                "service instead"
             )
         if os.getpid() == 1:
             raise RestartUnsupported(

@@ -136,7 +136,8 @@ if _is_worker and threading.current_thread() is threading.main_thread():
     for _name in _ANCHORS_SIGNALS:
         signal.signal(signal.Signals[_name], lambda number, frame: None)
 
-_is_check = os.environ.pop(CHECK_KEY, None) is not None
+# A user's variable of this name has no channel with it, over which this process could tell what it is.
+_is_check = os.environ.pop(CHECK_KEY, None) is not None and _channel is not None
 
 _activation: Mapping[int, str] = claim_activation()
 

@@ -31,9 +31,9 @@ __all__ = [
     "Spawner",
     "describe_end",
     "describe_exit",
+    "find_missing",
     "find_process",
     "spawn",
-    "supported",
 ]
 
 # This shell stands between this process and the successor, and is killed when the successor is let go. Then the
@@ -164,12 +164,23 @@ class Process:
                 os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 os.killpg(self.pid, number)
             else:
-                signal.pidfd_send_signal(self.pidfd, number)
+                self._send(number)
         # Dead, and reaped by somebody else: SIGCHLD is ignored, or the application waits for every child. Or the
         # command changes the user, as sudo(8) does.
         except (ChildProcessError, ProcessLookupError, PermissionError):
             return False
         return True
+
+    def _send(self, number: int) -> None:
+        try:
+            signal.pidfd_send_signal(self.pidfd, number)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOSYS):
+                raise
+            # A sandbox may deny that call. The number of a child that is not reaped is nobody else's; of any other
+            # process this raises.
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            os.kill(self.pid, number)
 
     async def let_go(self) -> None:
         """Let a kept successor be a child of systemd; it goes on, and only its peer's pidfd tells of its death."""
@@ -204,17 +215,21 @@ class _Detached(subprocess.Popen[bytes]):
         """Neither warn that it still runs, nor let the next Popen reap it."""
 
 
-def supported() -> bool:
-    """Say whether this platform, and this kernel, can hand sockets over to a child and watch it."""
+def find_missing() -> str | None:
+    """Name what this platform, kernel or sandbox lacks to hand sockets over to a child and watch it; None: nothing."""
     if not (hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal") and hasattr(socket, "SCM_RIGHTS")):
-        return False
+        return "this platform has no pidfds, or passes no descriptors over Unix sockets"
     try:
         os.close(os.pidfd_open(os.getpid()))
     except OSError as error:
-        # Other errors mean that this kernel, or this sandbox, does not have it. A lack of descriptors passes, and says
-        # so itself.
-        return error.errno in (errno.EMFILE, errno.ENFILE)
-    return True
+        # A lack of descriptors passes, and says so itself.
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return None
+        return (
+            f"the system call pidfd_open is denied here ({error.strerror}): by the kernel, or a container's seccomp "
+            "profile"
+        )
+    return None
 
 
 def spawn(

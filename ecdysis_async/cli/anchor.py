@@ -24,6 +24,7 @@ from ecdysis_async._handoff.preflight import preflight
 from ecdysis_async._management.control_path import locate
 from ecdysis_async._sockets.registry import listen
 from ecdysis_async._system.launch import describe_launch
+from ecdysis_async._system.process import find_missing
 from ecdysis_async._system.signals import unblock_all_signals
 from ecdysis_async._system.stderr import say
 from ecdysis_async.errors import RestartError, StartupError, TakeoverFailed
@@ -60,6 +61,7 @@ def run(options: Options) -> int:
 
 def serve(config: AnchorConfig) -> int:
     """Run a service until it is stopped; return the exit status of this process."""
+    found = None
     try:
         found = reexec.claim()
         if found is not None and found.is_check:
@@ -68,11 +70,17 @@ def serve(config: AnchorConfig) -> int:
             return _rehearse(config, found.state, os.getppid())
         if found is None:
             unblock_all_signals()
+            if (missing := find_missing()) is not None:
+                say(
+                    f"{missing}. `ecdysis run` starts its workers, and restarts them, by it: allow it, or serve "
+                    "without restarts by the server's own command, such as `uvicorn main:app`"
+                )
+                return STARTUP_FAILED
         if found is None and config.takeover is not None:
             return _take_over(config, config.takeover)
         anchor = Anchor(config, found.state if found is not None else None)
     except (KeyError, OSError, TypeError, ValueError, reexec.UpgradeFailed) as error:
-        say(f"this release does not take over from the one that runs: {error!r}")
+        say(str(error) if found is None else f"this release does not take over from the one that runs: {error!r}")
         return STARTUP_FAILED
     return anyio.run(anchor.run)
 

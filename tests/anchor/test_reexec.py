@@ -68,10 +68,11 @@ def test_a_state_that_cannot_be_read_is_refused(known: AnchorState, monkeypatch:
         reexec.try_state(CONFIG, {"crew": {"workers": []}})
 
 
-def test_a_marker_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ANCHOR_MARKER, "0:1:2")
-    with pytest.raises(reexec.UpgradeFailed, match="something else"):
-        reexec.claim()
+@pytest.mark.parametrize("marker", ["0:1:2", "", "1", "9" * 30 + ":1:1", "-1:0:0"])
+def test_a_marker_of_something_else_is_ignored(marker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ANCHOR_MARKER, marker)
+    assert reexec.claim() is None
+    assert ANCHOR_MARKER not in os.environ
 
 
 def test_new_code_that_fails_is_quoted() -> None:

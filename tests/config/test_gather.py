@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ecdysis_async._config import options as options_module
 from ecdysis_async._config.gather import find_control_path, gather
 from ecdysis_async._config.options import OPTIONS, OptionError, Options
 from ecdysis_async._sockets.addresses import Descriptor, Internet, Unix
@@ -47,6 +48,8 @@ def test_every_option_can_be_a_variable_and_stand_in_the_file(write: Callable[..
         "server": "HYPERCORN",
         "loop": "trio",
         "control": "off",
+        "control_mode": "660",
+        "control_group": "0",
         "pid_file": "a.pid",
         "ready_timeout": "1.5",
         "drain_timeout": "0",
@@ -197,10 +200,20 @@ def test_a_control_socket_that_nobody_asked_for_may_be_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "file"))
+    long = str(tmp_path / ("x" * 100))
+    monkeypatch.setattr(options_module, "default_directories", lambda: [f"{tmp_path}/file/run", long])
     with caplog.at_level(logging.WARNING):
         assert find_control_path(Options("a:b")) is None
     assert "there is no control socket, say where by --control PATH" in caplog.text
+    assert "is too long for a socket" in caplog.text
     # A path that was asked for is answered for by who opens it.
     assert find_control_path(Options("a:b", control=f"{tmp_path}/file/x")) == f"{tmp_path}/file/x"
     assert find_control_path(Options("a:b", control="off")) is None
+
+
+def test_a_control_socket_takes_the_next_place_that_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o700)
+    long = str(tmp_path / ("x" * 100))
+    monkeypatch.setattr(options_module, "default_directories", lambda: [long, f"{tmp_path}/missing", f"{tmp_path}/run"])
+    monkeypatch.setattr(options_module, "MAX_CONTROL_PATH", len(f"{tmp_path}/missing/") + 40)
+    assert str(find_control_path(Options("a:b"))).startswith(f"{tmp_path}/run/")

@@ -137,6 +137,7 @@ print([key for key in os.environ if key.startswith("ECDYSIS_")])
         ((), "[False, False] None None\nFalse False False\n[]\n"),
         ((MARKER,), "[b'x', False] None None\nFalse False False\n[]\n"),
         ((MARKER, "ECDYSIS_CHECK"), "[b'x', False] None None\nFalse True False\n[]\n"),
+        (("ECDYSIS_CHECK",), "[False, False] None None\nFalse False False\n[]\n"),
         ((LINE_MARKER,), "[False, b'x'] None None\nTrue False True\n[]\n"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import os
@@ -13,14 +14,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 import pytest
 
 from ecdysis_async._system import process as process_module
 from ecdysis_async._system.launch import Launch, describe_launch
-from ecdysis_async._system.process import UNKNOWN_STATUS, Process, describe_end, describe_exit, spawn, supported
+from ecdysis_async._system.process import UNKNOWN_STATUS, Process, describe_end, describe_exit, find_missing, spawn
 from ecdysis_async.errors import SpawnFailed
 
 # These modules alone, without those above them: the package claims the channel when it is imported.
@@ -282,8 +283,28 @@ def test_describe_exit() -> None:
     assert (describe_end(7), describe_end(-signal.SIGKILL)) == ("ended with exit status 7", "was killed by SIGKILL")
 
 
-def test_supported_here() -> None:
-    assert supported()
+def test_nothing_is_missing_here() -> None:
+    assert find_missing() is None
+
+
+def test_a_system_call_that_is_denied_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*arguments: object) -> NoReturn:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "pidfd_open", deny)
+    assert "pidfd_open is denied here (Operation not permitted)" in str(find_missing())
+
+
+async def test_a_child_is_ended_where_signals_by_pidfds_are_denied(
+    start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(*arguments: object) -> NoReturn:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    process = start("sleep", "600")
+    monkeypatch.setattr(signal, "pidfd_send_signal", deny)
+    assert await process.end(60) == -signal.SIGTERM
+    assert not process.send_signal(signal.SIGTERM)
 
 
 def test_platforms_without_the_means_can_import_it() -> None:
@@ -301,8 +322,8 @@ def test_platforms_without_the_means_can_import_it() -> None:
         "import ecdysis_async._ipc.channel\n"
         "from ecdysis_async._sockets.addresses import Internet\n"
         "from ecdysis_async._sockets.registry import Registry\n"
-        "from ecdysis_async._system.process import supported\n"
-        "assert not supported()\n"
+        "from ecdysis_async._system.process import find_missing\n"
+        "assert find_missing()\n"
         "registry = Registry()\n"
         "assert registry.obtain(Internet('127.0.0.1', 0)).kind.value == 'tcp'\n"
         "registry.close(unlink=True)\n"
