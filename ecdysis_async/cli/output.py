@@ -46,6 +46,8 @@ class Output(io.TextIOWrapper):
 
 def let_readers_leave() -> None:
     """Make standard output, and standard error, of this process such that writing never fails."""
+    if isinstance(sys.stdout, Output):
+        return
     # Where they were closed, the next descriptor that is opened would take their place.
     occupy_standard_descriptors()
     sys.stdout, sys.stderr = _wrap(sys.stdout, 1), _wrap(sys.stderr, 2)
@@ -56,9 +58,11 @@ def has_reader() -> bool:
     return getattr(sys.stdout, "has_reader", True)
 
 
-def _wrap(stream: TextIO | None, number: int) -> Output:
+def _wrap(stream: TextIO | None, number: int) -> TextIO:
     if stream is None or stream.closed:
         return Output(open(number, "wb", closefd=False))
+    if not hasattr(stream, "buffer"):
+        return stream  # somebody in this process collects what is written
     return Output(
         stream.buffer,
         encoding=stream.encoding,

@@ -37,7 +37,7 @@ def run(directory: Path, source: str | Path, *arguments: object, anchored: bool 
     path = directory / "program.py"
     path.write_text(source.read_text() if isinstance(source, Path) else source)
     words = [str(each) for each in arguments]
-    command = [sys.executable, "-X", "dev", str(path), *words]
+    command = [sys.executable, "-W", "default", str(path), *words]
     if anchored:
         command = [sys.executable, "-m", "ecdysis_async", "run", "program:serve", "--workers=1", "--probation=0.1"]
         command += ["--control", str(directory / "control.sock")]

@@ -119,7 +119,7 @@ def test_a_closed_channel_is_no_death(backend: str, run_service: Run) -> None:
     service.configure(at_start="await wait()")
     with Clients(service.address) as clients, service.begin("restart", until="serving") as asking:
         second = service.wait_for("waiting")["pid"]
-        service.run("ecdysis._life.handover._peer.channel.close()")
+        service.run("ecdysis._life.handover._successor.peer.channel.close()")
         failure = asking.answer()
         assert (failure["error"], failure["phase"], failure["cause"]) == (
             "SuccessorFailed", "initialise", "ChannelClosed",

@@ -69,7 +69,7 @@ SHARED_PORT = """
 port = listeners[0].getsockname()[1]
 listeners.append(ecdysis.listen_tcp("127.0.0.1", port, reuse_port=True))
 async def remove_later(acceptor):
-    if held and acceptor.entry in held.pop()._handover.unclaimed:
+    if held and acceptor.entry in held.pop()._life.handover.unclaimed:
         await wait()
     await remove(acceptor)
 remove, held = ecdysis._gate.remove, [ecdysis]

@@ -164,7 +164,9 @@ def test_workers_of_uvicorn_for_comparison() -> None:
         *("--command", uvicorn, "--restart-command", "kill -HUP {pid}", "--url", f"http://127.0.0.1:{port}/"),
     )
     assert (code, verdict["steps"][0]["code"]) == (BAD, 0), output
-    assert "idle connection closed without notice" in {failure["class"] for failure in verdict["failures"]}
+    # Which of the two it is depends on whether the client was just asking.
+    found = {failure["class"] for failure in verdict["failures"]}
+    assert found & {"idle connection closed without notice", "connection reset"}
     assert 0 < verdict["memory"]["steady"] < verdict["memory"]["restarts"]
 
 
