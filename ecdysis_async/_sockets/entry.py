@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import enum
 import errno
 import os
 import select
 import socket
+import struct
 import sys
 from dataclasses import dataclass
 
@@ -16,6 +18,21 @@ __all__ = ["BACKLOG", "Entry", "Kind", "Until", "address_of", "explain", "find_i
 # What may wait in the kernel's queue, also between a pause and the successor's first accept. The kernel takes the
 # smaller one of this and net.core.somaxconn.
 BACKLOG = 2048
+
+
+# A filter of Berkeley's (socket(7), SO_ATTACH_FILTER): of what comes to a listening socket it drops each segment with
+# SYN and without ACK, which is how a connection begins. It is shown the segment from its TCP header on, where byte 13
+# has the flags. Code, jump if true, jump if not, constant: struct sock_filter of linux/filter.h.
+_SO_ATTACH_FILTER = 26
+_INSTRUCTION = struct.Struct("@HBBI")
+_PROGRAM = struct.Struct("@HP")
+_NO_NEWCOMERS = (
+    (0x30, 0, 0, 13),  # load that byte
+    (0x54, 0, 0, 0x12),  # of which these two flags: ACK and SYN
+    (0x15, 0, 1, 0x02),  # SYN alone?
+    (0x06, 0, 0, 0),  # then drop it
+    (0x06, 0, 0, 0xFFFFFFFF),  # else pass it on, whole
+)
 
 
 class Kind(enum.Enum):
@@ -124,10 +141,13 @@ class Entry:
     def refuse_newcomers(self) -> None:
         """Let nobody queue any more, while those who do can still be accepted. There is no way back.
 
-        A client of a Unix socket finds no path any more. A client of a TCP port finds the queue full, and asks again in
-        a second (tcp(7), the SYN that is repeated), when the socket is closed. The kernel still lets one client into a
-        queue that is empty. Nothing changes where another process may accept from this socket as well: that is what
-        the service did not make itself.
+        A client of a Unix socket finds no path any more. A client of a TCP port finds it silent, and asks again in a
+        second (tcp(7), the SYN that is repeated), when the socket is closed. Nothing changes where another process may
+        accept from this socket as well: that is what the service did not make itself.
+
+        There are kernels that want CAP_NET_ADMIN for a packet filter (6.18, seen). With a queue of length 0 alone, one
+        client still gets into a queue that is empty, and is reset when the socket is closed. That costs a restart a
+        client where one of several sockets of a port (SO_REUSEPORT) goes, and so the filter is tried first.
         """
         if not self.has_queue or not self._is_ours_alone:
             return
@@ -137,8 +157,19 @@ class Entry:
         elif self.kind is Kind.TCP and sys.platform == "linux":
             # The application may have closed it. Where it was shut down, `listen` would open it again.
             with contextlib.suppress(OSError):
-                if self.is_listening():
+                if self.is_listening() and not self._filter_newcomers():
                     self.sock.listen(0)
+
+    def _filter_newcomers(self) -> bool:
+        """Let the kernel drop each segment by which a connection begins; say whether it does."""
+        program = array.array("B", b"".join(_INSTRUCTION.pack(*each) for each in _NO_NEWCOMERS))
+        try:
+            self.sock.setsockopt(
+                socket.SOL_SOCKET, _SO_ATTACH_FILTER, _PROGRAM.pack(len(_NO_NEWCOMERS), program.buffer_info()[0])
+            )
+        except OSError:
+            return False
+        return True
 
     def stop_listening(self) -> None:
         """Refuse the clients of a TCP port at once, though it is not closed yet: no process accepts here any more.

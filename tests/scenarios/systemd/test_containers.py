@@ -96,11 +96,11 @@ def test_it_restarts_in_place_reaps_orphans_and_stops_in_time(
         assert client.hear() == "3 patience bye"
         late.close()
         assert container.process.wait(PATIENCE_SECONDS) == 0
-    # Those who come after the end are refused, and those who came before it have an answer. With listen(0) one at a
-    # time can still get into an empty queue, until the last worker has looked.
+    # Who comes after the end; and whoever came before it has an answer. Without CAP_NET_ADMIN a kernel may let some in
+    # until the last worker has looked.
     late_ones = load.counts.failures[Failure.RESET]
     assert load.counts.failures.total() == load.counts.failures[Failure.REFUSED] + late_ones
-    assert late_ones <= 3
+    assert late_ones <= (3 if kind == "runc" else 0)
 
 
 def test_a_start_that_fails_shows_in_the_status_of_the_container(kind: str, tmp_path: Path, port: int) -> None:
