@@ -46,7 +46,7 @@ class AnchorWatch:
         self._on_death = on_death
         self._pidfd = -1
         self._was_dead = False
-        # The thread ends when the write end is closed.
+        # The thread ends by a byte. The end of the pipe would not do: a forked child has the other end as well.
         self._woken, self._waker = os.pipe2(os.O_CLOEXEC)
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="ecdysis-anchor-watch", daemon=True)
@@ -79,13 +79,14 @@ class AnchorWatch:
         with self._lock:
             if self._waker < 0:
                 return
-            os.close(self._waker)
-            self._waker = -1
+            waker, self._waker = self._waker, -1
+        os.write(waker, b"\0")
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
         with self._lock:
             self._close_pidfd()
         self._link.close()
+        os.close(waker)
         os.close(self._woken)
 
     def _close_pidfd(self) -> None:
@@ -110,7 +111,7 @@ class AnchorWatch:
     def _is_closed_within(self, seconds: float | None, link: int | None = None) -> bool:
         """Wait for so long, or until the link has ended; say whether this watch was closed meanwhile."""
         poll = select.poll()
-        poll.register(self._woken, 0)
+        poll.register(self._woken, select.POLLIN)
         if link is not None:
             poll.register(link, 0)
         found = poll.poll(None if seconds is None else seconds * 1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -135,3 +136,18 @@ def test_a_watch_that_is_closed_leaves_no_thread(*, is_begun: bool) -> None:
                 watch.watch(watched.anchor.pid)
         watch.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # threads, and a fork
+def test_a_forked_child_does_not_keep_the_thread() -> None:
+    read_end, write_end = os.pipe()
+    before = threading.active_count()
+    with watching():
+        if (child := os.fork()) == 0:
+            os.close(write_end)
+            os.read(read_end, 1)
+            os._exit(0)
+    assert threading.active_count() == before
+    os.close(write_end)
+    assert os.waitpid(child, 0) == (child, 0)
+    os.close(read_end)
