@@ -2,8 +2,8 @@
 
 The state that an upgrade in place leaves to the same process (reexec.py) travels to another one here, and with it every
 descriptor. Each side waits for the other's word before it acts, so that two never act at once. The newcomer begins at
-the former anchor's last word, or at its death, proved by its pidfd. Everything here blocks. An anchor serves nobody
-itself, and while it is blocked its state cannot change.
+the former anchor's last word, or at its death, proved by its pidfd. Everything here blocks. The former anchor waits for
+the newcomer in a thread, so that a newcomer that stalls holds nobody up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ecdysis_async.errors import ChannelError, TakeoverFailed
 
 from . import reexec
 
-__all__ = ["UNREADABLE", "Takeover", "ask_for_service", "pass_service_on"]
+__all__ = ["UNREADABLE", "Takeover", "ask_for_service", "hear_taken", "let_go", "offer_service"]
 
 STATE, TAKEN, GO = "state", "taken", "go"
 
@@ -39,6 +39,12 @@ UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, Type
 # How long either side may take over its next word, seconds. That is far more than it needs, and the former anchor hears
 # nobody else meanwhile.
 ANSWER_SECONDS = 5.0
+
+# How long a newcomer may take in all, from the state to the word that it has taken it, seconds.
+TAKE_SECONDS = 10.0
+
+# How long the former anchor waits for room in the channel, seconds: nobody else is heard meanwhile.
+SEND_SECONDS = 1.0
 
 # An end of file comes a moment before the pidfd of a dying process is readable, milliseconds.
 DEATH_GRACE_MILLISECONDS = 2000
@@ -68,6 +74,11 @@ class Takeover:
         try:
             if self._hear_go():
                 return
+            # From here on the former anchor cannot say it any more. It may have said it in this moment.
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RD)
+            if self._hear_word():
+                return
             poll = select.poll()
             poll.register(self._pidfd, select.POLLIN)
             # The former anchor's last word may have been lost with it. If it is dead, nobody else is there to go on.
@@ -80,6 +91,12 @@ class Takeover:
     def _hear_go(self) -> bool:
         try:
             _send(self._sock, TAKEN, {})
+        except (ChannelError, OSError):
+            return False
+        return self._hear_word()
+
+    def _hear_word(self) -> bool:
+        try:
             frame = _receive(self._sock, self._decoder)
         except (ChannelError, OSError):
             return False
@@ -125,8 +142,8 @@ def ask_for_service(path: str) -> Takeover:
     return takeover
 
 
-def pass_service_on(channel: socket.socket, state: Mapping[str, Any], numbers: Sequence[int]) -> None:
-    """Let another process go on with this state; when it returns, this process has to end, without a further word.
+def offer_service(channel: socket.socket, state: Mapping[str, Any], numbers: Sequence[int]) -> None:
+    """Tell another process of this state, and pass it the descriptors. This process goes on for the time being.
 
     Args:
         channel: the channel to the other process.
@@ -134,25 +151,56 @@ def pass_service_on(channel: socket.socket, state: Mapping[str, Any], numbers: S
         numbers: the descriptors that the state names.
 
     Raises:
+        TakeoverFailed: the other process does not take it.
+    """
+    try:
+        memory = reexec.seal(state)
+        try:
+            pidfd = os.pidfd_open(os.getpid())
+            try:
+                body = {"pid": os.getpid(), "numbers": list(numbers)}
+                _send(channel, STATE, body, [memory, pidfd, *numbers], seconds=SEND_SECONDS)
+            finally:
+                os.close(pidfd)
+        finally:
+            os.close(memory)
+    except (ChannelError, OSError) as error:
+        raise _not_taken(error) from error
+
+
+def hear_taken(channel: socket.socket) -> None:
+    """Wait until the other process has taken the state.
+
+    Raises:
+        TakeoverFailed: it does not take it, or not in time.
+    """
+    try:
+        frame = _receive(channel, FrameDecoder(), TAKE_SECONDS)
+    except TimeoutError as error:
+        raise TakeoverFailed(
+            f"the process that asked for the service does not take it: it was silent for {TAKE_SECONDS:g} seconds"
+        ) from error
+    except (ChannelError, OSError) as error:
+        raise _not_taken(error) from error
+    frame.close()
+    if frame.type != TAKEN:
+        raise TakeoverFailed(f"it answers with {frame.type!r}")
+
+
+def let_go(channel: socket.socket) -> None:
+    """Let the other process go on; when it returns, this process has to end, without a further word.
+
+    Raises:
         TakeoverFailed: the other process does not go on, so this one does.
     """
-    channel.settimeout(ANSWER_SECONDS)
-    memory = reexec.seal(state)
     try:
-        pidfd = os.pidfd_open(os.getpid())
-        try:
-            _send(channel, STATE, {"pid": os.getpid(), "numbers": list(numbers)}, [memory, pidfd, *numbers])
-        finally:
-            os.close(pidfd)
-        frame = _receive(channel, FrameDecoder())
-        frame.close()
-        if frame.type != TAKEN:
-            raise TakeoverFailed(f"it answers with {frame.type!r}")
-        _send(channel, GO, {})
-    except (ChannelError, OSError) as error:
-        raise TakeoverFailed(f"the process that asked for the service does not take it: {error!r}") from error
-    finally:
-        os.close(memory)
+        _send(channel, GO, {}, seconds=SEND_SECONDS)
+    except OSError as error:
+        raise _not_taken(error) from error
+
+
+def _not_taken(error: Exception) -> TakeoverFailed:
+    return TakeoverFailed(f"the process that asked for the service does not take it: {error!r}")
 
 
 def _read_memory(memory: int) -> bytes:
@@ -208,8 +256,15 @@ def _translate(state: dict[str, Any], here: Mapping[int, int]) -> dict[str, Any]
     return state
 
 
-def _send(sock: socket.socket, type: str, body: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
-    deadline = time.monotonic() + ANSWER_SECONDS
+def _send(
+    sock: socket.socket,
+    type: str,
+    body: Mapping[str, Any],
+    descriptors: Sequence[int] = (),
+    *,
+    seconds: float = ANSWER_SECONDS,
+) -> None:
+    deadline = time.monotonic() + seconds
     writer = DescriptorWriter(encode(type, body, len(descriptors)), descriptors)
     while not writer.is_done:
         _limit(sock, deadline)
@@ -223,12 +278,12 @@ def _limit(sock: socket.socket, deadline: float) -> None:
         TimeoutError: it is over.
     """
     if (left := deadline - time.monotonic()) <= 0:
-        raise TimeoutError(f"its word is not complete after {ANSWER_SECONDS:g} seconds")
+        raise TimeoutError("its word is not complete in time")
     sock.settimeout(left)
 
 
-def _receive(sock: socket.socket, decoder: FrameDecoder) -> Frame:
-    deadline = time.monotonic() + ANSWER_SECONDS
+def _receive(sock: socket.socket, decoder: FrameDecoder, seconds: float = ANSWER_SECONDS) -> Frame:
+    deadline = time.monotonic() + seconds
     while True:
         _limit(sock, deadline)
         received = receive_with_descriptors(sock, READ_SIZE)

@@ -6,11 +6,13 @@ was said was heard. Here is how that moment is found, and what happens where it 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import anyio
@@ -31,8 +33,8 @@ from . import reexec
 from .dispatch import Dispatcher
 from .pool import SlotActivity
 from .reaping import Reaper
-from .state import AnchorState, Begin, Life
-from .takeover import pass_service_on
+from .state import AnchorState, Begin, Life, wait_until
+from .takeover import hear_taken, let_go, offer_service
 
 __all__ = ["Upgrade"]
 
@@ -43,6 +45,10 @@ REST_PAUSE_SECONDS = 0.02
 BUSY = "workers are being started or replaced: upgrade the anchor when that is done"
 STOPPED = "the service is being stopped"
 RESTLESS = "there was always something under way"
+
+
+# What a worker tells again every second.
+_TOLD_AGAIN = ("connections", "requests", "rss")
 
 
 class Upgrade:
@@ -158,14 +164,15 @@ class Upgrade:
         self._enter()
         state = self._state
         try:
-            with anyio.move_on_after(REST_SECONDS):
+            with anyio.move_on_after(REST_SECONDS) as waiting:
                 while state.life is Life.UPGRADING:
                     if self._is_at_rest():
                         accept()
-                        body, descriptors = self._describe()
+                        waiting.deadline = math.inf
                         try:
-                            pass_service_on(channel, body, descriptors)
+                            await self._offer(channel)
                         except TakeoverFailed as error:
+                            self.log.warning("the service was not taken over, and goes on: %s", error)
                             raise RestartError(str(error)) from error
                         self.log.info("another process has taken the service over; this one ends")
                         logging.shutdown()
@@ -178,6 +185,41 @@ class Upgrade:
         finally:
             self._leave()
             state.changes.announce()
+
+    async def _offer(self, channel: socket.socket) -> None:
+        """Let another anchor take the service over; when it returns, this process has to end.
+
+        Commands and load balancers are answered meanwhile. What the other anchor was told has to be true to the end.
+
+        Raises:
+            TakeoverFailed: the other anchor does not take it, or something has happened meanwhile.
+        """
+        body, descriptors = self._describe()
+        offer_service(channel, body, descriptors)
+        failure: TakeoverFailed | None = None
+
+        def is_out_of_date() -> bool:
+            return self._state.life is not Life.UPGRADING or _find_steady(self._describe()[0]) != _find_steady(body)
+
+        async def withdraw() -> None:
+            await wait_until(self._state.changes, is_out_of_date)
+            # It ends the waiting in the thread.
+            with contextlib.suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)
+
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(withdraw)
+            try:
+                await run_in_thread(functools.partial(hear_taken, channel))
+            except TakeoverFailed as error:
+                failure = error
+            task_group.cancel_scope.cancel()
+        # Nothing may be awaited any more: what the other anchor has taken is true now.
+        if failure is not None:
+            raise failure
+        if not self._is_at_rest() or is_out_of_date():
+            raise TakeoverFailed("something has happened meanwhile: try again")
+        let_go(channel)
 
     def _enter(self) -> None:
         """Let nothing begin any more that would have to be waited for.
@@ -227,3 +269,10 @@ class Upgrade:
             # The link of such a worker is broken, and the worker is about to leave.
             or any(worker.link.fileno() == -1 for worker in self._state.pool)
         )
+
+
+def _find_steady(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what has to be true of a service that is handed over: all but what its workers tell again and again."""
+    crew = body["crew"]
+    workers = [{name: each[name] for name in each if name not in _TOLD_AGAIN} for each in crew["workers"]]
+    return {**body, "crew": {**crew, "workers": workers}}

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,17 @@ from typing import Any, NamedTuple
 import pytest
 
 from ecdysis_async._anchor import reexec, takeover
-from ecdysis_async._anchor.takeover import Takeover, ask_for_service, pass_service_on
+from ecdysis_async._anchor.takeover import Takeover, ask_for_service, hear_taken, let_go, offer_service
 from ecdysis_async._ipc.channel import encode
 from ecdysis_async._system.descriptors import send_with_descriptors
 from ecdysis_async.errors import TakeoverFailed
+
+
+def pass_service_on(channel: socket.socket, body: dict[str, Any], numbers: Sequence[int]) -> None:
+    """Be the former anchor, from the state to the last word."""
+    offer_service(channel, body, numbers)
+    hear_taken(channel)
+    let_go(channel)
 
 
 class Former:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,6 @@ from ecdysis_async._anchor.takeover import Takeover, ask_for_service
 from ecdysis_async.errors import TakeoverFailed
 from tests.scenarios.run.commands import (
     ECDYSIS,
-    PROJECT,
-    Running,
     Visitors,
     call,
     get,
@@ -99,6 +98,43 @@ def test_who_dies_with_the_state_in_hand_is_not_waited_for(places: tuple[Path, P
         assert done.returncode == 0, done.stderr
 
 
+def test_a_newcomer_that_is_silent_holds_nobody_up(places: tuple[Path, Path]) -> None:
+    """Load balancers and commands are answered meanwhile, and in the end the service may be restarted again."""
+    one, _ = places
+    health = one / "health"
+    with running(one, *QUICK, "--health-bind", f"unix:{health}") as former:
+        port = former.find_port()
+        succession = ask_for_service(former.control)
+        try:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(health))
+                client.sendall(b"GET /live HTTP/1.1\r\n\r\n")
+                assert client.recv(12) == b"HTTP/1.1 200"
+            assert former.status()["waiting_for"] == "the new anchor to take over"
+            assert get(port) == (200, "one")
+            former.wait_for("not taken over, and goes on: .* it was silent for 10 seconds")
+            with pytest.raises(TakeoverFailed, match="goes on"):
+                succession.confirm()
+        finally:
+            for descriptor in descriptors_of(succession):
+                os.close(descriptor)
+        done = call("restart", "--control", former.control, cwd=one)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_newcomer_that_cannot_open_everything_changes_nothing(places: tuple[Path, Path]) -> None:
+    one, two = places
+    with running(one, *QUICK) as former:
+        port = former.find_port()
+        missing = str(two / "missing" / "pid")
+        with taking_over(former, two, *QUICK, "--pid-file", missing) as newcomer:
+            assert newcomer.wait() == 3
+            assert f"the pid file {missing} cannot be written" in newcomer.log
+        former.wait_for("the service was not taken over, and goes on")
+        assert get(port) == (200, "one")
+        assert former.status()["pid"] == former.process.pid
+
+
 def descriptors_of(succession: Takeover) -> list[int]:
     state = succession.state
     found = [each[key] for each in state["crew"]["workers"] for key in ("pidfd", "line")]
@@ -117,7 +153,7 @@ def test_the_last_word_is_missing(places: tuple[Path, Path], *, lives: bool) -> 
         try:
             if lives:
                 # It has waited for long enough, and goes on.
-                wait_until(lambda: _answers(former), "it does not go on")
+                former.wait_for("not taken over, and goes on")
                 with pytest.raises(TakeoverFailed, match="goes on"):
                     succession.confirm()
             else:
@@ -133,10 +169,6 @@ def test_the_last_word_is_missing(places: tuple[Path, Path], *, lives: bool) -> 
             psutil.wait_procs(workers, timeout=30)
             assert not any(each.is_running() for each in workers)
             os.unlink(former.control)
-
-
-def _answers(run: Running) -> bool:
-    return call("status", "--control", run.control, cwd=PROJECT).returncode == 0
 
 
 def test_who_cannot_be_taken_over(places: tuple[Path, Path], tmp_path: Path) -> None:
