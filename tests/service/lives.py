@@ -82,4 +82,7 @@ async def a_life(**settings: Any) -> AsyncIterator[tuple[Life, Remembering]]:
         life = Life(generation, plane, plane.task_group, anyio.CancelScope())
         life.management = management = Remembering()
         plane.tracker.draining = anyio.Event()
-        yield life, management
+        try:
+            yield life, management
+        finally:
+            life.reserve.give_up()
