@@ -121,7 +121,8 @@ class Upgrade:
     async def _execute(self, launch: Launch) -> None:
         """Become the new code, in the first moment in which nothing is under way."""
         state = self._state
-        self.log.info("upgrading: executing %s", " ".join(launch.arguments))
+        # Its arguments may hold a password.
+        self.log.info("upgrading: executing %s anew", launch.arguments[0])
         self._dispatcher.dismiss_askers()
         error: Exception | None = None
         with anyio.move_on_after(REST_SECONDS):

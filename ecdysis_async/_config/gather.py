@@ -124,7 +124,7 @@ class _Source:
         try:
             return option.parse(value)
         except ValueError as error:
-            raise OptionError(f"{self.label(option)}: {error}") from None
+            raise OptionError(f"{self.label(option)}: {option.explain(error)}") from None
 
 
 def _first(sources: Iterable[_Source], option: Option) -> Any:

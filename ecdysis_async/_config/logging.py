@@ -10,6 +10,8 @@ import os
 import sys
 from typing import Any
 
+from ecdysis_async._system.log_stream import PatientHandler
+
 from .options import OptionError, Options
 
 __all__ = ["configure_logging"]
@@ -28,7 +30,7 @@ def configure_logging(options: Options) -> None:
     """
     logging.addLevelName(TRACE, "TRACE")
     if options.log_config is None:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = PatientHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(FORMAT))
         logging.basicConfig(handlers=[handler], level=(options.log_level or "info").upper(), force=True)
         return

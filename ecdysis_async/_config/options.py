@@ -99,6 +99,7 @@ class Option:
         shape: how it is written.
         aliases: further names on the command line.
         variables: further names in the environment, as other servers have them.
+        is_secret: whether its value is shown to nobody.
     """
 
     name: str
@@ -108,11 +109,16 @@ class Option:
     shape: Shape = Shape.VALUE
     aliases: tuple[str, ...] = ()
     variables: tuple[str, ...] = ()
+    is_secret: bool = False
 
     @property
     def key(self) -> str:
         """Its name on the command line, and in a configuration file."""
         return self.name.replace("_", "-")
+
+    def explain(self, error: ValueError) -> str:
+        """Say why a value could not be read; that of a secret is not quoted."""
+        return "text is needed" if self.is_secret else str(error)
 
     @property
     def all_variables(self) -> tuple[str, ...]:
@@ -318,7 +324,7 @@ class Options:
             try:
                 value = option.parse(getattr(self, option.name))
             except ValueError as error:
-                raise OptionError(f"{option.name}: {error}") from None
+                raise OptionError(f"{option.name}: {option.explain(error)}") from None
             object.__setattr__(self, option.name, value)
         if self.control != "auto" and self.control.lower() not in OFF:
             try:
@@ -367,8 +373,7 @@ class Options:
 
 
 OPTIONS: tuple[Option, ...] = tuple(
-    Option(name=field.name, **{name: value for name, value in field.metadata["option"].items() if name != "is_secret"})
-    for field in dataclasses.fields(Options)
+    Option(name=field.name, **field.metadata["option"]) for field in dataclasses.fields(Options)
 )
 
 # The ways of uvicorn to say where to listen; each adds to `bind`.

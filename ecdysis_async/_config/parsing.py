@@ -250,7 +250,8 @@ def parse_settings(value: Any) -> Mapping[str, Any]:
     for each in shlex.split(value) if isinstance(value, str) else value:
         name, equals, text = str(each).partition("=")
         if not name or not equals:
-            raise ValueError(f"write NAME=VALUE, not {each!r}")
+            # What it is may be a password.
+            raise ValueError("write NAME=VALUE, such as timeout_keep_alive=20")
         settings[name.strip().replace("-", "_")] = text
     return MappingProxyType(settings)
 

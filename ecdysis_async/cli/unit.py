@@ -102,6 +102,11 @@ def _describe(
         )
     if user is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*|[0-9]+", user):
         raise OptionError(f"--user {user!r}: say a user's name or number")
+    if options.keyfile_password is not None or any("password" in name for name in options.server_options):
+        raise OptionError(
+            "a unit is there for everybody to read, and so is a command line: put the password into a file of 0600 as "
+            "ECDYSIS_KEYFILE_PASSWORD=…, and name that by --env-file"
+        )
     if options.control.lower() in OFF:
         raise OptionError("--control off: systemctl reload asks the service by its control socket")
     directory = f"/run/{name}"

@@ -217,3 +217,10 @@ def test_a_control_socket_takes_the_next_place_that_works(monkeypatch: pytest.Mo
     monkeypatch.setattr(options_module, "default_directories", lambda: [long, f"{tmp_path}/missing", f"{tmp_path}/run"])
     monkeypatch.setattr(options_module, "MAX_CONTROL_PATH", len(f"{tmp_path}/missing/") + 40)
     assert str(find_control_path(Options("a:b"))).startswith(f"{tmp_path}/run/")
+
+
+@pytest.mark.parametrize("content", ['keyfile-password = ["hunter2"]', 'server-options = ["hunter2"]'])
+def test_a_secret_that_cannot_be_read_is_not_quoted(content: str, write: Callable[..., str]) -> None:
+    with pytest.raises(OptionError) as caught:
+        gather({"target": "a:b", "config": write(content)}, {})
+    assert "hunter2" not in str(caught.value)
