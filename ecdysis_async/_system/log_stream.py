@@ -73,8 +73,8 @@ class PatientHandler(logging.StreamHandler[TextIO]):
                 else:
                     self._writer = None
                     return
-            # Past the stream, whose lock others would wait for. A stream whose reader has gone loses what it gets.
-            with contextlib.suppress(OSError):
+            # Past the stream, whose lock others would wait for. One that is closed, or whose reader has gone, loses it.
+            with contextlib.suppress(OSError, ValueError):
                 view = memoryview(line.encode(errors="backslashreplace"))
                 while view:
                     view = view[os.write(self.stream.fileno(), view) :]

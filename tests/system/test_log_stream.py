@@ -42,6 +42,11 @@ def fill(handler: PatientHandler, count: int) -> None:
         handler.handle(make_record(f"{number:04} {'x' * 95}"))
 
 
+def wait_for_writer(handler: PatientHandler) -> None:
+    if (writer := handler._writer) is not None:
+        writer.join(60)
+
+
 def test_nobody_waits_and_nothing_is_lost_or_out_of_order(pipe: tuple[int, TextIO]) -> None:
     reading, stream = pipe
     handler = PatientHandler(stream)
@@ -50,9 +55,10 @@ def test_nobody_waits_and_nothing_is_lost_or_out_of_order(pipe: tuple[int, TextI
     found: list[str] = []
     reader = threading.Thread(target=lambda: found.extend(read_all(reading)))
     reader.start()
-    if (writer := handler._writer) is not None:
-        writer.join(60)
+    wait_for_writer(handler)
     handler.handle(make_record("last"))
+    # The pipe may still be full.
+    wait_for_writer(handler)
     stream.close()
     reader.join()
     assert [line[:4] for line in found] == [*(f"{number:04}" for number in range(400)), "last"]
@@ -67,9 +73,7 @@ def test_what_is_lost_is_counted(pipe: tuple[int, TextIO], monkeypatch: pytest.M
     found: list[str] = []
     reader = threading.Thread(target=lambda: found.extend(read_all(reading)))
     reader.start()
-    writer = handler._writer
-    if writer is not None:
-        writer.join(60)
+    wait_for_writer(handler)
     stream.close()
     reader.join()
     kept = [line for line in found if "xxx" in line]
