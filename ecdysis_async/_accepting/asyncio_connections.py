@@ -206,6 +206,21 @@ class ServerConnection(Connection):
         is_offered = self.hooks.tracker.moves and not self.refused and not self._is_lost
         return is_offered and strategy is not None and strategy.moves_between_requests
 
+    def overhear(self, feed: Callable[[bytes], object]) -> None:
+        """Have ``feed`` called with all bytes that are received from now on, before the protocol gets them."""
+        if self.transport is None or self.transport.is_closing():
+            return
+        protocol: Any = self.transport.get_protocol()
+        receive = protocol.data_received
+
+        def hear(data: bytes) -> None:
+            feed(data)
+            receive(data)
+
+        protocol.data_received = hear
+        # Set once more, because both loops keep the method.
+        self.transport.set_protocol(protocol)
+
     def fileno(self) -> int:
         assert self.transport is not None
         number: int = self.transport.get_extra_info("socket").fileno()

@@ -8,7 +8,7 @@ module does the same on listeners of the ``Ecdysis``. Seams, as seen in hypercor
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, cast
 
 import trio
@@ -26,6 +26,7 @@ from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.goodbye import Goodbye
+from ecdysis_async.servers._protocols.frames import FrameFollower
 
 __all__ = ["serve"]
 
@@ -36,8 +37,16 @@ class _Stream:
     Between two requests, hypercorn would keep the stream, and its descriptor, for ``keep_alive_timeout``.
     """
 
-    def __init__(self, stream: Any, context: WorkerContext) -> None:
+    def __init__(
+        self,
+        stream: Any,
+        context: WorkerContext,
+        connection: AcceptedConnection,
+        inbound: Mapping[AcceptedConnection, FrameFollower],
+    ) -> None:
         self._stream = stream
+        self._connection = connection
+        self._inbound = inbound
         self._context = context
 
     def __getattr__(self, name: str) -> Any:
@@ -52,6 +61,8 @@ class _Stream:
             raise
         if not data:
             await self._context.terminated.set()
+        elif (follower := self._inbound.get(self._connection)) is not None:
+            follower.feed(data)
         return data
 
 
@@ -109,11 +120,12 @@ async def serve(
         assert isinstance(connection, AcceptedConnection)
         connections.add(connection)
         try:
-            whole: Any = _Stream(stream, context)
+            whole: Any = _Stream(stream, context, connection, application.inbound)
             await TCPServer(wrapped, config, context, ConnectionState(state.copy()), whole)
         finally:
             contexts.discard(context)
             connections.discard(connection)
+            application.inbound.pop(connection, None)
 
     try:
         async with trio.open_nursery() as nursery:

@@ -32,6 +32,7 @@ from ecdysis_async.servers._common.forwarded import Trusted
 from ecdysis_async.servers._common.goodbye import RESTARTING, STEP_SECONDS, Goodbye
 from ecdysis_async.servers._common.listening import describe, make_ssl_context, open_sockets
 from ecdysis_async.servers._protocols.aiohttp import make_movable, stays
+from ecdysis_async.servers._protocols.frames import follow_frames
 from ecdysis_async.settings import StrPath
 
 from ._common import server_options
@@ -194,7 +195,11 @@ class _Clients:
         """Say goodbye once this generation leaves, and take note of WebSockets."""
         if isinstance(response, web.WebSocketResponse):
             dismiss = functools.partial(_dismiss, response)
-            self.goodbye.add_websocket(dismiss)
+            connection = current_connection.get()
+            if isinstance(connection, ServerConnection):
+                self.goodbye.add_websocket(dismiss, follow_frames(connection))
+            else:
+                self.goodbye.add_websocket(dismiss)
             request.task.add_done_callback(lambda _: self.goodbye.discard_websocket(dismiss))
         elif self.goodbye.ecdysis.draining.is_set() and stays(request):
             response.force_close()

@@ -26,6 +26,7 @@ from ecdysis_async._connections.connection import current_connection, describe_r
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.goodbye import RESTARTING, Goodbye
 from ecdysis_async.servers._common.listening import describe, make_ssl_context, open_sockets
+from ecdysis_async.servers._protocols.frames import follow_frames
 from ecdysis_async.servers._protocols.websockets import WebSocketTransfer, movable, transfer_of
 
 from ._common import server_options
@@ -118,7 +119,10 @@ async def _handle(goodbye: Goodbye, handler: Handler, websocket: ServerConnectio
     if isinstance(connection, Tracked):
         connection.busy(asyncio.current_task())
         connection.describe_requests = functools.partial(_describe, websocket, time.monotonic())
-    goodbye.add_websocket(dismiss)
+    if isinstance(connection, Tracked):
+        goodbye.add_websocket(dismiss, follow_frames(connection))
+    else:
+        goodbye.add_websocket(dismiss)
     try:
         await handler(websocket)
     except ConnectionClosed:

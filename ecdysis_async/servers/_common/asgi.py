@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import struct
 import sys
 import time
@@ -20,6 +21,7 @@ from ecdysis_async._accepting.asyncio_servers import note_no_servers
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
 from ecdysis_async._connections.connection import Connection, current_connection, describe_request
+from ecdysis_async.servers._protocols.frames import FrameFollower, follow_frames
 from ecdysis_async.servers._protocols.http import will_move
 
 from .goodbye import DRAINING, RESTARTING, SETTLED, Goodbye
@@ -48,6 +50,7 @@ class Application:
 
     Attributes:
         failure: why the application's start-up failed, if it did.
+        inbound: what is to be fed with all bytes that a connection receives, on trio.
 
     Args:
         app: the application, of ASGI 3.
@@ -64,6 +67,7 @@ class Application:
     ) -> None:
         self._send_goaway = send_goaway
         self.failure: BaseException | None = None
+        self.inbound: dict[AcceptedConnection, FrameFollower] = {}
         self._app = app
         self._goodbye = goodbye
         self._draining, self._settled = goodbye.ecdysis.draining, goodbye.ecdysis.settled
@@ -91,9 +95,21 @@ class Application:
             if scope["type"] == "websocket":
                 # Where this implementation of WebSockets cannot move, an offer has no effect.
                 state.setdefault(TRANSFER, Transfer())
-                await _WebSocket(self._goodbye, receive, send).run(self._app, scope)
+                follow = functools.partial(self._follow_frames, connection, scope["http_version"])
+                await _WebSocket(self._goodbye, receive, send, follow).run(self._app, scope)
             else:
                 await self._respond(scope, receive, send)
+
+    def _follow_frames(self, connection: object, http_version: str) -> Callable[[], bool]:
+        """Begin to follow the frames of a WebSocket; return what says whether its client is in a message."""
+        if http_version.startswith("1"):
+            if isinstance(connection, ServerConnection):
+                return follow_frames(connection)
+            if isinstance(connection, AcceptedConnection):
+                self.inbound[connection] = follower = FrameFollower()
+                return follower.is_in_message
+        # In a stream of HTTP/2 its bytes do not stand alone.
+        return lambda: False
 
     async def _live(self, scope: Message, receive: Receive, send: Send) -> None:
         """Run the lifespan, and keep the reason if its beginning fails.
@@ -243,10 +259,13 @@ class _Request:
 class _WebSocket:
     """One WebSocket, which is closed without its application's doing once this generation leaves."""
 
-    def __init__(self, goodbye: Goodbye, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, goodbye: Goodbye, receive: Receive, send: Send, follow: Callable[[], Callable[[], bool]]
+    ) -> None:
         self._goodbye = goodbye
         self._receive = receive
         self._send = send
+        self._follow = follow
         self._is_dismissed = False
         self._is_disconnected = False
 
@@ -275,9 +294,12 @@ class _WebSocket:
             raise _Dismissed("this WebSocket was closed, because the service restarts")
         if message["type"] == "websocket.close":
             self._goodbye.discard_websocket(self._dismiss)
+        if message["type"] != "websocket.accept":
+            await self._send(message)
+            return
+        is_in_message = self._follow()
         await self._send(message)
-        if message["type"] == "websocket.accept":
-            self._goodbye.add_websocket(self._dismiss)
+        self._goodbye.add_websocket(self._dismiss, is_in_message)
 
     async def _dismiss(self) -> None:
         self._is_dismissed = True

@@ -8,10 +8,11 @@ deadline. The server shuts down when no connection is left. Nothing here knows a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 import anyio
@@ -78,7 +79,8 @@ class Goodbye:
             raise RuntimeError("this loop's servers cannot be handed over: run the program by ecdysis_async.run(main)")
         self.ecdysis = ecdysis
         # What closes each open WebSocket.
-        self._websockets: set[CloseWebSocket] = set()
+        # What says whether the client of each is in the middle of a message.
+        self._websockets: dict[CloseWebSocket, Callable[[], bool]] = {}
         self._goodbyes: list[Callable[[bool], None]] = []
         self._is_late = False
         self._gate, self._tracker = active().gate, active().tracker
@@ -86,13 +88,16 @@ class Goodbye:
         self._timeout = ecdysis.drain_timeout
         self._deadline = -math.inf
 
-    def add_websocket(self, close: CloseWebSocket) -> None:
-        """Let a WebSocket be closed by ``close``, with ``RESTARTING``; it may take its time, and raises nothing."""
-        self._websockets.add(close)
+    def add_websocket(self, close: CloseWebSocket, is_in_message: Callable[[], bool] = lambda: False) -> None:
+        """Let a WebSocket be closed by ``close``, with ``RESTARTING``; it may take its time, and raises nothing.
+
+        While ``is_in_message`` says that the client has begun a message, others are closed first.
+        """
+        self._websockets[close] = is_in_message
 
     def discard_websocket(self, close: CloseWebSocket) -> None:
         """Forget a WebSocket that has ended, or is ending by itself; harmless if it was closed from here."""
-        self._websockets.discard(close)
+        self._websockets.pop(close, None)
 
     def repeat(self, say_goodbye: Callable[[bool], None]) -> None:
         """Have something called again and again once this generation leaves.
@@ -142,11 +147,14 @@ class Goodbye:
                 self._say_farewell()
             while True:
                 # All that are left, and those that are still being opened.
-                self._close(closing, len(self._websockets))
+                self._close(closing, list(self._websockets))
                 await anyio.sleep(STEP_SECONDS)
 
     async def _close_one_by_one(self, closing: TaskGroup) -> None:
-        """Close WebSockets evenly over the time there is: otherwise all of their clients would come back at once."""
+        """Close WebSockets evenly over the time there is: otherwise all of their clients would come back at once.
+
+        Those whose client is in the middle of a message stay, to the end of the drain where it does not end.
+        """
         end = self._deadline - min(ANSWER_SECONDS, self._timeout * ANSWER_SHARE)
         due = 0.0
         while True:
@@ -156,9 +164,11 @@ class Goodbye:
                 continue
             due += len(self._websockets) / max(1.0, (end - anyio.current_time()) / STEP_SECONDS)
             number = min(int(due), len(self._websockets))
-            self._close(closing, number)
+            idle = (close for close, is_in_message in self._websockets.items() if not is_in_message())
+            self._close(closing, list(itertools.islice(idle, number)))
             due -= number
 
-    def _close(self, closing: TaskGroup, number: int) -> None:
-        for _ in range(number):
-            closing.start_soon(self._websockets.pop())
+    def _close(self, closing: TaskGroup, those: Iterable[CloseWebSocket]) -> None:
+        for close in those:
+            del self._websockets[close]
+            closing.start_soon(close)

@@ -18,72 +18,40 @@ from typing import Any, Final
 
 from websockets.extensions.base import Extension
 from websockets.extensions.permessage_deflate import PerMessageDeflate
-from websockets.frames import CTRL_OPCODES, Close, Frame, Opcode
+from websockets.frames import Close, Frame, Opcode
 from websockets.http11 import Response
 
 from ecdysis_async._connections.parcel import Refused, Release, Transferable
 from ecdysis_async.servers._common.goodbye import RESTARTING
 from ecdysis_async.servers._common.transfer import Transfer
 
+from .frames import FollowsFrames, FrameFollower
 from .http import WEBSOCKET
 
 __all__ = [
     "GOODBYE",
-    "FrameFollower",
     "MovingWebSocket",
     "MutedTransport",
     "WebSocketState",
+    "WindowFollower",
     "negotiated",
 ]
 
 GOODBYE: Final = Frame(Opcode.CLOSE, Close(RESTARTING, "the service restarts").serialize()).serialize(mask=False)
 """The last frame of a WebSocket that was taken over and cannot go on: the client comes back, as without a transfer."""
 
-# The length of the shortest head of a frame, bytes.
-SHORTEST_HEAD = 2
 
-
-class FrameFollower:
-    """Follows the bytes of a client: where frames end, and what its compression may refer to."""
+class WindowFollower(FrameFollower):
+    """Follows the bytes of a client, and what its compression may refer to."""
 
     def __init__(self) -> None:
-        self._head = bytearray()
-        self._left = 0
-        self._is_fragmented = False
+        super().__init__()
         self._window = b""
-
-    @property
-    def is_between_frames(self) -> bool:
-        """Whether the last byte that was received ended a frame."""
-        return not self._head and not self._left
-
-    @property
-    def is_between_messages(self) -> bool:
-        """Whether the last byte that was received ended a message."""
-        return self.is_between_frames and not self._is_fragmented
 
     @property
     def window(self) -> bytes:
         """The last decompressed bytes, as many as the client can refer to."""
         return self._window
-
-    def feed(self, data: bytes) -> None:
-        """Take note of bytes that were received."""
-        position = 0
-        while position < len(data):
-            if self._left:
-                step = min(self._left, len(data) - position)
-                self._left -= step
-                position += step
-                continue
-            step = self._head_size() - len(self._head)
-            self._head += data[position : position + step]
-            position += step
-            if len(self._head) == self._head_size():
-                self._left = self._payload_size()
-                if self._head[0] & 0x0F not in CTRL_OPCODES:
-                    self._is_fragmented = not self._head[0] & 0x80
-                self._head.clear()
 
     def follow(self, extensions: Sequence[Extension]) -> None:
         """Remember the bytes that are decompressed from now on."""
@@ -109,22 +77,6 @@ class FrameFollower:
 
         return decode_and_remember
 
-    # RFC 6455, 5.2: two bytes, two or eight more for a longer length, and four for a mask.
-    def _head_size(self) -> int:
-        if len(self._head) < SHORTEST_HEAD:
-            return SHORTEST_HEAD
-        length, masked = self._head[1] & 0x7F, self._head[1] & 0x80
-        return SHORTEST_HEAD + {126: 2, 127: 8}.get(length, 0) + (4 if masked else 0)
-
-    def _payload_size(self) -> int:
-        match self._head[1] & 0x7F:
-            case 126:
-                return int.from_bytes(self._head[2:4])
-            case 127:
-                return int.from_bytes(self._head[2:10])
-            case length:
-                return length
-
 
 def negotiated(response: Response) -> list[list[str]]:
     """Return the extensions and the subprotocol that the response to a handshake has settled."""
@@ -138,7 +90,7 @@ class WebSocketState:
     Attributes:
         request: the request of its handshake.
         settled: the extensions and the subprotocol of the response; see :func:`negotiated`.
-        window: the last decompressed bytes; see :class:`FrameFollower`.
+        window: the last decompressed bytes; see :class:`WindowFollower`.
         state: the application's.
     """
 
@@ -193,7 +145,7 @@ class MutedTransport:
         self._give_up()
 
 
-class MovingWebSocket(Transferable, asyncio.Protocol, abc.ABC):
+class MovingWebSocket(Transferable, FollowsFrames, asyncio.Protocol, abc.ABC):
     """Lets a server's WebSocket move while its application waits for a message, and has offered a state.
 
     It stands in front of the server's own protocol, which has ``transport``, ``response`` and ``logger``.
@@ -202,6 +154,7 @@ class MovingWebSocket(Transferable, asyncio.Protocol, abc.ABC):
         ecdysis_transfer: where the application offers the state.
     """
 
+    inbound: WindowFollower
     transport: Any
     response: Response
     logger: Any
@@ -214,7 +167,7 @@ class MovingWebSocket(Transferable, asyncio.Protocol, abc.ABC):
         # Set when it is known whether it moves; None unless it is on its way.
         self._verdict: asyncio.Event | None = None
         self._request_bytes = b""
-        self._inbound = FrameFollower()
+        self.inbound = WindowFollower()
         self._is_followed = False
         # The bytes that the client sends while the handshake is replayed.
         self._unread: list[bytes] = []
@@ -254,13 +207,13 @@ class MovingWebSocket(Transferable, asyncio.Protocol, abc.ABC):
 
     def release_connection(self) -> Release | None:
         """Give it away between two messages: the last one was dealt with, and nothing of the next one has come."""
-        if not self._is_idle or not self._inbound.is_between_messages:
+        if not self._is_idle or not self.inbound.is_between_messages:
             return None
         # A WebSocket that is half taken over looks as if it was idle.
         if self._carried is not None or self._verdict is not None or not self.ecdysis_transfer.is_offered:
             return None
         settled, state = negotiated(self.response), self.ecdysis_transfer.state()
-        carried = WebSocketState(self._request_bytes, settled, self._inbound.window, state)
+        carried = WebSocketState(self._request_bytes, settled, self.inbound.window, state)
         self._verdict = asyncio.Event()
         return carried.release()
 
@@ -293,8 +246,8 @@ class MovingWebSocket(Transferable, asyncio.Protocol, abc.ABC):
         else:
             if not self._is_followed:
                 self._is_followed = True
-                self._inbound.follow(self._extensions)
-            self._inbound.feed(data)
+                self.inbound.follow(self._extensions)
+            self.inbound.feed(data)
         super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -321,7 +274,7 @@ class MovingWebSocket(Transferable, asyncio.Protocol, abc.ABC):
             self._give_up()
             return
         self._is_followed = True
-        self._inbound.restore(self._extensions, self._carried.window)
+        self.inbound.restore(self._extensions, self._carried.window)
         self._unmute()
         unread, self._unread = self._unread, []
         for data in unread:

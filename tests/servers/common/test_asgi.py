@@ -116,8 +116,8 @@ async def test_a_websocket_is_closed_without_its_application() -> None:
         sent.append(message)
 
     class Remembers(Goodbye):
-        def add_websocket(self, close: Any) -> None:
-            super().add_websocket(close)
+        def add_websocket(self, close: Any, is_in_message: Any = lambda: False) -> None:
+            super().add_websocket(close, is_in_message)
             task_group.start_soon(self.close_it, close)
 
         async def close_it(self, close: Any) -> None:

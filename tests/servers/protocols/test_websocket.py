@@ -1,4 +1,4 @@
-"""What a WebSocket takes along: where its frames end, and what its compression refers to."""
+"""What a WebSocket takes along: what its compression refers to, and what its application has offered."""
 
 from __future__ import annotations
 
@@ -14,45 +14,7 @@ from websockets.frames import Frame, Opcode
 
 from ecdysis_async._connections.parcel import Refused, Release
 from ecdysis_async.servers._common.transfer import Transfer
-from ecdysis_async.servers._protocols.websocket import FrameFollower, WebSocketState
-
-LENGTHS = (0, 1, 125, 126, 127, 65535, 65536, 70000)
-
-
-@pytest.mark.parametrize("mask", [True, False])
-@pytest.mark.parametrize("length", LENGTHS)
-def test_the_end_of_a_frame_is_known_at_every_cut(length: int, mask: bool) -> None:
-    data = Frame(Opcode.BINARY, bytes(length)).serialize(mask=mask)
-    for cut in {*range(1, min(len(data), 20)), len(data) // 2, len(data) - 1} - {len(data), 0}:
-        inbound = FrameFollower()
-        inbound.feed(data[:cut])
-        assert not inbound.is_between_frames
-        inbound.feed(data[cut:])
-        assert inbound.is_between_frames
-
-
-def test_fragments_are_no_message() -> None:
-    inbound = FrameFollower()
-    for opcode, fin, is_whole in (
-        (Opcode.TEXT, False, False),
-        (Opcode.PING, True, False),
-        (Opcode.CONT, False, False),
-        (Opcode.CONT, True, True),
-        (Opcode.PONG, True, True),
-    ):
-        inbound.feed(Frame(opcode, b"piece", fin).serialize(mask=True))
-        assert (inbound.is_between_frames, inbound.is_between_messages) == (True, is_whole)
-
-
-def test_many_frames_in_any_pieces() -> None:
-    frames = b"".join(Frame(Opcode.TEXT, bytes(length)).serialize(mask=True) for length in LENGTHS * 3)
-    pieces = random.Random(1)
-    inbound = FrameFollower()
-    while frames:
-        size = pieces.choice((1, 2, 3, 100, 50000))
-        inbound.feed(frames[:size])
-        frames = frames[size:]
-    assert inbound.is_between_frames
+from ecdysis_async.servers._protocols.websocket import WebSocketState, WindowFollower
 
 
 @pytest.mark.parametrize("bits", [9, 12, 15])
@@ -61,7 +23,7 @@ def test_a_fresh_decompressor_goes_on_where_another_one_ended(bits: int) -> None
     client = zlib.compressobj(wbits=-bits)
     words = random.Random(2)
     vocabulary = [bytes(words.choices(range(256), k=40)) for _ in range(60)]
-    inbound, server = FrameFollower(), PerMessageDeflate(False, False, bits, 12)
+    inbound, server = WindowFollower(), PerMessageDeflate(False, False, bits, 12)
     inbound.follow([server])
     for number in range(60):
         text = b"".join(words.choices(vocabulary, k=words.choice((0, 1, 30, 1500))))
@@ -72,12 +34,12 @@ def test_a_fresh_decompressor_goes_on_where_another_one_ended(bits: int) -> None
         if number % 3 == 0:
             window = inbound.window
             assert len(window) <= 1 << bits
-            inbound, server = FrameFollower(), PerMessageDeflate(False, False, bits, 12)
+            inbound, server = WindowFollower(), PerMessageDeflate(False, False, bits, 12)
             inbound.restore([server], window)
 
 
 def test_without_a_context_there_is_nothing_to_remember() -> None:
-    inbound, server = FrameFollower(), PerMessageDeflate(True, False, 12, 12)
+    inbound, server = WindowFollower(), PerMessageDeflate(True, False, 12, 12)
     inbound.follow([server])
     data = zlib.compressobj(wbits=-12)
     server.decode(Frame(Opcode.TEXT, (data.compress(b"text") + data.flush(zlib.Z_SYNC_FLUSH))[:-4], rsv1=True))
