@@ -7,6 +7,7 @@ import json
 import logging
 import logging.config
 import os
+import re
 import sys
 from typing import Any
 
@@ -14,12 +15,29 @@ from ecdysis_async._system.log_stream import PatientHandler
 
 from .options import OptionError, Options
 
-__all__ = ["configure_logging"]
+__all__ = ["PlainFormatter", "configure_logging"]
 
 FORMAT = "%(asctime)s %(levelname)-8s %(name)s: %(message)s"
 
 # As servers count it: more than debug.
 TRACE = 5
+
+
+# C0 but for tabs and line ends, and C1: they move a terminal's cursor, or rename its window.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class PlainFormatter(logging.Formatter):
+    """Writes the lines of this library without control characters: names and errors in them are another process' words.
+
+    An application's own lines stay as they are.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not record.name.startswith("ecdysis_async"):
+            return text
+        return _CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def configure_logging(options: Options) -> None:
@@ -31,7 +49,7 @@ def configure_logging(options: Options) -> None:
     logging.addLevelName(TRACE, "TRACE")
     if options.log_config is None:
         handler = PatientHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(FORMAT))
+        handler.setFormatter(PlainFormatter(FORMAT))
         logging.basicConfig(handlers=[handler], level=(options.log_level or "info").upper(), force=True)
         return
     try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from ecdysis_async._config.logging import PlainFormatter
 
 PROGRAM = """
 import logging, sys
@@ -50,3 +53,12 @@ def test_a_file_sets_it_up_and_a_level_is_that_of_this_package(name: str, tmp_pa
 def test_a_file_that_says_nothing_is_named(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     assert f"log_config: {tmp_path / name} sets no logging up" in run("", str(tmp_path / name))
+
+
+def test_control_characters_of_others_are_written_out() -> None:
+    def format_line(name: str) -> str:
+        record = logging.LogRecord(name, logging.INFO, "path", 1, "a\x1b[2J\tb\nc\x9b", None, None)
+        return PlainFormatter("%(message)s").format(record)
+
+    assert format_line("ecdysis_async") == "a\\x1b[2J\tb\nc\\x9b"
+    assert format_line("app") == "a\x1b[2J\tb\nc\x9b"
