@@ -162,8 +162,8 @@ class ControlLock:
             try:
                 # O_NOFOLLOW: nothing but a lock file of ours is ever opened, and made.
                 descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            except PermissionError:
-                if is_family:
+            except OSError as error:
+                if is_family and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                     # Root has made the file, which this service was when it began. Another service that comes to bind
                     # sees that somebody listens there.
                     return
@@ -203,7 +203,7 @@ class ControlLock:
             # Somebody may have cleared the directory: then the file may be another service's by now.
             if _is_file_at(descriptor, self._path):
                 os.unlink(self._path)
-        except (BlockingIOError, FileNotFoundError, PermissionError):
+        except OSError:
             # Another generation goes on, or somebody has cleared the directory, or this process is not root any more.
             pass
         finally:

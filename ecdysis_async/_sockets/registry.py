@@ -288,8 +288,9 @@ class Registry:
         # Before the close: as long as the socket is open, no other file can get its inode number.
         if unlink and self.owns_paths and entry.is_at_its_path():
             # Generations that drain at a full stop have no heir, and each removes it: another one may have been faster.
-            # It stays where this process was root when it made it, and is not any more; the next start replaces it.
-            with contextlib.suppress(FileNotFoundError, PermissionError):
+            # It stays where this process was root when it made it, and is not any more, and where the file system has
+            # become read-only; the next start replaces it.
+            with contextlib.suppress(OSError):
                 os.unlink(entry.address)
         entry.sock.close()
         self.on_release()
