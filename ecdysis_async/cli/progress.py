@@ -211,7 +211,8 @@ def describe_outcome(report: RestartReport) -> str:
             f"{drain.cut} cut"
         )
     cut = (f"cut at the deadline: {each}" for each in report.cut_requests)
-    return "\n".join([text, *cut, *report.unanswered])
+    hurried = (f"cut short, because too many releases drain (--max-draining): {each}" for each in report.hurried)
+    return "\n".join([text, *cut, *hurried, *report.unanswered])
 
 
 def describe_check(checked: dict[str, Any]) -> str:
