@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ecdysis_async._management import control_path
 from ecdysis_async._management.control_path import (
     ControlLock,
     default_directories,
@@ -27,6 +28,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    # What runs on this machine besides is none of the test's business.
+    monkeypatch.setattr(control_path, "RUN_DIRECTORY", str(tmp_path / "run"))
     return tmp_path
 
 
@@ -188,3 +191,12 @@ def test_live_sockets_are_found(default: Path) -> None:
     with listen(default / "live"), listen(default / "other"), listen(default / "seqpacket", type=socket.SOCK_SEQPACKET):
         assert find_live() == [str(default / "live")]
     assert find_live() == []
+
+
+def test_services_of_units_are_found(home: Path) -> None:
+    directory = home / "run" / "api"
+    directory.mkdir(parents=True)
+    (directory / "control.sock.lock").touch()
+    assert find_live() == []
+    with listen(directory / "control.sock"):
+        assert find_live() == [str(directory / "control.sock")]
