@@ -557,8 +557,10 @@ class Anchor:
         )
 
     async def _check(self) -> dict[str, Any]:
-        entries = self._held_sockets.service.entries
-        return await check_release(self._config.settings, (), entries, self._state.pool.environment)
+        entries, pool = self._held_sockets.service.entries, self._state.pool
+        place = status.describe_workers_place(pool)
+        return await check_release(self._config.settings, (), entries, pool.environment, place)
 
     def _compare(self, release: dict[str, Any]) -> dict[str, Any]:
-        return compare(release, self._held_sockets.service.entries, self._state.pool.environment)
+        entries, pool = self._held_sockets.service.entries, self._state.pool
+        return compare(release, entries, pool.environment, status.describe_workers_place(pool))

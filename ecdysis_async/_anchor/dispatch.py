@@ -121,7 +121,9 @@ class Dispatcher:
 
         def start() -> Process:
             nonlocal environment
-            launch, _ = describe_launch(settings.command, settings.environment, settings.env_file)
+            launch, _ = describe_launch(
+                settings.command, settings.environment, settings.env_file, is_bound_to_directory=True
+            )
             for key in ANCHORS_KEYS:
                 launch.environment.pop(key, None)
             environment = launch.environment

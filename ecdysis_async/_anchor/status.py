@@ -12,14 +12,15 @@ from typing import Any
 
 import anyio
 
-from ecdysis_async._handoff.preflight import describe_place
+from ecdysis_async._handoff.preflight import describe_place, describe_place_of
 from ecdysis_async._management.status import counted, describe_failed_restart, describe_listeners
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async.report import State
 
+from .pool import WorkerPool
 from .state import AnchorState, Life, RollOut, RollOutStage, Turn, TurnState
 
-__all__ = ["describe", "describe_status", "describe_wait", "describe_waits", "why_not_ready"]
+__all__ = ["describe", "describe_status", "describe_wait", "describe_waits", "describe_workers_place", "why_not_ready"]
 
 # A worker that says nothing for so long hangs, seconds: its beat comes each second.
 SILENT_SECONDS = 2.5
@@ -93,6 +94,12 @@ def _wait_of_roll_out(state: AnchorState, roll_out: RollOut) -> str | None:
     return "the former workers to take their places again"
 
 
+def describe_workers_place(pool: WorkerPool) -> dict[str, Any]:
+    """Return what a serving worker runs by, and where, which stands for all; without one, what the anchor does."""
+    worker = next((worker for worker in reversed(list(pool)) if worker.serves and worker.pid is not None), None)
+    return describe_place_of(worker.pid, worker.environment) if worker is not None else describe_place()
+
+
 def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, Any]:
     """Return what `ecdysis status` is answered with.
 
@@ -122,7 +129,7 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
         },
         "last_report": state.last_report.to_json() if state.last_report is not None else None,
         "anchor": {"upgrades": state.upgrades, "error": state.upgrade_error, "missing": dict(state.missing)},
-        "process": {**describe_place(), "environment": sorted(pool.environment)},
+        "process": {**describe_workers_place(pool), "environment": sorted(pool.environment)},
         "draining": [
             {
                 "generation": worker.generation,

@@ -19,6 +19,7 @@ import anyio
 
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._system.launch import Launch, describe_launch
+from ecdysis_async._system.process import require_program
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import (
     NotReady,
@@ -49,6 +50,17 @@ RESTLESS = "there was always something under way"
 
 # What a worker tells again every second.
 _TOLD_AGAIN = ("connections", "requests", "rss")
+
+
+def _find_launch() -> Launch:
+    """Return what the anchor executes.
+
+    Raises:
+        RestartError: it is gone.
+    """
+    launch, _ = describe_launch(None, None, None, is_bound_to_directory=True)
+    require_program(launch)
+    return launch
 
 
 class Upgrade:
@@ -101,7 +113,7 @@ class Upgrade:
         state.upgrade_error = None
         try:
             with self._reaper.spawning():
-                launch, _ = await run_in_thread(functools.partial(describe_launch, None, None, None))
+                launch = await run_in_thread(_find_launch)
                 body, _ = self._describe()
                 memory = reexec.seal(body)
                 try:

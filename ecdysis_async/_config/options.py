@@ -32,6 +32,7 @@ from .parsing import (
     parse_addresses,
     parse_any_text,
     parse_cert_reqs,
+    parse_command,
     parse_directory,
     parse_file,
     parse_group,
@@ -261,6 +262,12 @@ class Options:
     )
     env_file: str | None = _option(
         None, parse_file, "KEY=VALUE lines for the environment, read again at each restart.", metavar="PATH"
+    )
+    command: tuple[str, ...] | None = _option(
+        None,
+        parse_command,
+        "What is run as each worker, instead of this command line: another `ecdysis run` that serves the same.",
+        metavar="COMMAND-LINE",
     )
     log_level: str | None = _option(
         None,

@@ -87,6 +87,17 @@ def parse_directory(value: Any) -> str:
     return path
 
 
+def parse_command(value: Any) -> tuple[str, ...]:
+    """Read a command line: text as a shell would take it apart, or its words."""
+    try:
+        words = shlex.split(value) if isinstance(value, str) else [parse_any_text(each) for each in value]
+    except TypeError:
+        raise ValueError(f"a command line is text, or a list of words, not {value!r}") from None
+    if not words:
+        raise ValueError("a command line names a program")
+    return tuple(words)
+
+
 def parse_path(value: Any) -> str:
     """Read a path, whatever is there."""
     return parse_text(os.fspath(value) if isinstance(value, os.PathLike) else value)

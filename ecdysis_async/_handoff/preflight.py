@@ -31,6 +31,7 @@ __all__ = [
     "check_release",
     "compare",
     "describe_place",
+    "describe_place_of",
     "describe_release",
     "digest_environment",
     "preflight",
@@ -64,7 +65,33 @@ def describe_place() -> Json:
         "python": platform.python_version(),
         "directory": directory,
         # As the shell or the service manager has named it, where that is still the same.
-        "logical_directory": _logical_directory(directory),
+        "logical_directory": _logical_directory(directory, os.environ),
+    }
+
+
+def describe_place_of(pid: int, environment: Mapping[str, str]) -> Json:
+    """Return what another process runs by, and where. Where it has just ended, it is what this process runs by.
+
+    Args:
+        pid: of the process.
+        environment: what it was started with.
+    """
+    try:
+        directory = os.readlink(f"/proc/{pid}/cwd")
+        real_interpreter = os.readlink(f"/proc/{pid}/exe")
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            interpreter = os.fsdecode(file.read().partition(b"\0")[0])
+    # It has ended, or has another user.
+    except OSError:
+        return describe_place()
+    is_same = real_interpreter == os.path.realpath(sys.executable)
+    return {
+        # A process may have given itself a title.
+        "interpreter": interpreter if os.path.isabs(interpreter) and os.path.exists(interpreter) else real_interpreter,
+        "real_interpreter": real_interpreter,
+        "python": platform.python_version() if is_same else os.path.basename(real_interpreter),
+        "directory": directory if os.path.isdir(directory) else None,
+        "logical_directory": _logical_directory(directory, environment),
     }
 
 
@@ -189,7 +216,11 @@ class CheckFailed(RestartError):
 
 
 async def check_release(
-    settings: Settings, stale_keys: Sequence[str], entries: Sequence[Entry], environment: Mapping[str, str]
+    settings: Settings,
+    stale_keys: Sequence[str],
+    entries: Sequence[Entry],
+    environment: Mapping[str, str],
+    place: Json | None = None,
 ) -> Json:
     """Check what this service's own restart would start, and return what it would change.
 
@@ -198,6 +229,7 @@ async def check_release(
         stale_keys: as in ``describe_launch``.
         entries: the sockets that the service has.
         environment: what it was given, and has read.
+        place: as in ``compare``.
 
     Raises:
         RestartError: the release fails.
@@ -205,16 +237,17 @@ async def check_release(
     launch, _ = await run_in_thread(
         lambda: describe_launch(settings.command, settings.environment, settings.env_file, stale_keys)
     )
-    return compare(await preflight(launch, settings.ready_timeout), entries, environment)
+    return compare(await preflight(launch, settings.ready_timeout), entries, environment, place)
 
 
-def compare(release: Json, entries: Sequence[Entry], environment: Mapping[str, str]) -> Json:
+def compare(release: Json, entries: Sequence[Entry], environment: Mapping[str, str], place: Json | None = None) -> Json:
     """Return a release, and what a restart of this process into it would change.
 
     Args:
         release: what it has told of itself; it may come from anybody.
         entries: the sockets that this service has.
         environment: what this service was given, and has read.
+        place: what the service runs by, and where; None: what this process does.
 
     Raises:
         KeyError, TypeError, ValueError: it is no such thing.
@@ -226,7 +259,7 @@ def compare(release: Json, entries: Sequence[Entry], environment: Mapping[str, s
     return {
         **{name: value for name, value in release.items() if name not in ("environment", "sockets")},
         "pid": os.getpid(),
-        "former_process": describe_place(),
+        "former_process": place if place is not None else describe_place(),
         "environment": {
             "added": sorted(digests.keys() - ours.keys()),
             "removed": sorted(ours.keys() - digests.keys()),
@@ -243,8 +276,8 @@ def compare(release: Json, entries: Sequence[Entry], environment: Mapping[str, s
     }
 
 
-def _logical_directory(directory: str | None) -> str | None:
-    logical = os.environ.get("PWD", "")
+def _logical_directory(directory: str | None, environment: Mapping[str, str]) -> str | None:
+    logical = environment.get("PWD", "")
     with contextlib.suppress(OSError):
         if directory is not None and os.path.isabs(logical) and os.path.samefile(logical, directory):
             return logical

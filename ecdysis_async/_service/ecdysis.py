@@ -130,7 +130,7 @@ class Ecdysis(Listeners):
             pid_file=Path(pid_file) if pid_file is not None else None,
             command=command if isinstance(command, str) or command is None else tuple(command),  # type: ignore[arg-type]
             environment=dict(environment) if environment is not None else None,
-            env_file=Path(env_file).absolute() if env_file is not None else None,
+            env_file=Path(env_file) if env_file is not None else None,
         )
         self.pid = os.getpid()
         # systemd knows the anchor of a worker, and not the worker.

@@ -7,6 +7,7 @@ with what its env file says now. Nothing is started here.
 from __future__ import annotations
 
 import os
+import struct
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,28 +16,154 @@ from ecdysis_async.errors import RestartError, RestartUnsupported
 
 from .claims import PRIVATE_KEYS
 
-__all__ = ["Launch", "describe_launch", "read_env_file"]
+__all__ = ["TRAMPOLINE", "Launch", "describe_launch", "find_from_start", "read_env_file", "read_first_lines"]
 
 
-def _start_directory() -> str | None:
+# AT_EXECFN of getauxval(3): the address of the path that was given to execve(2).
+EXECUTED_FILE = 31
+
+# The longest path, PATH_MAX of limits.h.
+MAX_PATH = 4096
+
+# How the second line begins of a script whose interpreter has a path too long for its first line, as pip and uv write
+# it: a shell executes the interpreter, which takes this line for a string.
+TRAMPOLINE = b"'''exec' "
+
+
+def _read_given_environment() -> dict[str, str]:
+    """Return the variables that this process was started with, whatever the application has made of them since."""
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            entries = [entry.partition(b"=") for entry in file.read().split(b"\0") if entry]
+    # A process that has changed its user may not read it.
+    except OSError:
+        entries = []
+    # A title of the process (setproctitle) overwrites what stands there.
+    if not entries or not all(separator for _, separator, _ in entries):
+        return dict(os.environ)
+    # Python takes the first one of two, as getenv(3) does.
+    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in reversed(entries)}
+
+
+def _read_executed_file() -> str:
+    """Return the path that this process was executed by, as it was written; of a script it is the script's.
+
+    It is empty where the kernel does not tell.
+    """
+    try:
+        with open("/proc/self/auxv", "rb") as file:
+            addresses = dict(struct.iter_unpack("@NN", file.read()))
+        with open("/proc/self/mem", "rb", buffering=0) as memory:
+            memory.seek(addresses[EXECUTED_FILE])
+            return os.fsdecode(memory.read(MAX_PATH).partition(b"\0")[0])
+    except (OSError, KeyError, ValueError, struct.error):
+        return ""
+
+
+def _find_start_directory(given: Mapping[str, str], executed: str) -> tuple[str | None, str | None]:
+    """Return the directory that this process was started in: as it was written, and without links."""
     try:
         physical = os.getcwd()
     # It was deleted before Python began; then every successor inherits it as it is.
     except FileNotFoundError:
-        return None
-    logical = os.environ.get("PWD", "")
+        return None, None
     # The shell's view of it goes through symlinks, and so follows a `current` that moves to the next release.
-    try:
-        is_same = os.path.isabs(logical) and os.path.samefile(logical, physical)
+    logical = given.get("PWD", "")
     # PWD is only a variable: it may name what was never there.
+    if logical != physical and os.path.isabs(logical) and _is_same(logical, physical):
+        return logical, physical
+    # Who changes the directory without a shell (cwd= of subprocess, systemd) sets no PWD. What else was written may
+    # tell: the path of the program, or of an argument, goes through the same link.
+    words = [word.rpartition("=")[2] for word in (executed, *sys.orig_argv, given.get("VIRTUAL_ENV", ""))]
+    for word in words:
+        if os.path.isabs(word) and (found := _find_through(word, physical)) is not None:
+            return found, physical
+    return physical, physical
+
+
+def _find_through(path: str, physical: str) -> str | None:
+    """Return a directory's name by way of a link that a path goes through; None where the path does not lead there."""
+    prefix = path
+    while (prefix := os.path.dirname(prefix)) != os.sep:
+        real = os.path.realpath(prefix)
+        if real != prefix and f"{physical}{os.sep}".startswith(f"{real}{os.sep}"):
+            return prefix + physical.removeprefix(real)
+    return None
+
+
+def _is_same(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
     except OSError:
-        is_same = False
-    return logical if is_same else physical
+        return False
 
 
-# At import, since the application may change both later.
-_START_DIRECTORY = _start_directory()
+def _find_link(logical: str | None, physical: str | None) -> tuple[str, str] | None:
+    """Return where the link leads that the start directory goes through, and the link; None where there is none."""
+    if logical is None or physical is None or logical == physical:
+        return None
+    while os.path.basename(logical) == os.path.basename(physical):
+        above = os.path.dirname(logical), os.path.dirname(physical)
+        if not _is_same(*above):
+            break
+        logical, physical = above
+    return physical, logical
+
+
+def _find_script(directory: str | None, executed: str) -> list[str] | None:
+    """Return the command line from the script on that was executed; None where the interpreter itself was.
+
+    A console script is executed again as such. The kernel has put the interpreter of that time in front of it, which is
+    the interpreter of an environment that a link has led to. The script of the next release names its own.
+    """
+    # The kernel passes at most one argument of the first line.
+    for index, word in enumerate(sys.orig_argv[1:3], 1):
+        path = os.path.join(directory or "", word)
+        if os.sep in word and os.path.isfile(path) and os.access(path, os.X_OK):
+            return (
+                [word, *sys.orig_argv[index + 1 :]]
+                if _is_executed(word, path, sys.orig_argv[:index], directory, executed)
+                else None
+            )
+    return None
+
+
+def _is_executed(word: str, path: str, before: Sequence[str], directory: str | None, executed: str) -> bool:
+    """Say whether a script was executed itself, and its interpreter by the script's first lines.
+
+    Args:
+        word: the script, as it was written.
+        path: where it is.
+        before: what stands before it in the command line.
+        directory: where this process was started.
+        executed: the path that this process was executed by; empty where that is not known.
+    """
+    first, second = read_first_lines(path)
+    if not first.startswith(b"#!"):
+        return False
+    if second.startswith(TRAMPOLINE):
+        # A console script stands next to its interpreter.
+        return _is_same(*(os.path.dirname(os.path.join(directory or "", each)) for each in (path, before[0])))
+    return word == executed if executed else first[2:].split(None, 1) == [os.fsencode(each) for each in before]
+
+
+def read_first_lines(path: str) -> tuple[bytes, bytes]:
+    """Return the first two lines of a file; they are empty where it has none, or may not be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.readline(MAX_PATH).rstrip(), file.readline(MAX_PATH).rstrip()
+    except OSError:
+        return b"", b""
+
+
+# At import, since the application may change all of it later.
+_GIVEN = _read_given_environment()
+_EXECUTED = _read_executed_file()
+_START_DIRECTORY, _PHYSICAL_DIRECTORY = _find_start_directory(_GIVEN, _EXECUTED)
+_LINK = _find_link(_START_DIRECTORY, _PHYSICAL_DIRECTORY)
 _SCRIPT = sys.argv[0] if sys.argv else ""
+# Now that it is there: the release of which it is may be pruned before the restart.
+_COMMAND = _find_script(_START_DIRECTORY, _EXECUTED) or sys.orig_argv or [""]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +186,21 @@ def describe_launch(
     environment: Mapping[str, str] | None,
     env_file: str | os.PathLike[str] | None,
     stale_keys: Collection[str] = (),
+    *,
+    is_bound_to_directory: bool = False,
 ) -> tuple[Launch, tuple[str, ...]]:
     """Work out what to run as the successor. It reads files: call it in a thread.
 
     Args:
         command: the command line; None: the one that this process was started with.
-        environment: the complete environment; None: the one of this process.
+        environment: the complete environment; None: the one that this process was given, without what the
+            application has made of it.
         env_file: a file of more variables, read afresh at each call; relative to where the service was started.
         stale_keys: variables that an earlier generation took from its env file. They are dropped from the environment
             of this process, so that what was removed from the file is gone. A value that such a variable had before
             there was the file is lost then: give ``environment`` where that one is to come back.
+        is_bound_to_directory: whether the program, unless ``command`` says another one, is found from the start
+            directory, and cannot be run where that is gone.
 
     Returns:
         What to run, and the names of the variables that came from the file.
@@ -77,7 +209,7 @@ def describe_launch(
         RestartUnsupported: this process cannot be run again as it was.
         RestartError: the env file cannot be read.
     """
-    variables = dict(os.environ if environment is None else environment)
+    variables = _follow_all(_GIVEN) if environment is None else dict(environment)
     # What was given explicitly is what was meant, whatever a file once said.
     for key in (*PRIVATE_KEYS, *(stale_keys if environment is None else ())):
         variables.pop(key, None)
@@ -87,6 +219,12 @@ def describe_launch(
     directory = _START_DIRECTORY if _START_DIRECTORY and os.path.isdir(_START_DIRECTORY) else None
     if directory is not None:
         variables["PWD"] = directory
+    elif is_bound_to_directory and command is None and _START_DIRECTORY is not None:
+        raise RestartError(
+            f"the directory {_START_DIRECTORY}, in which the service was started, is gone: put it back, or start the "
+            "service through a link that stays, or with --command",
+            phase="start",
+        )
     arguments = _own_command() if command is None else tuple(command)
     if not arguments:
         raise RestartUnsupported("command= is empty: name a program in it", phase="start")
@@ -95,13 +233,14 @@ def describe_launch(
 
 def _own_command() -> tuple[str, ...]:
     """Return the command line of this process, with a program that can be found from anywhere."""
-    program, *arguments = sys.orig_argv or [""]
+    program, *arguments = _COMMAND
     if getattr(sys, "frozen", False) or os.sep not in program:
         # What was found on the PATH of that time. Never resolved further: a symlink may have moved, and a virtual
         # environment is found by the name it was called by.
         program = sys.executable
-    elif not os.path.isabs(program) and _START_DIRECTORY is not None:
+    elif _START_DIRECTORY is not None:
         program = os.path.join(_START_DIRECTORY, program)
+    program = _follow(program)
     if not program:
         raise RestartUnsupported("it is not known how this process was started: set command=", phase="start")
     if _SCRIPT in ("", "-"):
@@ -111,6 +250,30 @@ def _own_command() -> tuple[str, ...]:
             phase="start",
         )
     return program, *arguments
+
+
+def _follow(path: str) -> str:
+    """Return a path by way of the link that the start directory goes through, where the path lies behind that link.
+
+    An activated virtual environment is on PATH by the name that it had when it was made, without links.
+    """
+    if _LINK is not None and path.startswith(_LINK[0] + os.sep):
+        return _LINK[1] + path.removeprefix(_LINK[0])
+    return path
+
+
+def _follow_all(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment whose paths of a virtual environment go through the link as well."""
+    variables = dict(environment)
+    for name in ("PATH", "VIRTUAL_ENV", "PYTHONPATH"):
+        if name in variables:
+            variables[name] = os.pathsep.join(map(_follow, variables[name].split(os.pathsep)))
+    return variables
+
+
+def find_from_start(path: str | os.PathLike[str]) -> str:
+    """Return where a path is that is meant from where this process was started, through the same links."""
+    return os.path.join(_START_DIRECTORY or "", path)
 
 
 def read_env_file(env_file: str | os.PathLike[str]) -> dict[str, str]:
@@ -125,12 +288,12 @@ def read_env_file(env_file: str | os.PathLike[str]) -> dict[str, str]:
         raise RestartError(
             "env_file= needs python-dotenv: pip install 'ecdysis_async[env-file]'", phase="start"
         ) from error
-    path = os.path.join(_START_DIRECTORY or "", env_file)
+    path = find_from_start(env_file)
     try:
         # Opened here, because dotenv takes a file that is not there for an empty one.
         with open(path, encoding="utf-8") as stream:
             values = dotenv_values(stream=stream, interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
-        raise RestartError(f"the env file {path} cannot be read: {error}", phase="start") from error
+        raise RestartError(f"the env file {path} cannot be read: {error}; put it back", phase="start") from error
     # A name without "=" has no value.
     return {key: value for key, value in values.items() if value is not None}

@@ -6,7 +6,6 @@ that follows on the channel. Nothing here forks a process of Python code: exec o
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 import os
@@ -22,7 +21,7 @@ import anyio
 from ecdysis_async.errors import SpawnFailed
 
 from .claims import LINE_MARKER, MARKER, mark
-from .launch import Launch
+from .launch import TRAMPOLINE, Launch, read_first_lines
 from .signals import clean_mask
 
 __all__ = [
@@ -52,9 +51,10 @@ MAX_FIRST_LINE = 256
 UNKNOWN_STATUS = 255
 
 _REMEDIES = {
-    errno.ENOENT: "it, or the interpreter in its first line, is not there any more: restore it, or set command=",
-    errno.EACCES: "it is not executable for this user: chmod +x, or set command=",
-    errno.ENOEXEC: "it is no program: give it a first line like #!/usr/bin/env python3, or set command=",
+    errno.ENOENT: "it, or the interpreter in its first line, is not there any more: "
+    "restore it, or set command= (--command)",
+    errno.EACCES: "it is not executable for this user: chmod +x, or set command= (--command)",
+    errno.ENOEXEC: "it is no program: give it a first line like #!/usr/bin/env python3, or set command= (--command)",
     errno.ETXTBSY: "it is being written: try again",
     errno.E2BIG: "arguments and environment are too large: shorten environment= or the env file",
     errno.EAGAIN: "too many processes: raise the limit (ulimit -u, TasksMax=)",
@@ -253,8 +253,7 @@ def spawn(
     passed = {MARKER: channel} | ({LINE_MARKER: line} if line is not None else {})
     environment = launch.environment | {key: mark(sock.fileno()) for key, sock in passed.items()}
     try:
-        if is_kept:
-            _require_program(launch)
+        _find_program(launch)
         # With neither preexec_fn nor a change of user, subprocess takes vfork: fork would stop this process for as
         # long as the kernel copies its page tables, 58 ms at 4 GB.
         with clean_mask():
@@ -278,29 +277,42 @@ def spawn(
     return Process(child.pid, pidfd, is_kept=is_kept)
 
 
-def _require_program(launch: Launch) -> None:
-    """Find what exec would not: behind a shell that is but an exit status.
+def require_program(launch: Launch) -> None:
+    """See that the program is there, and its interpreter.
 
     Raises:
-        OSError: the program, or the interpreter in its first line, is not there, or may not be executed.
+        SpawnFailed: one of them is not; the text names it.
     """
-    # Loaded here, because it is for systemd alone.
-    import shutil
+    try:
+        _find_program(launch)
+    except OSError as error:
+        raise _spawn_failed(launch, error) from error
 
+
+def _find_program(launch: Launch) -> None:
+    """Find what exec would not: behind a shell that is but an exit status, and for a script the kernel names no file.
+
+    Raises:
+        OSError: the program, or the interpreter in its first lines, is not there, or may not be executed.
+    """
     program = launch.arguments[0]
     path: str | None = os.path.join(launch.directory or "", program)
     if os.sep not in program:
+        # Loaded here, because few commands need it.
+        import shutil
+
         path = shutil.which(program, path=launch.environment.get("PATH", os.defpath))
     if path is None or not os.path.exists(path):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
     if os.path.isdir(path) or not os.access(path, os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), program)
-    # It may be executed by those who may not read it.
-    with contextlib.suppress(PermissionError), open(path, "rb") as file:
-        start = file.read(MAX_FIRST_LINE)
-        words = start.removeprefix(b"#!").split(b"\n")[0].split()
-        if start.startswith(b"#!") and words and not os.path.exists(words[0]):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
+    first, second = read_first_lines(path)
+    interpreters = [first[2:].split(None, 1)[:1]] if first.startswith(b"#!") else []
+    if interpreters and second.startswith(TRAMPOLINE):
+        interpreters.append(second.removeprefix(TRAMPOLINE).split()[:1])
+    for each in (os.fsdecode(word).strip('"') for words in interpreters for word in words):
+        if os.path.isabs(each) and not os.path.exists(each):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), each)
 
 
 def describe_end(returncode: int) -> str:
@@ -327,5 +339,6 @@ def _spawn_failed(launch: Launch, error: Exception) -> SpawnFailed:
         if launch.directory is not None and error.filename == launch.directory:
             text = f"cannot start {program!r} in {launch.directory!r}: {error.strerror}"
         elif remedy := _REMEDIES.get(error.errno or 0):
-            text = f"cannot start {program!r}: {error.strerror} ({remedy})"
+            missing = f": {error.filename}" if error.filename not in (None, program) else ""
+            text = f"cannot start {program!r}: {error.strerror}{missing} ({remedy})"
     return SpawnFailed(text, phase="start")

@@ -23,7 +23,7 @@ from ecdysis_async._config.options import DEFAULT_BIND, OptionError, Options
 from ecdysis_async._handoff.preflight import preflight
 from ecdysis_async._management.control_path import locate
 from ecdysis_async._sockets.registry import listen
-from ecdysis_async._system.launch import describe_launch
+from ecdysis_async._system.launch import describe_launch, find_from_start
 from ecdysis_async._system.process import find_missing
 from ecdysis_async._system.signals import unblock_all_signals
 from ecdysis_async._system.stderr import say
@@ -104,7 +104,9 @@ def _take_over(config: AnchorConfig, path: str) -> int:
         if config.is_checked_first:
             # The check comes before anything has moved. Where it fails, new workers would not start either.
             settings = config.settings
-            launch, _ = describe_launch(settings.command, settings.environment, settings.env_file)
+            launch, _ = describe_launch(
+                settings.command, settings.environment, settings.env_file, is_bound_to_directory=True
+            )
             anyio.run(functools.partial(preflight, launch, settings.ready_timeout))
         takeover = ask_for_service(path)
         if (status := _rehearse(config, takeover.state, os.getpid())) != 0:
@@ -144,7 +146,8 @@ def make_config(options: Options, control_path: str | None) -> AnchorConfig:
             max_draining=options.max_draining,
             probation=min(options.probation, RELOAD_PROBATION_SECONDS) if options.reload else options.probation,
             pid_file=Path(options.pid_file) if options.pid_file is not None else None,
-            env_file=Path(options.env_file).absolute() if options.env_file is not None else None,
+            env_file=Path(options.env_file) if options.env_file is not None else None,
+            command=options.command,
         ),
         control_path=control_path,
         control_access=options.control_access,
@@ -163,5 +166,5 @@ def make_config(options: Options, control_path: str | None) -> AnchorConfig:
 def _find_reload_paths(options: Options) -> tuple[str, ...]:
     if not options.reload:
         return ()
-    files = [os.path.abspath(path) for path in (options.env_file, options.config) if path is not None]
-    return (*map(os.path.abspath, options.reload_dirs or (options.app_dir,)), *files)
+    files = [find_from_start(path) for path in (options.env_file, options.config) if path is not None]
+    return (*map(find_from_start, options.reload_dirs or (options.app_dir,)), *files)

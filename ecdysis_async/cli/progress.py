@@ -246,7 +246,7 @@ def _describe_interpreter(process: dict[str, Any]) -> str:
 def _describe_directory(process: dict[str, Any]) -> str:
     if process["directory"] is None:
         return "one that was deleted"
-    return _through_links(process["logical_directory"], process["directory"])
+    return _through_links(process.get("logical_directory") or process["directory"], process["directory"])
 
 
 def _describe_changes(changes: dict[str, list[str]], otherwise: str) -> str:
@@ -323,7 +323,9 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         for each in status["draining"]
     ]
     if (process := status.get("process")) is not None:
-        where = f"\nin {process['directory']}" if process["directory"] is not None else ", in a deleted directory"
+        where = (
+            f"\nin {_describe_directory(process)}" if process["directory"] is not None else ", in a deleted directory"
+        )
         rows.append(("running", f"{process['interpreter']} ({process['python']}){where}"))
     if status["last_report"] is not None:
         rows.append(("last", str(RestartReport.from_json(status["last_report"])).replace("; ", "\n")))

@@ -67,6 +67,7 @@ def test_every_option_can_be_a_variable_and_stand_in_the_file(write: Callable[..
         "reload": "yes",
         "reload_dirs": str(tmp_path),
         "env_file": file,
+        "command": "ecdysis run main:app",
         "log_level": "warning",
         "log_config": file,
         "access_log": "off",

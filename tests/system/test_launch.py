@@ -174,7 +174,7 @@ def test_a_console_script_runs_again(service: Path, path: str) -> None:
     script.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(service.parent)!r})\n{SERVICE}")
     script.chmod(0o755)
     found = run_service([path, "--workers", "2"], service.parent, before="os.chdir('/')")
-    assert found["command"] == [sys.executable, path, "--workers", "2"]
+    assert found["command"] == [sys.executable, os.path.join(service.parent, path), "--workers", "2"]
     assert found["arguments"] == ["--workers", "2"]
 
 
@@ -195,9 +195,9 @@ def test_an_interpreter_of_the_path_is_found_without_it(service: Path, interpret
 
 
 def test_a_frozen_program_is_its_own_interpreter(service: Path) -> None:
-    before = "sys.frozen = True; sys.orig_argv[0] = './no/such/program'"
-    found = run_service([sys.executable, "service.py"], service.parent, before=before)
-    assert found["command"] == [sys.executable, "service.py"]
+    service.write_text("import sys\nsys.frozen = True; sys.orig_argv[0] = './no/such/program'\n" + SERVICE)
+    found = run_service([sys.executable, "service.py"], service.parent)
+    assert found["executable"] == sys.executable
 
 
 @pytest.mark.parametrize("arguments", [["-"], []])
@@ -295,10 +295,23 @@ def test_variables_of_this_process_alone_are_left_out() -> None:
     assert keys == ()
 
 
-def test_the_environment_of_this_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADDED_LATER", "1")
-    launch, _ = describe_launch(["true"], None, None)
-    assert launch.environment == {**os.environ, "PWD": launch.directory}
+def test_the_environment_is_the_one_that_was_given(tmp_path: Path) -> None:
+    code = (
+        "import os\n"
+        "os.environ['MADE'] = 'by the application'\n"
+        "from ecdysis_async._system.launch import describe_launch\n"
+        "environment = describe_launch(['true'], None, None)[0].environment\n"
+        "print(environment['GIVEN'], 'MADE' in environment)\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "GIVEN": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert finished.stdout.split() == ["1", "False"]
 
 
 # --- the env file -----------------------------------------------------------------------------------------------------
@@ -315,7 +328,7 @@ def test_an_env_file_is_read_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # The second generation has them in its environment, and reads a file without some of them.
     path.write_text("A=2\n")
     for key, value in first.environment.items():
-        monkeypatch.setenv(key, value)
+        monkeypatch.setitem(launch._GIVEN, key, value)
     second, keys = describe_launch(["true"], None, path, keys)
     assert keys == ("A",)
     assert second.environment["A"] == "2"
