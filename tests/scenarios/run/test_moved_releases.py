@@ -170,7 +170,8 @@ async def test_a_command_of_its_own_runs_the_workers(tmp_path: Path) -> None:
         make_release(tmp_path, number)
     move(tmp_path, 1)
     current = tmp_path / "current"
-    worker = f"{current}/venv/bin/ecdysis run main:app --app-dir {current} --env-file {current}/.env"
+    options = f"--bind 127.0.0.1:0 --app-dir {current} --env-file {current}/.env --control {tmp_path}/control"
+    worker = f"{current}/venv/bin/ecdysis run main:app {options}"
     pinned = [f"{tmp_path}/releases/1/venv/bin/ecdysis"]
     service = await start(tmp_path, pinned, tmp_path / "releases" / "1", ECDYSIS_COMMAND=worker, ECDYSIS_PROBATION="0")
     try:
