@@ -10,6 +10,9 @@ __all__ = ["Forwarded", "Trusted"]
 
 LOOPBACK = "127.0.0.1,::1"
 
+# What a proxy says, in the names that it says it by.
+HEADERS = frozenset({b"x-forwarded-proto", b"x-forwarded-for"})
+
 # The scheme of a WebSocket, by that of its handshake.
 WEBSOCKET_SCHEMES = {"http": "ws", "https": "wss"}
 
@@ -62,17 +65,25 @@ class Forwarded:
         self._app = app
         self._trusted = Trusted(hosts)
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] in ("http", "websocket") and self._is_believed(scope.get("client")):
-            headers = dict(scope["headers"])
-            scheme = headers.get(b"x-forwarded-proto", b"").decode("latin1").strip()
-            if scheme in WEBSOCKET_SCHEMES:
-                scope["scheme"] = WEBSOCKET_SCHEMES[scheme] if scope["type"] == "websocket" else scheme
-            host = self._trusted.find_client(headers.get(b"x-forwarded-for", b"").decode("latin1"))
-            if host is not None:
-                # The client's port is not known.
-                scope["client"] = (host, 0)
-        await self._app(scope, receive, send)
+    def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> Awaitable[Any]:
+        # A plain function, which asks nobody about a peer that says nothing: each request comes through here.
+        for name, _ in scope.get("headers", ()):
+            if name in HEADERS:
+                self._read(scope)
+                break
+        return self._app(scope, receive, send)
+
+    def _read(self, scope: MutableMapping[str, Any]) -> None:
+        if not self._is_believed(scope.get("client")):
+            return
+        headers = dict(scope["headers"])
+        scheme = headers.get(b"x-forwarded-proto", b"").decode("latin1").strip()
+        if scheme in WEBSOCKET_SCHEMES:
+            scope["scheme"] = WEBSOCKET_SCHEMES[scheme] if scope["type"] == "websocket" else scheme
+        host = self._trusted.find_client(headers.get(b"x-forwarded-for", b"").decode("latin1"))
+        if host is not None:
+            # The client's port is not known.
+            scope["client"] = (host, 0)
 
     def _is_believed(self, client: Any) -> bool:
         # A Unix socket's peer has no address: it is trusted by the permissions of the path.

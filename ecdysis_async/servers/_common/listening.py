@@ -1,8 +1,9 @@
-"""The sockets and the TLS context that the options name, for servers of all kinds."""
+"""The sockets, the TLS context and the access log that the options ask for, for servers of all kinds."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import socket
 import ssl
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from ecdysis_async._sockets.registry import listen
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import StartupError
 
-__all__ = ["CERT_REQS", "describe", "make_ssl_context", "open_sockets"]
+__all__ = ["CERT_REQS", "describe", "is_access_logged", "make_ssl_context", "open_sockets"]
 
 CERT_REQS = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
 
@@ -43,6 +44,14 @@ def describe(server: str, socks: Sequence[socket.socket], *places: object) -> st
     found = [str(entry) for sock in socks if (entry := registry.find(sock)) is not None]
     where = ", ".join(found or [str(each) for each in places if each is not None])
     return f"{server} on {where}" if where else server
+
+
+def is_access_logged(options: Options, logger: str) -> bool:
+    """Say whether an access log is wanted, and its logger lets it through by now.
+
+    Servers make the arguments of each line, and some of them much more, before they ask the logger.
+    """
+    return options.access_log and logging.getLogger(logger).isEnabledFor(logging.INFO)
 
 
 def make_ssl_context(options: Options) -> ssl.SSLContext | None:

@@ -27,6 +27,7 @@ def test_trusted_proxies() -> None:
         (("127.0.0.1", 1), {"x-forwarded-proto": "https", "x-forwarded-for": "192.0.2.1"}, "https", ("192.0.2.1", 0)),
         (("127.0.0.1", 1), {"x-forwarded-for": "192.0.2.1, 127.0.0.1"}, "http", ("192.0.2.1", 0)),
         (("127.0.0.1", 1), {"x-forwarded-proto": "gopher"}, "http", ("127.0.0.1", 1)),
+        (("127.0.0.1", 1), {"host": "localhost"}, "http", ("127.0.0.1", 1)),
         (("192.0.2.9", 1), {"x-forwarded-proto": "https", "x-forwarded-for": "192.0.2.1"}, "http", ("192.0.2.9", 1)),
         # Over a Unix socket.
         (None, {"x-forwarded-for": "192.0.2.1"}, "http", ("192.0.2.1", 0)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import ssl
 from pathlib import Path
@@ -13,7 +14,7 @@ from ecdysis_async._accepting.data_plane import activate, deactivate
 from ecdysis_async._config.options import Options
 from ecdysis_async._sockets.addresses import parse_address
 from ecdysis_async.errors import StartupError
-from ecdysis_async.servers._common.listening import make_ssl_context, open_sockets
+from ecdysis_async.servers._common.listening import is_access_logged, make_ssl_context, open_sockets
 from tests.planes import a_plane
 
 
@@ -58,3 +59,12 @@ def test_a_certificate_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     certificate.write_text("this is no certificate")
     with pytest.raises(StartupError, match="TLS cannot be served with"):
         make_ssl_context(Options("module:app", certfile=str(certificate)))
+
+
+@pytest.mark.parametrize(("level", "is_logged"), [(logging.INFO, True), (logging.WARNING, False)])
+def test_an_access_log_that_nobody_sees_is_not_written(
+    level: int, *, is_logged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(level, "some.access"):
+        assert is_access_logged(Options("module:app", access_log=True), "some.access") is is_logged
+        assert not is_access_logged(Options("module:app", access_log=False), "some.access")
