@@ -170,7 +170,7 @@ class ServerAcceptor(Acceptor, ConnectionResumer):
         connection = ServerConnection(self.hooks, self.entry, sock)
         connection.since = parcel.since
         self.hooks.tracker.open(connection)
-        tracked = track_protocol(connection, protocol, parcel.release.unread)
+        tracked = self._context.run(track_protocol, connection, protocol, parcel.release.unread)
         attach = self._loop.connect_accepted_socket(lambda: tracked, sock)
         try:
             await self._loop.create_task(attach, context=self._context)

@@ -10,6 +10,7 @@ import abc
 import asyncio
 import contextlib
 import contextvars
+import functools
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -21,7 +22,15 @@ from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async.errors import DrainInterrupt
 
-__all__ = ["ProtocolFactory", "ServerConnection", "ServerHooks", "TransferStrategy", "protocol_of", "track_protocol"]
+__all__ = [
+    "ProtocolFactory",
+    "ServerConnection",
+    "ServerHooks",
+    "TransferStrategy",
+    "connection_of",
+    "protocol_of",
+    "track_protocol",
+]
 
 T = TypeVar("T")
 
@@ -49,6 +58,9 @@ class TransferStrategy(abc.ABC):
     def keep(self, connection: ServerConnection, protocol: Any) -> None:  # noqa: B027 - most strategies have nothing to do
         """Go on with a connection that was packed: it stays here."""
 
+    def let_go(self, connection: ServerConnection, protocol: Any) -> None:  # noqa: B027 - most strategies have nothing to do
+        """Take note that a connection has moved: its protocol is told of the end next."""
+
     @abc.abstractmethod
     def resume(self, release: Release) -> asyncio.BaseProtocol:
         """Make the protocol that goes on with a connection.
@@ -71,6 +83,8 @@ class ServerHooks:
         say_goodbye: called with the protocol of a connection that the drain is about to close as idle. It returns True
             where the connection is on its way out by itself, and has until the deadline.
         on_hang_up: called when a peer has sent all it will, once the protocol has heard of it.
+        keeps_context: whether protocols handle their data in a context that knows their connection. Loops call
+            ``data_received`` in a context that is older than the connection, or that of whoever resumes reading.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -80,6 +94,7 @@ class ServerHooks:
     transfer: TransferStrategy | None = None
     say_goodbye: Callable[[Any], bool] | None = None
     on_hang_up: Callable[[ServerConnection], None] | None = None
+    keeps_context: bool = False
 
     @property
     def strategy(self) -> TransferStrategy | None:
@@ -93,15 +108,17 @@ class ServerHooks:
         transfer: TransferStrategy | None = None,
         say_goodbye: Callable[[Any], bool] | None = None,
         on_hang_up: Callable[[ServerConnection], None] | None = None,
+        keeps_context: bool | None = None,
     ) -> None:
         """Set what an adapter changes; what it leaves out stays as it is. See the attributes.
 
-        A protocol factory holds for the connections to come, all else also for those that are open.
+        A protocol factory and ``keeps_context`` hold for connections to come, all else also for those that are open.
         """
         self.protocol_factory = protocol_factory or self.protocol_factory
         self.transfer = transfer or self.transfer
         self.say_goodbye = say_goodbye or self.say_goodbye
         self.on_hang_up = on_hang_up or self.on_hang_up
+        self.keeps_context = self.keeps_context if keeps_context is None else keeps_context
 
 
 class ServerConnection(Connection):
@@ -119,34 +136,21 @@ class ServerConnection(Connection):
         sock: what was accepted, where the loop tells; until there is a transport, only this can be asked.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_idle_task",
-        "_is_lost",
-        "_is_paused",
-        "_is_woken",
-        "_name",
-        "_sock",
-        "handler",
-        "hooks",
-        "is_at_eof",
-        "transport",
-    )
+    transport: asyncio.WriteTransport | None = None
+    handler: asyncio.Task[Any] | None = None
+    is_at_eof: bool = False
+    _is_lost: bool = False
+    # Whether it is packed, and was read before.
+    _is_paused: bool = False
+    # The task that waits at a safe point without a scope, and whether it was cancelled for that.
+    _idle_task: asyncio.Task[Any] | None = None
+    _is_woken: bool = False
 
     def __init__(self, hooks: ServerHooks, entry: Entry, sock: socket.socket | None) -> None:
         super().__init__(entry.until)
         self.hooks = hooks
         self._name = entry.name
         self._sock = sock
-        self.transport: asyncio.WriteTransport | None = None
-        self.handler: asyncio.Task[Any] | None = None
-        self.is_at_eof = False
-        self._is_lost = False
-        # Whether it is packed, and was read before.
-        self._is_paused = False
-        # The task that waits at a safe point without a scope, and whether it was cancelled for that.
-        self._idle_task: asyncio.Task[Any] | None = None
-        self._is_woken = False
 
     # What serves it
 
@@ -266,6 +270,8 @@ class ServerConnection(Connection):
 
     def let_go(self) -> None:
         assert self.transport is not None
+        if self.hooks.strategy is not None:
+            self.hooks.strategy.let_go(self, protocol_of(self.transport))
         self.transport.abort()
         if self.offer is not None:
             self.offer.decide(Verdict.MOVED)
@@ -376,17 +382,34 @@ class _TrackedProtocol(asyncio.BaseProtocol):
     takes this protocol out of the way.
     """
 
-    __slots__ = ("_connection", "_unread", "protocol")
+    __slots__ = ("_connection", "_context", "_unread", "protocol")
 
     protocol: Any
     _connection: ServerConnection
+    # Knows the connection. It is a copy, because the connections of a server of uvloop share one context.
+    _context: contextvars.Context
     # The bytes that the predecessor had received and not dealt with.
     _unread: bytes
 
+    def __init__(self, connection: ServerConnection, protocol: Any, unread: bytes = b"") -> None:
+        self._connection = connection
+        self._unread = unread
+        self.protocol = protocol
+        self._context = contextvars.copy_context()
+        self._context.run(current_connection.set, connection)
+
+    @property
+    def connection(self) -> ServerConnection:
+        """What the protocol serves."""
+        return self._connection
+
     def connection_made(self, transport: Any) -> None:
         self._connection.transport = transport
-        # In a copy, because the connections of a server of uvloop share one context.
-        contextvars.copy_context().run(self._connect, transport)
+        self._context.run(self.protocol.connection_made, transport)
+        if self._unread:
+            # In the next turn: uvloop begins to read when this has returned, even where the protocol has paused reading
+            # because it has more than enough.
+            self._connection.hooks.loop.call_soon(self._deliver)
 
     def connection_lost(self, exc: Exception | None) -> None:
         try:
@@ -416,14 +439,6 @@ class _TrackedProtocol(asyncio.BaseProtocol):
         if self._connection.transport is None:
             self._connection.lose_soon()
 
-    def _connect(self, transport: Any) -> None:
-        current_connection.set(self._connection)
-        self.protocol.connection_made(transport)
-        if self._unread:
-            # In the next turn: uvloop begins to read when this has returned, even where the protocol has paused reading
-            # because it has more than enough.
-            self._connection.hooks.loop.call_soon(self._deliver)
-
     @property
     def owes_unread(self) -> bool:
         """Whether the protocol has not got yet what the predecessor had received."""
@@ -442,7 +457,7 @@ class _TrackedProtocol(asyncio.BaseProtocol):
         if transport.get_protocol() is self:
             transport.set_protocol(self)
         try:
-            self._feed(data)
+            self._context.run(self._feed, data)
         except BaseException:
             # The loops do the same where a protocol fails over data that was just read.
             transport.abort()
@@ -460,17 +475,24 @@ class _TrackedStreamProtocol(_TrackedProtocol, asyncio.Protocol):
     __slots__ = ("data_received",)
 
     def __init__(self, connection: ServerConnection, protocol: asyncio.Protocol, unread: bytes = b"") -> None:
-        self._connection = connection
-        self._unread = unread
-        self.protocol = protocol
-        self.data_received = self._receive_first if unread else protocol.data_received  # type: ignore[method-assign]
+        super().__init__(connection, protocol, unread)
+        # Set here, because uvloop asks for it before it tells of the connection.
+        self.data_received = self._receive_first if unread else self._receiver  # type: ignore[method-assign]
+
+    @property
+    def _receiver(self) -> Any:
+        receive = self.protocol.data_received
+        if self._connection.hooks.keeps_context:
+            # All of it is in C: each read goes through here.
+            return functools.partial(self._context.run, receive)
+        return receive
 
     def _open(self) -> None:
-        self.data_received = self.protocol.data_received  # type: ignore[method-assign]
+        self.data_received = self._receiver  # type: ignore[method-assign]
 
     def _receive_first(self, data: bytes) -> None:
         self._deliver()
-        self.protocol.data_received(data)
+        self._receiver(data)
 
     def _feed(self, data: bytes) -> None:
         self.protocol.data_received(data)
@@ -480,9 +502,7 @@ class _TrackedBufferedProtocol(_TrackedProtocol, asyncio.BufferedProtocol):
     __slots__ = ("buffer_updated", "get_buffer")
 
     def __init__(self, connection: ServerConnection, protocol: asyncio.BufferedProtocol, unread: bytes = b"") -> None:
-        self._connection = connection
-        self._unread = unread
-        self.protocol = protocol
+        super().__init__(connection, protocol, unread)
         self.buffer_updated = protocol.buffer_updated  # type: ignore[method-assign]
         self.get_buffer = self._get_first_buffer if unread else protocol.get_buffer  # type: ignore[method-assign]
 
@@ -514,6 +534,12 @@ def track_protocol(connection: ServerConnection, protocol: Any, unread: bytes = 
     """
     kind = _TrackedBufferedProtocol if isinstance(protocol, asyncio.BufferedProtocol) else _TrackedStreamProtocol
     return kind(connection, protocol, unread)
+
+
+def connection_of(transport: Any) -> ServerConnection | None:
+    """Return what a transport belongs to; None if it has ended, or has another protocol than it was given."""
+    protocol = transport.get_protocol()
+    return protocol.connection if isinstance(protocol, _TrackedProtocol) else None
 
 
 def protocol_of(transport: Any) -> Any:

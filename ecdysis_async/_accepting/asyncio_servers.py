@@ -267,10 +267,15 @@ class GatedServer(asyncio.AbstractServer):
         transfer: TransferStrategy | None = None,
         say_goodbye: Callable[[Any], bool] | None = None,
         on_hang_up: Callable[[ServerConnection], None] | None = None,
+        keeps_context: bool | None = None,
     ) -> None:
         """Let an adapter change how connections are made, moved and ended; see :class:`ServerHooks`."""
         self._hooks.adapt(
-            protocol_factory=protocol_factory, transfer=transfer, say_goodbye=say_goodbye, on_hang_up=on_hang_up
+            protocol_factory=protocol_factory,
+            transfer=transfer,
+            say_goodbye=say_goodbye,
+            on_hang_up=on_hang_up,
+            keeps_context=keeps_context,
         )
 
     @property

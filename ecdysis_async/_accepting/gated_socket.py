@@ -89,8 +89,6 @@ class AcceptedConnection(Connection):
     """
 
     # The socket is referred to weakly: a stream that its owner drops without closing it ends as it would without us.
-    __slots__ = ("_name", "_sock", "is_resumable", "scope", "stream")
-
     def __init__(self, sock: socket.socket, until: Until, name: str = "", *, is_resumable: bool = False) -> None:
         super().__init__(until)
         self._sock = weakref.ref(sock)

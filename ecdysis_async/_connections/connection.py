@@ -111,40 +111,28 @@ class Connection:
         describe_requests: returns a few words on each request that it has, where its server knows requests.
     """
 
-    __slots__ = (
-        "_idle_scopes",
-        "describe_requests",
-        "interrupted",
-        "invited",
-        "moved",
-        "news",
-        "offer",
-        "refused",
-        "silent",
-        "since",
-        "until",
-    )
-
     # Whether a client is at the other end: only clients can be lost.
     is_accepted: ClassVar[bool] = True
+
+    # What most connections never change stands in the class: each of them would pay for it.
+    news: anyio.Event | None = None
+    interrupted: bool = False
+    silent: bool = False
+    invited: bool = False
+    offer: Offer | None = None
+    moved: bool = False
+    refused: bool = False
+    describe_requests: Callable[[Any], list[str]] | None = None
+    _idle_scopes: list[anyio.CancelScope] | None = None
 
     def __init__(self, until: Until = Until.DRAIN) -> None:
         self.until = until
         self.since = time.monotonic()
-        self.news: anyio.Event | None = None
-        self.interrupted = False
-        self.silent = False
-        self.invited = False
-        self.offer: Offer | None = None
-        self.moved = False
-        self.refused = False
-        self.describe_requests: Callable[[Any], list[str]] | None = None
-        self._idle_scopes: list[anyio.CancelScope] = []
 
     def interrupt(self) -> None:
         """Close at a safe point if there is one: wake the ``until_draining`` of this connection's handler."""
         self.interrupted = True
-        for scope in self._idle_scopes:
+        for scope in self._idle_scopes or ():
             scope.cancel()
 
     def mark_silent(self, *, is_silent: bool) -> None:
@@ -198,7 +186,7 @@ class Connection:
     def invite(self) -> None:
         """Wake its handler at its next safe point, so that it offers the connection for transfer."""
         self.invited = True
-        for scope in self._idle_scopes:
+        for scope in self._idle_scopes or ():
             scope.cancel()
 
     def decline(self) -> None:
@@ -234,6 +222,8 @@ class Connection:
     async def at_safe_point(self, awaitable: Awaitable[T]) -> T:
         """Await something that ``interrupt`` may cancel; see ``Ecdysis.until_draining``."""
         scope = anyio.CancelScope()
+        if self._idle_scopes is None:
+            self._idle_scopes = []
         self._idle_scopes.append(scope)
         try:
             with scope:

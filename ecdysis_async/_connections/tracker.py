@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -25,9 +26,14 @@ from ecdysis_async.report import DrainCount
 
 from .connection import LEAVING, Connection, current_connection
 
+if TYPE_CHECKING:
+    import asyncio
+
 __all__ = ["Tracker"]
 
 T = TypeVar("T")
+
+log = logging.getLogger("ecdysis_async")
 
 # An idle connection is told to close this long before the deadline, so that its goodbye still gets out: a second, and a
 # little for each connection, but no more than a tenth of the drain. Closing it any earlier races with the client's next
@@ -64,20 +70,24 @@ SWEEP_SHARE = 0.25
 Move = Callable[[Callable[[], None]], Awaitable[None]]
 
 
-class _Work(Connection):
-    """Work of the application's own, within ``async with track()``."""
+class Cancellable(Protocol):
+    """A cancel scope of anyio, or a task of asyncio."""
 
-    __slots__ = ("_scope", "_task")
+    def cancel(self) -> object: ...
+
+
+class _Work(Connection):
+    """Work without a connection: within ``async with track()``, or a task whose client has gone."""
 
     is_accepted = False
 
-    def __init__(self, scope: anyio.CancelScope) -> None:
+    def __init__(self, scope: Cancellable, what: str) -> None:
         super().__init__()
         self._scope = scope
-        self._task = anyio.get_current_task().name
+        self._what = what
 
     def what(self) -> str:
-        return f"tracked work of the task {self._task}"
+        return self._what
 
     def cancel(self) -> None:
         self._scope.cancel()
@@ -129,6 +139,9 @@ class Tracker:
         cut: what was cut at the deadline, in a few words each.
         moves: whether connections move to a successor at this time: then no client is told to come back on a new one.
         on_safe_point: told of each connection that reaches a safe point, while connections are sent to a successor.
+        on_leave: called once, in the very turn in which this generation leaves: until then a server writes nothing
+            down of what it serves, and each of these functions finds what is going on.
+        counters: each tells how many requests a server has begun to answer, where servers count them.
     """
 
     def __init__(self) -> None:
@@ -137,6 +150,10 @@ class Tracker:
         self.cut: list[str] = []
         self.moves = False
         self.on_safe_point: Callable[[Connection], None] | None = None
+        self.on_leave: list[Callable[[], None]] = []
+        self.counters: list[Callable[[], int]] = []
+        # How many connections this generation has accepted, and how many of them have ended.
+        self.opened = self.closed = 0
         # In the order in which they are asked whether they have ended without telling: the asked ones go to the end.
         self._connections: OrderedDict[Connection, None] = OrderedDict()
         # How many are still to be asked since the table had doubled, and how many there were when all had been asked.
@@ -154,33 +171,45 @@ class Tracker:
         self._hurried = False
         # Until when the drain leaves the connections to the transfer.
         self._sweep_end = -math.inf
-        # Two counters, opened and closed. In a successor they lie in memory shared with the predecessor, which reads
-        # off them what was lost if this process dies before it has settled.
-        self._cells = memoryview(bytearray(16)).cast("Q")
-        # How many requests were counted; None as long as no server counts them.
-        self._requests: int | None = None
+        # The two counts in memory shared with the predecessor, in a successor. The predecessor reads off them what was
+        # lost if this process dies before it has settled.
+        self._cells: memoryview | None = None
 
     def __len__(self) -> int:
         return len(self._connections)
 
     @property
-    def opened(self) -> int:
-        """How many connections this generation has accepted."""
-        return self._cells[0]
-
-    @property
     def requests(self) -> int:
         """How many requests this generation has begun to answer; of servers that count none, its connections."""
-        return self.opened if self._requests is None else self._requests
-
-    def count_request(self) -> None:
-        """Count a request, for ``--max-requests``: called by adapters of servers that know requests."""
-        self._requests = (self._requests or 0) + 1
+        return sum(count() for count in self.counters) if self.counters else self.opened
 
     def share(self, cells: memoryview) -> None:
-        """Keep the counters in ``cells`` (two native unsigned 64-bit integers) from now on."""
-        cells[0], cells[1] = self._cells[0], self._cells[1]
+        """Keep the counts in ``cells`` (two native unsigned 64-bit integers) as well from now on."""
+        cells[0], cells[1] = self.opened, self.closed
         self._cells = cells
+
+    def leave(self) -> None:
+        """Set ``draining``, and call ``on_leave`` in the same turn; harmless if this generation leaves already."""
+        if self.draining.is_set():
+            return
+        self.draining.set()
+        for find in self.on_leave:
+            try:
+                find()
+            except Exception:
+                # A defect of this library, or of a server that has changed: it must not keep a generation from leaving.
+                log.exception("what a server is doing cannot be found")
+
+    def follow(self, task: asyncio.Task[Any], what: str) -> None:
+        """Let the drain wait for a task that serves no connection any more, and cancel it at the deadline.
+
+        Args:
+            task: see above.
+            what: it does, in a few words, for the log.
+        """
+        work = _Work(task, what)
+        self.open(work)
+        task.add_done_callback(lambda _: self.close(work))
 
     def connections(self) -> tuple[Connection, ...]:
         """Return the open connections; of very many, some may have ended without telling, because not all are asked."""
@@ -191,7 +220,9 @@ class Tracker:
         """Count a connection from now on. Call it before anything can fail after the accept."""
         self._connections[connection] = None
         if connection.is_accepted:
-            self._cells[0] += 1
+            self.opened += 1
+            if self._cells is not None:
+                self._cells[0] = self.opened
         # Amortised: all are asked each time the table has doubled, a few by each newcomer.
         if self._unasked > 0:
             self.prune(ASKED_PER_NEWCOMER)
@@ -208,7 +239,9 @@ class Tracker:
         if connection in self._connections:
             del self._connections[connection]
             if connection.is_accepted:
-                self._cells[1] += 1
+                self.closed += 1
+                if self._cells is not None:
+                    self._cells[1] = self.closed
             if connection.news is not None:
                 connection.news.set()
 
@@ -256,7 +289,7 @@ class Tracker:
     async def track(self) -> AsyncIterator[None]:
         """Let the drain wait for a piece of work. See ``Ecdysis.track``."""
         with anyio.CancelScope() as scope:
-            work = _Work(scope)
+            work = _Work(scope, f"tracked work of the task {anyio.get_current_task().name}")
             self.open(work)
             token = current_connection.set(work)
             try:
@@ -289,7 +322,7 @@ class Tracker:
             move: passes connections on to a successor until it is cancelled, and calls back once each was asked. What
                 it has moved by then costs the drain no task.
         """
-        self.draining.set()
+        self.leave()
         # Connections that ended before, without telling, are none that this drain has waited for.
         if len(self._connections) <= ASKED_PER_TURN:
             self.prune(ASKED_PER_TURN)

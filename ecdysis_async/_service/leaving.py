@@ -119,7 +119,7 @@ class Leaving:
         # Everybody who learns that this generation leaves knows by then whether connections move: none is to be sent
         # away that could.
         life.plane.tracker.moves = life.has_successor
-        life.plane.tracker.draining.set()
+        life.plane.tracker.leave()
         if not life.has_successor:
             limit = life.generation.settings.drain_timeout + LEEWAY_SECONDS
             life.management.leaving(limit, is_partial=life.stop is Stop.PARTIAL)

@@ -30,7 +30,7 @@ from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.errors import StartupError
 from ecdysis_async.servers._common.forwarded import Trusted
 from ecdysis_async.servers._common.goodbye import RESTARTING, STEP_SECONDS, Goodbye
-from ecdysis_async.servers._common.listening import describe, make_ssl_context, open_sockets
+from ecdysis_async.servers._common.listening import describe, is_access_logged, make_ssl_context, open_sockets
 from ecdysis_async.servers._protocols.aiohttp import make_movable, stays
 from ecdysis_async.servers._protocols.frames import follow_frames
 from ecdysis_async.settings import StrPath
@@ -129,7 +129,7 @@ async def run(ecdysis: Ecdysis, app: web.Application, options: Options) -> None:
         raise StartupError("root_path is for ASGI: nest an aiohttp application instead (web.Application.add_subapp)")
     wanted = server_options.of_function(web.RequestHandler.__init__)
     given = server_options.read("aiohttp", wanted, options.server_options, OURS)
-    if not options.access_log:
+    if not is_access_logged(options, "aiohttp.access"):
         given["access_log"] = None
     if options.proxy_headers:
         app.middlewares.insert(0, _believe(Trusted(options.forwarded_allow_ips)))
@@ -149,12 +149,16 @@ def _believe(trusted: Trusted) -> Middleware:
     @web.middleware
     async def believe(request: web.Request, handler: Handler) -> web.StreamResponse:
         """Take scheme and client from what a trusted proxy says, as ``forwarded.Forwarded`` does."""
+        headers = request.headers
+        if "X-Forwarded-For" not in headers and "X-Forwarded-Proto" not in headers:
+            # Nobody is asked about a peer that says nothing: each request comes through here.
+            return await handler(request)
         if request.remote is None or not request.remote or request.remote in trusted:
             said: dict[str, Any] = {}
-            scheme = request.headers.get("X-Forwarded-Proto", "").strip()
+            scheme = headers.get("X-Forwarded-Proto", "").strip()
             if scheme in ("http", "https"):
                 said["scheme"] = scheme
-            if (host := trusted.find_client(request.headers.get("X-Forwarded-For", ""))) is not None:
+            if (host := trusted.find_client(headers.get("X-Forwarded-For", ""))) is not None:
                 said["remote"] = host
             if said:
                 request = request.clone(**said)
@@ -170,13 +174,15 @@ class _Clients:
         self.goodbye = Goodbye(ecdysis, self._close_idle)
         self._runner = runner
         self._tracker = active().tracker
+        self._count = 0
+        self._tracker.counters.append(lambda: self._count)
         # Each connection that has made a request; and the request that it has now, with the time of its beginning.
         self._requests: dict[ServerConnection, tuple[web.Request, float] | None] = {}
 
     @web.middleware
     async def note_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Take note of a connection's request, and of the connection's task, which lives as long as the connection."""
-        self._tracker.count_request()
+        self._count += 1
         connection = current_connection.get()
         if not isinstance(connection, ServerConnection):
             return await handler(request)

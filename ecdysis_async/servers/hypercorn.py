@@ -26,12 +26,21 @@ from ecdysis_async._sockets.registry import listen
 from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.forwarded import Forwarded
 from ecdysis_async.servers._common.goodbye import Goodbye, is_on_trio
-from ecdysis_async.servers._common.listening import CERT_REQS, describe, make_ssl_context, open_sockets
+from ecdysis_async.servers._common.listening import (
+    CERT_REQS,
+    describe,
+    is_access_logged,
+    make_ssl_context,
+    open_sockets,
+)
 from ecdysis_async.servers._protocols.http import UnreadOnly
 
 from ._common import server_options
 
 __all__ = ["run", "serve"]
+
+# The logger of one line for each request.
+ACCESS = "hypercorn.access"
 
 # The port of a bind that names none: hypercorn's default.
 PORT = 8000
@@ -136,7 +145,7 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
     config = Config()
     # hypercorn logs where everything else logs.
     config.errorlog = logging.getLogger("hypercorn.error")
-    config.accesslog = logging.getLogger("hypercorn.access") if options.access_log else None
+    config.accesslog = logging.getLogger(ACCESS) if is_access_logged(options, ACCESS) else None
     config.backlog = options.backlog
     config.root_path = options.root_path
     config.certfile = options.certfile
@@ -193,7 +202,8 @@ async def _serve_on_asyncio(
         async def serve_to_the_end() -> None:
             nonlocal failure
             try:
-                await hypercorn.asyncio.serve(cast("Any", application), config, shutdown_trigger=leave)
+                # Told the mode: it takes an application that is no coroutine function for one of WSGI.
+                await hypercorn.asyncio.serve(cast("Any", application), config, shutdown_trigger=leave, mode="asgi")
             except Exception as error:  # noqa: BLE001 - raised below
                 failure = error
 

@@ -1,8 +1,8 @@
 """uvicorn: its server, whose sockets, signals and end are those of the ``Ecdysis``.
 
 Seams, as seen in uvicorn 0.54: ``Config.load``, ``.loaded_app`` and ``.http_protocol_class``; of ``Server`` the methods
-``startup``, ``on_tick``, ``main_loop``, ``shutdown`` and ``capture_signals``, ``should_exit`` and ``server_state``; of
-HTTP/2's protocol ``cycles`` and ``shutdown``; of a WebSocket's ``close_timer``.
+``startup``, ``on_tick``, ``main_loop``, ``shutdown`` and ``capture_signals``, ``should_exit``, ``server_state`` and
+``lifespan`` with its ``state``; of HTTP/2's protocol ``cycles`` and ``shutdown``; of a WebSocket's ``close_timer``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,20 @@ from ecdysis_async._accepting.readiness import Startup
 from ecdysis_async._config.options import Options
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.asgi import Application
-from ecdysis_async.servers._common.goodbye import Goodbye
-from ecdysis_async.servers._common.listening import CERT_REQS, describe, make_ssl_context, open_sockets
+from ecdysis_async.servers._common.goodbye import DRAINING, SETTLED, Goodbye
+from ecdysis_async.servers._common.listening import (
+    CERT_REQS,
+    describe,
+    is_access_logged,
+    make_ssl_context,
+    open_sockets,
+)
 from ecdysis_async.servers._protocols.uvicorn import (
+    UvicornRequests,
     choose_transfer,
-    keep_context,
-    make_movable,
+    follow_switch,
     make_websockets_movable,
+    may_switch,
 )
 
 from ._common import server_options
@@ -106,7 +113,7 @@ async def serve(
         raise error.__context__ or error from None
     application = Application(config.loaded_app, goodbye, _send_goaway)
     config.loaded_app = application
-    config.http_protocol_class = make_movable(keep_context(config.http_protocol_class))
+    config.http_protocol_class = follow_switch(config.http_protocol_class)
     if transfer:
         config.ws_protocol_class = make_websockets_movable(config.ws_protocol_class)
     where = config.uds or (f"{config.host}:{config.port}" if config.fd is None else f"fd://{config.fd}")
@@ -133,7 +140,7 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
         app,
         workers=1,
         log_config=None,
-        access_log=options.access_log,
+        access_log=is_access_logged(options, "uvicorn.access"),
         proxy_headers=options.proxy_headers,
         root_path=options.root_path,
         backlog=options.backlog,
@@ -156,6 +163,8 @@ class _Server(uvicorn.Server):
         self._transfers = transfer
         self._goodbye = goodbye
         self._application = application
+        if not may_switch(config.http_protocol_class):
+            application.rest(UvicornRequests(self.server_state))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -163,6 +172,9 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # Each request gets a copy of this, with a lifespan and without.
+        ecdysis, state = self._goodbye.ecdysis, self.lifespan.state
+        state[DRAINING], state[SETTLED] = ecdysis.draining, ecdysis.settled
         try:
             await super().startup(sockets)
         except SystemExit as error:
@@ -170,7 +182,9 @@ class _Server(uvicorn.Server):
         for server in self.servers:
             if isinstance(server, GatedServer):
                 transfer = choose_transfer(server.protocol_factory, self.config.http_protocol_class)
-                server.adapt(say_goodbye=_say_goodbye, transfer=transfer if self._transfers else None)
+                server.adapt(
+                    say_goodbye=_say_goodbye, transfer=transfer if self._transfers else None, keeps_context=True
+                )
         # Makes the headers of the first responses: requests may come before the main loop's first turn.
         await self.on_tick(0)
         await self._startup.ready()
@@ -200,6 +214,11 @@ def _say_goodbye(protocol: Any) -> bool:
     if getattr(protocol, "close_timer", None) is not None:
         # A WebSocket whose client has yet to answer the close; uvicorn's application has heard of it. Bytes that the
         # client has sent before would meet a closed socket, which resets: the client would never see why.
+        return True
+    cycle = getattr(protocol, "cycle", None)
+    if cycle is not None and not cycle.response_complete:
+        # A request that nobody took note of, because the server does not show it any more. uvicorn closes behind it.
+        protocol.shutdown()
         return True
     _send_goaway(protocol)
     return False

@@ -2,6 +2,9 @@
 
 The application is the one seam that all servers of ASGI have in public. Requests are left as they are. Once this
 generation leaves, the header ``Connection`` of responses says so; HTTP/2 has a frame for that.
+
+Where a server's own objects tell which requests are under way, nobody takes note of a request until this generation
+leaves: see :meth:`Application.rest`.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import struct
 import sys
 import time
@@ -23,11 +27,14 @@ from ecdysis_async._accepting.gated_socket import AcceptedConnection
 from ecdysis_async._connections.connection import Connection, current_connection, describe_request
 from ecdysis_async.servers._protocols.frames import FrameFollower, follow_frames
 from ecdysis_async.servers._protocols.http import will_move
+from ecdysis_async.servers._protocols.requests import RequestsUnderWay, RequestUnderWay
 
 from .goodbye import DRAINING, RESTARTING, SETTLED, Goodbye
 from .transfer import TRANSFER, Transfer
 
 __all__ = ["Application"]
+
+log = logging.getLogger("ecdysis_async")
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -80,13 +87,43 @@ class Application:
         self._untold: WeakSet[ServerConnection] = WeakSet()
         goodbye.repeat(self._tell_http_2)
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        # How many requests were begun.
+        self._count = 0
+        self._tracker.counters.append(lambda: self._count)
+        # What finds the requests of HTTP/1 at the leaving, and whether that is relied on.
+        self._under_way: RequestsUnderWay | None = None
+        self._is_resting = False
+        # The requests that began while nobody took note of them, and that were told nothing yet.
+        self._unsaid: list[RequestUnderWay] = []
+
+    def rest(self, under_way: RequestsUnderWay) -> None:
+        """Take no note of requests of HTTP/1 until this generation leaves, once one of them proves that this is enough.
+
+        The server has to give requests the state of its lifespan, with the event that this generation leaves.
+
+        Args:
+            under_way: finds the requests then. Where it does not find the first one, a warning says so, and note is
+                taken of each request, as of those of other servers.
+        """
+        self._under_way = under_way
+        self._tracker.on_leave.append(self._find_requests)
+        self._goodbye.repeat(self._tell_unsaid)
+
+    def __call__(self, scope: Message, receive: Receive, send: Send) -> Awaitable[None]:
+        # A plain function: each request would pay for a coroutine around its own.
+        if self._is_resting and scope["type"] == "http" and scope["http_version"] != "2":
+            self._count += 1
+            return self._app(scope, receive, send)
         if scope["type"] == "lifespan":
-            await self._live(scope, receive, send)
-            return
-        self._tracker.count_request()
-        state = scope.setdefault("state", {})
-        state[DRAINING], state[SETTLED] = self._draining, self._settled
+            return self._live(scope, receive, send)
+        return self._attend(scope, receive, send)
+
+    async def _attend(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve a request, or a WebSocket, and take note of it."""
+        self._count += 1
+        state = self._tell_state(scope)
+        if self._under_way is not None and scope["type"] == "http" and scope["http_version"] != "2":
+            self._find_own_request(self._under_way)
         connection = current_connection.get()
         if self._send_goaway is None and scope["http_version"] == "2" and isinstance(connection, ServerConnection):
             # A connection that was told, and goes on asking, is told once more.
@@ -111,6 +148,12 @@ class Application:
         # In a stream of HTTP/2 its bytes do not stand alone.
         return lambda: False
 
+    def _tell_state(self, scope: Message) -> Message:
+        """Let the application find the events of this generation in the state of a scope, and return that."""
+        state: Message = scope.setdefault("state", {})
+        state[DRAINING], state[SETTLED] = self._draining, self._settled
+        return state
+
     async def _live(self, scope: Message, receive: Receive, send: Send) -> None:
         """Run the lifespan, and keep the reason if its beginning fails.
 
@@ -118,6 +161,7 @@ class Application:
         application that has received the event knows the protocol. If it fails then, servers would go on without it,
         and a broken release would be taken for a good one.
         """
+        self._tell_state(scope)
         is_asked = is_started = False
         # Servers that the application starts by itself are not the adapter's.
         note_no_servers()
@@ -203,23 +247,29 @@ class Application:
             yield
             return
         request = _Request(scope, task)
-        requests = self._requests.setdefault(connection, {})
-        requests[request] = None
-        connection.describe_requests = self._describe_requests
-        if isinstance(connection, ServerConnection):
-            connection.busy(task)
+        self._begin(connection, request)
         try:
             yield
         finally:
-            del requests[request]
-            if not requests:
-                del self._requests[connection]
-            if isinstance(connection, ServerConnection):
-                if requests:
-                    connection.busy(next(iter(requests)).task)
-                else:
-                    connection.idle()
-                    self._go_idle(connection)
+            self._finish(connection, request)
+
+    def _begin(self, connection: Connection, request: _Request) -> None:
+        self._requests.setdefault(connection, {})[request] = None
+        connection.describe_requests = self._describe_requests
+        if isinstance(connection, ServerConnection):
+            connection.busy(request.task)
+
+    def _finish(self, connection: Connection, request: _Request) -> None:
+        requests = self._requests[connection]
+        del requests[request]
+        if not requests:
+            del self._requests[connection]
+        if isinstance(connection, ServerConnection):
+            if requests:
+                connection.busy(next(iter(requests)).task)
+            else:
+                connection.idle()
+                self._go_idle(connection)
 
     def _describe_requests(self, connection: Connection) -> list[str]:
         return [
@@ -228,15 +278,84 @@ class Application:
         ]
 
     def _go_idle(self, connection: ServerConnection) -> None:
-        """End a connection that is idle by now, if it is on its way out."""
+        """End a connection that is idle by now, or let it move, if it is on its way out."""
         if connection.is_over():
             return
+        connection.note_safe_point()
         if connection in self._deserted:
             self.close_after_answer(connection)
         elif self._send_goaway is not None and self._draining.is_set() and connection.transport is not None:
             # In a turn of the loop: the server has yet to hear that this request is answered.
             protocol = connection.transport.get_protocol()
             asyncio.get_running_loop().call_soon(self._send_goaway, protocol)
+
+    # Requests of which nobody took note
+
+    def _find_own_request(self, under_way: RequestsUnderWay) -> None:
+        """Find the running request as it would be found at the leaving, to know whether that works."""
+        task, connection = asyncio.current_task(), current_connection.get()
+        assert task is not None
+        try:
+            request = under_way.find(task)
+            found = request.connection if request is not None else None
+            if found is None:
+                raise LookupError("it has no connection")
+        except Exception as error:  # noqa: BLE001 - whatever a server raises that is built otherwise
+            self._take_note_of_all(error)
+            return
+        if not isinstance(connection, ServerConnection):
+            # The server was told to give requests a context of their own (``reset_contextvars``).
+            current_connection.set(found)
+        elif connection is not found:
+            self._take_note_of_all(LookupError("it has another connection"))
+            return
+        self._is_resting = not self._draining.is_set() and not self._tracker.draining.is_set()
+
+    def _take_note_of_all(self, error: Exception) -> None:
+        self._under_way = None
+        log.warning(
+            "this release of the server does not show its requests (%r): note is taken of each, which costs some time",
+            error,
+        )
+
+    def _find_requests(self) -> None:
+        """Find what is going on, in the turn in which this generation leaves."""
+        under_way, is_resting = self._under_way, self._is_resting
+        self._is_resting = False
+        if under_way is None or not is_resting:
+            return
+        known = {request.task for requests in self._requests.values() for request in requests}
+        for task in under_way.tasks():
+            if task.done() or task in known:
+                continue
+            try:
+                request = under_way.find(task)
+            except Exception:
+                # The drain waits for it all the same.
+                log.exception("the server does not show a request: it is not told that this generation leaves")
+                self._tracker.follow(task, "a request")
+                continue
+            if request is None:
+                # It has not come here yet.
+                continue
+            if request.connection is None or request.connection.is_over():
+                # Its client has gone; what it does may matter.
+                self._tracker.follow(
+                    task, f"the work for {request.scope['method']} {request.scope['path']}, whose client has gone"
+                )
+                continue
+            noted = _Request(request.scope, task)
+            self._begin(request.connection, noted)
+            task.add_done_callback(functools.partial(self._end_noted, request.connection, noted))
+            self._unsaid.append(request)
+        self._tell_unsaid(is_late=False)
+
+    def _end_noted(self, connection: Connection, request: _Request, _: asyncio.Task[Any]) -> None:
+        self._finish(connection, request)
+
+    def _tell_unsaid(self, is_late: bool) -> None:  # noqa: FBT001 - as Goodbye calls it
+        """Say goodbye in responses that have not begun; where a connection would move, it may have to stay later on."""
+        self._unsaid = [request for request in self._unsaid if not request.say_goodbye()]
 
 
 class _Request:
@@ -245,7 +364,7 @@ class _Request:
     Attributes:
         scope: of ASGI.
         task: that runs it, on asyncio.
-        since: when it began, by CLOCK_MONOTONIC.
+        since: when it began, by CLOCK_MONOTONIC; if nobody took note of that, when the generation left.
     """
 
     __slots__ = ("scope", "since", "task")

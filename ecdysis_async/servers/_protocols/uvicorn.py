@@ -1,9 +1,7 @@
-"""What is changed in uvicorn's protocols: they know their connection, and idle connections move to a successor.
+"""What is seen of uvicorn's protocols: requests under way are found, and idle connections move to a successor.
 
-Seams, as seen in uvicorn 0.54: of H11Protocol and HttpToolsProtocol ``cycle``, ``flow``, ``scope``, ``loop``,
-``timeout_keep_alive_task`` with its handler, and ``on_response_complete``; ``pipeline`` and ``parser`` of httptools',
-``conn`` of h11's; of a protocol that may switch to HTTP/2 ``alpn_protocols``. uvicorn's zttp protocols do not show
-whether they have read half a request: their connections move only if they were never read from.
+What is used of uvicorn stands in :data:`SEAMS`. uvicorn's zttp protocols do not show whether they have read half a
+request: their connections move only if they were never read from.
 """
 
 from __future__ import annotations
@@ -11,24 +9,66 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import inspect
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
-from ecdysis_async._accepting.asyncio_connections import ProtocolFactory, ServerConnection
-from ecdysis_async._connections.connection import current_connection
+from ecdysis_async._accepting.asyncio_connections import ProtocolFactory, ServerConnection, connection_of
 from ecdysis_async._connections.parcel import Refused, Release, Transferable
 
 from .http import IDLE, WEBSOCKET, UnreadOnly
+from .requests import RequestsUnderWay, RequestUnderWay
 
 try:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 except ImportError:
     HttpToolsProtocol = H11Protocol  # type: ignore[assignment, misc]
 
-__all__ = ["UvicornTransfer", "choose_transfer", "keep_context", "make_movable", "make_websockets_movable"]
+__all__ = [
+    "SEAMS",
+    "UvicornRequests",
+    "UvicornTransfer",
+    "choose_transfer",
+    "follow_switch",
+    "make_websockets_movable",
+    "may_switch",
+]
+
+SEAMS = {
+    "uvicorn.server:ServerState": ("tasks",),
+    "uvicorn.protocols.http.h11_impl:H11Protocol": (
+        *(
+            "conn",
+            "cycle",
+            "flow",
+            "loop",
+            "timeout_keep_alive_handler",
+            "timeout_keep_alive_task",
+            "ws_protocol_class",
+        ),
+    ),
+    "uvicorn.protocols.http.httptools_impl:HttpToolsProtocol": (
+        *("cycle", "flow", "loop", "pipeline", "scope"),
+        *("timeout_keep_alive_handler", "timeout_keep_alive_task", "ws_protocol_class"),
+    ),
+    **{
+        f"uvicorn.protocols.http.{module}:RequestResponseCycle": (
+            *("default_headers", "keep_alive", "more_body", "response_complete", "response_started"),
+            *("run_asgi", "scope", "transport"),
+        )
+        for module in ("h11_impl", "httptools_impl")
+    },
+}
+"""What is used of uvicorn's classes, as seen in uvicorn 0.54: attributes, by the module and the name of the class.
+
+Of each request, and of each WebSocket, ``tasks`` has a task that runs ``run_asgi`` of a cycle, or of a WebSocket's
+protocol. A protocol that may switch to HTTP/2 names "h2" in ``alpn_protocols``.
+"""
 
 # Where uvicorn has the WebSockets that can move.
 SANSIO = "uvicorn.protocols.websockets.websockets_sansio_impl"
@@ -38,6 +78,51 @@ def choose_transfer(protocol_factory: ProtocolFactory, protocol_class: type[asyn
     """Return how the connections of a server move that makes protocols of a class."""
     is_known = issubclass(protocol_class, H11Protocol | HttpToolsProtocol)
     return UvicornTransfer(protocol_factory) if is_known else UnreadOnly(protocol_factory)
+
+
+class UvicornRequests(RequestsUnderWay):
+    """The requests of one server of uvicorn's."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    def tasks(self) -> Collection[asyncio.Task[None]]:
+        return tuple(self._state.tasks)
+
+    def find(self, task: asyncio.Task[None]) -> RequestUnderWay | None:
+        coroutine: Any = task.get_coro()
+        if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+            # It comes to the application yet.
+            return None
+        # The method's own object: the cycle, or the protocol of a WebSocket.
+        served = coroutine.cr_frame.f_locals["self"]
+        if isinstance(served, asyncio.BaseProtocol) or served.scope["http_version"].startswith("2"):
+            return None
+        return _Cycle(connection_of(served.transport), served)
+
+
+class _Cycle(RequestUnderWay):
+    """A request, with the cycle that uvicorn made for it."""
+
+    def __init__(self, connection: ServerConnection | None, cycle: Any) -> None:
+        super().__init__(connection, cycle.scope)
+        self._cycle = cycle
+        # Asked here: a seam that has gone is to be known as long as all requests can still be written down.
+        self._headers: list[tuple[bytes, bytes]] = cycle.default_headers
+        self._has_begun()
+
+    def say_goodbye(self) -> bool:
+        if self._has_begun():
+            return True
+        if self.connection is None or self.connection.will_move:
+            return False
+        # A list of its own: all requests of a second share one. To clear `keep_alive` would not do: h11's protocol
+        # would close without saying so.
+        self._cycle.default_headers = [*self._headers, (b"connection", b"close")]
+        return True
+
+    def _has_begun(self) -> bool:
+        return bool(self._cycle.response_started)
 
 
 class UvicornTransfer(UnreadOnly):
@@ -60,8 +145,6 @@ class UvicornTransfer(UnreadOnly):
         timer = protocol.timeout_keep_alive_task
         if timer is None:
             return Release(kind=IDLE)
-        # The timer runs on, because thousands of timers that are cancelled at once stall asyncio's loop. It finds the
-        # transport closed.
         left = max(0.0, timer.when() - protocol.loop.time())
         return Release({"keep_alive": left}, kind=IDLE)
 
@@ -69,14 +152,20 @@ class UvicornTransfer(UnreadOnly):
         if isinstance(protocol, Transferable):
             protocol.keep_connection()
 
+    def let_go(self, connection: ServerConnection, protocol: Any) -> None:
+        if isinstance(protocol, H11Protocol | HttpToolsProtocol):
+            # uvicorn would cancel the timer, and thousands that are cancelled at once stall asyncio's loop. The timer
+            # runs on, and finds the transport closed.
+            protocol.timeout_keep_alive_task = None
+
     def resume(self, release: Release) -> asyncio.BaseProtocol:
         if release.kind == WEBSOCKET:
             return self._resume_websocket(release)
-        protocol = super().resume(release)
-        if isinstance(protocol, _MovableHttp) and isinstance(release.state, dict):
-            left = release.state.get("keep_alive")
-            protocol.resume_keep_alive(float(left) if left is not None else None)
-        return protocol
+        protocol: Any = super().resume(release)
+        if isinstance(release.state, dict) and release.state.get("keep_alive") is not None:
+            begin = functools.partial(_go_on_with_keep_alive, protocol, float(release.state["keep_alive"]))
+            protocol.connection_made = begin
+        return protocol  # type: ignore[no-any-return]
 
     def _resume_websocket(self, release: Release) -> asyncio.BaseProtocol:
         # uvicorn makes a WebSocket of what the HTTP protocol before it knows.
@@ -99,36 +188,25 @@ def make_websockets_movable(protocol_class: Any) -> Any:
     return movable(protocol_class)
 
 
-def make_movable(protocol_class: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
-    """Return a class whose protocols say when they are idle, if they can move; otherwise the given one."""
-    if not issubclass(protocol_class, H11Protocol | HttpToolsProtocol):
+def may_switch(protocol_class: type[asyncio.Protocol]) -> bool:
+    """Say whether a protocol may leave its connections to another one, which speaks HTTP/2."""
+    return "h2" in getattr(protocol_class, "alpn_protocols", ())
+
+
+def follow_switch(protocol_class: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
+    """Return a class whose successors on a connection handle their data in a context that knows the connection, too.
+
+    The task of a request inherits that context (``current_connection``). A class that does not switch is returned as it
+    is: its server keeps the context (``ServerHooks.keeps_context``).
+    """
+    if not may_switch(protocol_class):
         return protocol_class
 
-    class Movable(_MovableHttp, protocol_class):  # type: ignore[misc, valid-type]
-        pass
-
-    return Movable
-
-
-def keep_context(protocol_class: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
-    """Return a class whose protocols handle their data in a context that knows their connection.
-
-    The task of a request inherits that context (``current_connection``). Loops call ``data_received`` in a context that
-    is older than the connection.
-    """
-
-    class InContext(protocol_class):  # type: ignore[misc, valid-type]
-        def connection_made(self, transport: Any) -> None:
-            self._context = contextvars.copy_context()
-            super().connection_made(transport)
-
-        def data_received(self, data: bytes) -> None:
-            self._context.run(super().data_received, data)
-
-    class Switching(InContext):
+    class Switching(protocol_class):  # type: ignore[misc, valid-type]
         """A protocol that leaves the connection to another one, once it is known whether that is HTTP/2."""
 
         def connection_made(self, transport: Any) -> None:
+            self._context = contextvars.copy_context()
             super().connection_made(transport)
             self._hand_over(transport)
 
@@ -138,46 +216,21 @@ def keep_context(protocol_class: type[asyncio.Protocol]) -> type[asyncio.Protoco
 
         def _hand_over(self, transport: Any) -> None:
             protocol = transport.get_protocol()
-            if protocol is not self and not transport.is_closing():
+            # As long as it has the connection itself, what the server made stands in front of it.
+            has_switched = protocol is not self and connection_of(transport) is None
+            if has_switched and not transport.is_closing():
                 protocol.data_received = functools.partial(self._context.run, protocol.data_received)
                 # Set once more, because uvloop keeps the method.
                 transport.set_protocol(protocol)
 
-    return Switching if "h2" in getattr(protocol_class, "alpn_protocols", ()) else InContext
+    return Switching
 
 
-class _MovableHttp(asyncio.Protocol):
-    """Stands before a protocol of HTTP/1.1: tells when it is idle, and goes on with what was left of its idle time."""
-
-    # Of uvicorn's class behind this one.
-    loop: asyncio.AbstractEventLoop
-    timeout_keep_alive_task: asyncio.TimerHandle | None
-
-    # How long the connection may still be idle, seconds, if it has come from the predecessor so.
-    _keep_alive_left: float | None = None
-    _connection: object = None
-
-    def resume_keep_alive(self, seconds: float | None) -> None:
-        """Let the connection be idle for so long, once it is made."""
-        self._keep_alive_left = seconds
-
-    def connection_made(self, transport: Any) -> None:
-        self._connection = current_connection.get()
-        super().connection_made(transport)
-        if self._keep_alive_left is not None:
-            handler = self.timeout_keep_alive_handler  # type: ignore[attr-defined]
-            self.timeout_keep_alive_task = self.loop.call_later(self._keep_alive_left, handler)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if isinstance(self._connection, ServerConnection) and self._connection.moved:
-            # uvicorn would cancel the timer: see UvicornTransfer.pack.
-            self.timeout_keep_alive_task = None
-        super().connection_lost(exc)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()  # type: ignore[misc]
-        if isinstance(self._connection, ServerConnection):
-            self._connection.note_safe_point()
+def _go_on_with_keep_alive(protocol: Any, seconds: float, transport: asyncio.BaseTransport) -> None:
+    """Begin with a connection that may be idle for what was left of that time in the predecessor."""
+    del protocol.connection_made
+    protocol.connection_made(transport)
+    protocol.timeout_keep_alive_task = protocol.loop.call_later(seconds, protocol.timeout_keep_alive_handler)
 
 
 def _is_idle(protocol: Any) -> bool:

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import importlib
+import inspect
 
 import pytest
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ecdysis_async._accepting.asyncio_servers import create_server
 from ecdysis_async._connections.connection import Connection, current_connection
 from ecdysis_async.servers._protocols.http import UnreadOnly
-from ecdysis_async.servers._protocols.uvicorn import UvicornTransfer, choose_transfer, keep_context, make_movable
+from ecdysis_async.servers._protocols.uvicorn import SEAMS, UvicornTransfer, choose_transfer, follow_switch
 from tests.accepting.serving import LOCALHOST, Echo, a_client, an_open_plane, answers
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute"), [(name, attribute) for name, attributes in SEAMS.items() for attribute in attributes]
+)
+def test_uvicorn_has_what_is_used_of_it(name: str, attribute: str) -> None:
+    module, _, class_name = name.partition(":")
+    kind = getattr(importlib.import_module(module), class_name)
+    assigned = inspect.unwrap(kind.__init__).__code__.co_names
+    assert hasattr(kind, attribute) or attribute in assigned, (
+        f"uvicorn {uvicorn.__version__} has no {attribute} in {name} any more: see SEAMS, and what uses it"
+    )
+    if attribute == "run_asgi":
+        assert inspect.iscoroutinefunction(kind.run_asgi), "a request's task runs something else: see UvicornRequests"
 
 
 @pytest.mark.parametrize("known", [H11Protocol, HttpToolsProtocol])
 def test_protocols_of_which_it_is_known_whether_they_are_idle_move_between_requests(
     known: type[asyncio.Protocol],
 ) -> None:
-    assert type(choose_transfer(Echo, make_movable(keep_context(known)))) is UvicornTransfer
+    assert type(choose_transfer(Echo, follow_switch(known))) is UvicornTransfer
 
 
 def test_other_protocols_move_until_they_are_read_from() -> None:
-    assert make_movable(Echo) is Echo
+    assert follow_switch(Echo) is Echo
     assert type(choose_transfer(Echo, Echo)) is UnreadOnly
 
 
@@ -38,7 +55,8 @@ async def test_a_protocol_handles_its_data_in_the_context_of_its_connection() ->
             super().data_received(data)
 
     async with an_open_plane() as plane:
-        server = await create_server(plane, keep_context(Asks), LOCALHOST, 0)
+        server = await create_server(plane, Asks, LOCALHOST, 0)
+        server.adapt(keeps_context=True)
         with a_client(server) as first, a_client(server) as second:
             assert await answers(first)
             assert await answers(second)
