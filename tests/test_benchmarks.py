@@ -25,6 +25,7 @@ SUBJECTS = {
     },
     "peers": {"ecdysis run (uvicorn), ecdysis restart", "uvicorn, stop and start"},
     "tracking": {"streams on asyncio", "protocol on uvloop", "trio on trio"},
+    "steady": {"uvicorn (httptools) on uvloop, as installed", "aiohttp on uvloop, like for like"},
     "transfer": {"asyncio, with transfer", "asyncio, without", "uvloop, with transfer", "uvloop, without"},
 }
 TITLES = {
@@ -32,6 +33,7 @@ TITLES = {
     "stash": ["What a stash passes"],
     "peers": ["A restart, with this and with that"],
     "tracking": ["What tracking costs in steady state"],
+    "steady": ["What `ecdysis run` costs while nothing happens"],
     "transfer": [
         "What restarts cost clients that keep their connections",
         "How long the loop stands still, ms",
