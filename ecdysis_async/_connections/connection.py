@@ -44,17 +44,18 @@ MOVABLE = "this generation is leaving, and this connection can move to the next 
 MOVED = "this connection has moved to the next generation"
 
 
-def describe_request(method: str, path: str, since: float) -> str:
+def describe_request(method: str, path: str, since: float, *, is_older: bool = False) -> str:
     """Describe a request in a few words: its method, its path without the query, and its age.
 
     Args:
         method: or what takes its place.
         path: as the client has written it, or decoded.
         since: when it began, by CLOCK_MONOTONIC.
+        is_older: whether it had begun before that.
     """
     # What a client has written goes into logs and onto terminals.
     shown = path.partition("?")[0][:MAX_PATH].encode("unicode_escape").decode()
-    return f"{method} {shown}, {time.monotonic() - since:.1f} s old"
+    return f"{method} {shown}, {'more than ' if is_older else ''}{time.monotonic() - since:.1f} s old"
 
 
 def describe_peer(sock: Any) -> str:

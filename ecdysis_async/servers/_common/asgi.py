@@ -272,10 +272,7 @@ class Application:
                 self._go_idle(connection)
 
     def _describe_requests(self, connection: Connection) -> list[str]:
-        return [
-            describe_request(request.scope.get("method", "WebSocket"), request.scope["path"], request.since)
-            for request in self._requests.get(connection, ())
-        ]
+        return [request.describe() for request in self._requests.get(connection, ())]
 
     def _go_idle(self, connection: ServerConnection) -> None:
         """End a connection that is idle by now, or let it move, if it is on its way out."""
@@ -338,13 +335,11 @@ class Application:
             if request is None:
                 # It has not come here yet.
                 continue
+            noted = _Request(request.scope, task, is_older=True)
             if request.connection is None or request.connection.is_over():
                 # Its client has gone; what it does may matter.
-                self._tracker.follow(
-                    task, f"the work for {request.scope['method']} {request.scope['path']}, whose client has gone"
-                )
+                self._tracker.follow(task, f"{noted.describe()}, whose client has gone")
                 continue
-            noted = _Request(request.scope, task)
             self._begin(request.connection, noted)
             task.add_done_callback(functools.partial(self._end_noted, request.connection, noted))
             self._unsaid.append(request)
@@ -364,15 +359,22 @@ class _Request:
     Attributes:
         scope: of ASGI.
         task: that runs it, on asyncio.
-        since: when it began, by CLOCK_MONOTONIC; if nobody took note of that, when the generation left.
+        since: when it was noted, by CLOCK_MONOTONIC.
+        is_older: whether it had begun before, when nobody took note of it.
     """
 
-    __slots__ = ("scope", "since", "task")
+    __slots__ = ("is_older", "scope", "since", "task")
 
-    def __init__(self, scope: Message, task: asyncio.Task[Any] | None) -> None:
+    def __init__(self, scope: Message, task: asyncio.Task[Any] | None, *, is_older: bool = False) -> None:
         self.scope = scope
+        self.is_older = is_older
         self.task = task
         self.since = time.monotonic()
+
+    def describe(self) -> str:
+        """Describe it in a few words."""
+        method = self.scope.get("method", "WebSocket")
+        return describe_request(method, self.scope["path"], self.since, is_older=self.is_older)
 
 
 class _WebSocket:
