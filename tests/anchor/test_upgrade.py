@@ -75,7 +75,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 def run_instead(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     """Let the new code be a program: what started this process is a test runner."""
     launch = Launch((sys.executable, "-c", program), None, {})
-    monkeypatch.setattr(upgrade, "describe_launch", lambda *arguments: (launch, ()))
+    monkeypatch.setattr(upgrade, "describe_launch", lambda *arguments, **named: (launch, ()))
 
 
 @pytest.mark.parametrize(
