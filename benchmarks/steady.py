@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -112,10 +114,12 @@ def serving(command: Sequence[str]) -> Iterator[tuple[int, int]]:
     # The programs of this environment, whatever the path says.
     program = sys.executable if program.startswith("-") else str(Path(sys.executable).parent / program)
     start = [program, *rest] if not command[0].startswith("-") else [program, *command]
+    # Its control socket is where no command looks for services of this machine.
+    directory = tempfile.mkdtemp(prefix="steady-")
     server = subprocess.Popen(
         start,
         cwd=PROJECT,
-        env={**os.environ, "PORT": str(port), "PYTHONPATH": str(PROJECT)},
+        env={**os.environ, "PORT": str(port), "PYTHONPATH": str(PROJECT), "RUNTIME_DIRECTORY": directory},
         stdin=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -129,6 +133,7 @@ def serving(command: Sequence[str]) -> Iterator[tuple[int, int]]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+        shutil.rmtree(directory)
 
 
 def find_port() -> int:

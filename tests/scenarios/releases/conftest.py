@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -29,6 +30,15 @@ def former(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def this(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy this release, and return where the copy is: the environment of the tests is no part of it."""
+    directory = tmp_path_factory.mktemp("this")
+    for name in ("ecdysis_async", "benchmarks"):
+        shutil.copytree(PROJECT / name, directory / name)
+    return directory
+
+
 class Deployment:
     """Two releases, and the link from which a service is started.
 
@@ -36,9 +46,9 @@ class Deployment:
         link: leads to one of the two.
     """
 
-    def __init__(self, link: Path, former: Path) -> None:
+    def __init__(self, link: Path, former: Path, this: Path) -> None:
         self.link = link
-        self._trees = {"former": former, "this": PROJECT}
+        self._trees = {"former": former, "this": this}
 
     def deploy(self, release: str) -> str:
         """Let the link lead to the release "former" or "this"; return where that is."""
@@ -49,6 +59,6 @@ class Deployment:
 
 
 @pytest.fixture
-def deployment(former: Path, tmp_path: Path) -> Deployment:
+def deployment(former: Path, this: Path, tmp_path: Path) -> Deployment:
     """Both releases, with none deployed yet."""
-    return Deployment(tmp_path / "release", former)
+    return Deployment(tmp_path / "release", former, this)
