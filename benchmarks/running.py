@@ -143,7 +143,7 @@ async def running(
         RuntimeError: it ended before it served.
     """
     command = [sys.executable, *flags, "-m", "benchmarks.service", *options]
-    # Not by asyncio's own: that child would be killed with the transport of this process' end.
+    # subprocess.Popen is taken: a child of asyncio's own would be killed with the transport of this end.
     first = subprocess.Popen(  # noqa: ASYNC220 - vfork is over within a millisecond
         command,
         cwd=directory,

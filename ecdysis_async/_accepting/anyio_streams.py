@@ -253,7 +253,7 @@ async def serve(
         for listener in listeners:
             if isinstance(listener, socket.socket | Entry):
                 ours = AnyioListener(listener, plane=plane)
-                # Only this call knows the acceptor: left behind, it would stay at the gate for ever.
+                # No other call knows the acceptor. Left behind, it would stay at the gate for ever.
                 stack.push_async_callback(plane.gate.remove, ours.acceptor)
                 services.append(_service_of(ours, resume))
             else:

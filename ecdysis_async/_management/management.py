@@ -583,7 +583,7 @@ class OwnManagement(Management):
     def leave_to_next_start(self, *, is_orderly: bool) -> None:
         if is_orderly:
             self.store.drop()
-        # Nobody can come to the other sockets any more, whatever systemd does next: their paths go.
+        # The paths of the other sockets go: no client can come to them, whatever systemd does next.
         self.store.park(entry for entry in self._registry.entries if entry.inode is None)
 
     # What it tells by itself

@@ -347,7 +347,7 @@ class CommandedService(Service):
 
     async def look(self) -> dict[int, tuple[int | None, str | None]]:
         family = await self.find_processes()
-        # Who leaves closes its listening socket first, and still serves clients.
+        # A process that leaves closes its listening socket first, and still serves clients.
         self._workers = (self._workers & family) | await asyncio.to_thread(find_acceptors, family, self.url.port)
         # Where there are several, the first process is in front of the others, and stays.
         front = {self._process.pid} if self._process is not None and len(self._workers) > 1 else set()

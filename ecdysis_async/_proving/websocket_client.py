@@ -114,7 +114,7 @@ class WebSocketConnection:
             raise RequestFailed(Fault.UNANSWERED, f"the WebSocket was closed before the answer: {error}") from None
         finally:
             self._is_busy = False
-        # Only the first answer tells who it is from: the connection may have moved since.
+        # The first answer alone tells who it is from: the connection may have moved since.
         headers = {name.lower(): value for name, value in self._websocket.response.headers.raw_items()}
         answer = read_answer(headers, self._identify_by) if not self.record.answers else Answer(0.0)
         answer.at, answer.request = self._clock(), exchange.id

@@ -81,7 +81,7 @@ class Leaving:
             life.handover.post(PredecessorEvent.STOP)
         else:
             if life.state is State.STARTING:
-                # Nobody is served yet, and a stop would have to wait for the end of this start.
+                # The start is cut short: no client is served yet, and the stop would have to wait for its end.
                 life.body.cancel()
             self.begin()
 

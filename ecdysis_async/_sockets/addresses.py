@@ -167,7 +167,7 @@ class Unix:
                 # the path is at no time more open than it shall be.
                 os.fchmod(sock.fileno(), mode)
             sock.bind(target)
-            # Nobody can connect yet: it does not listen.
+            # The socket does not listen yet, so no client can connect.
             if self.group is not None and not self.is_abstract:
                 os.chown(target, -1, self.group, follow_symlinks=False)
             if mode is not None:

@@ -86,12 +86,6 @@ class ExitDeadline:
         """Take note that the block of the service was left."""
         self._has_left = True
 
-    def cancel(self) -> None:
-        """Let this process live: it is not to end after all."""
-        with self._changed:
-            self._deadline = math.inf
-            self._changed.notify()
-
     def _run(self) -> None:
         with self._changed:
             while (seconds := self._deadline - time.monotonic()) > 0:

@@ -72,7 +72,7 @@ def _find_start_directory(given: Mapping[str, str], executed: str) -> tuple[str 
     # PWD is only a variable: it may name what was never there.
     if logical != physical and os.path.isabs(logical) and _is_same(logical, physical):
         return logical, physical
-    # Who changes the directory without a shell (cwd= of subprocess, systemd) sets no PWD. What else was written may
+    # A parent without a shell (cwd= of subprocess, systemd) sets no PWD. What else was written may
     # tell: the path of the program, or of an argument, goes through the same link.
     words = [word.rpartition("=")[2] for word in (executed, *sys.orig_argv, given.get("VIRTUAL_ENV", ""))]
     for word in words:

@@ -151,7 +151,7 @@ def _believe(trusted: Trusted) -> Middleware:
         """Take scheme and client from what a trusted proxy says, as ``forwarded.Forwarded`` does."""
         headers = request.headers
         if "X-Forwarded-For" not in headers and "X-Forwarded-Proto" not in headers:
-            # Nobody is asked about a peer that says nothing: each request comes through here.
+            # A peer that sends no such header is not looked up: each request comes through here.
             return await handler(request)
         if request.remote is None or not request.remote or request.remote in trusted:
             said: dict[str, Any] = {}

@@ -34,7 +34,7 @@ def answering(path: Path, answers: list[bytes]) -> Iterator[None]:
     def serve() -> None:
         for answer in answers:
             sock, _ = listener.accept()
-            # Who has only looked whether somebody is there is gone already.
+            # A client that has only looked whether the service is there is gone already.
             with sock, contextlib.suppress(OSError):
                 sock.sendall(answer)
 

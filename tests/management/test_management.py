@@ -135,7 +135,7 @@ async def test_a_successor_says_nothing_until_it_is_the_main_process(backend: st
         management.start(task_group)
         management.serving()
         async with anyio.create_task_group() as waiting:
-            # Only the main process can make another one so, and say that a restart begins.
+            # No other process than the main one can name the next one, and say that a restart begins.
             waiting.start_soon(lambda: management.announce_restart(90, is_told=True))
             await turn()
             management.become_main()

@@ -78,7 +78,7 @@ async def test_in_a_hurry_nobody_is_waited_for(backend: str) -> None:
     async with a_plane() as plane:
         entry = plane.registry.obtain(Internet("127.0.0.1", 0))
         entry.start_listening()
-        # Nobody takes its clients.
+        # No process takes its clients.
         listener = GatedSocket(entry, plane=plane)
         with connect(entry), anyio.fail_after(60):
             await plane.gate.open()

@@ -108,11 +108,6 @@ def test_the_earlier_of_two_deadlines_counts() -> None:
     assert ended.returncode == 7
 
 
-def test_a_deadline_that_is_cancelled_ends_nothing() -> None:
-    ended = run("deadline = set_deadline(600); deadline.cancel(); deadline.set(0.2); deadline.cancel(); time.sleep(1)")
-    assert ended.returncode == 0
-
-
 def test_a_process_ends_although_nobody_reads_what_it_writes() -> None:
     program = """
     read, write = os.pipe()

@@ -58,7 +58,7 @@ def test_ten_roll_outs_under_load_with_a_kill_and_an_upgrade_in_between(run_anch
         before = service.workers()
         for number in range(2, 12):
             if number == 4:
-                # Whoever is asked for its successor first, in the middle of it.
+                # The worker that is asked for its successor first, in the middle of it.
                 service.arm("predecessor", "pausing", "kill-self")
             if number == 7:
                 client.upgrade(service.control, lambda event: None)
@@ -448,7 +448,7 @@ def test_the_workers_leave_when_the_anchor_is_killed(run_anchor: Run) -> None:
         service.wait_for("holding")
         service.signal(service.anchor, signal.SIGKILL)
         service.wait_for_log("the anchor of this worker is gone")
-        # Not without having answered.
+        # They have answered before.
         assert busy.say("go on").answer()["pid"] in workers.values()
     for pid in workers.values():
         service.wait_for_death(pid)

@@ -78,7 +78,7 @@ def test_a_member_of_the_group_commands(directory: Path, tmp_path: Path) -> None
         assert command(run, tmp_path, "restart", GROUP) == (0, "settled\n")
         code, text = command(run, tmp_path, "status", OTHER)
         assert code == client.Exit.PERMISSION, text
-        # Who commands does not get the sockets.
+        # A user who may command the service does not get its sockets.
         code, text = command(run, tmp_path, "takeover", GROUP)
         assert '"reason": "permission"' in text
         # The new code of the anchor, and a socket that was made anew, admit the same.
