@@ -69,8 +69,8 @@ class _AnchorLog(GenerationLog):
     """Puts the anchor's pid before each line."""
 
     def __init__(self) -> None:
-        super().__init__(0)
-        self._prefix = f"[anchor, pid {os.getpid()}] "
+        super().__init__(0, name="anchor")
+        self.speak()
 
 
 class Anchor:

@@ -104,12 +104,19 @@ class Dispatcher:
 
     # Birth
 
-    def make_spawner(self, slot: Slot, generation: int, starter: Worker | None = None) -> Spawner:
-        """Return what starts a worker of a generation in a slot, for the worker that asks for it, if one does."""
-        return functools.partial(self._spawn, slot, generation, starter)
+    def make_spawner(self, slot: Slot, generation: int, restart: str = "", starter: Worker | None = None) -> Spawner:
+        """Return what starts a worker of a generation in a slot.
+
+        Args:
+            slot: the slot.
+            generation: the generation.
+            restart: the id of the restart that it is started for; empty where it is none.
+            starter: the worker that asks for it, if one does.
+        """
+        return functools.partial(self._spawn, slot, generation, restart, starter)
 
     async def _spawn(
-        self, slot: Slot, generation: int, starter: Worker | None, channel: socket.socket, stderr: int
+        self, slot: Slot, generation: int, restart: str, starter: Worker | None, channel: socket.socket, stderr: int
     ) -> Child:
         settings = self._state.config.settings
         try:
@@ -127,7 +134,7 @@ class Dispatcher:
             for key in ANCHORS_KEYS:
                 launch.environment.pop(key, None)
             environment = launch.environment
-            return spawn(launch, channel, stderr, line=theirs)
+            return spawn(launch, channel, stderr, line=theirs, restart=restart)
 
         try:
             with self._reaper.spawning():
@@ -320,7 +327,8 @@ class Dispatcher:
                 os.close(end)
                 raise SpawnFailed("this worker has not answered, and the anchor has started its successor")
             with socket.socket(fileno=end) as channel:
-                child = await self._spawn(slot, worker.successor_generation, worker, channel, stderr)
+                spawner = self.make_spawner(slot, worker.successor_generation, worker.successor_restart, worker)
+                child = await spawner(channel, stderr)
             descriptor = os.dup(child.pidfd)
         except (OSError, RestartError) as error:
             if child is not None:

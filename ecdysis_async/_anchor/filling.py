@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 
 from ecdysis_async._handoff.generation import Generation, GenerationLog
-from ecdysis_async._handoff.predecessor import PredecessorSide
+from ecdysis_async._handoff.predecessor import PredecessorSide, make_restart_id
 from ecdysis_async._handoff.protocol import PredecessorEvent
 from ecdysis_async._ipc.worker_link import FromAnchor
 from ecdysis_async._sockets.entry import Entry
@@ -18,7 +18,7 @@ from ecdysis_async._system.process import Spawner
 from ecdysis_async.report import State
 
 from .pool import Slot, SlotActivity, Worker
-from .state import AnchorState, Filled, wait_until
+from .state import AnchorState, Filled, Life, wait_until
 
 __all__ = ["Filler"]
 
@@ -59,7 +59,7 @@ class Filler:
         state: what the anchor knows.
         registry: the sockets that workers inherit.
         log: the anchor's log.
-        make_spawner: returns what starts a process of a generation in a slot.
+        make_spawner: returns what starts a process of a generation in a slot, for the restart whose id is given.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Filler:
         state: AnchorState,
         registry: Registry,
         log: GenerationLog,
-        make_spawner: Callable[[Slot, int], Spawner],
+        make_spawner: Callable[[Slot, int, str], Spawner],
     ) -> None:
         self._state = state
         self._registry = registry
@@ -83,12 +83,14 @@ class Filler:
             # The anchor could not serve in the worker's place, so there is nothing to keep a probation for.
             settings = dataclasses.replace(state.config.settings, probation=0, pid_file=None)
             hung = slot.bypassed
+            restart = self._find_restart()
             before_commit = functools.partial(self._send_away, hung) if hung is not None else None
             handoff = PredecessorSide(
                 Generation(generation - 1, settings, _AnchorHost(self._registry, before_commit), self.log),
                 lambda handoff: state.changes.announce(),
-                spawner=self._make_spawner(slot, generation),
+                spawner=self._make_spawner(slot, generation, restart),
                 number=generation,
+                restart=restart,
                 title=f"worker {slot.index}",
             )
             state.fillings[slot] = handoff
@@ -113,6 +115,13 @@ class Filler:
             slot.activity = SlotActivity.NONE
             state.changes.announce()
         return Filled(handoff.report, handoff.error)
+
+    def _find_restart(self) -> str:
+        """Return the id of the restart that a worker is started for now; it is empty at the first start."""
+        state = self._state
+        if state.life is Life.STARTING:
+            return ""
+        return state.roll_out.report.id if state.roll_out is not None and state.is_rolling else make_restart_id()
 
     async def _send_away(self, hung: Worker) -> None:
         """Tell a worker that does not answer that its place is another one's from now on (G2).

@@ -85,6 +85,7 @@ class Worker:
         handoff: what it has said of its restart.
         served_since: when it began to serve; NaN before that.
         successor_generation: the generation that its successor is to be.
+        successor_restart: the id of the restart that its successor is started for.
         reopened: the number of the last request to open log files anew that it has answered, and how many files it had.
         is_told_to_leave: whether it was told to stop, so that its end is no crash.
         left_unasked: whether it leaves of its own accord, and no worker has taken its place.
@@ -112,6 +113,7 @@ class Worker:
     ends_at: float | None = None
     handoff: HandoffStatus | None = None
     successor_generation: int = 0
+    successor_restart: str = ""
     served_since: float = math.nan
     is_told_to_leave: bool = False
     left_unasked: bool = False

@@ -8,6 +8,7 @@ import signal
 import anyio
 
 from ecdysis_async._handoff.generation import GenerationLog
+from ecdysis_async._handoff.predecessor import make_restart_id
 from ecdysis_async._ipc.worker_link import FromAnchor
 from ecdysis_async.report import State
 
@@ -170,7 +171,8 @@ class Reconciler:
             why.value.format(requests=worker.requests, megabytes=(worker.rss or 0) / 1e6),
         )
         try:
-            error = await replace(state, self._sockets, slot, worker, state.generation, self._bypass)
+            restart = make_restart_id()
+            error = await replace(state, self._sockets, slot, worker, state.generation, restart, self._bypass)
             if error is None and worker.is_alive:
                 with anyio.move_on_after(state.config.settings.probation):
                     await wait_until(state.changes, lambda: worker.handoff is not None and worker.handoff.is_over)

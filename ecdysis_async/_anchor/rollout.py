@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterable
 
 import anyio
 
 from ecdysis_async._handoff.generation import GenerationLog
+from ecdysis_async._handoff.predecessor import make_restart_id
 from ecdysis_async._handoff.protocol import PredecessorState
 from ecdysis_async._ipc.worker_link import FromAnchor, error_to_json
 from ecdysis_async._management.changes import Changes
@@ -37,7 +37,7 @@ ANSWER_SECONDS = 30.0
 def make_roll_out(generation: int, *, is_told: bool, before: RollOut | None) -> RollOut:
     """Return a roll-out that nothing has happened in yet."""
     report = RestartReport(
-        id=uuid.uuid4().hex[:12],
+        id=make_restart_id(),
         generation=generation,
         # The anchor's pid is the service's, before and after.
         predecessor_pid=os.getpid(),
@@ -66,14 +66,20 @@ def end_probation(roll_out: RollOut, changes: Changes) -> None:
 
 
 async def replace(
-    state: AnchorState, sockets: HeldSockets, slot: Slot, old: Worker, generation: int, bypass: Bypass
+    state: AnchorState,
+    sockets: HeldSockets,
+    slot: Slot,
+    old: Worker,
+    generation: int,
+    restart: str,
+    bypass: Bypass,
 ) -> RestartError | None:
     """Let a worker be followed by one of another generation; return once that serves, on probation, or why not.
 
     Where the worker does not answer, its successor is not on probation: nobody could take the place again.
     """
     try:
-        begin_replacing(sockets, slot, old, generation)
+        begin_replacing(sockets, slot, old, generation, restart)
     except RestartError as failure:
         return failure
     error: RestartError | None = None
@@ -108,19 +114,20 @@ async def replace(
     return error
 
 
-def begin_replacing(sockets: HeldSockets, slot: Slot, old: Worker, generation: int) -> None:
+def begin_replacing(sockets: HeldSockets, slot: Slot, old: Worker, generation: int, restart: str) -> None:
     """Tell a worker to make its successor.
 
     Raises:
         RestartError: there is no room for the descriptors that it needs for that.
     """
     old.handoff = None
-    old.successor_generation = generation
+    old.successor_generation, old.successor_restart = generation, restart
     try:
         descriptions, descriptors = sockets.share()
     except OSError as error:
         raise RestartError(f"worker {slot.index} cannot be given its sockets: {error}") from error
-    old.link.tell(FromAnchor.RESTART, {"generation": generation, "sockets": descriptions}, descriptors)
+    order = {"generation": generation, "restart": restart, "sockets": descriptions}
+    old.link.tell(FromAnchor.RESTART, order, descriptors)
 
 
 def settle(old: Worker) -> None:
@@ -162,7 +169,7 @@ class RollOutRunner:
         self._roll_out = roll_out
         self._state = state
         self._sockets = sockets
-        self.log = log
+        self.log = log.of(roll_out.report.id)
         self._fill = fill
         self._hung_workers = hung_workers
         self._prepare = prepare
@@ -246,7 +253,9 @@ class RollOutRunner:
         if old is not None:
             bypass = self._hung_workers.bypass
             error = await self._unless_stopped(
-                lambda: replace(self._state, self._sockets, turn.slot, old, generation, bypass)
+                lambda: replace(
+                    self._state, self._sockets, turn.slot, old, generation, self._roll_out.report.id, bypass
+                )
             )
             is_unwanted = self._state.is_stopping or self._roll_out.called_off is not None
             if old.is_alive or not turn.slot.is_vacant or is_unwanted:

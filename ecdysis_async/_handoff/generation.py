@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 
 from ecdysis_async._system.log_files import reopen_logs
+from ecdysis_async._system.own_log import Speaker, let_speak, logger
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.settings import Settings
 
@@ -21,14 +21,39 @@ __all__ = ["Generation", "GenerationLog"]
 
 
 class GenerationLog(logging.LoggerAdapter[logging.Logger]):
-    """Puts generation and pid before each line: in a restart's log two processes speak."""
+    """Puts generation, pid and restart before each line: in a restart's log several processes speak.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(logging.getLogger("ecdysis_async"), {})
-        self._prefix = f"[generation {number}, pid {os.getpid()}] "
+    Args:
+        number: of the generation.
+        restart: the id of the restart that the lines belong to; empty where they belong to none.
+        name: of the process; None: its generation.
+    """
+
+    def __init__(self, number: int, restart: str = "", name: str | None = None) -> None:
+        super().__init__(logger, {})
+        self._number = number
+        self._speaker = Speaker(f"generation {number}" if name is None else name, restart)
+
+    @property
+    def restart(self) -> str:
+        """The id of the restart that the lines belong to; empty where they belong to none."""
+        return self._speaker.restart
+
+    @restart.setter
+    def restart(self, id: str) -> None:
+        self._speaker.restart = id
+
+    def of(self, restart: str) -> GenerationLog:
+        """Return the same log for the lines of one restart."""
+        return GenerationLog(self._number, restart, self._speaker.name)
+
+    def speak(self) -> None:
+        """Let it speak for this process, also in lines that are written past it."""
+        let_speak(self._speaker)
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        return self._prefix + str(msg), kwargs
+        kwargs["extra"] = {**self._speaker.facts, **(kwargs.get("extra") or {})}
+        return self._speaker.prefix + str(msg), kwargs
 
 
 @dataclass(slots=True)

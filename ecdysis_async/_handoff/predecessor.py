@@ -51,7 +51,7 @@ from .side import HandoffSide, as_channel_error
 from .stash import At, Batch
 from .successor_process import SuccessorProcess
 
-__all__ = ["PredecessorSide"]
+__all__ = ["PredecessorSide", "make_restart_id"]
 
 # Limits of waits that no setting is worth: each is far more than a healthy process needs, seconds.
 PAUSE_SECONDS = 10.0
@@ -70,6 +70,11 @@ _OUTCOMES: Final = {
 }
 
 
+def make_restart_id() -> str:
+    """Return what names a restart in logs, reports and questions for its verdict."""
+    return uuid.uuid4().hex[:12]
+
+
 class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, PredecessorAction]):
     """One restart, as the generation that was asked for it carries it out.
 
@@ -82,6 +87,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         spawner: who brings the successor, where it is not started in the way of this generation.
         number: the successor's, where it is not the next one: a worker may be replaced within one generation.
         probation: how long the successor can be called back, seconds; None: as long as the settings say.
+        restart: the id of the restart that it belongs to; None: it is a restart of its own; empty: it belongs to none.
         title: what the log calls it, where it is no restart but a start.
 
     Attributes:
@@ -102,6 +108,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         spawner: Spawner | None = None,
         number: int | None = None,
         probation: float | None = None,
+        restart: str | None = None,
         title: str | None = None,
     ) -> None:
         super().__init__(PredecessorState.SPAWNING, step_predecessor, generation)
@@ -113,11 +120,13 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             Timer.PROBATION: settings.probation if probation is None else probation,
         }
         self.report = RestartReport(
-            id=uuid.uuid4().hex[:12],
+            id=restart or make_restart_id(),
             generation=generation.number + 1 if number is None else number,
             predecessor_pid=os.getpid(),
             started_at=time.time(),
         )
+        # What is written here belongs to this restart; other lines of this process may not.
+        self.log = generation.log.of(self.report.id if restart is None else restart)
         self._title = title or f"restart {self.report.id}"
         self.error: RestartError | None = None
         self.serving = anyio.Event()
@@ -168,7 +177,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
 
         Never raises what went wrong with the successor: that stands in ``error``.
         """
-        log = self.generation.log
+        log = self.log
         log.info("%s: starting generation %d", self._title, self.report.generation)
         try:
             await self._run()
@@ -254,7 +263,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         try:
             await self._successor.peer.channel.send(message, body, descriptors, timeout=timeout)
         except ChannelError as error:
-            self.generation.log.debug("the successor was not told of the drain: %s", error)
+            self.log.debug("the successor was not told of the drain: %s", error)
 
     def duplicate_channel(self) -> socket.socket | None:
         """Return another socket for the channel to the successor, by which a last word can be said, if there is one.
@@ -285,7 +294,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 self.published.set()
             case Frame(type=DrainMessage.HURRY):
                 item.close()
-                self.generation.log.warning(
+                self.log.warning(
                     "too many generations drain: the deadline of this one is now (max_draining); open connections: %d",
                     self.generation.host.connections,
                 )
@@ -376,7 +385,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             try:
                 self.report.lost = self._running.read_open_connections()
             except (OSError, struct.error) as error:
-                self.generation.log.warning("what the successor had accepted cannot be read: %r", error)
+                self.log.warning("what the successor had accepted cannot be read: %r", error)
         if self.state is PredecessorState.SETTLED:
             # This generation, which is not among its own ancestors, begins to drain as well.
             hurried = beyond(self.generation.lineage.ancestors, self._max_draining - 1)
@@ -384,7 +393,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         self.report.outcome = _OUTCOMES.get(self.state, self.report.outcome)
         if event is PredecessorEvent.STOP:
             self.report.outcome = Outcome.STOPPED
-        self.generation.log.info(
+        self.log.info(
             "%s: %s (generation %d, pid %s)",
             self._title,
             self.report.outcome.value if self.state.final else self.state.value,
@@ -392,7 +401,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             self.report.successor_pid,
         )
         if self.state is PredecessorState.SETTLED and self.unclaimed:
-            self.generation.log.warning(
+            self.log.warning(
                 "generation %d did not claim %s: closing what nobody listens on any more",
                 self.report.generation,
                 ", ".join(entry.name for entry in self.unclaimed),
@@ -441,7 +450,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             launch, self._env_file_keys = describe_launch(
                 settings.command, settings.environment, settings.env_file, self.generation.env_file_keys
             )
-            return spawn(launch, channel, stderr, is_kept=self.generation.is_supervised)
+            return spawn(launch, channel, stderr, is_kept=self.generation.is_supervised, restart=self.log.restart)
 
         return await run_in_thread(start)
 
@@ -472,7 +481,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 FromPredecessor.LISTENERS,
                 {
                     "version": VERSIONS[1],
-                    "restart": self.report.id,
+                    "restart": self.log.restart,
                     "generation": self.report.generation,
                     "predecessor": {"generation": generation.number, "pid": os.getpid()},
                     "sockets": descriptions,
@@ -512,7 +521,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             try:
                 await self._stash.make()
             except StashFailed as error:
-                self.generation.log.warning("%s", error)
+                self.log.warning("%s", error)
                 self.post(PredecessorEvent.BROKEN, error)
             else:
                 return True
@@ -529,7 +538,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                     if self.state is PredecessorState.PAUSING:
                         await self.generation.host.pause(unclaimed.__contains__)
         except Exception as error:
-            self.generation.log.exception("this generation could not stop accepting; the restart is called off")
+            self.log.exception("this generation could not stop accepting; the restart is called off")
             self.post(PredecessorEvent.BROKEN, error)
         else:
             # Make it now, when nobody is accepted any more whose changes would be missing in it.
@@ -555,7 +564,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             except OSError:
                 if not is_said:
                     is_said = True
-                    self.generation.log.exception("this generation cannot accept again yet; trying on")
+                    self.log.exception("this generation cannot accept again yet; trying on")
                 await anyio.sleep(RESUME_PAUSE_SECONDS)
             else:
                 self._resumed.set()

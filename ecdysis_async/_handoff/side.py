@@ -54,6 +54,7 @@ class HandoffSide(abc.ABC, Generic[State, Event, Action]):
         self.state: State = state
         self.over = anyio.Event()
         self.generation = generation
+        self.log = generation.log
         self._step = step
         self._events: deque[tuple[Event, object]] = deque()
         self._wakeup = anyio.Event()
@@ -83,7 +84,7 @@ class HandoffSide(abc.ABC, Generic[State, Event, Action]):
                         await self.perform(action)
                     except Exception as error:
                         # No descriptors, no memory: whatever it is, it fails this restart and not the service.
-                        self.generation.log.exception("%s failed", action.value)
+                        self.log.exception("%s failed", action.value)
                         self.post(self.failed, error)
             await self.conclude()
         finally:

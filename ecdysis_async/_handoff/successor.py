@@ -186,7 +186,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         try:
             self.report = RestartReport.from_json(body["report"])
         except (KeyError, TypeError, ValueError) as error:
-            self.generation.log.warning("the predecessor's report cannot be read: %r", error)
+            self.log.warning("the predecessor's report cannot be read: %r", error)
 
     async def before_event(self, event: SuccessorEvent, cause: object) -> bool:
         # A process that was stopped for longer wakes to both, its timer and a predecessor that died meanwhile; leaving
@@ -199,7 +199,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             self.opened.set()
         if self.state is before:
             return
-        log = self.generation.log
+        log = self.log
         assert self.predecessor is not None
         if event is SuccessorEvent.DIED:
             self.generation.inherited_stash.expect_no_more()
@@ -242,7 +242,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                 registry = self._plane.registry
                 # There are some left only where the predecessor died before this side was ready: nobody else has them.
                 for entry in registry.close_unclaimed(unlink=True):
-                    self.generation.log.warning("nobody claims %s: it is closed, nobody listens there", entry.name)
+                    self.log.warning("nobody claims %s: it is closed, nobody listens there", entry.name)
                 async with self.generation.gate_lock:
                     # What was created here, also where the task that will accept has not had its turn yet.
                     registry.start_listening()
@@ -267,7 +267,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             await self._channel.send(message, body)
         except ChannelError as error:
             # Whether that is a death or a fault, the listener finds out and posts.
-            self.generation.log.debug("%s was not sent: %s", message, error)
+            self.log.debug("%s was not sent: %s", message, error)
 
     async def _say_hello(self) -> None:
         pidfd = os.pidfd_open(os.getpid())
@@ -306,9 +306,11 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                 channel = Channel(socket.socket(fileno=next(descriptors)))
                 generation.lineage.ancestors.append(Ancestor(number, pid, Peer(channel, next(descriptors))))
             generation.number = int(body["generation"])
-            generation.log = GenerationLog(generation.number)
             generation.env_file_keys = tuple(body["env_file_keys"])
             self.restart_id = str(body["restart"])
+            generation.log = GenerationLog(generation.number, self.restart_id)
+            generation.log.speak()
+            self.log = generation.log
             make_room(int(body.get("connections", 0)))
             self.predecessor = Ancestor(int(body["predecessor"]["generation"]), int(body["predecessor"]["pid"]), peer)
             unowned.pop_all()

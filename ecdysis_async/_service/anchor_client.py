@@ -61,7 +61,8 @@ class WorkerCommands:
     """What an anchor can order of a generation, and learn of it.
 
     Attributes:
-        begin_restart: begins to replace this worker by one of the generation that is given; raises a ``RestartError``.
+        begin_restart: begins to replace this worker by one of the generation that is given, for a restart of the
+            service whose id is given, where the anchor has told it; raises a ``RestartError``.
         stop: lets this worker leave.
         leave_place: lets this worker leave, because another one has its place already, and accepts.
         abandon: lets this worker leave, and leave its addresses at once: nobody else goes on with them.
@@ -72,7 +73,7 @@ class WorkerCommands:
         ends_in: tells within how many seconds its drain ends; None while none is under way.
     """
 
-    begin_restart: Callable[[int], PredecessorSide]
+    begin_restart: Callable[[int, str | None], PredecessorSide]
     stop: Callable[[], None]
     leave_place: Callable[[], None]
     abandon: Callable[[], None]
@@ -396,7 +397,9 @@ class AnchorClient(Management):
                 self.changed()
             case FromAnchor.RESTART:
                 self._pass_on(body["sockets"], frame.descriptors)
-                self._restart(int(body["generation"]))
+                # An anchor of an earlier release does not say which restart that is.
+                restart = body.get("restart")
+                self._restart(int(body["generation"]), str(restart) if restart is not None else None)
                 return
             case FromAnchor.SETTLE if self._handover is not None:
                 self._handover.post(PredecessorEvent.SETTLE)
@@ -424,9 +427,9 @@ class AnchorClient(Management):
                 logger.debug("the anchor says %r", frame.type)
         frame.close()
 
-    def _restart(self, generation: int) -> None:
+    def _restart(self, generation: int, restart: str | None) -> None:
         try:
-            handover = self._commands.begin_restart(generation)
+            handover = self._commands.begin_restart(generation, restart)
         except RestartError as error:
             self._refuse(error)
             return

@@ -70,7 +70,7 @@ class Commands:
                 generation.settings, restart_signals=(), stop_signals=(signal.SIGTERM,)
             )
             orders = WorkerCommands(
-                begin_restart=lambda number: self._restarts.begin(number=number),
+                begin_restart=lambda number, restart: self._restarts.begin(number=number, restart=restart),
                 stop=functools.partial(self._leaving.stop, Stop.TOLD),
                 leave_place=self._leaving.leave_place,
                 abandon=self._leaving.abandon,

@@ -31,7 +31,7 @@ from ecdysis_async._management.control_path import locate
 from ecdysis_async._management.systemd import find_systemd
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._sockets.registry import Registry
-from ecdysis_async._system.claims import is_check, is_worker, take_channel
+from ecdysis_async._system.claims import is_check, is_worker, restart_id, take_channel
 from ecdysis_async._system.forking import withholding_from_children
 from ecdysis_async.errors import HandoffAborted
 from ecdysis_async.report import RestartReport, State
@@ -245,7 +245,7 @@ class Ecdysis(Listeners):
             1,
             self._settings,
             AcceptingHost(plane),
-            GenerationLog(1),
+            GenerationLog(1, restart_id()),
             stashes=self._stashes,
             inherited_stash=self._inherited_stash,
         )
@@ -256,6 +256,7 @@ class Ecdysis(Listeners):
         self._restarts = Restarts(life, self._leaving)
         self._resources = ExitStack()
         _current = self
+        generation.log.speak()
         try:
             self._resources.callback(self._registry.close, unlink=False)
             self._resources.enter_context(

@@ -55,7 +55,12 @@ class Restarts:
             raise
 
     def begin(
-        self, spawner: Spawner | None = None, *, number: int | None = None, is_told: bool = False
+        self,
+        spawner: Spawner | None = None,
+        *,
+        number: int | None = None,
+        is_told: bool = False,
+        restart: str | None = None,
     ) -> PredecessorSide:
         """Begin a restart, unless that is not possible now.
 
@@ -63,6 +68,7 @@ class Restarts:
             spawner: starts the successor; None: the management's, or else this process.
             number: of the successor; None: the next one.
             is_told: whether systemd may know of it, because ExecReload= has asked for it.
+            restart: the id of the service's restart that it is a part of; None: it is one of its own.
 
         Raises:
             RestartError: why it is not possible.
@@ -93,6 +99,7 @@ class Restarts:
             spawner=spawner or life.management.spawner,
             number=number,
             probation=life.management.probation,
+            restart=restart,
         )
         life.handover, life.last_report = handover, handover.report
         life.handed_over = anyio.Event()
@@ -178,6 +185,7 @@ class Restarts:
         life.management.restart_changed(handover)
         life.note_change()
         if life.has_successor:
+            life.generation.log.restart = handover.log.restart
             life.task_group.start_soon(life.management.hand_main_process_to, handover)
 
     # As the successor
@@ -185,6 +193,8 @@ class Restarts:
     async def follow(self, inheritance: SuccessorSide) -> None:
         """See the handoff through that this generation came from; then listen to the older ones until each is dead."""
         await inheritance.run()
+        # What comes from here on is this generation's own.
+        self._life.generation.log.restart = ""
         if inheritance.state is not SuccessorState.SETTLED:
             return
         life, lineage = self._life, self._life.generation.lineage

@@ -21,6 +21,8 @@ __all__ = [
     "is_check",
     "is_worker",
     "mark",
+    "mark_restart",
+    "restart_id",
     "take_activation",
     "take_channel",
     "take_line",
@@ -34,6 +36,9 @@ LINE_MARKER = "ECDYSIS_LINE"
 # The same for the memory with the state of an anchor that executes itself anew, or lets the new code try it.
 ANCHOR_MARKER = "ECDYSIS_ANCHOR"
 ANCHOR_CHECK_MARKER = "ECDYSIS_ANCHOR_CHECK"
+# The id of the restart that starts this process, and device and inode of the channel that it belongs to: a process in
+# between may have let the variable through to a later one, which has a channel of its own.
+RESTART_KEY = "ECDYSIS_RESTART"
 # Set for a process that tells over the channel what it is, and ends: it is no generation.
 CHECK_KEY = "ECDYSIS_CHECK"
 
@@ -45,6 +50,7 @@ PRIVATE_KEYS = (
     ANCHOR_MARKER,
     ANCHOR_CHECK_MARKER,
     CHECK_KEY,
+    RESTART_KEY,
     "LISTEN_PID",
     "LISTEN_PIDFDID",
     "LISTEN_FDS",
@@ -69,6 +75,17 @@ def mark(descriptor: int) -> str:
     """Return the marker of a descriptor, for the variable of the process that is passed it."""
     found = os.fstat(descriptor)
     return f"{descriptor}:{found.st_dev}:{found.st_ino}"
+
+
+def mark_restart(restart: str, channel: int) -> str:
+    """Return what tells a process, by its first line, which restart it was started for.
+
+    Args:
+        restart: the id.
+        channel: the descriptor of the process' end of the channel.
+    """
+    found = os.fstat(channel)
+    return f"{restart}:{found.st_dev}:{found.st_ino}"
 
 
 def claim_socket(key: str) -> socket.socket | None:
@@ -128,6 +145,15 @@ if _channel is not None:
     # A process that ends before anything takes the channel has nobody else who closes it.
     atexit.register(_channel.close)
 
+
+def _claim_restart() -> str:
+    restart, _, marker = os.environ.pop(RESTART_KEY, "").partition(":")
+    is_ours = _channel is not None and mark(_channel.fileno()).partition(":")[2] == marker
+    return restart if is_ours and restart.isalnum() else ""
+
+
+_restart_id = _claim_restart()
+
 _line: socket.socket | None = claim_socket(LINE_MARKER)
 _is_worker = _line is not None
 if _is_worker and threading.current_thread() is threading.main_thread():
@@ -147,6 +173,11 @@ def take_channel() -> socket.socket | None:
     global _channel
     sock, _channel = _channel, None
     return sock
+
+
+def restart_id() -> str:
+    """Return the id of the restart that this process was started for; empty for none, or where nobody has told."""
+    return _restart_id
 
 
 def take_line() -> socket.socket | None:

@@ -20,7 +20,7 @@ import anyio
 
 from ecdysis_async.errors import SpawnFailed
 
-from .claims import LINE_MARKER, MARKER, mark
+from .claims import LINE_MARKER, MARKER, RESTART_KEY, mark, mark_restart
 from .launch import TRAMPOLINE, Launch, read_first_lines
 from .signals import clean_mask
 
@@ -233,7 +233,13 @@ def find_missing() -> str | None:
 
 
 def spawn(
-    launch: Launch, channel: socket.socket, stderr: int, *, is_kept: bool = False, line: socket.socket | None = None
+    launch: Launch,
+    channel: socket.socket,
+    stderr: int,
+    *,
+    is_kept: bool = False,
+    line: socket.socket | None = None,
+    restart: str = "",
 ) -> Process:
     """Start the successor. It blocks for the time of an exec: call it in a thread.
 
@@ -244,6 +250,7 @@ def spawn(
         stderr: the descriptor that becomes its 2; stays ours.
         is_kept: it shall become a child of systemd later, by :meth:`Process.let_go`.
         line: the worker's end of its line to the anchor, where the anchor starts it; stays ours.
+        restart: the id of the restart that it is started for; empty where it is none.
 
     The successor blocks no signal, whatever this process blocks.
 
@@ -252,6 +259,8 @@ def spawn(
     """
     passed = {MARKER: channel} | ({LINE_MARKER: line} if line is not None else {})
     environment = launch.environment | {key: mark(sock.fileno()) for key, sock in passed.items()}
+    if restart:
+        environment[RESTART_KEY] = mark_restart(restart, channel.fileno())
     try:
         _find_program(launch)
         # With neither preexec_fn nor a change of user, subprocess takes vfork: fork would stop this process for as

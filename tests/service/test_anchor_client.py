@@ -48,10 +48,10 @@ class Pair:
                 return frame
             frame.close()
 
-    def begin(self, generation: int) -> PredecessorSide:
+    def begin(self, generation: int, restart: str | None) -> PredecessorSide:
         if self.refusal is not None:
             raise self.refusal
-        handover = PredecessorSide(self.life.generation, lambda handover: None, number=generation)
+        handover = PredecessorSide(self.life.generation, lambda handover: None, number=generation, restart=restart)
         self.life.handover = handover
         return handover
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ecdysis_async._system.claims import LINE_MARKER, MARKER, claim_activation, claim_socket, mark
+from ecdysis_async._system.claims import LINE_MARKER, MARKER, claim_activation, claim_socket, mark, mark_restart
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -151,3 +151,24 @@ def test_a_process_takes_what_it_was_passed_once(keys: tuple[str, ...], output: 
             check=True, capture_output=True, text=True, cwd=PROJECT,
         )  # fmt: skip
     assert found.stdout == output
+
+
+def test_a_restart_is_known_by_the_first_line_and_not_to_what_is_started_from_here() -> None:
+    here, there = socket.socketpair()
+    program = (
+        "import os, subprocess, sys; from ecdysis_async._system.claims import restart_id; "
+        "print(repr(restart_id()), 'ECDYSIS_RESTART' in os.environ)"
+    )
+    with here, there:
+        marks = {MARKER: mark(there.fileno()), "ECDYSIS_RESTART": mark_restart("0123456789ab", there.fileno())}
+        other = {**marks, "ECDYSIS_RESTART": mark_restart("0123456789ab", here.fileno())}
+        for variables, expected in (marks, "'0123456789ab' False"), (other, "'' False"):
+            told = subprocess.run(
+                [sys.executable, "-c", program],
+                env={**os.environ, **variables, "PYTHONPATH": str(PROJECT)},
+                pass_fds=[there.fileno()],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            assert told.stdout.strip() == expected
