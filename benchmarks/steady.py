@@ -23,19 +23,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .bench import LIMIT_SECONDS, PROJECT, Options, Table, describe_machine, parse, publish, spread
+from .bench import LIMIT_SECONDS, PROJECT, Options, Table, cpu_seconds, describe_machine, parse, publish, spread
 from .hello import BODY
+from .pairs import (
+    HOST,
+    QUICK,
+    WORKLOADS,
+    Exchange,
+    Extent,
+    KeepAlive,
+    Workload,
+    alternate,
+    connect,
+    measure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HOST = "127.0.0.1"
-REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-# How many clients there are: each turn sends one request for each of them, and then reads the answers.
-CLIENTS = 32
-
-PATIENCE_SECONDS = 30.0
+EXCHANGE = Exchange(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", BODY, clients=32)
 
 # Requests before anything is measured: the interpreter specialises what runs often.
 WARM_UP_TURNS = 30
@@ -93,17 +99,7 @@ QUICK_CASES = [CASES[0], CASES[4]]
 CONTROL = Case("uvicorn (httptools) on uvloop, bare beside bare", CASES[0].bare, (), (1.0, 1.0))
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """How long to measure: pairs of processes, pairs of slices with each, and seconds of a slice."""
-
-    processes: int
-    slices: int
-    seconds: float
-
-
 FULL = Extent(processes=2, slices=10, seconds=0.3)
-QUICK = Extent(processes=1, slices=2, seconds=0.02)
 
 
 @contextlib.contextmanager
@@ -154,8 +150,7 @@ def wait_until_served(port: int, server: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + LIMIT_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         with contextlib.suppress(OSError), connect(port) as sock:
-            sock.sendall(REQUEST)
-            read_answer(sock)
+            EXCHANGE.ask([sock])
             return
         time.sleep(0.05)
     raise RuntimeError(f"{server.args!r} does not serve")
@@ -170,81 +165,14 @@ def processes(pid: int) -> Iterator[int]:
                 yield from processes(int(child))
 
 
-def cpu_seconds(pid: int) -> float:
+def tree_cpu_seconds(pid: int) -> float:
     """Return what a tree of processes has used of the processor so far."""
-    # In nanoseconds; /proc/PID/stat counts hundredths of seconds.
-    spent = 0
+    spent = 0.0
     for each in processes(pid):
-        for thread in Path(f"/proc/{each}/task").glob("*/schedstat"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                spent += int(thread.read_text().split()[0])
-    return spent / 1e9
-
-
-def connect(port: int) -> socket.socket:
-    """Open a connection."""
-    sock = socket.create_connection((HOST, port), timeout=PATIENCE_SECONDS)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
-
-
-def read_answer(sock: socket.socket) -> None:
-    """Read an answer to its end.
-
-    Raises:
-        RuntimeError: it is none.
-    """
-    answer = b""
-    while not answer.endswith(BODY):
-        piece = sock.recv(65536)
-        if not piece:
-            raise RuntimeError(f"the server answered {answer!r}")
-        answer += piece
-
-
-class KeepAlive:
-    """Requests on connections that stay open."""
-
-    name = "kept connection"
-
-    def __init__(self, port: int) -> None:
-        self._sockets = [connect(port) for _ in range(CLIENTS)]
-
-    def turn(self) -> None:
-        """Make a request on each connection."""
-        for sock in self._sockets:
-            sock.sendall(REQUEST)
-        for sock in self._sockets:
-            read_answer(sock)
-
-    def close(self) -> None:
-        """Close the connections."""
-        for sock in self._sockets:
-            sock.close()
-
-
-class Connecting:
-    """A connection for each request."""
-
-    name = "new connection"
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-
-    def turn(self) -> None:
-        """Make a request on as many new connections."""
-        sockets = [connect(self._port) for _ in range(CLIENTS)]
-        for sock in sockets:
-            sock.sendall(REQUEST)
-        for sock in sockets:
-            read_answer(sock)
-            sock.close()
-
-    def close(self) -> None:
-        """Leave nothing: nothing is open between two turns."""
-
-
-WORKLOADS: tuple[type[KeepAlive | Connecting], ...] = (KeepAlive, Connecting)
+        # A process may end between the listing and the question.
+        with contextlib.suppress(OSError):
+            spent += cpu_seconds(each)
+    return spent
 
 
 @dataclass(slots=True)
@@ -262,38 +190,33 @@ class Comparison:
         return spread([ours / bare for bare, ours in self.pairs])
 
 
-def measure(load: KeepAlive | Connecting, pid: int, seconds: float) -> float:
-    """Load a server for a slice of time; return the processor time of a request."""
-    turns = 0
-    used = cpu_seconds(pid)
-    begun = time.perf_counter()
-    # Once at least, however long this process has waited for its turn before it comes so far.
-    while not turns or time.perf_counter() - begun < seconds:
-        load.turn()
-        turns += 1
-    return (cpu_seconds(pid) - used) / (turns * CLIENTS)
-
-
 def compare(case: Case, extent: Extent) -> list[Comparison]:
     """Measure a case under each workload, on several pairs of processes: one process differs from the next by luck."""
     comparisons = [Comparison(case, workload.name, aim) for workload, aim in zip(WORKLOADS, case.aims, strict=True)]
     ours = (*ECDYSIS, *case.ours, "--bind", f"{HOST}:{{port}}", "--log-level", "warning") if case.ours else case.bare
     for _ in range(extent.processes):
         with serving(case.bare) as bare, serving(ours) as other:
-            servers = (bare, other)
             for comparison, workload in zip(comparisons, WORKLOADS, strict=True):
-                loads = [workload(port) for _, port in servers]
-                for load in loads:
-                    for _ in range(WARM_UP_TURNS):
-                        load.turn()
-                for number in range(extent.slices):
-                    # Each is the first one half of the time.
-                    order = (0, 1) if number % 2 == 0 else (1, 0)
-                    times = {which: measure(loads[which], servers[which][0], extent.seconds) for which in order}
-                    comparison.pairs.append((times[0], times[1]))
-                for load in loads:
-                    load.close()
+                comparison.pairs += load_in_turn((bare, other), workload, extent)
     return comparisons
+
+
+def load_in_turn(
+    servers: tuple[tuple[int, int], tuple[int, int]], workload: Workload, extent: Extent
+) -> list[tuple[float, float]]:
+    """Load a pair of servers in turn, once both are warm; return the processor time of a request of each."""
+    loads = [workload(port, EXCHANGE) for _, port in servers]
+    for load in loads:
+        for _ in range(WARM_UP_TURNS):
+            load.turn()
+
+    def measure_one(which: int) -> float:
+        return measure(loads[which], lambda: tree_cpu_seconds(servers[which][0]), extent.seconds).cpu_each
+
+    pairs = alternate(extent.slices, measure_one)
+    for load in loads:
+        load.close()
+    return pairs
 
 
 def tabulate(comparisons: list[Comparison]) -> Table:

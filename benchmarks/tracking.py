@@ -8,40 +8,26 @@ A bare server beside another bare one shows how much of a difference is noise: r
 from __future__ import annotations
 
 import os
-import socket
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .bench import Options, Subject, Table, cpu_seconds, describe_machine, parse, publish, running, spread
-from .subject import HOST, Style
+from .pairs import QUICK, WORKLOADS, Exchange, Extent, KeepAlive, Rate, Workload, alternate, measure
+from .subject import Style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINE = b"GET / HTTP/1.1 Host: localhost User-Agent: benchmark Accept: */*\n"
 
-# How many clients there are: each turn sends one request for each of them, and then reads the answers.
-CLIENTS = 16
-
-# No answer takes longer, seconds.
-PATIENCE_SECONDS = 30.0
+# Our servers answer a line with itself.
+EXCHANGE = Exchange(LINE, LINE, clients=16)
 
 AIM_PERCENT = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """How long to measure: pairs of processes, pairs of slices with each, and seconds of a slice."""
-
-    processes: int
-    slices: int
-    seconds: float
-
-
 FULL = Extent(processes=4, slices=6, seconds=0.12)
-QUICK = Extent(processes=1, slices=2, seconds=0.02)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,59 +63,6 @@ CASES = [
 QUICK_CASES = [CASES[0], CASES[3], CASES[6]]
 
 
-class KeepAlive:
-    """Requests on connections that stay open."""
-
-    name = "keep-alive"
-
-    def __init__(self, port: int) -> None:
-        self._sockets = [connect(port) for _ in range(CLIENTS)]
-
-    def turn(self) -> None:
-        """Make a request on each connection."""
-        for sock in self._sockets:
-            sock.sendall(LINE)
-        for sock in self._sockets:
-            read_answer(sock)
-
-    def close(self) -> None:
-        """Close the connections."""
-        for sock in self._sockets:
-            sock.close()
-
-
-class Connecting:
-    """A connection for each request."""
-
-    name = "connect, request, close"
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-
-    def turn(self) -> None:
-        """Make a request on as many new connections."""
-        sockets = [connect(self._port) for _ in range(CLIENTS)]
-        for sock in sockets:
-            sock.sendall(LINE)
-        for sock in sockets:
-            read_answer(sock)
-            sock.close()
-
-    def close(self) -> None:
-        """Leave nothing: nothing is open between two turns."""
-
-
-WORKLOADS: tuple[type[KeepAlive | Connecting], ...] = (KeepAlive, Connecting)
-
-
-@dataclass(slots=True)
-class Rate:
-    """What one slice came to."""
-
-    per_second: float
-    cpu_each: float  # seconds of the server's processor time for each request
-
-
 @dataclass(slots=True)
 class Comparison:
     """Pairs of slices: of the bare server, and of the tracked one right beside it."""
@@ -149,41 +82,6 @@ class Comparison:
         return spread([(tracked.cpu_each / bare.cpu_each - 1) * 100 for bare, tracked in self.pairs])
 
 
-def connect(port: int) -> socket.socket:
-    """Open a connection."""
-    sock = socket.create_connection((HOST, port), timeout=PATIENCE_SECONDS)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
-
-
-def read_answer(sock: socket.socket) -> None:
-    """Read an answer to its end.
-
-    Raises:
-        RuntimeError: it is none.
-    """
-    answer = sock.recv(len(LINE))
-    while len(answer) < len(LINE) and (piece := sock.recv(len(LINE) - len(answer))):
-        answer += piece
-    if answer != LINE:
-        raise RuntimeError(f"the server answered {answer!r}")
-
-
-def measure(load: KeepAlive | Connecting, subject: Subject, seconds: float) -> Rate:
-    """Load a server for a slice of time."""
-    turns = 0
-    used = cpu_seconds(subject.pid)
-    begun = time.perf_counter()
-    elapsed = 0.0
-    # Once at least, however long this process has waited for its turn before it comes so far.
-    while elapsed < seconds:
-        load.turn()
-        turns += 1
-        elapsed = time.perf_counter() - begun
-    # The client has its answers, and the server still has connections to close: they count for it all the same.
-    return Rate(turns * CLIENTS / elapsed, (cpu_seconds(subject.pid) - used) / (turns * CLIENTS))
-
-
 def compare(case: Case, extent: Extent) -> list[Comparison]:
     """Measure a case under each workload, on several pairs of processes: one process differs from the next by luck."""
     comparisons = [Comparison(case, workload.name) for workload in WORKLOADS]
@@ -194,18 +92,22 @@ def compare(case: Case, extent: Extent) -> list[Comparison]:
             tracked = stack.enter_context(running(*arguments, *(["--bare"] if case.is_control else [])))
             keep_apart([bare.pid, tracked.pid])
             for comparison, workload in zip(comparisons, WORKLOADS, strict=True):
-                subjects = (bare, tracked)
-                loads = [workload(subject.port) for subject in subjects]
-                for subject, load in zip(subjects, loads, strict=True):
-                    measure(load, subject, extent.seconds)
-                for number in range(extent.slices):
-                    # Each is the first one half of the time.
-                    order = (0, 1) if number % 2 == 0 else (1, 0)
-                    rates = {which: measure(loads[which], subjects[which], extent.seconds) for which in order}
-                    comparison.pairs.append((rates[0], rates[1]))
-                for load in loads:
-                    load.close()
+                comparison.pairs += load_in_turn((bare, tracked), workload, extent)
     return comparisons
+
+
+def load_in_turn(subjects: tuple[Subject, Subject], workload: Workload, extent: Extent) -> list[tuple[Rate, Rate]]:
+    """Load a pair of servers in turn, after a slice each that warms them up."""
+    loads = [workload(subject.port, EXCHANGE) for subject in subjects]
+
+    def measure_one(which: int) -> Rate:
+        return measure(loads[which], lambda: cpu_seconds(subjects[which].pid), extent.seconds)
+
+    measure_one(0), measure_one(1)
+    pairs = alternate(extent.slices, measure_one)
+    for load in loads:
+        load.close()
+    return pairs
 
 
 def keep_apart(servers: list[int]) -> None:
