@@ -278,7 +278,11 @@ class Anchor:
             await self._management.prepare(lambda: self._state.description)
 
     async def _open_sockets(self, open_sockets: Callable[[Registry], object]) -> None:
-        await run_in_thread(functools.partial(open_sockets, self._held_sockets.service))
+        service = self._held_sockets.service
+        await run_in_thread(functools.partial(open_sockets, service))
+        for entry in service.entries:
+            # What former code has opened may be asked for with others by now.
+            entry.apply_permissions()
 
     async def _run(self) -> int:
         state, management = self._state, self._management

@@ -50,7 +50,8 @@ class HeldSockets:
 
     def take(self, descriptions: list[dict[str, Any]], descriptors: Sequence[int]) -> None:
         """Hold what a worker has created, for the other workers and for ever; the descriptors are taken over."""
-        known = {(entry.name, entry.address) for entry in self.service.entries}
+        # A socket whose path was removed is no hindrance to the one that a worker has made in its place.
+        known = {(entry.name, entry.address) for entry in self.service.entries if not entry.has_lost_its_path()}
         fresh = []
         for description, descriptor in zip(descriptions, descriptors, strict=True):
             if (description["name"], description["address"]) in known:
@@ -64,7 +65,7 @@ class HeldSockets:
             self._log.error("what a worker has opened cannot be held: %s", error)
 
     def share(self) -> tuple[list[dict[str, Any]], list[int]]:
-        """Return the sockets that a worker may not have, because another worker has created them.
+        """Return the sockets that a worker may not have: another worker has created them, or this anchor since then.
 
         Returns:
             Descriptions for JSON, and descriptors, which are the caller's.
@@ -72,8 +73,8 @@ class HeldSockets:
         Raises:
             OSError: there is no room for so many descriptors.
         """
-        # Every worker has the sockets that this anchor opened itself, and all that existed when the worker started.
-        shared = [entry for entry in self.service.entries if entry.inherited and entry.number is None]
+        # Every worker has what systemd has passed. It closes what it knows already.
+        shared = [entry for entry in self.service.entries if entry.number is None]
         descriptions, descriptors = self.service.describe(shared)
         given: list[int] = []
         with contextlib.ExitStack() as duplicates:
@@ -86,10 +87,13 @@ class HeldSockets:
     def drop_unclaimed(self, reports: Sequence[RestartReport | None]) -> None:
         """Close what no worker of a release wants. The service manager's own stay, because it passes them but once."""
         for entry in self.service.entries:
-            if not reports or not all(report is not None and entry.name in report.unclaimed for report in reports):
+            if not reports or not all(report is not None and _is_unwanted(entry, report) for report in reports):
                 continue
             if entry.number is None:
-                self._log.warning("no worker wants %s: it is closed", entry)
+                if entry.has_lost_its_path():
+                    self._log.warning("%s was removed by somebody, and is there again", entry.address)
+                else:
+                    self._log.warning("no worker wants %s: it is closed", entry)
                 self.service.release(entry, unlink=True)
             else:
                 self._log.warning("systemd has passed %s, and nobody asks for it: clients wait there", entry)
@@ -134,3 +138,9 @@ class HeldSockets:
         """Take over the sockets that were described."""
         for name, registry in self._registries():
             registry.inherit(sockets[name]["descriptions"], sockets[name]["descriptors"])
+
+
+def _is_unwanted(entry: Entry, report: RestartReport) -> bool:
+    """Say whether a worker does not want a socket; another one of the same name may be in its place."""
+    is_there = entry.name in (*report.inherited, *report.created)
+    return entry.name in report.unclaimed and (not is_there or entry.has_lost_its_path())

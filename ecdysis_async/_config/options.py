@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from ecdysis_async._management.control_access import ControlAccess
 from ecdysis_async._management.control_path import default_directories, locate
@@ -64,6 +64,9 @@ __all__ = [
 
 PREFIX = "ECDYSIS_"
 
+# Permissions of Unix sockets where a group was named, and no mode.
+GROUP_MODE = 0o660
+
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 DEFAULT_BIND = (Internet(DEFAULT_HOST, DEFAULT_PORT),)
 
@@ -74,6 +77,18 @@ MAX_CONTROL_PATH = 100
 def is_short(path: str) -> bool:
     """Say whether a control socket can have this path."""
     return len(os.fsencode(path)) <= MAX_CONTROL_PATH
+
+
+class UnixPermissions(TypedDict):
+    """Permissions of Unix sockets, as ``listen`` takes them; None: those of the umask, or of the process.
+
+    Attributes:
+        mode: of the path.
+        group: its number.
+    """
+
+    mode: int | None
+    group: int | None
 
 
 class OptionError(StartupError, ValueError):
@@ -160,7 +175,13 @@ class Options:
         aliases=("-b",),
     )
     unix_mode: int | None = _option(
-        None, parse_mode, "Permissions of new Unix sockets; else the umask's.", metavar="OCTAL"
+        None, parse_mode, "Permissions of Unix sockets; else the umask's, or 660 with unix-group.", metavar="OCTAL"
+    )
+    unix_group: str | None = _option(
+        None,
+        parse_group,
+        "The group of Unix sockets, such as a proxy's: a name or a number.",
+        metavar="GROUP",
     )
     backlog: int = _option(
         BACKLOG, number_of(1, "connections"), "How many connections may wait to be accepted.", metavar="N"
@@ -372,6 +393,13 @@ class Options:
     def control_access(self) -> ControlAccess:
         """Who may use the control socket."""
         return ControlAccess(self.control_mode, find_group(self.control_group) if self.control_group else None)
+
+    @property
+    def unix_permissions(self) -> UnixPermissions:
+        """What permissions Unix sockets have."""
+        if self.unix_group is None:
+            return {"mode": self.unix_mode, "group": None}
+        return {"mode": GROUP_MODE if self.unix_mode is None else self.unix_mode, "group": find_group(self.unix_group)}
 
     @property
     def is_tls(self) -> bool:

@@ -550,6 +550,8 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         # service stops, no restart follows, and there is nothing to open.
         if self.state is not PredecessorState.STOPPED:
             await self._resumed.wait()
+        if self.error is not None:
+            self.generation.host.registry.clear_dead_paths()
 
     async def _resume(self) -> None:
         """Accept again; there is no successor, and nobody else to do it, so it has to work in the end.

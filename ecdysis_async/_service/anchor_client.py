@@ -197,6 +197,8 @@ class AnchorClient(Management):
 
     async def prepare(self, describe: Callable[[], str]) -> None:
         self._share_created()
+        # What a worker has made is its own until then: where it fails, nobody else removes the path.
+        self._plane.registry.owns_paths = False
         # It is sent before this worker serves, so that the anchor has it by then, which says it once for all workers.
         self.tell(FromWorker.DESCRIPTION, {"text": describe()})
 

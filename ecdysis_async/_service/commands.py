@@ -64,7 +64,6 @@ class Commands:
         """
         life, generation = self._life, self._life.generation
         if (line := take_line()) is not None:
-            life.plane.registry.owns_paths = False
             # The other signals are caught since the first import (worker_link.py): they are the anchor's business.
             generation.settings = dataclasses.replace(
                 generation.settings, restart_signals=(), stop_signals=(signal.SIGTERM,)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .entry import Kind, join_host
 
-__all__ = ["Address", "Descriptor", "Internet", "Unix", "name_sockets", "parse_address", "resolve"]
+__all__ = ["Address", "Descriptor", "Internet", "Unix", "make_way", "name_sockets", "parse_address", "resolve"]
 
 # From 3 on: 0 to 2 are the standard streams, and sd_listen_fds(3) begins there as well.
 FIRST_DESCRIPTOR = 3
@@ -158,7 +158,7 @@ class Unix:
         """
         target = self._target()
         if not self.is_abstract:
-            _make_way(target)
+            make_way(target)
         mode = None if self.is_abstract else self.mode
         sock = socket.socket(socket.AF_UNIX, _unix_type(self.kind))
         try:
@@ -263,7 +263,7 @@ def _unix_type(kind: Kind) -> socket.SocketKind:
             return socket.SOCK_STREAM
 
 
-def _make_way(path: str) -> None:
+def make_way(path: str) -> None:
     """Remove a socket path that nobody is bound to any more.
 
     Raises:

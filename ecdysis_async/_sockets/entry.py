@@ -6,9 +6,11 @@ import array
 import contextlib
 import enum
 import errno
+import logging
 import os
 import select
 import socket
+import stat
 import struct
 import sys
 from dataclasses import dataclass
@@ -91,6 +93,8 @@ class Entry:
         inode: device and inode of its path, where the service made that path; else None.
         number: the descriptor that the service manager passed it by to the first generation; None for all others.
         adopted: whether the application made it: then other processes may have it, and accept from it, as well.
+        mode: permissions that its path shall have; None: as they are.
+        group: the number of the group that its path shall belong to; None: as it is.
     """
 
     name: str
@@ -104,6 +108,8 @@ class Entry:
     inode: tuple[int, int] | None = None
     number: int | None = None
     adopted: bool = False
+    mode: int | None = None
+    group: int | None = None
 
     def __str__(self) -> str:
         # Its name, and where it really is, if the name does not tell: a port that the kernel has chosen.
@@ -112,6 +118,7 @@ class Entry:
 
     def start_listening(self) -> None:
         """Let clients queue. Does nothing for a socket that listens already, or that has no queue of connections."""
+        self.apply_permissions()
         if not self.has_queue:
             return
         # A connected socket that was adopted has no queue either.
@@ -121,6 +128,25 @@ class Entry:
             self.sock.listen(self.backlog)
         except OSError as error:
             raise explain(error, "listen on", self.address) from error
+
+    def apply_permissions(self) -> None:
+        """Give the path of an inherited socket the permissions that are asked for now.
+
+        That comes with the commit, so that a restart that fails changes nothing. A generation that accepts again gives
+        the path its own permissions back.
+        """
+        if (self.mode is None and self.group is None) or not self.is_at_its_path():
+            return
+        try:
+            found = os.lstat(self.address)
+            if self.group is not None and found.st_gid != self.group:
+                os.chown(self.address, -1, self.group, follow_symlinks=False)
+            if self.mode is not None and stat.S_IMODE(found.st_mode) != self.mode:
+                os.chmod(self.address, self.mode)
+        except OSError as error:
+            logging.getLogger("ecdysis_async").warning(
+                "the permissions of %s stay as they are: %s", self.address, error.strerror or error
+            )
 
     def is_listening(self) -> bool:
         """Say whether clients can queue: another process that shares the socket may have put an end to that."""
@@ -189,6 +215,10 @@ class Entry:
     def is_at_its_path(self) -> bool:
         """Say whether its path still leads to this very socket."""
         return self.inode is not None and find_inode(self.address) == self.inode
+
+    def has_lost_its_path(self) -> bool:
+        """Say whether it had a path, and no client finds it there any more."""
+        return self.inode is not None and not self.is_at_its_path()
 
 
 def join_host(host: str, port: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ecdysis_async.errors import DescriptorMismatch, GarbledFrame
 
-from .addresses import EVERY_ADDRESS, Address, Descriptor, Internet, Unix, resolve
+from .addresses import EVERY_ADDRESS, Address, Descriptor, Internet, Unix, make_way, resolve
 from .entry import BACKLOG, Entry, Until, address_of, explain, find_inode, is_connected, kind_of
 
 __all__ = ["Registry", "listen"]
@@ -182,6 +182,7 @@ class Registry:
         """
         kind, text = address.kind, address.text
         name, until = name or f"{kind.value}:{text}", Until(until)
+        permissions = (address.mode, address.group) if isinstance(address, Unix) else (None, None)
 
         def fits(inherited: Entry) -> bool:
             # A path that was removed, or now leads elsewhere (a directory in it is a symlink that has moved), is made
@@ -191,7 +192,7 @@ class Registry:
             )
 
         # The inherited one with this name and address comes first, where several have the name.
-        found = self._claim(lambda inherited: inherited.name == name and fits(inherited), until, backlog)
+        found = self._claim(lambda inherited: inherited.name == name and fits(inherited), until, backlog, permissions)
         if found is None:
             # Passed under this very name: then the address is the socket unit's business.
             found = self._claim(
@@ -205,7 +206,7 @@ class Registry:
             )
         if found is None and address.is_single:
             # Renamed between the generations: the address cannot be bound a second time, and there is but one of it.
-            found = self._claim(fits, until, backlog)
+            found = self._claim(fits, until, backlog, permissions)
         return self._create(address, name, until, backlog) if found is None else found
 
     def adopt(
@@ -295,6 +296,17 @@ class Registry:
         entry.sock.close()
         self.on_release()
 
+    def clear_dead_paths(self) -> None:
+        """Remove what a successor that has failed left where a socket's path was lost: nobody listens there.
+
+        The next restart makes the path anew. One that leads to a live socket is somebody's, and stays.
+        """
+        for entry in self.entries:
+            if entry.has_lost_its_path():
+                # It stays where another program, or a file that is no socket, is there.
+                with contextlib.suppress(OSError):
+                    make_way(entry.address)
+
     def give_back(self, entry: Entry) -> None:
         """Undo that a socket was asked for: what was inherited is nobody's again, and a new one is closed."""
         if not entry.inherited:
@@ -327,15 +339,23 @@ class Registry:
             raise explain(error, "bind", text) from error
         sock.setblocking(False)
         inode = find_inode(text) if isinstance(address, Unix) and not address.is_abstract else None
-        entry = Entry(name, kind, text, sock, until, backlog, inode=inode)
+        mode, group = (address.mode, address.group) if isinstance(address, Unix) else (None, None)
+        entry = Entry(name, kind, text, sock, until, backlog, inode=inode, mode=mode, group=group)
         self._entries.append(entry)
         return entry
 
-    def _claim(self, fits: Callable[[Entry], bool], until: Until, backlog: int) -> Entry | None:
+    def _claim(
+        self,
+        fits: Callable[[Entry], bool],
+        until: Until,
+        backlog: int,
+        permissions: tuple[int | None, int | None] = (None, None),
+    ) -> Entry | None:
         """Claim the first unclaimed entry that fits. Equal ones (SO_REUSEPORT) are so claimed in order, each once."""
+        mode, group = permissions
         for index, entry in enumerate(self._entries):
             if not entry.claimed and fits(entry):
-                claimed = replace(entry, claimed=True, until=until, backlog=backlog)
+                claimed = replace(entry, claimed=True, until=until, backlog=backlog, mode=mode, group=group)
                 self._entries[index] = claimed
                 return claimed
         return None
@@ -365,14 +385,22 @@ def _parse(description: dict[str, Any]) -> tuple[str, str, tuple[int, int] | Non
             raise GarbledFrame(f"a listener is described by name and address, not by {description!r}")
 
 
-def listen(registry: Registry, address: Address, *, backlog: int = BACKLOG, mode: int | None = None) -> list[Entry]:
+def listen(
+    registry: Registry,
+    address: Address,
+    *,
+    backlog: int = BACKLOG,
+    mode: int | None = None,
+    group: int | None = None,
+) -> list[Entry]:
     """Ask for the sockets of one address: inherited ones, those that the service manager has passed, or new ones.
 
     Args:
         registry: of this generation.
         address: where; names are looked up, which may block.
         backlog: how many connections may wait to be accepted.
-        mode: permissions of a new Unix socket; None: those of the umask.
+        mode: permissions of a Unix socket; None: those of the umask, or of the inherited one.
+        group: the number of the group that a Unix socket belongs to; None: that of the process, or the inherited one's.
 
     Raises:
         OSError: it cannot be bound. LookupError: no such socket was passed. ValueError: a path is too long.
@@ -382,7 +410,7 @@ def listen(registry: Registry, address: Address, *, backlog: int = BACKLOG, mode
     opened: list[Entry] = []
     try:
         for each in resolve(address):
-            opened.append(_listen(registry, each, backlog, mode))  # noqa: PERF401 - those before an error are given back
+            opened.append(_listen(registry, each, backlog, mode, group))  # noqa: PERF401 - those before an error are given back
     except BaseException:
         for entry in opened:
             registry.give_back(entry)
@@ -390,12 +418,12 @@ def listen(registry: Registry, address: Address, *, backlog: int = BACKLOG, mode
     return opened
 
 
-def _listen(registry: Registry, address: Address, backlog: int, mode: int | None) -> Entry:
+def _listen(registry: Registry, address: Address, backlog: int, mode: int | None, group: int | None) -> Entry:
     match address:
         case Internet():
             return registry.obtain(address, backlog=backlog)
         case Unix():
-            return registry.obtain(replace(address, mode=mode), backlog=backlog)
+            return registry.obtain(replace(address, mode=mode, group=group), backlog=backlog)
         case Descriptor(name):
             try:
                 return registry.claim(name)

@@ -135,9 +135,9 @@ def make_config(options: Options, control_path: str | None) -> AnchorConfig:
     """
     # Without --bind the first worker opens its own sockets: an `async def main` may listen elsewhere.
     addresses = options.bind if options.bind != DEFAULT_BIND else ()
-    backlog, mode = options.backlog, options.unix_mode
+    backlog, permissions = options.backlog, options.unix_permissions
     return AnchorConfig(
-        {str(each): functools.partial(listen, address=each, backlog=backlog, mode=mode) for each in addresses},
+        {str(each): functools.partial(listen, address=each, backlog=backlog, **permissions) for each in addresses},
         workers=options.workers,
         settings=Settings(
             ready_timeout=options.ready_timeout,

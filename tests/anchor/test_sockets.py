@@ -44,10 +44,10 @@ def test_what_a_worker_creates_is_held_and_shared(held: HeldSockets) -> None:
     create(held)
     assert names(held.service) == ["opened", "created"]
     descriptions, descriptors = held.share()
-    # What the anchor has opened itself, every worker has.
-    assert [each["name"] for each in descriptions] == ["created"]
-    (descriptor,) = descriptors
-    with socket.socket(fileno=descriptor) as shared:
+    # What the anchor has opened itself may be later than the worker.
+    assert [each["name"] for each in descriptions] == ["opened", "created"]
+    os.close(descriptors[0])
+    with socket.socket(fileno=descriptors[1]) as shared:
         assert shared.getsockname() == held.service.entries[1].sock.getsockname()
         assert shared.fileno() != held.service.entries[1].sock.fileno()
 
@@ -58,6 +58,33 @@ def test_what_is_held_already_is_closed(held: HeldSockets) -> None:
     descriptions, _ = held.service.describe()
     held.take(descriptions, [os.dup(entry.sock.fileno())])
     assert held.service.entries == (entry,)
+
+
+def test_a_path_that_was_removed_is_held_anew_by_what_a_worker_has_made(
+    held: HeldSockets, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "socket"
+    lost = held.service.obtain(Unix(str(path)))
+    path.unlink()
+    theirs = Registry()
+    try:
+        theirs.obtain(Unix(str(path)))
+        descriptions, descriptors = theirs.describe()
+        held.take(descriptions, [os.dup(each) for each in descriptors])
+        new = held.service.entries[-1]
+        assert (lost.has_lost_its_path(), new.is_at_its_path()) == (True, True)
+        # The names are the same, and the first worker has made what the second one has inherited.
+        reports = [
+            make_report(unclaimed=[new.name], created=[new.name]),
+            make_report(unclaimed=[new.name], inherited=[new.name]),
+        ]
+        held.drop_unclaimed(reports)
+    finally:
+        for entry in theirs.entries:
+            entry.sock.close()
+    assert held.service.entries == (new,)
+    assert new.is_at_its_path()
+    assert "was removed by somebody, and is there again" in caplog.text
 
 
 def test_more_descriptors_than_descriptions_are_a_mistake(held: HeldSockets) -> None:

@@ -43,6 +43,7 @@ def test_every_option_can_be_a_variable_and_stand_in_the_file(write: Callable[..
         "app_dir": str(tmp_path),
         "bind": "127.0.0.1:1 unix:/a,fd://3",
         "unix_mode": "660",
+        "unix_group": "0",
         "backlog": "5",
         "workers": "3",
         "server": "HYPERCORN",

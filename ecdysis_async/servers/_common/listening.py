@@ -31,7 +31,7 @@ async def open_sockets(options: Options) -> list[socket.socket]:
         for address in options.bind:
             # In a thread, because a name server may be asked.
             for numeric in await run_in_thread(functools.partial(resolve, address)):
-                entries += listen(registry, numeric, backlog=options.backlog, mode=options.unix_mode)
+                entries += listen(registry, numeric, backlog=options.backlog, **options.unix_permissions)
     except (OSError, LookupError, ValueError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else error.args[0]
         raise StartupError(str(text)) from error
