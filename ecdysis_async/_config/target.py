@@ -5,18 +5,21 @@ Nothing here knows a server, and nothing is imported but the application itself.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import enum
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
 from typing import Any
 
 from ecdysis_async.errors import StartupError
 
-__all__ = ["Kind", "find_kind", "load"]
+__all__ = ["Kind", "find_kind", "load", "require_source"]
 
 
 class Kind(enum.Enum):
@@ -99,13 +102,78 @@ def _import(module: str, directory: str) -> Any:
         # Another missing module is one that the application asks for.
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
-        where = "its own package" if error.name != module.partition(".")[0] else f"{directory}, or on sys.path"
-        near = difflib.get_close_matches(error.name, _modules_of(directory), 1)
-        raise StartupError(
-            f"there is no module {error.name!r} in {where}"
-            + "".join(f": did you mean {each!r}?" for each in near)
-            + ("" if near else ": is --app-dir right?")
-        ) from None
+        raise _explain_missing_module(error.name, module, directory) from None
+
+
+def _explain_missing_module(name: str, module: str, directory: str) -> StartupError:
+    where = "its own package" if name != module.partition(".")[0] else f"{directory}, or on sys.path"
+    near = difflib.get_close_matches(name, _modules_of(directory), 1)
+    return StartupError(
+        f"there is no module {name!r} in {where}"
+        + "".join(f": did you mean {each!r}?" for each in near)
+        + ("" if near else ": is --app-dir right?")
+    )
+
+
+def require_source(target: str, app_dir: str) -> None:
+    """See that there is such a target, as far as its source tells: nothing of it is imported.
+
+    Raises:
+        StartupError: there is no such module, or nothing in it has the attribute's name.
+    """
+    module, _, attribute = target.partition(":")
+    directory = os.path.abspath(app_dir)
+    path: Sequence[str] | None = [directory, os.getcwd(), *sys.path]
+    name, origin = "", None
+    for part in module.split("."):
+        name = f"{name}.{part}".lstrip(".")
+        spec = PathFinder.find_spec(name, path)
+        if spec is None and "." not in name:
+            # A package that is installed as editable may be found by a finder of its own.
+            spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise _explain_missing_module(name, module, directory)
+        path = spec.submodule_search_locations
+        if path is None and name != module:
+            raise StartupError(f"there is no module {module!r}: {spec.origin} is no package")
+        origin = spec.origin
+    first = attribute.partition(".")[0]
+    names = _names_in(origin)
+    # A module of a package is its attribute once it was imported.
+    modules = {name.removesuffix(".py") for each in path or () for name in _list(each)}
+    if names is None or first in names | modules:
+        return
+    near = difflib.get_close_matches(first, [each for each in names if not each.startswith("_")], 1)
+    raise StartupError(
+        f"{module} has no attribute {first!r}"
+        + "".join(f": did you mean {each!r}?" for each in near)
+        + f" (it is {origin})"
+    )
+
+
+def _names_in(file: str | None) -> set[str] | None:
+    """Return all names that a module may have; None where its source does not tell.
+
+    Names inside of functions and classes are among them: a name too many does no harm here.
+    """
+    if file is None or not file.endswith(".py"):
+        return None
+    try:
+        with open(file, "rb") as source:
+            nodes = list(ast.walk(ast.parse(source.read())))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    names = set()
+    for node in nodes:
+        match node:
+            case ast.Name(id=name):
+                names.add(name)
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.alias(name=name, asname=alias):
+                names.add(alias or name.partition(".")[0])
+    # Whatever is made by these, its name stands nowhere.
+    return None if names & {"*", "__getattr__", "globals", "setattr", "exec", "vars"} else names
 
 
 def _find_attribute(module: Any, name: str, attribute: str) -> Any:
@@ -126,11 +194,14 @@ def _find_attribute(module: Any, name: str, attribute: str) -> Any:
 
 
 def _modules_of(directory: str) -> list[str]:
+    return [name.removesuffix(".py") for name in _list(directory) if name.endswith(".py") or "." not in name]
+
+
+def _list(directory: str) -> list[str]:
     try:
-        names = os.listdir(directory)
+        return os.listdir(directory)
     except OSError:
         return []
-    return [name.removesuffix(".py") for name in names if name.endswith(".py") or "." not in name]
 
 
 def _required_parameters(app: Callable[..., Any]) -> list[str] | None:

@@ -8,7 +8,7 @@ import subprocess
 
 from ecdysis_async._system.threads import run_in_thread
 
-__all__ = ["check_unit", "find_shortcoming", "forbid_restart"]
+__all__ = ["check_unit", "find_shortcoming", "forbid_restart", "knows_descriptor_store"]
 
 # The version of systemd since which a service is told that it has a descriptor store (FDSTORE=).
 TELLS_OF_STORE = 254
@@ -40,9 +40,19 @@ async def find_shortcoming(*, has_socket_unit: bool) -> str | None:
     return await run_in_thread(_find_shortcoming, abandon_on_cancel=True)
 
 
-def _find_shortcoming() -> str | None:
+def knows_descriptor_store() -> bool:
+    """Say whether systemd tells a service of its descriptor store; it is taken for granted where there is none."""
+    version = _find_version()
+    return not version.isdecimal() or int(version) >= TELLS_OF_STORE
+
+
+def _find_version() -> str:
     words = _ask_systemctl("--version").split()
-    version = words[1] if words[:1] == ["systemd"] and len(words) > 1 else ""
+    return words[1] if words[:1] == ["systemd"] and len(words) > 1 else ""
+
+
+def _find_shortcoming() -> str | None:
+    version = _find_version()
     if not version.isdecimal() or int(version) >= TELLS_OF_STORE:
         return None
     *slices, unit = _read_control_group() or [""]

@@ -16,7 +16,15 @@ from ecdysis_async.errors import RestartError, RestartUnsupported
 
 from .claims import PRIVATE_KEYS
 
-__all__ = ["TRAMPOLINE", "Launch", "describe_launch", "find_from_start", "read_env_file", "read_first_lines"]
+__all__ = [
+    "TRAMPOLINE",
+    "Launch",
+    "describe_launch",
+    "find_from_start",
+    "follow_link",
+    "read_env_file",
+    "read_first_lines",
+]
 
 
 # AT_EXECFN of getauxval(3): the address of the path that was given to execve(2).
@@ -240,7 +248,7 @@ def _own_command() -> tuple[str, ...]:
         program = sys.executable
     elif _START_DIRECTORY is not None:
         program = os.path.join(_START_DIRECTORY, program)
-    program = _follow(program)
+    program = follow_link(program)
     if not program:
         raise RestartUnsupported("it is not known how this process was started: set command=", phase="start")
     if _SCRIPT in ("", "-"):
@@ -252,7 +260,7 @@ def _own_command() -> tuple[str, ...]:
     return program, *arguments
 
 
-def _follow(path: str) -> str:
+def follow_link(path: str) -> str:
     """Return a path by way of the link that the start directory goes through, where the path lies behind that link.
 
     An activated virtual environment is on PATH by the name that it had when it was made, without links.
@@ -267,7 +275,7 @@ def _follow_all(environment: Mapping[str, str]) -> dict[str, str]:
     variables = dict(environment)
     for name in ("PATH", "VIRTUAL_ENV", "PYTHONPATH"):
         if name in variables:
-            variables[name] = os.pathsep.join(map(_follow, variables[name].split(os.pathsep)))
+            variables[name] = os.pathsep.join(map(follow_link, variables[name].split(os.pathsep)))
     return variables
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from ecdysis_async._config.target import Kind, find_kind, load
+from ecdysis_async._config.target import Kind, find_kind, load, require_source
 from ecdysis_async.errors import StartupError
 
 Write = Callable[[str], None]
@@ -145,4 +145,47 @@ def wsgi(environ: Any, start_response: Any) -> None: ...
 def test_what_cannot_be_served(app: Any, expected: str) -> None:
     with pytest.raises(StartupError) as caught:
         find_kind(app, "a:b")
+    assert expected in str(caught.value)
+
+
+SOURCES = {
+    "names": "import os\nfrom json import loads as read\nif os: app = 1\nasync def main(): ...\n",
+    "stars": "from json import *\n",
+    "made": "globals()['app'] = 1\n",
+    "broken": "def\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("names:app", None),
+        ("names:app.nested", None),
+        ("names:main", None),
+        ("names:read", None),
+        ("names:ap", "names has no attribute 'ap': did you mean 'app'?"),
+        ("stars:app", None),
+        ("made:app", None),
+        # Whoever starts it hears of that.
+        ("broken:app", None),
+        ("nmaes:app", "there is no module 'nmaes'"),
+        ("package:inner", None),
+        ("package:app", "package has no attribute 'app'"),
+        ("package.inner:app", None),
+        ("package.outer:app", "there is no module 'package.outer' in its own package"),
+        ("names.inner:app", "names.py is no package"),
+        ("json:loads", None),
+    ],
+)
+def test_a_target_is_looked_for_without_being_imported(target: str, expected: str | None, tmp_path: Path) -> None:
+    for name, text in SOURCES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("raise AssertionError")
+    (tmp_path / "package" / "inner.py").write_text("raise AssertionError; app = 1")
+    if expected is None:
+        require_source(target, str(tmp_path))
+        return
+    with pytest.raises(StartupError) as caught:
+        require_source(target, str(tmp_path))
     assert expected in str(caught.value)

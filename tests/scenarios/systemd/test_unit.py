@@ -40,6 +40,7 @@ class PrintedUnit:
                 "ecdysis_async.cli",
                 "unit",
                 "app:main",
+                "--name=app",
                 f"--app-dir={APP}",
                 f"--bind={host}:{port}",
             ),
@@ -124,7 +125,8 @@ def test_a_dynamic_user_serves_a_port_of_root_with_next_to_no_rights(unit: Unit)
     machine.run("chmod", "-R", "a+rX", "/srv/ecdysis")
     machine.run("sh", "-c", f"echo ADDRESS={address[0]}:80 >/srv/ecdysis/app/variables")
     command = [
-        *("/usr/bin/python3", "-m", "ecdysis_async.cli", "unit", "app:main", f"--bind={address[0]}:{address[1]}"),
+        *("/usr/bin/python3", "-m", "ecdysis_async.cli", "unit", "app:main", "--name=app"),
+        f"--bind={address[0]}:{address[1]}",
         *("--env-file=variables", "--probation=0.05", "--drain-timeout=2", f"--output={machine.units}"),
     ]
     machine.run("env", "-C", "/srv/ecdysis/app", "PWD=/srv/ecdysis/app", "PYTHONPATH=/srv/ecdysis/packages", *command)
