@@ -54,6 +54,7 @@ TESTED_ELSEWHERE = {
     "servers/hypercorn.py": "as aiohttp.py",
     "servers/uvicorn.py": "as aiohttp.py",
     "servers/websockets.py": "as aiohttp.py",
+    "servers/_hypercorn_asyncio.py": "as aiohttp.py",
     "servers/_hypercorn_trio.py": "as aiohttp.py",
     "cli/run.py": "tests/scenarios/run runs the command as a whole",
     "cli/check.py": "tests/scenarios/run/test_check.py checks releases of running services",

@@ -2,7 +2,7 @@
 
 ``hypercorn.trio.serve`` accepts by trio's ``serve_listeners``, which cannot be paused and taken up again. So this
 module does the same on listeners of the ``Ecdysis``. Seams, as seen in hypercorn 0.18: ``Lifespan``, ``WorkerContext``,
-``TCPServer`` and ``wrap_app``.
+``TCPServer`` and its ``_read_data``, and ``wrap_app``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,18 @@ from ecdysis_async._accepting.trio_streams import TrioListener
 from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.asgi import Application
-from ecdysis_async.servers._common.goodbye import Goodbye
+from ecdysis_async.servers._common.goodbye import STEP_SECONDS, Goodbye
+from ecdysis_async.servers._common.http2 import Http2Goodbyes
 from ecdysis_async.servers._protocols.frames import FrameFollower
+from ecdysis_async.servers._protocols.hypercorn import HypercornConnections, http_2_of, release_streams
 
 __all__ = ["serve"]
+
+
+class _TCPServer(TCPServer):
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await release_streams(self)
 
 
 class _Stream:
@@ -84,25 +92,27 @@ async def serve(
         insecure: sockets of the ``Ecdysis``, to serve without TLS on.
         startup: told when this server could serve.
     """
-    # One context for each connection.
-    contexts: set[WorkerContext] = set()
-    connections: set[AcceptedConnection] = set()
-    is_late = False
+    connections = HypercornConnections()
 
     async def end_them() -> None:
         # Idle connections end at once, the others after their response.
-        for context in tuple(contexts):
-            await context.terminated.set()
+        for server in connections.known.values():
+            # A connection in its TLS handshake has no protocol yet. Those of HTTP/2 have a goodbye of their own.
+            if hasattr(server, "protocol") and http_2_of(server) is None:
+                await server.context.terminated.set()
 
-    def close_idle() -> None:
-        nonlocal is_late
-        is_late = True
-        for connection in connections:
+    async def end_idle() -> None:
+        await goodbye.late.wait()
+        for connection in connections.known:
             connection.mark_silent(is_silent=not application.is_busy(connection))
-        nursery.start_soon(end_them)
+        while True:
+            await end_them()
+            await trio.sleep(STEP_SECONDS)
 
-    goodbye = Goodbye(ecdysis, close_idle)
-    application = Application(app, goodbye)
+    goodbye = Goodbye(ecdysis)
+    goodbye.accompany(end_idle)
+    Http2Goodbyes(goodbye, connections.find_http_2)
+    application = Application(app, goodbye, connections.has_next_request)
     wrapped = wrap_app(cast("Any", application), config.wsgi_max_body_size, "asgi")
     state: dict[str, Any] = {}
     lifespan = Lifespan(wrapped, config, state)
@@ -112,19 +122,16 @@ async def serve(
         listeners += [trio.SSLListener(TrioListener(sock), ssl_context, https_compatible=True) for sock in secure]
 
     async def handle(stream: Any) -> None:
+        # One context for each connection.
         context = WorkerContext(None)
-        if is_late:
-            await context.terminated.set()
-        contexts.add(context)
         connection = current_connection.get()
         assert isinstance(connection, AcceptedConnection)
-        connections.add(connection)
+        whole: Any = _Stream(stream, context, connection, application.inbound)
+        server = _TCPServer(wrapped, config, context, ConnectionState(state.copy()), whole)
         try:
-            whole: Any = _Stream(stream, context, connection, application.inbound)
-            await TCPServer(wrapped, config, context, ConnectionState(state.copy()), whole)
+            with connections.holding(connection, server):
+                await server
         finally:
-            contexts.discard(context)
-            connections.discard(connection)
             application.inbound.pop(connection, None)
 
     try:

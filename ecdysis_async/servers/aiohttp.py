@@ -31,7 +31,7 @@ from ecdysis_async.errors import StartupError
 from ecdysis_async.servers._common.forwarded import Trusted
 from ecdysis_async.servers._common.goodbye import RESTARTING, STEP_SECONDS, Goodbye
 from ecdysis_async.servers._common.listening import describe, is_access_logged, make_ssl_context, open_sockets
-from ecdysis_async.servers._protocols.aiohttp import make_movable, stays
+from ecdysis_async.servers._protocols.aiohttp import has_next_request, make_movable, stays
 from ecdysis_async.servers._protocols.frames import follow_frames
 from ecdysis_async.settings import StrPath
 
@@ -208,6 +208,9 @@ class _Clients:
                 self.goodbye.add_websocket(dismiss)
             request.task.add_done_callback(lambda _: self.goodbye.discard_websocket(dismiss))
         elif self.goodbye.ecdysis.draining.is_set() and stays(request):
+            if has_next_request(request) and not self.goodbye.late.is_set():
+                # What the client has sent behind this request is answered, too.
+                return
             response.force_close()
             if request.version.major == 1:
                 response.headers["Connection"] = "close"

@@ -1,31 +1,26 @@
 """hypercorn on asyncio, uvloop and trio, whose sockets, signals and end are those of the ``Ecdysis``.
 
-Seams, as seen in hypercorn 0.18: ``hypercorn.asyncio.serve`` with its ``shutdown_trigger``, which is called once the
-server listens, and ``Config.create_sockets``. For trio see ``_hypercorn_trio.py``.
+The rest is in ``_hypercorn_asyncio.py`` and ``_hypercorn_trio.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import anyio
-from hypercorn.config import Config, Sockets
+from hypercorn.config import Config
 
-from ecdysis_async._accepting.asyncio_servers import noting_servers
 from ecdysis_async._accepting.data_plane import active
-from ecdysis_async._accepting.readiness import Startup
 from ecdysis_async._config.options import Options
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async._sockets.addresses import parse_address
 from ecdysis_async._sockets.registry import listen
-from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.forwarded import Forwarded
-from ecdysis_async.servers._common.goodbye import Goodbye, is_on_trio
+from ecdysis_async.servers._common.goodbye import is_on_trio
 from ecdysis_async.servers._common.listening import (
     CERT_REQS,
     describe,
@@ -33,7 +28,6 @@ from ecdysis_async.servers._common.listening import (
     make_ssl_context,
     open_sockets,
 )
-from ecdysis_async.servers._protocols.http import UnreadOnly
 
 from ._common import server_options
 
@@ -131,7 +125,9 @@ async def serve(
 
             await serve_on_trio(ecdysis, app, config, secure, insecure, startup)
         else:
-            await _serve_on_asyncio(ecdysis, app, config, secure, insecure, startup, transfer=transfer)
+            from ._hypercorn_asyncio import serve as serve_on_asyncio
+
+            await serve_on_asyncio(ecdysis, app, config, secure, insecure, startup, transfer=transfer)
 
 
 async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
@@ -163,82 +159,12 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
     await serve(ecdysis, app, config, await open_sockets(options), transfer=options.transfer)
 
 
-async def _serve_on_asyncio(
-    ecdysis: Ecdysis,
-    app: Callable[[Any, Any, Any], Awaitable[Any]],
-    config: _Config,
-    secure: Iterable[socket.socket],
-    insecure: Iterable[socket.socket],
-    startup: Startup,
-    *,
-    transfer: bool,
-) -> None:
-    import hypercorn.asyncio
-
-    goodbye = Goodbye(ecdysis)
-    application = Application(app, goodbye)
-    with noting_servers() as made, contextlib.ExitStack() as duplicates, goodbye.ending() as begin_shutdown:
-        config.give_sockets(
-            Sockets(
-                [duplicates.enter_context(_duplicate(sock)) for sock in secure],
-                [duplicates.enter_context(_duplicate(sock)) for sock in insecure],
-                quic_sockets=[],
-            )
-        )
-
-        async def leave() -> None:
-            for server in made:
-                # hypercorn would keep such a connection for `keep_alive_timeout`.
-                server.adapt(on_hang_up=application.close_after_answer)
-                if transfer:
-                    server.adapt(transfer=UnreadOnly(server.protocol_factory))
-            await startup.ready()
-            await ecdysis.ready()
-            await goodbye.wait_for_last_connection()
-            begin_shutdown()
-
-        failure: Exception | None = None
-
-        async def serve_to_the_end() -> None:
-            nonlocal failure
-            try:
-                # Told the mode: it takes an application that is no coroutine function for one of WSGI.
-                await hypercorn.asyncio.serve(cast("Any", application), config, shutdown_trigger=leave, mode="asgi")
-            except Exception as error:  # noqa: BLE001 - raised below
-                failure = error
-
-        # In a task of its own. hypercorn's task group is ended by an exception; before Python 3.13 that leaves its task
-        # with a cancellation that is never taken back, so that no scope around it could catch its own.
-        async with anyio.create_task_group() as task_group:
-            task_group.start_soon(serve_to_the_end)
-        if failure is not None:
-            raise application.failure or failure from None
-
-
-class _Config(Config):
-    """hypercorn's configuration with given sockets: hypercorn would bind its own."""
-
-    _sockets: Sockets
-
-    def give_sockets(self, sockets: Sockets) -> None:
-        """Let the server listen on these."""
-        self._sockets = sockets
-
-    def create_sockets(self) -> Sockets:
-        return self._sockets
-
-
-def _copy(given: Config) -> _Config:
-    config = _Config()
+def _copy(given: Config) -> Config:
+    config = Config()
     vars(config).update(vars(given))
     # Reaching it would shut the server down without the Ecdysis' knowledge.
     config.max_requests = None
     return config
-
-
-def _duplicate(sock: socket.socket) -> socket.socket:
-    """Return a duplicate, for hypercorn to own."""
-    return socket.socket(fileno=os.dup(sock.fileno()))
 
 
 async def _register(ecdysis: Ecdysis, config: Config, bind: str) -> socket.socket:

@@ -2,7 +2,7 @@
 
 Seams, as seen in uvicorn 0.54: ``Config.load``, ``.loaded_app`` and ``.http_protocol_class``; of ``Server`` the methods
 ``startup``, ``on_tick``, ``main_loop``, ``shutdown`` and ``capture_signals``, ``should_exit``, ``server_state`` and
-``lifespan`` with its ``state``; of HTTP/2's protocol ``cycles`` and ``shutdown``; of a WebSocket's ``close_timer``.
+``lifespan`` with its ``state``; of a WebSocket's ``close_timer``. For HTTP/2 see ``_protocols/uvicorn_http2.py``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from ecdysis_async.servers._protocols.uvicorn import (
     UvicornRequests,
     choose_transfer,
     follow_switch,
+    has_next_request,
     make_websockets_movable,
     may_switch,
 )
+from ecdysis_async.servers._protocols.uvicorn_http2 import follow_http_2, is_http_2
 
 from ._common import server_options
 
@@ -111,7 +113,7 @@ async def serve(
     except SystemExit as error:
         # uvicorn leaves the process where an import fails.
         raise error.__context__ or error from None
-    application = Application(config.loaded_app, goodbye, _send_goaway)
+    application = Application(config.loaded_app, goodbye, has_next_request)
     config.loaded_app = application
     config.http_protocol_class = follow_switch(config.http_protocol_class)
     if transfer:
@@ -163,7 +165,9 @@ class _Server(uvicorn.Server):
         self._transfers = transfer
         self._goodbye = goodbye
         self._application = application
-        if not may_switch(config.http_protocol_class):
+        if may_switch(config.http_protocol_class):
+            follow_http_2(goodbye, self.server_state)
+        else:
             application.rest(UvicornRequests(self.server_state))
 
     @contextlib.contextmanager
@@ -220,11 +224,5 @@ def _say_goodbye(protocol: Any) -> bool:
         # A request that nobody took note of, because the server does not show it any more. uvicorn closes behind it.
         protocol.shutdown()
         return True
-    _send_goaway(protocol)
-    return False
-
-
-def _send_goaway(protocol: Any) -> None:
-    """End an idle connection of HTTP/2: clients may make again what they have asked for meanwhile (RFC 9113, 6.8)."""
-    if getattr(protocol, "cycles", None) == {}:
-        protocol.shutdown()
+    # Connections of HTTP/2 have a goodbye of their own.
+    return is_http_2(protocol)

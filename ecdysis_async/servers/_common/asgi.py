@@ -1,7 +1,7 @@
 """What a server of ASGI is given in place of the application: it says goodbye to clients, and counts requests.
 
 The application is the one seam that all servers of ASGI have in public. Requests are left as they are. Once this
-generation leaves, the header ``Connection`` of responses says so; HTTP/2 has a frame for that.
+generation leaves, the header ``Connection`` of responses says so; HTTP/2 has a frame for that (``http2.py``).
 
 Where a server's own objects tell which requests are under way, nobody takes note of a request until this generation
 leaves: see :meth:`Application.rest`.
@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import struct
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
@@ -26,7 +25,7 @@ from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
 from ecdysis_async._connections.connection import Connection, current_connection, describe_request
 from ecdysis_async.servers._protocols.frames import FrameFollower, follow_frames
-from ecdysis_async.servers._protocols.http import will_move
+from ecdysis_async.servers._protocols.http import count_unread, will_move
 from ecdysis_async.servers._protocols.requests import RequestsUnderWay, RequestUnderWay
 
 from .goodbye import DRAINING, RESTARTING, SETTLED, Goodbye
@@ -39,11 +38,6 @@ log = logging.getLogger("ecdysis_async")
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-
-
-# The goodbye of HTTP/2 to a whole connection (RFC 9113, 6.8), of a server that leaves soon. The frame has 8 bytes, and
-# says that all requests are answered and that there was no error.
-GOAWAY = struct.pack("!IBBIII", 8, 7, 0, 0, 2**31 - 1, 0)[1:]
 
 
 # When a connection without a request is closed after its client has hung up: after so many seconds, and so many turns
@@ -62,17 +56,16 @@ class Application:
     Args:
         app: the application, of ASGI 3.
         goodbye: learns which WebSockets are open.
-        send_goaway: called with the protocol of a connection of HTTP/2 that has answered all of its requests, once this
-            generation leaves.
+        has_next: says of a connection whether its server holds what its client has sent behind the running request.
     """
 
     def __init__(
         self,
         app: Callable[[Any, Any, Any], Awaitable[Any]],
         goodbye: Goodbye,
-        send_goaway: Callable[[asyncio.BaseProtocol], None] | None = None,
+        has_next: Callable[[Any], bool] = lambda connection: False,
     ) -> None:
-        self._send_goaway = send_goaway
+        self._has_next = has_next
         self.failure: BaseException | None = None
         self.inbound: dict[AcceptedConnection, FrameFollower] = {}
         self._app = app
@@ -83,10 +76,6 @@ class Application:
         self._requests: dict[Connection, dict[_Request, None]] = {}
         # The connections whose client has hung up.
         self._deserted: WeakSet[ServerConnection] = WeakSet()
-        # The connections of HTTP/2 that were not told of the drain, where the server has no way to tell them.
-        self._untold: WeakSet[ServerConnection] = WeakSet()
-        goodbye.repeat(self._tell_http_2)
-
         # How many requests were begun.
         self._count = 0
         self._tracker.counters.append(lambda: self._count)
@@ -125,9 +114,6 @@ class Application:
         if self._under_way is not None and scope["type"] == "http" and scope["http_version"] != "2":
             self._find_own_request(self._under_way)
         connection = current_connection.get()
-        if self._send_goaway is None and scope["http_version"] == "2" and isinstance(connection, ServerConnection):
-            # A connection that was told, and goes on asking, is told once more.
-            self._untold.add(connection)
         with self._in_progress(scope):
             if scope["type"] == "websocket":
                 # Where this implementation of WebSockets cannot move, an offer has no effect.
@@ -196,7 +182,7 @@ class Application:
 
     async def _respond(self, scope: Message, receive: Receive, send: Send) -> None:
         async def send_through(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._draining.is_set() and not will_move():
+            if message["type"] == "http.response.start" and self._draining.is_set() and self._is_last():
                 message = {**message, "headers": _with_goodbye(message.get("headers", ()))}
             await send(message)
 
@@ -204,16 +190,24 @@ class Application:
         is_http_1 = scope["http_version"].startswith("1")
         await self._app(scope, receive, send_through if is_http_1 else send)
 
-    def _tell_http_2(self, is_late: bool) -> None:  # noqa: FBT001 - as Goodbye calls it
-        """Say goodbye to the connections of HTTP/2: while there is time, to those that have no request now.
+    def _is_last(self) -> bool:
+        """Say whether the running request is the last one that its connection gets an answer to.
 
-        Some clients take this frame for the end of everything; others still get their answers behind it. hypercorn does
-        not offer to send it. But hypercorn writes whole frames at a time, so that one more may stand between two.
+        What a client has sent behind it is answered first, as long as there is time: the client would not know whether
+        it was heard.
         """
-        for connection in [each for each in self._untold if is_late or each not in self._requests]:
-            self._untold.discard(connection)
-            if connection.transport is not None and not connection.transport.is_closing():
-                connection.transport.write(GOAWAY)
+        if will_move():
+            return False
+        connection = current_connection.get()
+        return self._goodbye.late.is_set() or connection is None or not self.is_asked_more(connection)
+
+    def is_asked_more(self, connection: Connection) -> bool:
+        """Say whether more was received of a connection than the running request."""
+        try:
+            return self._has_next(connection) or count_unread(connection.fileno()) > 0
+        except (OSError, ValueError, AttributeError):
+            # It is closed, and may have no socket any more.
+            return False
 
     def close_after_answer(self, connection: ServerConnection) -> None:
         """Close a connection whose client will ask no more, once it has the answers to all it has asked.
@@ -275,16 +269,12 @@ class Application:
         return [request.describe() for request in self._requests.get(connection, ())]
 
     def _go_idle(self, connection: ServerConnection) -> None:
-        """End a connection that is idle by now, or let it move, if it is on its way out."""
+        """Let a connection that is idle by now move, or end it if its client has hung up."""
         if connection.is_over():
             return
         connection.note_safe_point()
         if connection in self._deserted:
             self.close_after_answer(connection)
-        elif self._send_goaway is not None and self._draining.is_set() and connection.transport is not None:
-            # In a turn of the loop: the server has yet to hear that this request is answered.
-            protocol = connection.transport.get_protocol()
-            asyncio.get_running_loop().call_soon(self._send_goaway, protocol)
 
     # Requests of which nobody took note
 
@@ -350,7 +340,13 @@ class Application:
 
     def _tell_unsaid(self, is_late: bool) -> None:  # noqa: FBT001 - as Goodbye calls it
         """Say goodbye in responses that have not begun; where a connection would move, it may have to stay later on."""
-        self._unsaid = [request for request in self._unsaid if not request.say_goodbye()]
+        self._unsaid = [request for request in self._unsaid if not self._tell_one(request, is_late=is_late)]
+
+    def _tell_one(self, request: RequestUnderWay, *, is_late: bool) -> bool:
+        connection = request.connection
+        is_last = is_late or connection is None or not self.is_asked_more(connection)
+        # A response that has begun is to be asked no more.
+        return request.say_goodbye() if is_last else request.has_begun()
 
 
 class _Request:

@@ -64,6 +64,8 @@ class Goodbye:
 
     Attributes:
         ecdysis: says when this generation leaves.
+        late: set shortly before the deadline, when idle connections are to be closed.
+        deadline: of the drain, by the clock of the loop, once this generation leaves.
 
     Args:
         ecdysis: see above.
@@ -82,11 +84,12 @@ class Goodbye:
         # What says whether the client of each is in the middle of a message.
         self._websockets: dict[CloseWebSocket, Callable[[], bool]] = {}
         self._goodbyes: list[Callable[[bool], None]] = []
-        self._is_late = False
+        self._companions: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self.late = anyio.Event()
         self._gate, self._tracker = active().gate, active().tracker
         self._say_farewell = say_farewell
         self._timeout = ecdysis.drain_timeout
-        self._deadline = -math.inf
+        self.deadline = -math.inf
 
     def add_websocket(self, close: CloseWebSocket, is_in_message: Callable[[], bool] = lambda: False) -> None:
         """Let a WebSocket be closed by ``close``, with ``RESTARTING``; it may take its time, and raises nothing.
@@ -106,20 +109,26 @@ class Goodbye:
         """
         self._goodbyes.append(say_goodbye)
 
+    def accompany(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Have something run once this generation leaves; it is cancelled when the last connection has ended."""
+        self._companions.append(run)
+
     async def wait_for_last_connection(self) -> None:
         """Return when this generation has left and its last connection has ended, at the deadline at the latest.
 
         Cancelling it leaves connections as they are.
         """
         await self.ecdysis.finished()
-        self._deadline = anyio.current_time() + self._timeout
+        self.deadline = anyio.current_time() + self._timeout
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(self._say_goodbye)
-            with anyio.CancelScope(deadline=self._deadline + GRACE_SECONDS):
+            for run in self._companions:
+                task_group.start_soon(run)
+            with anyio.CancelScope(deadline=self.deadline + GRACE_SECONDS):
                 # Until the gate has ended, a connection may still be accepted.
                 while self._gate.state is not GateState.ENDED or len(self._tracker):
                     for say_goodbye in self._goodbyes:
-                        say_goodbye(self._is_late)
+                        say_goodbye(self.late.is_set())
                     await anyio.sleep(STEP_SECONDS)
             task_group.cancel_scope.cancel()
 
@@ -132,7 +141,7 @@ class Goodbye:
         with anyio.CancelScope() as scope:
 
             def begin() -> None:
-                scope.deadline = max(self._deadline, anyio.current_time() + GRACE_SECONDS)
+                scope.deadline = max(self.deadline, anyio.current_time() + GRACE_SECONDS)
 
             yield begin
         if scope.cancelled_caught:
@@ -142,7 +151,7 @@ class Goodbye:
         async with anyio.create_task_group() as closing:
             with contextlib.suppress(DrainInterrupt):
                 await self.ecdysis.until_draining(self._close_one_by_one(closing))
-            self._is_late = True
+            self.late.set()
             if self._say_farewell is not None:
                 self._say_farewell()
             while True:
@@ -155,7 +164,7 @@ class Goodbye:
 
         Those whose client is in the middle of a message stay, to the end of the drain where it does not end.
         """
-        end = self._deadline - min(ANSWER_SECONDS, self._timeout * ANSWER_SHARE)
+        end = self.deadline - min(ANSWER_SECONDS, self._timeout * ANSWER_SHARE)
         due = 0.0
         while True:
             await anyio.sleep(STEP_SECONDS)

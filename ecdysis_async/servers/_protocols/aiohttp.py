@@ -21,9 +21,9 @@ from ecdysis_async._accepting.asyncio_connections import ServerConnection
 from ecdysis_async._accepting.asyncio_servers import GatedServer
 from ecdysis_async._connections.parcel import Release
 
-from .http import IDLE, UnreadOnly, will_move
+from .http import IDLE, UnreadOnly, count_unread, will_move
 
-__all__ = ["AiohttpTransfer", "FollowedParser", "make_movable", "stays"]
+__all__ = ["AiohttpTransfer", "FollowedParser", "has_next_request", "make_movable", "stays"]
 
 EMPTY_LINE: Final = b"\r\n\r\n"
 
@@ -82,6 +82,16 @@ def make_movable(server: GatedServer) -> None:
 def stays(request: web.Request) -> bool:
     """Say whether the connection of a request stays here when it is answered."""
     return request.body_exists or not will_move()
+
+
+def has_next_request(request: web.Request) -> bool:
+    """Say whether whole requests have come behind this one."""
+    protocol: Any = request.protocol
+    try:
+        return bool(protocol._messages) or count_unread(protocol.transport.get_extra_info("socket").fileno()) > 0  # noqa: SLF001 - aiohttp's
+    except (OSError, ValueError, AttributeError):
+        # It is closed, and may have no socket any more.
+        return False
 
 
 def _is_idle(protocol: Any) -> bool:

@@ -21,7 +21,7 @@ from ecdysis_async._accepting.asyncio_connections import (
 from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._connections.parcel import Refused, Release
 
-__all__ = ["IDLE", "WEBSOCKET", "UnreadOnly", "will_move"]
+__all__ = ["IDLE", "WEBSOCKET", "UnreadOnly", "count_unread", "will_move"]
 
 IDLE: Final = "http/1.1"
 """The kind of a connection that moves between two requests; any server of HTTP/1.1 goes on with it."""
@@ -77,5 +77,14 @@ def _is_unread(descriptor: int) -> bool:
     if len(info) < TCP_INFO_BYTES:
         return False
     (received,) = struct.unpack_from("@Q", info, BYTES_RECEIVED)
+    return bool(received == count_unread(descriptor))
+
+
+def count_unread(descriptor: int) -> int:
+    """Return how many bytes the kernel has received of a connection, and its server has not read.
+
+    Raises:
+        OSError: it is no socket, or is closed.
+    """
     (waiting,) = struct.unpack("@i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))
-    return bool(received == waiting)
+    return int(waiting)

@@ -29,6 +29,10 @@ class RequestUnderWay(abc.ABC):
         self.scope = scope
 
     @abc.abstractmethod
+    def has_begun(self) -> bool:
+        """Say whether its response has begun."""
+
+    @abc.abstractmethod
     def say_goodbye(self) -> bool:
         """Let its response say that the connection ends; return False if it is to be asked again.
 

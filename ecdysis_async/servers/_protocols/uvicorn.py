@@ -18,7 +18,12 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from ecdysis_async._accepting.asyncio_connections import ProtocolFactory, ServerConnection, connection_of
+from ecdysis_async._accepting.asyncio_connections import (
+    ProtocolFactory,
+    ServerConnection,
+    connection_of,
+    protocol_of,
+)
 from ecdysis_async._connections.parcel import Refused, Release, Transferable
 
 from .http import IDLE, WEBSOCKET, UnreadOnly
@@ -35,6 +40,7 @@ __all__ = [
     "UvicornTransfer",
     "choose_transfer",
     "follow_switch",
+    "has_next_request",
     "make_websockets_movable",
     "may_switch",
 ]
@@ -74,6 +80,17 @@ protocol. A protocol that may switch to HTTP/2 names "h2" in ``alpn_protocols``.
 SANSIO = "uvicorn.protocols.websockets.websockets_sansio_impl"
 
 
+def has_next_request(connection: Any) -> bool:
+    """Say whether uvicorn has read more of a connection than the request that runs; of zttp's it is not known."""
+    protocol: Any = protocol_of(connection.transport)
+    if isinstance(protocol, H11Protocol):
+        return bool(protocol.conn.trailing_data[0])
+    if isinstance(protocol, HttpToolsProtocol):
+        # With the first byte of a message comes a new scope.
+        return bool(protocol.pipeline or protocol.scope is not protocol.cycle.scope)
+    return False
+
+
 def choose_transfer(protocol_factory: ProtocolFactory, protocol_class: type[asyncio.Protocol]) -> UnreadOnly:
     """Return how the connections of a server move that makes protocols of a class."""
     is_known = issubclass(protocol_class, H11Protocol | HttpToolsProtocol)
@@ -109,10 +126,10 @@ class _Cycle(RequestUnderWay):
         self._cycle = cycle
         # Asked here: a seam that has gone is to be known as long as all requests can still be written down.
         self._headers: list[tuple[bytes, bytes]] = cycle.default_headers
-        self._has_begun()
+        self.has_begun()
 
     def say_goodbye(self) -> bool:
-        if self._has_begun():
+        if self.has_begun():
             return True
         if self.connection is None or self.connection.will_move:
             return False
@@ -121,7 +138,7 @@ class _Cycle(RequestUnderWay):
         self._cycle.default_headers = [*self._headers, (b"connection", b"close")]
         return True
 
-    def _has_begun(self) -> bool:
+    def has_begun(self) -> bool:
         return bool(self._cycle.response_started)
 
 

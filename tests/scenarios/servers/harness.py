@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sized
+from collections.abc import AsyncIterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ TARGETS = {
     "uvicorn": [*HTTPTOOLS, "--no-transfer"],
     "uvicorn-h11": [*UVICORN, OPTION, "http=h11", OPTION, "ws=wsproto", "--no-transfer"],
     "uvicorn-moving": HTTPTOOLS,
+    "uvicorn-http2": [*UVICORN, OPTION, "http=zttp", OPTION, "http2=true"],
     "hypercorn": [ASGI, "--server=hypercorn", OPTION, "keep_alive_timeout=600", "--no-transfer"],
     "aiohttp": ["tests.scenarios.servers.service:make_aiohttp", "--factory", "--server=aiohttp", "--no-transfer"],
 }
@@ -129,7 +130,13 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def running(
-    server: str, loop: str, directory: Path, *, settings: Mapping[str, float], is_main: bool = False
+    server: str,
+    loop: str,
+    directory: Path,
+    *,
+    settings: Mapping[str, float],
+    is_main: bool = False,
+    options: Sequence[str] = (),
 ) -> AsyncIterator[Service]:
     """Run a service; stop it, and wait until the last of its processes has let go of stdout.
 
@@ -140,14 +147,15 @@ async def running(
         settings: of the ``Ecdysis``.
         is_main: it is a program of its own, which is restarted by a client; instead of one of ``ecdysis run``, which is
             by its control socket.
+        options: more of ``ecdysis run``.
     """
     control = None if is_main else str(directory / "control")
     if control is None:
         command = [*PYTHON, str(SERVICE), server, loop, json.dumps(dict(settings))]
     else:
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        common = ["--loop", loop, "--bind", "127.0.0.1:0", "--control", control, "--no-access-log", *options]
-        command = [*ECDYSIS, "run", *TARGETS[server], *common]
+        given = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        common = ["--loop", loop, "--bind", "127.0.0.1:0", "--control", control, "--no-access-log"]
+        command = [*ECDYSIS, "run", *TARGETS[server], *common, *given, *options]
     with (directory / "stderr").open("wb") as stderr:
         first = subprocess.Popen(
             command,

@@ -142,6 +142,8 @@ async def asgi(scope: Any, receive: Any, send: Any) -> None:
         case "http" if scope["path"] == "/events":
             await stream(scope["state"]["ecdysis.draining"], send)
         case "http":
+            while scope["method"] == "POST" and (await receive()).get("more_body"):
+                pass
             await answer(scope, send)
 
 
@@ -189,6 +191,17 @@ async def serve_by_uvicorn(
         asgi, port=0, http=http, ws=ws, timeout_keep_alive=600, access_log=False, log_level="warning"
     )
     await adapter.serve(ecdysis, config, transfer=transfer)
+
+
+async def serve_http_2_by_uvicorn(ecdysis: Ecdysis) -> None:
+    import uvicorn
+
+    import ecdysis_async.servers.uvicorn as adapter
+
+    config = uvicorn.Config(
+        asgi, port=0, http="zttp", http2=True, timeout_keep_alive=600, access_log=False, log_level="warning"
+    )
+    await adapter.serve(ecdysis, config)
 
 
 async def serve_by_hypercorn(ecdysis: Ecdysis, *, transfer: bool = False) -> None:
@@ -263,6 +276,7 @@ SERVE: dict[str, Callable[[Ecdysis], Awaitable[None]]] = {
     "uvicorn-h11-moving": functools.partial(serve_by_uvicorn, http="h11", ws="wsproto", transfer=True),
     "hypercorn-moving": functools.partial(serve_by_hypercorn, transfer=True),
     "aiohttp-moving": functools.partial(serve_by_aiohttp, transfer=True),
+    "uvicorn-http2": serve_http_2_by_uvicorn,
     "hypercorn": serve_by_hypercorn,
     "aiohttp": serve_by_aiohttp,
 }

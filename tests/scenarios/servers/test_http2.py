@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import trustme
 from hpack import Decoder, Encoder
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, PingFrame, SettingsFrame
 
 from tests.scenarios.servers.clients import HOST
 from tests.scenarios.servers.harness import PATIENCE_SECONDS, find_blemishes, running
+from tests.scenarios.servers.streams import Counts, StreamClient
 
 pytestmark = pytest.mark.newest_python_only
 
@@ -102,6 +105,72 @@ async def read_frame(reader: asyncio.StreamReader) -> Frame | None:
     frame, length = Frame.parse_frame_header(memoryview(header))
     frame.parse_body(memoryview(await reader.readexactly(length)))
     return frame
+
+
+# Of each kind of clients.
+STREAM_CLIENTS = 3
+STREAM_SETTINGS = {"probation": 0.05, "drain_timeout": 4}
+
+CASES = [
+    ("hypercorn", "asyncio", "tls"),
+    ("hypercorn", "uvloop", "clear"),
+    ("hypercorn", "trio", "clear"),
+    ("hypercorn", "trio", "tls"),
+    ("uvicorn-http2", "asyncio", "clear"),
+    ("uvicorn-http2", "uvloop", "tls"),
+    ("hypercorn", "asyncio", "main"),
+    ("hypercorn", "trio", "main"),
+    ("uvicorn-http2", "uvloop", "main"),
+]
+
+
+@pytest.mark.parametrize(("server", "loop", "kind"), CASES)
+def test_every_stream_is_answered_or_may_be_asked_again(server: str, loop: str, kind: str, tmp_path: Path) -> None:
+    counts = asyncio.run(restart_among_streams(server, loop, kind, tmp_path))
+    assert counts.lost == []
+    assert {"1", "2", "3"} <= set(counts.answers)
+    assert counts.goodbyes >= 4 * STREAM_CLIENTS
+    # Those who do not heed the first GOAWAY are refused what comes behind the second one.
+    assert counts.refused >= 1
+
+
+async def restart_among_streams(server: str, loop: str, kind: str, directory: Path) -> Counts:
+    options, tls = make_tls(directory) if kind == "tls" else ([], None)
+    counts = Counts()
+    ended = asyncio.Event()
+    is_main = kind == "main"
+    async with (
+        running(server, loop, directory, settings=STREAM_SETTINGS, is_main=is_main, options=options) as service,
+        asyncio.TaskGroup() as task_group,
+    ):
+        for number in range(2 * STREAM_CLIENTS):
+            client = StreamClient(service.port, counts, tls, is_deaf=number % 2 == 1)
+            task_group.create_task(client.run(ended))
+        for number in range(2):
+            while not counts.answers[str(number + 1)]:  # noqa: ASYNC110 - an answer has no event
+                await asyncio.sleep(0.01)
+            report = await service.restart()
+            assert report.get("outcome") == "settled", report
+            await service.wait_for_ends(number + 1)
+        while not counts.answers["3"]:  # noqa: ASYNC110 - an answer has no event
+            await asyncio.sleep(0.01)
+        ended.set()
+    reports = [service.reports[pid] for pid in service.pids[:-1]]
+    assert [report and report.drain.cut for report in reports] == [0, 0]
+    assert find_blemishes(directory) == []
+    return counts
+
+
+def make_tls(directory: Path) -> tuple[list[str], ssl.SSLContext]:
+    """Return options of ``ecdysis run`` that serve TLS, and what a client of HTTP/2 connects with."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    path = directory / "certificate.pem"
+    certificate.private_key_and_cert_chain_pem.write_to_path(path)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    context.set_alpn_protocols(["h2"])
+    return ["--certfile", str(path), "--keyfile", str(path)], context
 
 
 @pytest.mark.timeout(600)  # a few seconds on an idle machine

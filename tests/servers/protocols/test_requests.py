@@ -48,6 +48,7 @@ class Farewell:
 
     ecdysis: Leaving
     said: list[Callable[[bool], None]] = field(default_factory=list)
+    late: anyio.Event = field(default_factory=anyio.Event)
 
     def repeat(self, say_goodbye: Callable[[bool], None]) -> None:
         self.said.append(say_goodbye)
