@@ -24,6 +24,7 @@ from ecdysis_async._handoff.preflight import check_release, compare
 from ecdysis_async._handoff.protocol import PredecessorEvent
 from ecdysis_async._ipc.worker_link import FromAnchor
 from ecdysis_async._management.controlled import ControlHandlers
+from ecdysis_async._management.health import HealthServer
 from ecdysis_async._management.management import LEEWAY_SECONDS, OwnManagement
 from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import find_systemd
@@ -41,7 +42,8 @@ from .config import AnchorConfig
 from .dispatch import Dispatcher
 from .filling import Filler
 from .hanging import HungWorkers
-from .health import HealthServer
+from .health_pages import make_pages
+from .metrics_files import prepare_directory, remove_directory
 from .needs import OPENING_ERRORS, Need, Needs, explain_failure
 from .pool import Slot
 from .reaping import Reaper
@@ -188,6 +190,7 @@ class Anchor:
         async with AsyncExitStack() as resources:
             # What a crash has left is the next start's, where this start has failed.
             resources.callback(lambda: self._held_sockets.close(unlink=self._state.has_served))
+            resources.callback(self._remove_metrics_dir)
             resources.callback(management.close)
             management.handle_signals()
             if self._signals_before >= 0:
@@ -235,6 +238,8 @@ class Anchor:
         """Return what has to be open, in the order in which it is opened."""
         config = self._config
         needs = []
+        if config.metrics_dir is not None:
+            needs.append(Need(f"the directory of metrics {config.metrics_dir}", self._prepare_metrics_dir))
         if config.health is not None:
             needs.append(Need(f"the health address {config.health}", self._open_health))
         if self._pid_file_need is not None:
@@ -269,7 +274,14 @@ class Anchor:
             raise
         for entry in opened:
             why_not_ready = functools.partial(status.why_not_ready, self._state)
-            self._tasks.start_soon(HealthServer(entry.sock, why_not_ready).run)
+            pages = make_pages(self._state, self._held_sockets)
+            self._tasks.start_soon(HealthServer(entry.sock, why_not_ready, pages).run)
+
+    async def _prepare_metrics_dir(self) -> None:
+        assert self._config.metrics_dir is not None
+        state = self._state
+        former = state.metrics_dir
+        state.metrics_dir = await run_in_thread(functools.partial(prepare_directory, self._config.metrics_dir, former))
 
     async def _open_pid_file(self) -> None:
         if self._state.has_served:
@@ -324,6 +336,10 @@ class Anchor:
         """Remove the pid file, however this process ends."""
         with anyio.CancelScope(shield=True):
             await self._management.withdraw(has_successor=False)
+
+    def _remove_metrics_dir(self) -> None:
+        if self._state.metrics_dir is not None:
+            remove_directory(self._state.metrics_dir)
 
     async def _tell_failure(self, error: Exception) -> None:
         self._management.failed(f"the start has failed: {error}", error, STARTUP_FAILED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -10,12 +11,19 @@ from ecdysis_async._sockets.addresses import Address
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.settings import Settings
 
-__all__ = ["AnchorConfig"]
+__all__ = ["AnchorConfig", "HealthPage"]
 
 # How often a worker tells of itself, seconds.
 BEAT_SECONDS = 1.0
 # How many beats a worker has at least in the time after which it counts as hanging.
 BEATS_PER_HANG = 4
+
+
+class HealthPage(enum.Enum):
+    """What can be had at the health address besides /live and /ready."""
+
+    METRICS = "metrics"
+    STATUS = "status"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,8 @@ class AnchorConfig:
         max_requests_jitter: up to how many requests are added to that, at random for each worker.
         max_rss: how many bytes of a worker may be resident, before it is replaced.
         health: the address where /live and /ready answer.
+        pages: which further pages answer there.
+        metrics_dir: where prometheus_client of all workers keeps the application's metrics: a path, or `AUTO`.
         lame_duck: how long a service goes on that SIGTERM has told to stop, while /ready says that it is not ready.
         reload_paths: the files and directories whose changes restart the service.
         takeover: the control socket of the anchor to take the place of.
@@ -52,6 +62,8 @@ class AnchorConfig:
     max_requests_jitter: int = 0
     max_rss: int | None = None
     health: Address | None = None
+    pages: frozenset[HealthPage] = frozenset()
+    metrics_dir: str | None = None
     lame_duck: float = 0.0
     reload_paths: tuple[str, ...] = ()
     takeover: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -24,12 +25,15 @@ from ecdysis_async._ipc.worker_link import (
     error_from_json,
     error_to_json,
 )
+from ecdysis_async._management.ledger import read_closed
 from ecdysis_async._system.launch import describe_launch
 from ecdysis_async._system.process import Child, Process, Spawner, describe_exit, spawn
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import ChannelClosed, ChannelError, RestartError, SpawnFailed
 from ecdysis_async.report import RestartReport, State
 
+from .metrics import note_end
+from .metrics_files import MetricsFile, claim_file, drop_gauges
 from .pool import HandoffStatus, Slot, Worker
 from .reaping import Reaper
 from .rollout import call_off
@@ -125,15 +129,20 @@ class Dispatcher:
             raise SpawnFailed(f"no line to a worker: {error}; is the limit of open files reached?") from error
 
         environment: Mapping[str, str] = {}
+        metrics_file: MetricsFile | None = None
+        taken = {worker.metrics_file.id for worker in slot.workers if worker.metrics_file is not None}
 
         def start() -> Process:
-            nonlocal environment
+            nonlocal environment, metrics_file
             launch, _ = describe_launch(
                 settings.command, settings.environment, settings.env_file, is_bound_to_directory=True
             )
             for key in ANCHORS_KEYS:
                 launch.environment.pop(key, None)
             environment = launch.environment
+            metrics_file = claim_file(launch.environment, launch.directory, self._state.metrics_dir, slot.index, taken)
+            if metrics_file is not None:
+                launch = dataclasses.replace(launch, environment={**environment, **metrics_file.variables})
             return spawn(launch, channel, stderr, line=theirs, restart=restart)
 
         try:
@@ -146,6 +155,7 @@ class Dispatcher:
             theirs.close()
         worker = Worker(generation, process, WorkerLink(ours), anyio.current_time(), starter, pid=process.pid)
         worker.environment = environment
+        worker.metrics_file = metrics_file
         config = self._state.config
         if config.max_requests is not None:
             jitter = random.randint(0, config.max_requests_jitter)  # noqa: S311 - no secret
@@ -173,11 +183,15 @@ class Dispatcher:
             task_group.start_soon(self._listen, slot, worker)
             status = await worker.process.wait()
             task_group.cancel_scope.cancel()
+        if worker.metrics_file is not None:
+            # While it has its place, no other worker is given its files.
+            await run_in_thread(functools.partial(drop_gauges, worker.metrics_file))
         self._hear_rest(slot, worker)
         worker.exit_status = status
         worker.link.close()
         worker.process.close()
         slot.note_end(worker, anyio.current_time())
+        note_end(self._state, slot, worker)
         if worker.state in (State.SERVING, State.PAUSED) and not worker.is_told_to_leave:
             self.log.warning("worker %d (pid %d) has died: %s", slot.index, worker.pid, describe_exit(status))
         elif worker.left_unasked and not worker.is_told_to_leave:
@@ -306,6 +320,7 @@ class Dispatcher:
         worker.connections = int(body["connections"])
         worker.requests = int(body["requests"])
         worker.rss = int(body["rss"]) if body["rss"] is not None else None
+        worker.closed = read_closed(body.get("closed", {}))
         ends_in = body.get("ends_in")
         worker.ends_at = anyio.current_time() + float(ends_in) if ends_in is not None else None
         if worker.serves and math.isnan(worker.served_since):

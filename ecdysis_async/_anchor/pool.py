@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 
 from ecdysis_async._handoff.protocol import PredecessorState
 from ecdysis_async._ipc.worker_link import WorkerLink
+from ecdysis_async._management.ledger import Closed
 from ecdysis_async._system.process import Process
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import RestartReport, State
+
+from .metrics_files import MetricsFile
 
 __all__ = [
     "HandoffStatus",
@@ -75,6 +78,7 @@ class Worker:
         connections: how many connections it has.
         requests: how many requests it has served, or connections where its server counts no requests.
         rss: how many bytes of it are resident; None where it cannot tell.
+        closed: how its connections have ended, as far as it has said so.
         request_limit: after how many requests it is replaced.
         silence: for how many seconds it has said nothing. Seconds in which the anchor did not listen do not count.
         leaving: for how many seconds it has been leaving, counted like the silence.
@@ -88,6 +92,8 @@ class Worker:
         successor_restart: the id of the restart that its successor is started for.
         reopened: the number of the last request to open log files anew that it has answered, and how many files it had.
         is_told_to_leave: whether it was told to stop, so that its end is no crash.
+        is_hung: whether it was ended by force, because its loop did not turn.
+        metrics_file: what its prometheus_client writes to.
         left_unasked: whether it leaves of its own accord, and no worker has taken its place.
         environment: the variables that it was started with.
         exit_status: how it ended; None while it lives.
@@ -104,6 +110,7 @@ class Worker:
     connections: int = 0
     requests: int = 0
     rss: int | None = None
+    closed: Mapping[Closed, int] = field(default_factory=dict)
     request_limit: float = math.inf
     silence: float = 0.0
     leaving: float = 0.0
@@ -116,6 +123,8 @@ class Worker:
     successor_restart: str = ""
     served_since: float = math.nan
     is_told_to_leave: bool = False
+    is_hung: bool = False
+    metrics_file: MetricsFile | None = None
     left_unasked: bool = False
     reopened: tuple[int, int] = (0, 0)
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -10,6 +10,7 @@ import anyio
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._handoff.predecessor import make_restart_id
 from ecdysis_async._ipc.worker_link import FromAnchor
+from ecdysis_async._management.ledger import WorkerRestart
 from ecdysis_async.report import State
 
 from .config import AnchorConfig
@@ -33,6 +34,9 @@ BEATS_PER_WATCHDOG = 8
 # unfed. Where this process had no turn for a while, a sound worker seems to have been silent for three beats.
 SILENT_SHARE = 0.75
 SILENT_SECONDS = 15.0
+
+# What a worker counts as that was replaced because it has reached a limit.
+_COUNTED = {ReplaceReason.REQUESTS: WorkerRestart.MAX_REQUESTS, ReplaceReason.MEMORY: WorkerRestart.MAX_RSS}
 
 
 def find_beat_seconds(config: AnchorConfig, watchdog: float | None) -> float:
@@ -141,6 +145,7 @@ class Reconciler:
         filled = await self._fill(slot, self._state.generation)
         if filled.error is not None and not self._state.is_stopping:
             slot.note_crash(anyio.current_time())
+            self._state.ledger.note_worker_restart(WorkerRestart.NOT_STARTED)
             self.log.error(
                 "worker %d does not start (again in %.1f s): %s",
                 slot.index,
@@ -181,7 +186,9 @@ class Reconciler:
                 error = worker.handoff.error if worker.handoff is not None else None
         finally:
             slot.activity = SlotActivity.NONE
-        if error is not None and not state.is_stopping:
+        if error is None:
+            state.ledger.note_worker_restart(_COUNTED[why])
+        elif not state.is_stopping:
             slot.note_crash(anyio.current_time())
             self.log.error("worker %d could not be replaced, and goes on: %s", slot.index, error)
         state.changes.announce()
@@ -245,6 +252,7 @@ class Reconciler:
         return not bound or any(worker.silence < limit for worker in bound)
 
     async def _end_hanging(self, worker: Worker) -> None:
+        worker.is_hung = True
         self.log.error(
             "worker pid %d hangs: its loop has not turned for %g seconds (--hang-timeout); it is ended",
             worker.pid,

@@ -13,6 +13,7 @@ from ecdysis_async.errors import RestartError, RestartInProgress, RestartWhileDr
 from ecdysis_async.report import Outcome, RestartReport
 
 from .hanging import HungWorkers
+from .metrics import note_roll_out
 from .rollout import RollOutRunner, end_probation, make_roll_out
 from .sockets import HeldSockets
 from .state import AnchorState, Begin, Fill, Life, RollOut, RollOutStage, TurnState, wait_until
@@ -177,6 +178,7 @@ class Restarts:
         """Draw the consequences of what a roll-out has come to, and tell systemd."""
         state = self._state
         outcome = roll_out.report.outcome
+        note_roll_out(state, roll_out)
         try:
             if outcome is Outcome.SETTLED:
                 state.generation = roll_out.generation

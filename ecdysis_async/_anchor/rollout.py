@@ -203,6 +203,7 @@ class RollOutRunner:
             self._state.changes.announce()
         if roll_out.report.outcome is Outcome.SETTLED:
             await wait_until(self._state.changes, self._is_drained)
+            self._state.ledger.note_drain(roll_out.report)
         roll_out.stage = RollOutStage.DRAINED
         self._state.changes.announce()
 

@@ -18,12 +18,14 @@ from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import PredecessorState
 from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._management.changes import Changes
+from ecdysis_async._management.ledger import Ledger, read_closed
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.process import Process
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import RestartReport, State
 
 from .config import AnchorConfig
+from .metrics_files import MetricsFile
 from .pool import Slot, Worker, WorkerPool
 
 __all__ = [
@@ -178,6 +180,9 @@ class AnchorState:
         lame_duck_ends: when it stops being a lame duck, on the loop's clock.
         upgrades: how often new code has gone on with the service.
         upgrade_error: why the last upgrade failed.
+        ledger: what is counted of it, for its metrics.
+        metrics_dir: where prometheus_client of the workers keeps the application's metrics; None where that is the
+            environment's business.
         missing: what the service goes on without, because it could not be opened, and why.
         changes: announced whenever something here has changed.
     """
@@ -196,6 +201,8 @@ class AnchorState:
     lame_duck_ends: float = 0.0
     upgrades: int = 0
     upgrade_error: str | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+    metrics_dir: str | None = None
     missing: dict[str, str] = field(default_factory=dict)
     changes: Changes = field(default_factory=Changes)
 
@@ -226,6 +233,9 @@ class AnchorState:
             begun=float(body["begun"]),
             last_report=RestartReport.from_json(report) if report is not None else None,
             upgrades=int(body["upgrades"]),
+            # A release before this one does not write it.
+            ledger=Ledger.from_json(body.get("ledger")),
+            metrics_dir=str(body["metrics_dir"]) if body.get("metrics_dir") is not None else None,
         )
 
     def describe(self) -> tuple[dict[str, Any], list[int]]:
@@ -239,6 +249,8 @@ class AnchorState:
             "upgrades": self.upgrades + 1,
             "description": self.description,
             "last_report": self.last_report.to_json() if self.last_report is not None else None,
+            "ledger": self.ledger.to_json(),
+            "metrics_dir": self.metrics_dir,
         }
         return body, descriptors
 
@@ -290,6 +302,10 @@ def describe_pool(pool: WorkerPool) -> tuple[dict[str, Any], list[int]]:
                     "connections": worker.connections,
                     "requests": worker.requests,
                     "rss": worker.rss,
+                    "closed": dict(worker.closed),
+                    "metrics_file": [worker.metrics_file.directory, worker.metrics_file.id]
+                    if worker.metrics_file is not None
+                    else None,
                     # JSON knows no infinity, and no NaN.
                     "request_limit": worker.request_limit if worker.request_limit < 2**63 else None,
                     "served_since": worker.served_since if worker.served_since == worker.served_since else None,
@@ -328,6 +344,8 @@ def restore_pool(body: Mapping[str, Any]) -> WorkerPool:
             connections=int(each["connections"]),
             requests=int(each["requests"]),
             rss=each["rss"],
+            closed=read_closed(each.get("closed", {})),
+            metrics_file=MetricsFile(*map(str, each["metrics_file"])) if each.get("metrics_file") else None,
             is_told_to_leave=bool(each["is_told_to_leave"]),
             environment={str(name): str(value) for name, value in each["environment"].items()},
         )

@@ -49,7 +49,7 @@ RESTLESS = "there was always something under way"
 
 
 # What a worker tells again every second.
-_TOLD_AGAIN = ("connections", "requests", "rss")
+_TOLD_AGAIN = ("connections", "requests", "rss", "closed")
 
 
 def _find_launch() -> Launch:

@@ -268,6 +268,18 @@ class Options:
     health_bind: Address | None = _option(  # noqa: RUF009 - as the others, whose types ruff sees through
         None, parse_one_address, "Where /live and /ready answer for load balancers.", metavar="ADDRESS"
     )
+    metrics: bool = _option(
+        False, parse_switch, "Answer /metrics at the health address too, for Prometheus.", shape=Shape.SWITCH
+    )
+    metrics_dir: str | None = _option(
+        None,
+        parse_path,
+        "Where prometheus_client of all workers keeps the application's metrics, made empty at the start; or auto.",
+        metavar="DIRECTORY",
+    )
+    status_page: bool = _option(
+        False, parse_switch, "Answer / at the health address too, by a page for people.", shape=Shape.SWITCH
+    )
     takeover: str | None = _option(
         None, parse_path, "Take the sockets over from the service with this control socket.", metavar="PATH"
     )
@@ -365,6 +377,10 @@ class Options:
             raise OptionError(f"cert_reqs {self.cert_reqs} needs ca_certs: who has signed the clients' certificates")
         if self.ca_certs and not self.certfile:
             raise OptionError("ca_certs needs a certfile: without TLS no client shows a certificate")
+        for name in ("metrics", "status_page"):
+            if getattr(self, name) and self.health_bind is None:
+                page = {"metrics": "/metrics answers", "status_page": "the page is"}[name]
+                raise OptionError(f"{name} needs health_bind: the address where {page}, such as 127.0.0.1:9000")
         if self.max_requests_jitter and self.max_requests is None:
             raise OptionError("max_requests_jitter needs max_requests, which it adds to")
 

@@ -154,6 +154,8 @@ class Tracker:
         self.counters: list[Callable[[], int]] = []
         # How many connections this generation has accepted, and how many of them have ended.
         self.opened = self.closed = 0
+        # How many had ended when this generation began to leave; what has become of the others, `count` tells.
+        self._ended_before: int | None = None
         # In the order in which they are asked whether they have ended without telling: the asked ones go to the end.
         self._connections: OrderedDict[Connection, None] = OrderedDict()
         # How many are still to be asked since the table had doubled, and how many there were when all had been asked.
@@ -183,6 +185,11 @@ class Tracker:
         """How many requests this generation has begun to answer; of servers that count none, its connections."""
         return sum(count() for count in self.counters) if self.counters else self.opened
 
+    @property
+    def ended(self) -> int:
+        """How many connections have ended by themselves while this generation served."""
+        return self.closed if self._ended_before is None else self._ended_before
+
     def share(self, cells: memoryview) -> None:
         """Keep the counts in ``cells`` (two native unsigned 64-bit integers) as well from now on."""
         cells[0], cells[1] = self.opened, self.closed
@@ -193,6 +200,7 @@ class Tracker:
         if self.draining.is_set():
             return
         self.draining.set()
+        self._ended_before = self.closed
         for find in self.on_leave:
             try:
                 find()

@@ -35,6 +35,7 @@ from ecdysis_async._ipc.worker_link import (
     error_from_json,
     error_to_json,
 )
+from ecdysis_async._management.ledger import count_closed
 from ecdysis_async._management.management import Management
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.process import UNKNOWN_STATUS, Child
@@ -190,6 +191,8 @@ class AnchorClient(Management):
         task_group.start_soon(self.run)
 
     async def finish(self) -> None:
+        # The last word of this worker tells all that it has counted.
+        self.tell(FromWorker.BEAT, self._describe())
         await self._link.flush()
 
     def is_anchor(self, pid: int) -> bool:
@@ -339,6 +342,7 @@ class AnchorClient(Management):
             "is_done_accepting": gate.state is GateState.ENDED and not gate.acceptors,
             "connections": len(self._plane.tracker),
             "requests": self._plane.tracker.requests,
+            "closed": count_closed(self._plane.tracker),
             "rss": _resident_bytes(),
             "ends_in": self._commands.ends_in(),
         }

@@ -17,7 +17,9 @@ import threading
 from collections.abc import Mapping
 
 __all__ = [
+    "METRICS_ID_KEY",
     "PRIVATE_KEYS",
+    "find_metrics_id",
     "is_check",
     "is_worker",
     "mark",
@@ -39,6 +41,8 @@ ANCHOR_CHECK_MARKER = "ECDYSIS_ANCHOR_CHECK"
 # The id of the restart that starts this process, and device and inode of the channel that it belongs to: a process in
 # between may have let the variable through to a later one, which has a channel of its own.
 RESTART_KEY = "ECDYSIS_RESTART"
+# What a worker's metrics files of prometheus_client are called after, instead of its pid.
+METRICS_ID_KEY = "ECDYSIS_METRICS_ID"
 # Set for a process that tells over the channel what it is, and ends: it is no generation.
 CHECK_KEY = "ECDYSIS_CHECK"
 
@@ -51,6 +55,7 @@ PRIVATE_KEYS = (
     ANCHOR_CHECK_MARKER,
     CHECK_KEY,
     RESTART_KEY,
+    METRICS_ID_KEY,
     "LISTEN_PID",
     "LISTEN_PIDFDID",
     "LISTEN_FDS",
@@ -165,6 +170,8 @@ if _is_worker and threading.current_thread() is threading.main_thread():
 # A user's variable of this name has no channel with it, over which this process could tell what it is.
 _is_check = os.environ.pop(CHECK_KEY, None) is not None and _channel is not None
 
+_metrics_id = os.environ.pop(METRICS_ID_KEY, None)
+
 _activation: Mapping[int, str] = claim_activation()
 
 
@@ -192,6 +199,11 @@ def take_activation() -> Mapping[int, str]:
     global _activation
     activation, _activation = _activation, {}
     return activation
+
+
+def find_metrics_id() -> str | None:
+    """Return what the metrics files of this worker are called after; None where they have its pid."""
+    return _metrics_id
 
 
 def is_worker() -> bool:

@@ -12,7 +12,7 @@ import anyio
 
 from ecdysis_async._anchor import reexec
 from ecdysis_async._anchor.anchor import STARTUP_FAILED, Anchor
-from ecdysis_async._anchor.config import AnchorConfig
+from ecdysis_async._anchor.config import AnchorConfig, HealthPage
 from ecdysis_async._anchor.needs import OPENING_ERRORS, explain_failure
 from ecdysis_async._anchor.rehearsal import rehearse
 from ecdysis_async._anchor.reload import require_watchfiles
@@ -20,6 +20,7 @@ from ecdysis_async._anchor.takeover import UNREADABLE, ask_for_service
 from ecdysis_async._config.gather import find_control_path
 from ecdysis_async._config.logging import configure_logging
 from ecdysis_async._config.options import DEFAULT_BIND, OptionError, Options
+from ecdysis_async._config.prometheus import require_prometheus_client
 from ecdysis_async._handoff.preflight import preflight
 from ecdysis_async._management.control_path import locate
 from ecdysis_async._sockets.registry import listen
@@ -56,6 +57,12 @@ def run(options: Options) -> int:
             say("--reload restarts the service by its control socket: give it one (--control PATH)")
             return STARTUP_FAILED
 
+    if options.metrics_dir is not None:
+        try:
+            require_prometheus_client()
+        except StartupError as error:
+            say(str(error))
+            return STARTUP_FAILED
     return serve(make_config(options, control_path))
 
 
@@ -156,6 +163,15 @@ def make_config(options: Options, control_path: str | None) -> AnchorConfig:
         max_requests_jitter=options.max_requests_jitter,
         max_rss=options.max_rss,
         health=options.health_bind,
+        pages=frozenset(
+            page
+            for page, is_wanted in {
+                HealthPage.METRICS: options.metrics,
+                HealthPage.STATUS: options.status_page,
+            }.items()
+            if is_wanted
+        ),
+        metrics_dir=options.metrics_dir,
         lame_duck=options.lame_duck,
         reload_paths=_find_reload_paths(options),
         takeover=locate(options.takeover) if options.takeover is not None else None,

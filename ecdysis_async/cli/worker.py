@@ -18,6 +18,7 @@ from typing import Any
 from ecdysis_async._config.gather import find_control_path, read_variables
 from ecdysis_async._config.logging import configure_logging
 from ecdysis_async._config.options import OptionError, Options
+from ecdysis_async._config.prometheus import name_metrics_files
 from ecdysis_async._config.target import Kind, find_kind, load
 from ecdysis_async._handoff.preflight import describe_release, tell
 from ecdysis_async._management.status import describe_listeners
@@ -61,6 +62,7 @@ def _run(options: Options, main: Callable[[Options], Coroutine[Any, Any, None]])
         if options.env_file is not None:
             os.environ.update(read_variables(options.env_file))
         configure_logging(options)
+        name_metrics_files()
         _run_on(options.loop, functools.partial(main, options))
     except OptionError as error:
         say(str(error))

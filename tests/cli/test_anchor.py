@@ -9,7 +9,7 @@ import pytest
 
 from ecdysis_async._anchor import reexec
 from ecdysis_async._anchor.anchor import STARTUP_FAILED
-from ecdysis_async._anchor.config import AnchorConfig
+from ecdysis_async._anchor.config import AnchorConfig, HealthPage
 from ecdysis_async._anchor.state import AnchorState
 from ecdysis_async._config.options import Options
 from ecdysis_async._sockets.addresses import Internet
@@ -36,6 +36,9 @@ def test_what_was_said_is_what_is_run(tmp_path: Path) -> None:
         max_requests_jitter=12,
         max_rss=13,
         lame_duck=14.0,
+        health_bind=Internet("127.0.0.1", 9000),
+        metrics=True,
+        metrics_dir="auto",
         pid_file=str(tmp_path / "pid"),
         env_file=str(tmp_path / "env"),
     )
@@ -46,6 +49,7 @@ def test_what_was_said_is_what_is_run(tmp_path: Path) -> None:
     assert (config.hang_timeout, config.max_requests, config.max_requests_jitter) == (10, 11, 12)
     assert (config.max_rss, config.lame_duck, config.is_checked_first) == (13, 14, True)
     assert (settings.pid_file, settings.env_file) == (tmp_path / "pid", tmp_path / "env")
+    assert (config.pages, config.metrics_dir) == (frozenset({HealthPage.METRICS}), "auto")
     assert config.reload_paths == ()
 
 

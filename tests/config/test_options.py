@@ -45,3 +45,11 @@ def test_each_service_has_a_control_socket_of_its_own(monkeypatch: pytest.Monkey
     long = Options("a:b", bind=(Unix("/" + "x" * 100),)).control_path
     assert long is not None
     assert len(long) < 107 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["metrics", "status_page"])
+def test_a_page_needs_an_address(name: str) -> None:
+    with pytest.raises(OptionError, match=f"^{name} needs health_bind: .* such as 127.0.0.1:9000"):
+        Options(target="main:app", **{name: True})  # type: ignore[arg-type]
+    options = Options(target="main:app", health_bind=Internet("127.0.0.1", 9000), **{name: True})  # type: ignore[arg-type]
+    assert getattr(options, name)

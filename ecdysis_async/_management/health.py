@@ -1,7 +1,8 @@
 """The health endpoints: the few lines of HTTP/1.1 by which a load balancer, or Kubernetes, asks how a service is.
 
 ``GET`` or ``HEAD`` of ``/live`` is answered by 200 for as long as this process lives. ``/ready`` is answered by 200, or
-by 503 with the reason in one line. A connection has one request. All that a client can take is bounded: places, bytes,
+by 503 with the reason in one line. Further pages may be served beside them, such as ``/metrics``. A connection has one
+request. All that a client can take is bounded: places, bytes,
 time.
 """
 
@@ -9,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 import anyio
@@ -19,7 +20,7 @@ import anyio.abc
 from ecdysis_async._accepting.gated_socket import EXHAUSTED_PAUSE_SECONDS, accept_connection
 from ecdysis_async._system.descriptors import EXHAUSTED
 
-__all__ = ["HealthServer"]
+__all__ = ["HealthServer", "Page"]
 
 logger = logging.getLogger("ecdysis_async")
 
@@ -38,8 +39,22 @@ MAX_REST_BYTES = 64 * 1024
 MAX_REASON_CHARACTERS = 500
 
 METHODS: Final = ("GET", "HEAD")
-PATHS: Final = ("/live", "/ready")
 REQUEST_PARTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What one path is answered with.
+
+    Attributes:
+        content_type: what the text is.
+        text: the text.
+        headers: further headers of the response.
+    """
+
+    content_type: str
+    text: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +63,29 @@ class Answer:
 
     Attributes:
         status: the status line without the version.
-        text: the line of text that is the body.
-        allow: whether the allowed methods are listed.
+        page: its body.
     """
 
     status: str
-    text: str
-    allow: bool = False
+    page: Page
+
+    @classmethod
+    def of_line(cls, status: str, text: str, **headers: str) -> Answer:
+        """Return a response whose body is a line of text."""
+        return cls(status, Page("text/plain; charset=utf-8", f"{text}\n", headers))
 
     def to_bytes(self, *, with_body: bool) -> bytes:
         """Return it as it is sent. The answer to HEAD tells of a body that does not follow."""
-        body = self.text.encode() + b"\n"
+        body = self.page.text.encode()
         lines = [
             f"HTTP/1.1 {self.status}",
-            "Content-Type: text/plain; charset=utf-8",
+            f"Content-Type: {self.page.content_type}",
             f"Content-Length: {len(body)}",
             "Cache-Control: no-store",
+            "X-Content-Type-Options: nosniff",
             "Connection: close",
+            *(f"{name}: {value}" for name, value in self.page.headers.items()),
         ]
-        if self.allow:
-            lines.append(f"Allow: {', '.join(METHODS)}")
         return "\r\n".join([*lines, "", ""]).encode() + (body if with_body else b"")
 
 
@@ -77,12 +95,20 @@ class HealthServer:
     Args:
         sock: a socket that listens already.
         why_not_ready: returns why the service is not ready, or None if it is. It must not block.
+        pages: makes what further paths are answered with, by the path.
     """
 
-    def __init__(self, sock: socket.socket, why_not_ready: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        why_not_ready: Callable[[], str | None],
+        pages: Mapping[str, Callable[[], Awaitable[Page]]] | None = None,
+    ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._why_not_ready = why_not_ready
+        self._pages = pages or {}
+        self._paths = ["/live", "/ready", *self._pages]
         # The clients that are heard, the oldest first.
         self._clients: dict[socket.socket, anyio.CancelScope] = {}
 
@@ -130,7 +156,7 @@ class HealthServer:
         head = await _receive_head(client)
         if not head:
             return  # somebody has looked whether the port is open
-        method, answer = self._choose(head)
+        method, answer = await self._choose(head)
         await _send(client, answer.to_bytes(with_body=method != "HEAD"))
         client.shutdown(socket.SHUT_WR)
         with anyio.move_on_after(REST_SECONDS):
@@ -138,29 +164,36 @@ class HealthServer:
             while left > 0 and (data := await _receive(client)):
                 left -= len(data)
 
-    def _choose(self, head: bytes) -> tuple[str, Answer]:
+    async def _choose(self, head: bytes) -> tuple[str, Answer]:
         if len(head) > MAX_HEAD_BYTES:
-            return "", Answer("400 Bad Request", f"no more than {MAX_HEAD_BYTES} bytes are read")
+            return "", Answer.of_line("400 Bad Request", f"no more than {MAX_HEAD_BYTES} bytes are read")
         line = head.partition(b"\n")[0].rstrip(b"\r").decode("latin-1")
         parts = line.split(" ")
         if len(parts) != REQUEST_PARTS or not parts[2].startswith("HTTP/1.") or not _is_whole(head):
-            return "", Answer("400 Bad Request", f"this is no request: GET {PATHS[1]} HTTP/1.1 is one")
+            return "", Answer.of_line("400 Bad Request", "this is no request: GET /ready HTTP/1.1 is one")
         method, target, _ = parts
         path = target.partition("?")[0]
-        if path not in PATHS:
-            return method, Answer("404 Not Found", f"there is {' and '.join(PATHS)}")
+        if path not in self._paths:
+            return method, Answer.of_line("404 Not Found", f"there is {' and '.join(self._paths)}")
         if method not in METHODS:
-            return method, Answer("405 Method Not Allowed", f"ask by {' or '.join(METHODS)}", allow=True)
+            text = f"ask by {' or '.join(METHODS)}"
+            return method, Answer.of_line("405 Method Not Allowed", text, Allow=", ".join(METHODS))
         if path == "/live":
-            return method, Answer("200 OK", "alive")
+            return method, Answer.of_line("200 OK", "alive")
+        if (make_page := self._pages.get(path)) is not None:
+            try:
+                return method, Answer("200 OK", await make_page())
+            except Exception:
+                logger.exception("%s cannot be answered", path)
+                return method, Answer.of_line("500 Internal Server Error", "it cannot be told: see the log")
         try:
             reason = self._why_not_ready()
         except Exception:
             logger.exception("it cannot be told whether the service is ready")
             reason = "it cannot be told: see the log"
         if reason is None:
-            return method, Answer("200 OK", "ready")
-        return method, Answer("503 Service Unavailable", " ".join(reason.split())[:MAX_REASON_CHARACTERS])
+            return method, Answer.of_line("200 OK", "ready")
+        return method, Answer.of_line("503 Service Unavailable", " ".join(reason.split())[:MAX_REASON_CHARACTERS])
 
 
 def _is_whole(head: bytes) -> bool:

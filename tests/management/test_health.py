@@ -14,8 +14,8 @@ import anyio.abc
 import anyio.to_thread
 import pytest
 
-from ecdysis_async._anchor import health
-from ecdysis_async._anchor.health import HealthServer
+from ecdysis_async._management import health
+from ecdysis_async._management.health import HealthServer
 
 PATIENCE_SECONDS = 60.0
 

@@ -1,0 +1,62 @@
+"""The live page of a service: one file without anything from elsewhere, which asks for ``status.json`` each second.
+
+It is read-only, and shows nothing that might be secret: no environment, no command line, no request.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import re
+from pathlib import Path
+
+from .health import Page
+
+__all__ = ["SHOWN", "show"]
+
+# What of a service's status the page may know.
+SHOWN = (
+    "generation",
+    "pid",
+    "state",
+    "uptime",
+    "connections",
+    "listeners",
+    "waiting_for",
+    "restart",
+    "draining",
+    "workers",
+)
+
+
+async def show() -> Page:
+    """Return the page."""
+    return _read()
+
+
+@functools.cache
+def _read() -> Page:
+    text = Path(__file__).with_name("status_page.html").read_text(encoding="utf-8")
+    sources = {
+        name: " ".join(_hash(part) for part in re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL))
+        for name, tag in (("script-src", "script"), ("style-src", "style"))
+    }
+    # Nothing but what stands in the page itself is run, and nobody else is asked for anything.
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            *(f"{name} {hashes}" for name, hashes in sources.items()),
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        ]
+    )
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+    return Page("text/html; charset=utf-8", text, headers)
+
+
+def _hash(part: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
