@@ -1,8 +1,9 @@
 """aiohttp: its runner, whose sockets, signals and end are those of the ``Ecdysis``.
 
-Seams, as seen in aiohttp 3.14: ``AppRunner`` with its ``server.pre_shutdown`` and ``cleanup``, the sites, a middleware,
-the signal ``on_response_prepare``, ``Request.task``, and of ``WebSocketResponse`` ``send_frame``, ``_writer``,
-``closed`` and ``close``.
+Nobody takes note of a request until this generation leaves. Then one pass over aiohttp's protocols finds those that are
+under way, and note is taken of the ones that begin later. The seams for that, and for moving connections, are in
+``_protocols/aiohttp.py``; others are ``AppRunner`` with its ``server.pre_shutdown`` and ``cleanup``, the sites, and of
+``WebSocketResponse`` ``send_frame``, ``_writer``, ``closed`` and ``close``.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import socket
 import ssl
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
 from aiohttp import WSMsgType, web
-from aiohttp.typedefs import Handler, Middleware
 
 from ecdysis_async._accepting.asyncio_connections import ServerConnection
 from ecdysis_async._accepting.asyncio_servers import noting_servers
@@ -31,7 +33,14 @@ from ecdysis_async.errors import StartupError
 from ecdysis_async.servers._common.forwarded import Trusted
 from ecdysis_async.servers._common.goodbye import RESTARTING, STEP_SECONDS, Goodbye
 from ecdysis_async.servers._common.listening import describe, is_access_logged, make_ssl_context, open_sockets
-from ecdysis_async.servers._protocols.aiohttp import has_next_request, make_movable, stays
+from ecdysis_async.servers._protocols.aiohttp import (
+    find_connection,
+    find_request,
+    has_next_request,
+    make_movable,
+    missing_seams,
+    stays,
+)
 from ecdysis_async.servers._protocols.frames import follow_frames
 from ecdysis_async.settings import StrPath
 
@@ -44,6 +53,8 @@ OURS = frozenset({"manager", "loop", "access_log", "access_log_class"})
 
 DRAINING = web.AppKey("ecdysis.draining", anyio.Event)
 """The key of the event that this generation leaves, in the application; sub-applications look in ``config_dict``."""
+
+log = logging.getLogger("ecdysis_async")
 
 REASON = b"the service restarts"
 
@@ -93,19 +104,34 @@ async def serve(
 
     Cancelling it ends the server at once.
     """
+    all_socks = [*socks] if sock is None else [sock, *socks]
+    name = describe("aiohttp", all_socks, path, None if port is None else f"{host or '*'}:{port}")
+    make_sites = functools.partial(
+        _make_sites, host=host, port=port, path=path, socks=all_socks, ssl_context=ssl_context, backlog=backlog
+    )
+    await _serve(ecdysis, app, name, make_sites, trusted=None, transfer=transfer, options=options)
+
+
+async def _serve(
+    ecdysis: Ecdysis,
+    app: web.Application,
+    name: str,
+    make_sites: Callable[[web.AppRunner], Iterator[web.BaseSite]],
+    *,
+    trusted: Trusted | None,
+    transfer: bool,
+    options: dict[str, Any],
+) -> None:
     # The drain waits for requests, and has cancelled the rest by the time of the clean-up: nothing is left to wait for.
     runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=0, **options)
-    clients = _Clients(ecdysis, runner)
-    all_socks = [*socks] if sock is None else [sock, *socks]
+    clients = _Clients(ecdysis, runner, app)
     app[DRAINING] = ecdysis.draining
-    app.middlewares.insert(0, clients.note_request)
-    app.on_response_prepare.append(clients.note_response)
-    name = describe("aiohttp", all_socks, path, None if port is None else f"{host or '*'}:{port}")
     try:
         with active().readiness.expect(name) as startup:
             await runner.setup()
+            clients.attend(trusted)
             with noting_servers() as made:
-                for site in _make_sites(runner, host, port, path, all_socks, ssl_context=ssl_context, backlog=backlog):
+                for site in make_sites(runner):
                     await site.start()
             if transfer:
                 for server in made:
@@ -131,73 +157,154 @@ async def run(ecdysis: Ecdysis, app: web.Application, options: Options) -> None:
     given = server_options.read("aiohttp", wanted, options.server_options, OURS)
     if not is_access_logged(options, "aiohttp.access"):
         given["access_log"] = None
-    if options.proxy_headers:
-        app.middlewares.insert(0, _believe(Trusted(options.forwarded_allow_ips)))
     socks = await open_sockets(options)
-    await serve(
+    await _serve(
         ecdysis,
         app,
-        socks=socks,
-        ssl_context=make_ssl_context(options),
-        backlog=options.backlog,
+        describe("aiohttp", socks),
+        functools.partial(_make_sites, socks=socks, ssl_context=make_ssl_context(options), backlog=options.backlog),
+        trusted=Trusted(options.forwarded_allow_ips) if options.proxy_headers else None,
         transfer=options.transfer,
-        **given,
+        options=given,
     )
 
 
-def _believe(trusted: Trusted) -> Middleware:
-    @web.middleware
-    async def believe(request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Take scheme and client from what a trusted proxy says, as ``forwarded.Forwarded`` does."""
-        headers = request.headers
-        if "X-Forwarded-For" not in headers and "X-Forwarded-Proto" not in headers:
-            # A peer that sends no such header is not looked up: each request comes through here.
-            return await handler(request)
-        if request.remote is None or not request.remote or request.remote in trusted:
-            said: dict[str, Any] = {}
-            scheme = headers.get("X-Forwarded-Proto", "").strip()
-            if scheme in ("http", "https"):
-                said["scheme"] = scheme
-            if (host := trusted.find_client(headers.get("X-Forwarded-For", ""))) is not None:
-                said["remote"] = host
-            if said:
-                request = request.clone(**said)
-        return await handler(request)
+def _believe(request: web.Request, trusted: Trusted) -> web.Request:
+    """Return a request with the scheme and the client that a trusted proxy names, as ``forwarded.Forwarded`` does."""
+    if request.remote and request.remote not in trusted:
+        return request
+    said: dict[str, Any] = {}
+    scheme = request.headers.get("X-Forwarded-Proto", "").strip()
+    if scheme in ("http", "https"):
+        said["scheme"] = scheme
+    if (host := trusted.find_client(request.headers.get("X-Forwarded-For", ""))) is not None:
+        said["remote"] = host
+    return request.clone(**said) if said else request
 
-    return believe
+
+@dataclass(slots=True)
+class _Noted:
+    """A request under way.
+
+    Attributes:
+        request: see above.
+        since: when it was noted, by CLOCK_MONOTONIC.
+        protocol: of a request that had begun before, when nobody took note of it: it tells whether it has it still.
+    """
+
+    request: web.BaseRequest
+    since: float
+    protocol: web.RequestHandler | None = None
+
+    def is_over(self) -> bool:
+        return self.protocol is not None and find_request(self.protocol) is not self.request
+
+    def describe(self) -> str:
+        path = self.request.rel_url.raw_path
+        return describe_request(self.request.method, path, self.since, is_older=self.protocol is not None)
 
 
 class _Clients:
-    """The clients of the server: what they are told, and when their connections end."""
+    """The clients of the server: what they are told, and when their connections end.
 
-    def __init__(self, ecdysis: Ecdysis, runner: web.AppRunner) -> None:
+    Args:
+        ecdysis: says when this generation leaves.
+        runner: of the server, not yet set up.
+        app: what it serves, not yet frozen.
+    """
+
+    def __init__(self, ecdysis: Ecdysis, runner: web.AppRunner, app: web.Application) -> None:
         self.goodbye = Goodbye(ecdysis, self._close_idle)
+        self._app = app
         self._runner = runner
         self._tracker = active().tracker
-        self._count = 0
-        self._tracker.counters.append(lambda: self._count)
-        # Each connection that has made a request; and the request that it has now, with the time of its beginning.
-        self._requests: dict[ServerConnection, tuple[web.Request, float] | None] = {}
+        # Each connection that has made a request since note is taken; and the request that it has now.
+        self._requests: dict[ServerConnection, _Noted | None] = {}
+        self._handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+        missing = missing_seams(app)
+        self._shows_requests = not missing
+        if missing:
+            log.warning(
+                "this aiohttp, or this application, has no %s: note is taken of each request, which costs some time",
+                ", ".join(missing),
+            )
+            app.on_response_prepare.append(self._prepare)
 
-    @web.middleware
-    async def note_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    def attend(self, trusted: Trusted | None) -> None:
+        """Stand between the server, which was set up, and the application.
+
+        Args:
+            trusted: the proxies that are believed; None where none is.
+        """
+        server = self._server
+        self._tracker.counters.append(lambda: server.requests_count)
+        self._handle = server.request_handler
+        make_request: Callable[..., Any] = server.request_factory
+        if self._shows_requests:
+            self._tracker.on_leave.append(self._find_requests)
+            make_request = functools.partial(self._app._make_request, _cls=self._make_request_class())  # noqa: SLF001 - aiohttp's
+        else:
+            server.request_handler = self._note_request
+        server.request_factory = make_request if trusted is None else _believing(make_request, trusted)
+
+    @property
+    def _server(self) -> web.Server:
+        assert self._runner.server is not None
+        return self._runner.server
+
+    def _make_request_class(self) -> type[web.Request]:
+        note_response = self._note_response
+
+        class Telling(web.Request):
+            """A request that tells of its response."""
+
+            def _prepare_hook(self, response: web.StreamResponse) -> Awaitable[None]:  # type: ignore[override]
+                # A plain function: each response comes through here.
+                note_response(self, response)
+                return super()._prepare_hook(response)
+
+        return Telling
+
+    async def _note_request(self, request: web.BaseRequest) -> web.StreamResponse:
         """Take note of a connection's request, and of the connection's task, which lives as long as the connection."""
-        self._count += 1
         connection = current_connection.get()
         if not isinstance(connection, ServerConnection):
-            return await handler(request)
-        if connection not in self._requests:
-            connection.busy(request.task)
-            connection.describe_requests = self._describe_requests
-            request.task.add_done_callback(functools.partial(self._forget, connection))
-        self._requests[connection] = request, time.monotonic()
+            return await self._handle(request)
+        self._begin(connection, request.task, _Noted(request, time.monotonic()))
         try:
-            return await handler(request)
+            return await self._handle(request)
         finally:
             if connection in self._requests:
                 self._requests[connection] = None
 
-    async def note_response(self, request: web.Request, response: web.StreamResponse) -> None:
+    def _begin(self, connection: ServerConnection, task: asyncio.Task[None], noted: _Noted) -> None:
+        if connection not in self._requests:
+            connection.busy(task)
+            connection.describe_requests = self._describe_requests
+            task.add_done_callback(functools.partial(self._forget, connection))
+        self._requests[connection] = noted
+
+    def _find_requests(self) -> None:
+        """Find what is going on, in the turn in which this generation leaves, and take note of what begins later."""
+        server = self._server
+        server.request_handler = self._note_request
+        for protocol in server.connections:
+            # Each has the handler that the server had when it was made.
+            protocol._request_handler = self._note_request  # noqa: SLF001 - aiohttp's
+            request = find_request(protocol)
+            if request is None:
+                continue
+            noted, connection = _Noted(request, time.monotonic(), protocol), find_connection(protocol)
+            if connection is None or connection.is_over():
+                # Its client has gone; what it does may matter.
+                self._tracker.follow(request.task, f"{noted.describe()}, whose client has gone")
+            else:
+                self._begin(connection, request.task, noted)
+
+    async def _prepare(self, request: web.Request, response: web.StreamResponse) -> None:
+        self._note_response(request, response)
+
+    def _note_response(self, request: web.Request, response: web.StreamResponse) -> None:
         """Say goodbye once this generation leaves, and take note of WebSockets."""
         if isinstance(response, web.WebSocketResponse):
             dismiss = functools.partial(_dismiss, response)
@@ -216,15 +323,15 @@ class _Clients:
                 response.headers["Connection"] = "close"
 
     def _close_idle(self) -> None:
-        for connection, request in self._requests.items():
-            connection.mark_silent(is_silent=request is None)
+        for protocol in self._server.connections:
+            if (connection := find_connection(protocol)) is not None:
+                connection.mark_silent(is_silent=find_request(protocol) is None)
         # Ends the tasks of idle connections at once, and the tasks of the others after their response.
-        assert self._runner.server is not None
-        self._runner.server.pre_shutdown()
+        self._server.pre_shutdown()
 
     def _describe_requests(self, connection: ServerConnection) -> list[str]:
-        found = self._requests.get(connection)
-        return [] if found is None else [describe_request(found[0].method, found[0].rel_url.raw_path, found[1])]
+        noted = self._requests.get(connection)
+        return [] if noted is None or noted.is_over() else [noted.describe()]
 
     def _forget(self, connection: ServerConnection, task: asyncio.Task[None]) -> None:
         del self._requests[connection]
@@ -232,6 +339,20 @@ class _Clients:
         if self.goodbye.ecdysis.draining.is_set():
             # aiohttp leaves an idle connection open whose task was ended, and would never answer on it.
             connection.close()
+
+
+def _believing(make_request: Callable[..., Any], trusted: Trusted) -> Callable[..., Any]:
+    """Return what makes requests that know what trusted proxies say of them."""
+
+    def make(message: Any, *others: Any) -> Any:
+        request = make_request(message, *others)
+        headers = message.headers
+        # A peer that sends no such header is not looked up: each request comes through here.
+        if "X-Forwarded-For" in headers or "X-Forwarded-Proto" in headers:
+            return _believe(request, trusted)
+        return request
+
+    return make
 
 
 async def _say_nothing(code: int = 0, message: bytes | str = b"") -> None:
@@ -260,10 +381,11 @@ async def _dismiss(websocket: web.WebSocketResponse) -> None:
 
 def _make_sites(
     runner: web.AppRunner,
-    host: str | None,
-    port: int | None,
-    path: StrPath | None,
-    socks: Sequence[socket.socket],
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    path: StrPath | None = None,
+    socks: Sequence[socket.socket] = (),
     **options: Any,
 ) -> Iterator[web.BaseSite]:
     for sock in socks:

@@ -1,29 +1,54 @@
-"""How aiohttp's idle connections move to a successor.
+"""What is seen of aiohttp's protocols: requests under way are found, and idle connections move to a successor.
 
 aiohttp's parser hides whether it has read the beginning of a next request. So the bytes that it is fed are looked at.
 If they ended with an empty line, and the last request is complete, nothing of another request has come: an empty line
 would have ended its head. A request with a body of a given length mostly ends otherwise: its connection moves after a
 later request.
 
-Seams, as seen in aiohttp 3.14, all of ``RequestHandler``: ``_parser`` with ``feed_data``, ``_messages``,
-``_message_tail``, ``_waiter``, ``_request_in_progress``, ``_buffer_paused``, ``_upgraded``, ``_payload_parser``,
-``_keepalive``, ``_close`` and ``_force_close``.
+What is used of aiohttp that it does not document stands in :data:`SEAMS`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 from typing import Any, Final
 
 from aiohttp import web
 
-from ecdysis_async._accepting.asyncio_connections import ServerConnection
+from ecdysis_async._accepting.asyncio_connections import ServerConnection, connection_of
 from ecdysis_async._accepting.asyncio_servers import GatedServer
 from ecdysis_async._connections.parcel import Release
 
 from .http import IDLE, UnreadOnly, count_unread, will_move
 
-__all__ = ["AiohttpTransfer", "FollowedParser", "has_next_request", "make_movable", "stays"]
+__all__ = [
+    "SEAMS",
+    "AiohttpTransfer",
+    "FollowedParser",
+    "find_connection",
+    "find_request",
+    "has_next_request",
+    "make_movable",
+    "missing_seams",
+    "stays",
+]
+
+SEAMS: Final = {
+    "aiohttp.web_protocol:RequestHandler": (
+        *("_buffer_paused", "_close", "_current_request", "_force_close", "_keepalive", "_message_tail", "_messages"),
+        *("_parser", "_payload_parser", "_request_handler", "_request_in_progress", "_task_handler", "_upgraded"),
+        "_waiter",
+    ),
+    "aiohttp.web_request:Request": ("_prepare_hook",),
+    "aiohttp.web_server:Server": ("connections", "request_factory", "request_handler", "requests_count"),
+    "aiohttp.web_response:StreamResponse": ("force_close",),
+    "aiohttp.web_ws:WebSocketResponse": ("_writer", "send_frame"),
+}
+"""What is used of aiohttp's classes, as seen in aiohttp 3.14: attributes, by the module and the name of the class.
+
+``Application._make_request`` takes the class of requests as ``_cls``.
+"""
 
 EMPTY_LINE: Final = b"\r\n\r\n"
 
@@ -33,6 +58,10 @@ class FollowedParser:
 
     def __init__(self, parser: Any) -> None:
         self._parser = parser
+        self._feed_data = parser.feed_data
+        # Asked once for each request: found here, it costs no call of `__getattr__`.
+        if hasattr(parser, "message_consumed"):
+            self.message_consumed = parser.message_consumed
         # The end of all bytes that it was fed, however they were cut into pieces.
         self._end = b""
         # The body of the last request that it has found.
@@ -42,8 +71,8 @@ class FollowedParser:
         return getattr(self._parser, name)
 
     def feed_data(self, data: bytes) -> Any:
-        self._end = (self._end + data[-len(EMPTY_LINE) :])[-len(EMPTY_LINE) :]
-        found = self._parser.feed_data(data)
+        self._end = data[-len(EMPTY_LINE) :] if len(data) >= len(EMPTY_LINE) else (self._end + data)[-len(EMPTY_LINE) :]
+        found = self._feed_data(data)
         if found[0]:
             self._body = found[0][-1][1]
         return found
@@ -77,6 +106,26 @@ def make_movable(server: GatedServer) -> None:
         return protocol  # type: ignore[no-any-return]
 
     server.adapt(protocol_factory=make_followed, transfer=AiohttpTransfer(make_followed))
+
+
+def missing_seams(app: web.Application) -> list[str]:
+    """Return what an application, or this release of aiohttp, does not have of what finds requests under way."""
+    missing = [] if hasattr(web.Request, "_prepare_hook") else ["Request._prepare_hook"]
+    if "_cls" not in inspect.signature(app._make_request).parameters:  # noqa: SLF001 - aiohttp's
+        missing.append("Application._make_request(_cls=)")
+    needed = ("_current_request", "_request_handler", "_task_handler")
+    return [*missing, *(f"RequestHandler.{name}" for name in needed if not hasattr(web.RequestHandler, name))]
+
+
+def find_request(protocol: Any) -> web.BaseRequest | None:
+    """Return the request that a protocol has at this moment."""
+    request: web.BaseRequest | None = protocol._current_request  # noqa: SLF001 - aiohttp's
+    return request
+
+
+def find_connection(protocol: Any) -> ServerConnection | None:
+    """Return the connection of a protocol; None if its client has gone, or it is a WebSocket's by now."""
+    return None if protocol.transport is None else connection_of(protocol.transport)
 
 
 def stays(request: web.Request) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import random
 
+import aiohttp
 import pytest
+from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import HttpRequestParser
 
-from ecdysis_async.servers._protocols.aiohttp import FollowedParser
+from ecdysis_async.servers._protocols.aiohttp import SEAMS, FollowedParser, missing_seams
 from tests.scenarios.transfer.test_cuts import make_requests
 
 
@@ -54,3 +57,26 @@ async def test_nothing_is_left_in_a_parser_that_is_taken_for_empty() -> None:
                 assert [*await before.read(), *await after.read()] == expected
     # After each that has no body, or one in chunks; and before all.
     assert empty > 20 * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute"), [(name, attribute) for name, attributes in SEAMS.items() for attribute in attributes]
+)
+def test_aiohttp_has_what_is_used_of_it(name: str, attribute: str) -> None:
+    module, _, class_name = name.partition(":")
+    kind = getattr(importlib.import_module(module), class_name)
+    assigned = kind.__init__.__code__.co_names
+    assert hasattr(kind, attribute) or attribute in assigned, (
+        f"aiohttp {aiohttp.__version__} has no {attribute} in {name} any more: see SEAMS, and what uses it"
+    )
+
+
+def test_an_application_that_makes_its_requests_otherwise_is_told_apart() -> None:
+    with pytest.warns(DeprecationWarning, match="discouraged"):
+
+        class Own(web.Application):
+            def _make_request(self, *arguments: object) -> web.Request:
+                raise NotImplementedError
+
+    assert missing_seams(web.Application()) == []
+    assert missing_seams(Own()) == ["Application._make_request(_cls=)"]
