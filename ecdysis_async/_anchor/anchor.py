@@ -29,8 +29,10 @@ from ecdysis_async._management.management import LEEWAY_SECONDS, OwnManagement
 from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import find_systemd
 from ecdysis_async._sockets.registry import Registry, listen
+from ecdysis_async._system.history import SUFFIX, Note, history
 from ecdysis_async._system.log_files import reopen_logs
 from ecdysis_async._system.signals import unblock_all_signals
+from ecdysis_async._system.stacks import hear_questions, stop_hearing
 from ecdysis_async._system.stderr import say
 from ecdysis_async._system.terminal import is_in_foreground
 from ecdysis_async._system.threads import run_in_thread
@@ -193,6 +195,7 @@ class Anchor:
             resources.callback(self._remove_metrics_dir)
             resources.callback(management.close)
             management.handle_signals()
+            self._begin_history(resources)
             if self._signals_before >= 0:
                 reexec.repeat_signals(self._signals_before)
             unblock_all_signals()
@@ -200,6 +203,17 @@ class Anchor:
                 exit_status = await self._open_and_run(resources)
                 self._tasks.cancel_scope.cancel()
         return exit_status
+
+    def _begin_history(self, resources: AsyncExitStack) -> None:
+        """Write down from now on what happens, for those who ask: all processes of the service do, in one file."""
+        if self._config.control_path is None:
+            return
+        history.open(self._config.control_path + SUFFIX)
+        hear_questions()
+        resources.callback(history.close)
+        resources.callback(stop_hearing)
+        facts = {"generation": self._state.generation, "upgrades": self._state.upgrades}
+        history.note(Note.BEGUN, role="anchor", workers=len(self._state.pool.slots), **facts)
 
     async def _open_and_run(self, resources: AsyncExitStack) -> int:
         try:
@@ -325,6 +339,7 @@ class Anchor:
         if state.has_served:
             management.leave_to_next_start(is_orderly=False)
         await management.finish()
+        history.note(Note.ENDED, generation=state.generation)
         if error is not None and not self._stopped.is_set():
             # What else the worker has written stands above.
             say(f"the service does not start: {error.args[0]}")

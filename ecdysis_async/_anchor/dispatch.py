@@ -26,6 +26,7 @@ from ecdysis_async._ipc.worker_link import (
     error_to_json,
 )
 from ecdysis_async._management.ledger import read_closed
+from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.launch import describe_launch
 from ecdysis_async._system.process import Child, Process, Spawner, describe_exit, spawn
 from ecdysis_async._system.threads import run_in_thread
@@ -161,6 +162,7 @@ class Dispatcher:
             jitter = random.randint(0, config.max_requests_jitter)  # noqa: S311 - no secret
             worker.request_limit = config.max_requests + jitter
         slot.workers.append(worker)
+        history.note(Note.WORKER, slot=slot.index, child=process.pid, generation=generation)
         self.employ(slot, worker)
         return _PoolChild(process)
 
@@ -188,6 +190,9 @@ class Dispatcher:
             await run_in_thread(functools.partial(drop_gauges, worker.metrics_file))
         self._hear_rest(slot, worker)
         worker.exit_status = status
+        if self._state.has_served and not worker.is_told_to_leave:
+            history.write_from_now_on()
+        history.note(Note.DIED, slot=slot.index, child=worker.pid, status=status, state=worker.state.value)
         worker.link.close()
         worker.process.close()
         slot.note_end(worker, anyio.current_time())

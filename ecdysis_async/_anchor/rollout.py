@@ -18,6 +18,7 @@ from ecdysis_async._handoff.predecessor import make_restart_id
 from ecdysis_async._handoff.protocol import PredecessorState
 from ecdysis_async._ipc.worker_link import FromAnchor, error_to_json
 from ecdysis_async._management.changes import Changes
+from ecdysis_async._system.history import Note, history
 from ecdysis_async.errors import RestartError, RestartWhileDraining, RolledBack, SuccessorFailed
 from ecdysis_async.report import DrainCount, Outcome, Phase, RestartReport
 
@@ -126,17 +127,24 @@ def begin_replacing(sockets: HeldSockets, slot: Slot, old: Worker, generation: i
         descriptions, descriptors = sockets.share()
     except OSError as error:
         raise RestartError(f"worker {slot.index} cannot be given its sockets: {error}") from error
+    _note_order(restart, FromAnchor.RESTART, old)
     order = {"generation": generation, "restart": restart, "sockets": descriptions}
     old.link.tell(FromAnchor.RESTART, order, descriptors)
 
 
+def _note_order(restart: str, message: FromAnchor, old: Worker) -> None:
+    history.note(Note.SENT, restart=restart, side="anchor", message=message.value, peer=old.pid)
+
+
 def settle(old: Worker) -> None:
     """Tell a worker that its successor is there to stay."""
+    _note_order(old.successor_restart, FromAnchor.SETTLE, old)
     old.link.tell(FromAnchor.SETTLE, {})
 
 
 def _revert(old: Worker, error: RestartError) -> None:
     """Tell a worker to take the place of its successor again."""
+    _note_order(old.successor_restart, FromAnchor.REVERT, old)
     old.link.tell(FromAnchor.REVERT, {"error": error_to_json(error)})
 
 
@@ -198,12 +206,15 @@ class RollOutRunner:
                 self._conclude(roll_out)
             except Exception:
                 self.log.exception("restart %s is over, and not all that follows from it done", roll_out.report.id)
+            self._note_outcome()
         finally:
             roll_out.stage = RollOutStage.OVER
             self._state.changes.announce()
         if roll_out.report.outcome is Outcome.SETTLED:
             await wait_until(self._state.changes, self._is_drained)
             self._state.ledger.note_drain(roll_out.report)
+            report = {**roll_out.report.to_json(), "workers": [each.id for each in roll_out.report.workers]}
+            history.note(Note.DRAINED, restart=roll_out.report.id, side="anchor", report=report)
         roll_out.stage = RollOutStage.DRAINED
         self._state.changes.announce()
 
@@ -220,6 +231,14 @@ class RollOutRunner:
         self._prepare(roll_out)
         # Empty slots come first: nobody serves there meanwhile.
         roll_out.turns = [Turn(slot) for slot in sorted(self._state.pool.slots, key=lambda slot: not slot.is_vacant)]
+        history.write_from_now_on()
+        history.note(
+            Note.ROLL_OUT,
+            restart=roll_out.report.id,
+            generation=roll_out.generation,
+            begun=roll_out.report.started_at,
+            workers=len(roll_out.turns),
+        )
         self.log.info(
             "restart %s: rolling generation %d out to %d workers",
             roll_out.report.id,
@@ -238,16 +257,39 @@ class RollOutRunner:
             turn.state = TurnState.UNDER_WAY
             turn.old = turn.slot.serving_worker
             turn.slot.activity = SlotActivity.REPLACING
+            self._note_turn(turn)
             try:
                 error = await self._replace(turn)
             finally:
                 turn.slot.activity = SlotActivity.NONE
                 self._sum_up()
+            turn.state = TurnState.SERVED if error is None else TurnState.FAILED
+            self._note_turn(turn)
             if error is not None:
-                turn.state = TurnState.FAILED
                 return error
-            turn.state = TurnState.SERVED
         return self._find_failure()
+
+    def _note_turn(self, turn: Turn) -> None:
+        history.note(
+            Note.TURN,
+            restart=self._roll_out.report.id,
+            slot=turn.slot.index,
+            state=turn.state.value,
+            old=turn.old.pid if turn.old is not None else None,
+            handoff=turn.report.id if turn.report is not None else None,
+        )
+
+    def _note_outcome(self) -> None:
+        report, error = self._roll_out.report, self._roll_out.error
+        history.note(
+            Note.OUTCOME,
+            restart=report.id,
+            side="anchor",
+            report={**report.to_json(), "workers": [each.id for each in report.workers]},
+            why=str(error.args[0]) if error is not None else None,
+            phase=error.phase if error is not None else None,
+            stderr=error.stderr if error is not None else "",
+        )
 
     async def _replace(self, turn: Turn) -> RestartError | None:
         old, generation = turn.old, self._roll_out.generation
@@ -288,6 +330,7 @@ class RollOutRunner:
         roll_out, probation = self._roll_out, self._state.config.settings.probation
         roll_out.report.outcome = Outcome.SERVING
         roll_out.stage = RollOutStage.PROBATION
+        history.note(Note.STATE, restart=roll_out.report.id, side="anchor", state="probation")
         begun = anyio.current_time()
         roll_out.probation_ends = begun + probation
         self._state.changes.announce()
@@ -334,6 +377,7 @@ class RollOutRunner:
                 turn.state = TurnState.REVERTED
             else:
                 turn.state = TurnState.SETTLED
+            self._note_turn(turn)
         roll_out.report.outcome = Outcome.SETTLED
         self._sum_up()
 
@@ -379,6 +423,7 @@ class RollOutRunner:
                 turn.state = TurnState.KEPT
                 why = "does not answer" if turn.old is not None and turn.old.is_alive else "has died"
                 self.log.warning("worker %d goes on with the new code: its old process %s", turn.slot.index, why)
+            self._note_turn(turn)
         is_rolled_back = isinstance(error, RolledBack)
         self._fail(error, Outcome.ROLLED_BACK if is_rolled_back else Outcome.FAILED)
 

@@ -18,6 +18,7 @@ import anyio
 from ecdysis_async._ipc.channel import Frame
 from ecdysis_async._ipc.peer import Death, Peer
 from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.launch import describe_launch
 from ecdysis_async._system.process import Child, Spawner, spawn
 from ecdysis_async._system.stderr import duplicate_stderr
@@ -179,6 +180,15 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         """
         log = self.log
         log.info("%s: starting generation %d", self._title, self.report.generation)
+        if self.log.restart:
+            history.write_from_now_on()
+        history.note(
+            Note.HANDOFF,
+            restart=self.report.id,
+            title=self._title,
+            former=self.generation.number,
+            generation=self.report.generation,
+        )
         try:
             await self._run()
         except Exception:
@@ -195,6 +205,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         except RestartError as error:
             self.state = PredecessorState.FAILED
             self._fail(error, Phase.START)
+            self._note_outcome()
             return
         successor = self._running
         async with anyio.create_task_group() as task_group:
@@ -303,6 +314,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 item.close()
                 self._tasks.start_soon(self.generation.reopen_logs)
             case Frame():
+                history.note(Note.GOT, restart=self.report.id, message=item.type, peer=self.report.successor_pid)
                 try:
                     event = self._read(item)
                     if event is PredecessorEvent.HELLO:
@@ -406,6 +418,16 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 self.report.generation,
                 ", ".join(entry.name for entry in self.unclaimed),
             )
+        history.note(
+            Note.STATE,
+            restart=self.report.id,
+            side="predecessor",
+            state=self.state.value,
+            event=event.value,
+            peer=self.report.successor_pid,
+        )
+        if self.state.final:
+            self._note_outcome()
         self._on_change(self)
         if self.state is PredecessorState.PROBATION:
             self.serving.set()
@@ -439,8 +461,10 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
     # How it is done
 
     async def _start(self) -> None:
+        begun = time.monotonic()
         self._successor = await SuccessorProcess.start(self._spawner)
-        self.report.successor_pid = self._successor.process.pid
+        self.report.successor_pid = child = self._successor.process.pid
+        history.note(Note.SPAWNED, restart=self.report.id, child=child, begun=begun)
 
     async def _spawn(self, channel: socket.socket, stderr: int) -> Child:
         settings = self.generation.settings
@@ -458,6 +482,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         self, message: FromPredecessor, body: Mapping[str, Any] | None = None, descriptors: Sequence[int] = ()
     ) -> None:
         """Send, or let a channel that does not carry it be the event that it is."""
+        history.note(Note.SENT, restart=self.report.id, message=message.value, peer=self.report.successor_pid)
         try:
             await self._running.peer.channel.send(message, body, descriptors)
         except ChannelError as error:
@@ -588,6 +613,18 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
     def _fail(self, error: RestartError, phase: Phase | None) -> None:
         self.error = error
         record(error, phase, self.report)
+
+    def _note_outcome(self) -> None:
+        error = self.error
+        history.note(
+            Note.OUTCOME,
+            restart=self.report.id,
+            report=self.report.to_json(),
+            why=str(error.args[0]) if error is not None else None,
+            phase=error.phase if error is not None else None,
+            stderr=error.stderr if error is not None else "",
+            status=self._successor.exit_status if self._successor is not None and self._successor.is_dead() else None,
+        )
 
     @property
     def _running(self) -> SuccessorProcess:

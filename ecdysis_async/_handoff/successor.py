@@ -21,6 +21,8 @@ from ecdysis_async._connections.receiver import make_room
 from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.peer import Death, Peer
 from ecdysis_async._system.descriptors import close_all
+from ecdysis_async._system.history import Note, history
+from ecdysis_async._system.import_times import import_times
 from ecdysis_async._system.stderr import identity, pass_on
 from ecdysis_async._system.tracebacks import describe_failure
 from ecdysis_async.errors import ChannelError, DescriptorsLost, GarbledFrame, HandoffAborted, StartupError
@@ -110,6 +112,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         try:
             # The predecessor may have a stash to make first, for which it takes its own ready_timeout at the most.
             seconds = max(LISTENERS_SECONDS, self.generation.settings.ready_timeout)
+            said_hello = time.monotonic()
             with anyio.move_on_after(seconds):
                 await self._say_hello()
                 frame = await self._channel.receive()
@@ -122,6 +125,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                 frame.close()
                 raise HandoffAborted("ecdysis: the predecessor called the restart off")
             self._take_over(frame)
+            self._note_process(said_hello, time.monotonic())
         except (ChannelError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:
             raise HandoffAborted(f"ecdysis: the predecessor did not hand over its sockets: {error!r}") from error
         finally:
@@ -165,6 +169,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             case ChannelError():
                 self.post(SuccessorEvent.BROKEN, item)
             case Frame():
+                self._note_message(Note.GOT, item.type)
                 try:
                     event = successor_event(item.type)
                     if event is SuccessorEvent.SETTLED:
@@ -201,6 +206,14 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             return
         log = self.log
         assert self.predecessor is not None
+        history.note(
+            Note.STATE,
+            restart=self.restart_id,
+            side="successor",
+            state=self.state.value,
+            event=event.value,
+            peer=self.predecessor.pid,
+        )
         if event is SuccessorEvent.DIED:
             self.generation.inherited_stash.expect_no_more()
             self._restore_stderr()
@@ -221,6 +234,9 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
     async def perform(self, action: SuccessorAction) -> None:
         match action:
             case SuccessorAction.SEND_READY:
+                import_times.end()
+                imports = [each.to_json() for each in import_times.take()]
+                history.note(Note.IMPORTS, restart=self.restart_id, imports=imports)
                 registry = self._plane.registry
                 # Find them by their sockets: the application may have closed one by now, which changes the places in
                 # the registry.
@@ -263,11 +279,31 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
     # How it is done
 
     async def _send(self, message: FromSuccessor, body: Mapping[str, Any] | None = None) -> None:
+        self._note_message(Note.SENT, message.value)
         try:
             await self._channel.send(message, body)
         except ChannelError as error:
             # Whether that is a death or a fault, the listener finds out and posts.
             self.log.debug("%s was not sent: %s", message, error)
+
+    def _note_message(self, kind: Note, message: str) -> None:
+        peer = self.predecessor.pid if self.predecessor is not None else None
+        history.note(kind, restart=self.restart_id, message=message, peer=peer)
+
+    def _note_process(self, said_hello: float, got_listeners: float) -> None:
+        """Take note of how this process has come here: which restart that was for is known only now."""
+        if self.restart_id:
+            history.write_from_now_on()
+        history.note(
+            Note.PROCESS,
+            restart=self.restart_id,
+            generation=self.generation.number,
+            peer=self.predecessor.pid if self.predecessor is not None else None,
+            first=import_times.began,
+            hello=said_hello,
+            listeners=got_listeners,
+            imports=[each.to_json() for each in import_times.take()],
+        )
 
     async def _say_hello(self) -> None:
         pidfd = os.pidfd_open(os.getpid())

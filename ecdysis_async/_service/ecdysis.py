@@ -33,6 +33,8 @@ from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.claims import is_check, is_worker, restart_id, take_channel
 from ecdysis_async._system.forking import withholding_from_children
+from ecdysis_async._system.history import SUFFIX, Note, history
+from ecdysis_async._system.stacks import hear_questions, stop_hearing
 from ecdysis_async.errors import HandoffAborted
 from ecdysis_async.report import RestartReport, State
 from ecdysis_async.settings import MAX_DRAINING, Settings, StrPath, read_signals
@@ -258,6 +260,7 @@ class Ecdysis(Listeners):
         _current = self
         generation.log.speak()
         try:
+            self._resources.callback(history.close)
             self._resources.callback(self._registry.close, unlink=False)
             self._resources.enter_context(
                 withholding_from_children(lambda: [entry.sock for entry in self._registry.entries])
@@ -276,6 +279,7 @@ class Ecdysis(Listeners):
             life.reserve.fill()
             await management.open(has_predecessor=life.inheritance is not None)
             management.handle_signals()
+            self._begin_history()
             await self._task_group.__aenter__()
         except BaseException:
             self._vacate()
@@ -333,6 +337,16 @@ class Ecdysis(Listeners):
             summary = life.inheritance.summary
             raise HandoffAborted(f"ecdysis: this generation leaves without having served: {summary}")
         return is_cut_short
+
+    def _begin_history(self) -> None:
+        """Write down from now on what happens, where somebody can ask for it: by the path of the control socket."""
+        if history.path is None and self._control_path is not None and not is_worker():
+            history.open(self._control_path + SUFFIX)
+        if history.path is not None:
+            hear_questions()
+            self._resources.callback(stop_hearing)
+            role = "worker" if is_worker() else "service"
+            history.note(Note.BEGUN, role=role, generation=self._life.generation.number)
 
     def _vacate(self) -> None:
         global _current

@@ -22,6 +22,7 @@ from ecdysis_async._management.management import LEEWAY_SECONDS
 from ecdysis_async._sockets.entry import Until
 from ecdysis_async._system.exit_deadline import ExitDeadline
 from ecdysis_async._system.forking import withhold_from_children
+from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.tasks import abandoned_tasks, all_tasks, describe_task
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import Phase, State
@@ -37,6 +38,11 @@ PROGRESS_SECONDS = 1.0
 
 # How long the connections of "exit" listeners get once everything else has drained, seconds.
 EXIT_SECONDS = 1.0
+
+# When it is written down for the first time whom a drain waits for, seconds; each later time comes twice as late.
+FIRST_WAIT_SECONDS = 0.25
+# A stop whose drain takes so long may have to be explained, seconds.
+LONG_SECONDS = 4.0
 
 # How many tasks and connections are named at the most, where they are lost.
 NAMED_AT_MOST = 10
@@ -221,8 +227,11 @@ class Leaving:
         life.drain_deadline = begun + timeout
         life.management.changed()
         log.info("draining %d connections, for %g seconds at the most", len(tracker), timeout)
+        restart = life.handover.report.id if life.handover is not None and life.has_successor else None
+        history.note(Note.DRAIN, restart=restart, connections=len(tracker), seconds=timeout)
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(self._tell_progress)
+            task_group.start_soon(self._note_waits, restart)
             if life.has_successor:
                 await tracker.drain(timeout, move=self._move_connections)
             else:
@@ -244,12 +253,25 @@ class Leaving:
             report = life.handover.report
             report.drain, report.cut_requests = count, cut
             report.phases[Phase.DRAIN] = anyio.current_time() - begun
+            history.note(Note.DRAINED, restart=restart, report=report.to_json())
             life.management.restart_changed(life.handover)
             await life.handover.tell(DrainMessage.DRAINED, {"report": report.to_json()})
             with contextlib.suppress(OSError):  # no descriptor is left: then the log alone tells
                 self._last_word = life.handover.duplicate_channel()
                 if self._last_word is not None:
                     withhold_from_children(self._last_word)
+
+    async def _note_waits(self, restart: str | None) -> None:
+        """Write down whom the drain waits for, more and more seldom, and a few of them by name."""
+        tracker, seconds = self._life.plane.tracker, FIRST_WAIT_SECONDS
+        while history.path is not None:
+            await anyio.sleep(seconds)
+            if seconds >= LONG_SECONDS:
+                history.write_from_now_on()
+            seconds *= 2
+            connections = tracker.connections()
+            requests = [what for each in connections[:NAMED_AT_MOST] for what in each.describe()][:NAMED_AT_MOST]
+            history.note(Note.WAITS, restart=restart, connections=len(connections), requests=requests)
 
     async def _move_connections(self, on_swept: Callable[[], None]) -> None:
         """Pass on to the successor what can go on there."""
@@ -354,6 +376,7 @@ class Leaving:
         await management.withdraw(has_successor=life.is_aborted or life.has_successor)
         self._close_sockets(has_served=has_begun and not life.is_aborted, is_orderly=is_orderly)
         await management.finish()
+        history.note(Note.ENDED, generation=life.generation.number)
         log.info("this generation ends")
 
     def tell_what_is_abandoned(self) -> None:

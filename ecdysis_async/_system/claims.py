@@ -16,6 +16,10 @@ import stat
 import threading
 from collections.abc import Mapping
 
+from .history import history
+from .import_times import import_times
+from .stacks import hear_questions
+
 __all__ = [
     "METRICS_ID_KEY",
     "PRIVATE_KEYS",
@@ -45,6 +49,8 @@ RESTART_KEY = "ECDYSIS_RESTART"
 METRICS_ID_KEY = "ECDYSIS_METRICS_ID"
 # Set for a process that tells over the channel what it is, and ends: it is no generation.
 CHECK_KEY = "ECDYSIS_CHECK"
+# Where the processes of this service write down what happens.
+HISTORY_KEY = "ECDYSIS_HISTORY"
 
 # Addressed to this process and to no other: its markers, the sockets it was activated with (sd_listen_fds(3)), and who
 # must pet the watchdog (sd_watchdog_enabled(3)). WATCHDOG_USEC and NOTIFY_SOCKET hold for the successor as well.
@@ -56,6 +62,7 @@ PRIVATE_KEYS = (
     CHECK_KEY,
     RESTART_KEY,
     METRICS_ID_KEY,
+    HISTORY_KEY,
     "LISTEN_PID",
     "LISTEN_PIDFDID",
     "LISTEN_FDS",
@@ -173,6 +180,15 @@ _is_check = os.environ.pop(CHECK_KEY, None) is not None and _channel is not None
 _metrics_id = os.environ.pop(METRICS_ID_KEY, None)
 
 _activation: Mapping[int, str] = claim_activation()
+
+_history_path = os.environ.pop(HISTORY_KEY, None)
+if _history_path is not None and _channel is not None and not _is_check:
+    # From the first import on, because it is the imports, and a start that hangs, which somebody may want explained.
+    history.open(_history_path)
+    if _restart_id:
+        history.write_from_now_on()
+    import_times.begin()
+    hear_questions()
 
 
 def take_channel() -> socket.socket | None:

@@ -20,7 +20,8 @@ import anyio
 
 from ecdysis_async.errors import SpawnFailed
 
-from .claims import LINE_MARKER, MARKER, RESTART_KEY, mark, mark_restart
+from .claims import HISTORY_KEY, LINE_MARKER, MARKER, RESTART_KEY, mark, mark_restart
+from .history import history
 from .launch import TRAMPOLINE, Launch, read_first_lines
 from .signals import clean_mask
 
@@ -261,6 +262,8 @@ def spawn(
     environment = launch.environment | {key: mark(sock.fileno()) for key, sock in passed.items()}
     if restart:
         environment[RESTART_KEY] = mark_restart(restart, channel.fileno())
+    if history.path is not None:
+        environment[HISTORY_KEY] = history.path
     try:
         _find_program(launch)
         # With neither preexec_fn nor a change of user, subprocess takes vfork: fork would stop this process for as

@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from ecdysis_async._sockets.addresses import name_sockets
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._sockets.entry import Kind as SocketKind
 from ecdysis_async._system.claims import take_channel
+from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.stderr import say, write_lines
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async._system.tracebacks import describe_failure
@@ -176,8 +178,10 @@ async def _serve(options: Options) -> None:
         env_file=options.env_file,
     ) as ecdysis:
         try:
+            begun = time.monotonic()
             app = await load(options.target, app_dir=options.app_dir, factory=options.factory)
             server = _choose_server(app, options)
+            history.note(Note.STEP, what=f"load {options.target}", begun=begun)
             ecdysis.describe_serving = functools.partial(_describe_serving, options, server)
             if server == "main":
                 await app(ecdysis)

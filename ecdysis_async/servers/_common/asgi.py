@@ -24,6 +24,7 @@ from ecdysis_async._accepting.asyncio_servers import note_no_servers
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
 from ecdysis_async._connections.connection import Connection, current_connection, describe_request
+from ecdysis_async._system.history import Note, history
 from ecdysis_async.servers._protocols.frames import FrameFollower, follow_frames
 from ecdysis_async.servers._protocols.http import count_unread, will_move
 from ecdysis_async.servers._protocols.requests import RequestsUnderWay, RequestUnderWay
@@ -149,6 +150,7 @@ class Application:
         """
         self._tell_state(scope)
         is_asked = is_started = False
+        begun = time.monotonic()
         # Servers that the application starts by itself are not the adapter's.
         note_no_servers()
 
@@ -162,6 +164,7 @@ class Application:
             nonlocal is_started
             if message["type"] == "lifespan.startup.complete":
                 is_started = True
+                history.note(Note.STEP, what="lifespan start-up", begun=begun)
             elif message["type"] == "lifespan.startup.failed":
                 # Frameworks say so while they handle the exception.
                 self.failure = sys.exception() or RuntimeError(message.get("message") or "the start-up failed")

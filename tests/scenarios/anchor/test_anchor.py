@@ -362,7 +362,7 @@ def test_a_control_socket_that_somebody_removes_is_made_anew(run_anchor: Run) ->
     os.unlink(service.control)
     service.wait_until(lambda: service.log.count("is there again") == 2, "it is not made anew")
     assert service.roll_out()["generation"] == 2
-    assert {each.name for each in directory.iterdir()} == {"control", "control.lock"}
+    assert {each.name for each in directory.iterdir()} == {"control", "control.lock", "control.history"}
 
 
 def test_workers_open_a_socket_between_them(run_anchor: Run) -> None:

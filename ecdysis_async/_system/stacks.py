@@ -1,0 +1,179 @@
+"""Where a process stands, for another one that asks: the stacks of its threads, and of its tasks.
+
+A signal asks, and the answer goes to a piece of memory that the asking process opens in /proc. The stacks of threads
+are written by faulthandler in C, also where the main thread is blocked. The tasks follow once the main thread comes to
+another bytecode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+from .tasks import all_tasks
+
+__all__ = ["ask_for_stacks", "hear_questions", "stop_hearing"]
+
+NAME = "ecdysis-stacks"
+
+# The signal: a real-time one, which has no meaning of its own and which applications hardly ever use.
+_OFFSET = 11
+_NUMBER: int | None = signal.SIGRTMIN + _OFFSET if hasattr(signal, "SIGRTMIN") else None
+
+# How long the asking process waits for an answer, and then for more of it, seconds.
+ANSWER_SECONDS = 1.0
+MORE_SECONDS = 0.15
+
+# How many tasks, and how many frames of each, are told at the most.
+MAX_TASKS = 20
+MAX_TASKS_SEEN = 200
+MAX_FRAMES = 12
+
+_descriptor = -1
+
+
+def hear_questions() -> None:
+    """Answer those who ask where this process stands; nothing is done where that is not possible."""
+    global _descriptor
+    if _descriptor >= 0 or _NUMBER is None or not _is_main_thread() or not hasattr(os, "memfd_create"):
+        return
+    if signal.getsignal(_NUMBER) is not signal.SIG_DFL:
+        return
+    # A few services are ever asked: the module is C, and there already.
+    import faulthandler
+    import fcntl
+
+    try:
+        descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC)
+    except OSError:
+        return
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
+    signal.signal(_NUMBER, _write_tasks)
+    # System calls go on where they were, as with Python's own handlers (PEP 475).
+    faulthandler.register(_NUMBER, file=descriptor, all_threads=True, chain=True)
+    _descriptor = descriptor
+
+
+def stop_hearing() -> None:
+    """Answer nobody any more; harmless if done already."""
+    global _descriptor
+    if _descriptor < 0 or _NUMBER is None:
+        return
+    import faulthandler
+
+    faulthandler.unregister(_NUMBER)
+    if _is_main_thread():
+        # It is ignored rather than deadly: a question may be on its way.
+        signal.signal(_NUMBER, signal.SIG_IGN)
+        signal.signal(_NUMBER, signal.SIG_DFL)
+    os.close(_descriptor)
+    _descriptor = -1
+
+
+def _is_main_thread() -> bool:
+    # Python installs handlers there, and nowhere else.
+    return threading.current_thread() is threading.main_thread()
+
+
+def ask_for_stacks(pid: int) -> str | None:
+    """Return where a process stands; None where it does not tell: it is no process of this library, or not ours.
+
+    It blocks for a second at the most.
+    """
+    if _NUMBER is None or (path := _find_memory(pid)) is None or not _is_caught(pid):
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        os.ftruncate(descriptor, 0)
+        os.kill(pid, _NUMBER)
+        size, deadline = 0, time.monotonic() + ANSWER_SECONDS
+        grown = time.monotonic()
+        while time.monotonic() < deadline and not (size and time.monotonic() - grown > MORE_SECONDS):
+            time.sleep(0.01)
+            if (now := os.fstat(descriptor).st_size) != size:
+                size, grown = now, time.monotonic()
+        return os.pread(descriptor, size, 0).decode(errors="replace").strip() or None
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _find_memory(pid: int) -> str | None:
+    directory = f"/proc/{pid}/fd"
+    try:
+        for name in os.listdir(directory):
+            path = os.path.join(directory, name)
+            with contextlib.suppress(OSError):
+                if os.readlink(path).startswith(f"/memfd:{NAME}"):
+                    return path
+    except OSError:
+        pass
+    return None
+
+
+def _is_caught(pid: int) -> bool:
+    """Say whether a process has a handler: without one, the signal would end it."""
+    assert _NUMBER is not None
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as lines:
+            masks = dict(line.split(":", 1) for line in lines)
+        return bool(int(masks["SigCgt"], 16) >> (_NUMBER - 1) & 1)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _write_tasks(number: int, frame: FrameType | None) -> None:
+    """Write where the tasks of the running loop stand."""
+    lines: list[str] = []
+    told = 0
+    with contextlib.suppress(Exception):  # whatever a loop of another release is like, it goes on
+        for name, coroutine in _find_tasks():
+            # This library's own tasks wait for others, and nobody for them.
+            if name.startswith("ecdysis_async."):
+                continue
+            frames = list(_frames_of(coroutine))
+            if frames and told < MAX_TASKS:
+                told += 1
+                lines.append(f"\nTask {name}:")
+                lines += [f'  File "{code.co_filename}", line {at} in {code.co_name}' for code, at in frames[::-1]]
+    if lines and _descriptor >= 0:
+        with contextlib.suppress(OSError):
+            os.write(_descriptor, "\n".join([*lines, ""]).encode(errors="replace"))
+
+
+def _find_tasks() -> Iterator[tuple[str, Any]]:
+    for task in all_tasks()[:MAX_TASKS_SEEN]:
+        yield task.get_name(), task.get_coro()
+    trio = sys.modules.get("trio")
+    if trio is None:
+        return
+    pending = [trio.lowlevel.current_root_task()]
+    for _ in range(MAX_TASKS_SEEN):
+        if not pending:
+            return
+        if (task := pending.pop()) is not None:
+            yield task.name, task.coro
+            pending += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+
+
+def _frames_of(coroutine: Any) -> Iterator[tuple[CodeType, int]]:
+    """Yield where a coroutine stands, and where what it awaits stands, from the outside in."""
+    for _ in range(MAX_FRAMES):
+        kinds = ("cr", "gi", "ag")
+        kind = next((each for each in kinds if getattr(coroutine, f"{each}_frame", None) is not None), None)
+        if kind is None:
+            return
+        at = getattr(coroutine, f"{kind}_frame")
+        yield at.f_code, at.f_lineno
+        coroutine = getattr(coroutine, "gi_yieldfrom" if kind == "gi" else f"{kind}_await", None)
