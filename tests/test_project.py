@@ -23,7 +23,7 @@ PACKAGE = PROJECT / "ecdysis_async"
 LAYERS = (
     {"__main__"},
     {"cli", "testing"},
-    {"servers", "_proving", "__init__"},
+    {"servers", "_proving", "_explaining", "__init__"},
     {"_anchor", "_service", "_config"},
     {"_management"},
     {"_handoff", "anyio_listeners", "trio_listeners"},
@@ -60,6 +60,7 @@ TESTED_ELSEWHERE = {
     "cli/check.py": "tests/scenarios/run/test_check.py checks releases of running services",
     "cli/reload.py": "tests/scenarios/run/test_reload.py saves files of running services",
     "cli/prove.py": "tests/scenarios/proving runs the command as a whole",
+    "cli/explain.py": "tests/scenarios/explaining runs the command as a whole",
     "_proving/campaign.py": "as cli/prove.py",
     "_proving/http_client.py": "tests/proving/test_load.py has it ask a server that makes mistakes on purpose",
     "_proving/records.py": "data only: test_rules.py is about what they mean",

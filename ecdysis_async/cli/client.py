@@ -237,13 +237,13 @@ def _await_upgrade(path: str, upgrades: int, pidfd: int) -> Event:
     raise NoAnswer(str(silence) if silence is not None else "it answers, and is not upgraded yet")
 
 
-def status(path: str) -> Event:
-    """Return the status of whichever generation accepts.
+def status(path: str, timeout: float = SILENCE_SECONDS) -> Event:
+    """Return the status of whichever generation accepts; it may be silent for so many seconds.
 
     Raises:
         CommandFailed: nobody is there, or nobody answers.
     """
-    answer = _ask_for(path, {"command": "status"}, "status")
+    answer = _ask_for(path, {"command": "status"}, "status", timeout)
     with understanding(path):
         found: Event = dict(answer["status"])
         # What no status of any release lacks.
@@ -294,13 +294,13 @@ def compare(path: str, release: Event) -> Event:
     return comparison
 
 
-def _ask_for(path: str, request: Event, wanted: str) -> Event:
+def _ask_for(path: str, request: Event, wanted: str, timeout: float = SILENCE_SECONDS) -> Event:
     try:
         try:
-            answer = _ask_once(path, request, SILENCE_SECONDS)
+            answer = _ask_once(path, request, timeout)
         except ConnectionLost:
             # Once more: there may be a successor, and these are questions that may be asked twice.
-            answer = _ask_once(path, request, SILENCE_SECONDS)
+            answer = _ask_once(path, request, timeout)
     except NoAnswer as error:
         raise CommandFailed(f"the service at {path} does not answer: {error}", Exit.UNKNOWN) from error
     if answer["event"] != wanted:

@@ -39,7 +39,7 @@ P = ParamSpec("P")
 WATCH_SECONDS = 1.0
 
 # Commands in modules of their own names, which load half of the service.
-LOADED_LATE = ("prove", "run", "unit")
+LOADED_LATE = ("explain", "prove", "run", "unit")
 
 CODES = """Exit codes: 0 the new generation serves; 1 it failed and the old one serves; 2 usage; 3 no service there;
 4 a restart is in progress; 5 rolled back; 6 the outcome is unknown; 7 you may not; 130 interrupted, and the service

@@ -1,0 +1,57 @@
+"""A trace is what the Trace Event Format asks for: seen by its rules, because no viewer of it can be had everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ecdysis_async._explaining.story import tell_stories
+from ecdysis_async._explaining.trace import make_trace
+
+from .histories import begin, fail, records, roll_out, settle
+
+STORIES = {"settled": begin() + settle(), "failed": begin() + fail(), "roll-out": roll_out(), "in progress": begin()}
+
+
+def make(directory: Path, name: str) -> list[dict[str, Any]]:
+    trace = make_trace(tell_stories(records(directory, STORIES[name])))
+    events: list[dict[str, Any]] = json.loads(json.dumps(trace, allow_nan=False))["traceEvents"]
+    return events
+
+
+@pytest.mark.parametrize("name", list(STORIES))
+def test_each_event_has_what_its_phase_needs(name: str, tmp_path: Path) -> None:
+    needed = {"X": {"ts", "dur", "name"}, "M": {"args", "name"}, "b": {"id", "cat", "ts"}, "e": {"id", "cat", "ts"}}
+    needed |= {phase: {"id", "cat", "ts"} for phase in "sf"}
+    for event in make(tmp_path, name):
+        assert event.keys() >= needed[event["ph"]] | {"pid", "tid"}
+        assert event.get("dur", 1) > 0
+
+
+@pytest.mark.parametrize("name", list(STORIES))
+def test_what_begins_ends(name: str, tmp_path: Path) -> None:
+    events = make(tmp_path, name)
+    for begin_phase, end_phase in ("be", "sf"):
+        begun = Counter((event["cat"], event["id"], event["name"]) for event in events if event["ph"] == begin_phase)
+        ended = Counter((event["cat"], event["id"], event["name"]) for event in events if event["ph"] == end_phase)
+        assert begun == ended
+        assert begun
+
+
+@pytest.mark.parametrize("name", list(STORIES))
+def test_a_flow_ends_at_a_slice(name: str, tmp_path: Path) -> None:
+    events = make(tmp_path, name)
+    slices = {(event["pid"], event["tid"], event["ts"]) for event in events if event["ph"] == "X"}
+    assert {(event["pid"], event["tid"], event["ts"]) for event in events if event["ph"] in "sf"} <= slices
+
+
+def test_each_process_is_one(tmp_path: Path) -> None:
+    names = {
+        event["pid"]: event["args"]["name"] for event in make(tmp_path, "roll-out") if event["name"] == "process_name"
+    }
+    assert names[10] == "anchor (pid 10)"
+    assert len(names) == 5
