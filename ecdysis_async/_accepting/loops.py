@@ -7,17 +7,23 @@ that a client does, the loop is as it was. Nothing here accepts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Awaitable, Callable, Coroutine
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Literal, TypeVar
 
 from ecdysis_async._system.descriptors import occupy_standard_descriptors
+from ecdysis_async.errors import StartupError
 
 from . import asyncio_datagrams, asyncio_servers
 from .data_plane import DataPlane, active
 
-__all__ = ["loop_factory", "run"]
+__all__ = ["loop_factory", "refusing_servers", "run"]
 
 T = TypeVar("T")
 
@@ -121,3 +127,57 @@ def _plane() -> DataPlane | None:
         return active()
     except LookupError:
         return None
+
+
+@contextlib.contextmanager
+def refusing_servers(target: str, loop: LoopName = "auto") -> Iterator[None]:
+    """Refuse servers that a program starts while it is imported, in the thread that imports it.
+
+    Such a server (``uvicorn.run(app)`` without a guard) would serve for ever: the import would never end, and nobody
+    would know why. A loop that only computes something, and servers in other threads, are left alone.
+
+    Args:
+        target: what is imported, for the error.
+        loop: the loop of the service. A server on uvloop passes unseen where it is not this one, nor loaded already.
+
+    Its error, a StartupError, comes out of what starts the server.
+    """
+    importing = threading.current_thread()
+    loop_factory(loop)
+    kinds: list[Any] = [asyncio.SelectorEventLoop, *([sys.modules["uvloop"].Loop] if "uvloop" in sys.modules else [])]
+    kept = []
+
+    def refuse_in(kind: Any, name: str) -> None:
+        create: Callable[..., Coroutine[Any, Any, Any]] = getattr(kind, name)
+
+        @functools.wraps(create)
+        async def refusing(*arguments: Any, **options: Any) -> Any:
+            if threading.current_thread() is importing:
+                raise StartupError(
+                    f"{target} starts a server while it is imported{_find_importing_line()}, and would serve there for "
+                    'ever: put that behind `if __name__ == "__main__":`, because `ecdysis run` is the server'
+                )
+            return await create(*arguments, **options)
+
+        kept.append((kind, name, vars(kind).get(name)))
+        setattr(kind, name, refusing)
+
+    for kind in kinds:
+        for name in ("create_server", "create_unix_server"):
+            refuse_in(kind, name)
+    try:
+        yield
+    finally:
+        for kind, name, own in kept:
+            if own is None:
+                delattr(kind, name)
+            else:
+                setattr(kind, name, own)
+
+
+def _find_importing_line() -> str:
+    """Say which line of which module does what goes on now, and what it says."""
+    for frame in reversed(traceback.extract_stack()):
+        if frame.name == "<module>":
+            return f" ({os.path.basename(frame.filename)}, line {frame.lineno}: {frame.line})"
+    return ""

@@ -19,7 +19,7 @@ from typing import Any
 
 from ecdysis_async.errors import StartupError
 
-__all__ = ["Kind", "find_kind", "load", "require_source"]
+__all__ = ["Kind", "call_factory", "find_kind", "load", "require_source"]
 
 
 class Kind(enum.Enum):
@@ -30,21 +30,19 @@ class Kind(enum.Enum):
     MAIN = "an async function of the Ecdysis"
 
 
-async def load(target: str, *, app_dir: str = ".", factory: bool = False) -> Any:
-    """Import a target, ``module:attribute``, and make the application where it is a factory.
+def load(target: str, *, app_dir: str = ".") -> Any:
+    """Import a target, ``module:attribute``. Call it where no loop runs: an application may run one at its import.
 
     Args:
         target: attributes may be nested, as in ``main:api.app``.
         app_dir: goes first on ``sys.path``.
-        factory: call it, and await what it returns where that is to be awaited.
 
     Raises:
         StartupError: there is no such module, or no such attribute; the text says where it was looked for.
         Exception: whatever the application's own code raised.
     """
-    # Nothing else has to run yet, and what is imported has to be imported here.
     try:
-        directory = os.path.abspath(app_dir)  # noqa: ASYNC240
+        directory = os.path.abspath(app_dir)
     except FileNotFoundError as error:
         raise StartupError(
             f"{target} cannot be loaded: the working directory is gone; start the service in one that is there, or say "
@@ -53,13 +51,20 @@ async def load(target: str, *, app_dir: str = ".", factory: bool = False) -> Any
     if directory not in sys.path:
         sys.path.insert(0, directory)
     module, _, attribute = target.partition(":")
-    found = _find_attribute(_import(module, directory), module, attribute)
-    if not factory:
-        return found
-    if not callable(found):
-        raise StartupError(f"{target} is no factory but {_name_type(found)}: leave --factory out")
+    return _find_attribute(_import(module, directory), module, attribute)
+
+
+async def call_factory(factory: Any, target: str) -> Any:
+    """Call a factory, and await what it returns where that is to be awaited.
+
+    Raises:
+        StartupError: it is no factory.
+        Exception: whatever the application's own code raised.
+    """
+    if not callable(factory):
+        raise StartupError(f"{target} is no factory but {_name_type(factory)}: leave --factory out")
     try:
-        made = found()
+        made = factory()
     except TypeError as error:
         if error.__traceback__ is not None and error.__traceback__.tb_next is None:
             raise StartupError(f"{target} cannot be called without arguments, as a factory is: {error}") from None

@@ -44,7 +44,7 @@ COMMAND = (sys.executable, "-m", "ecdysis_async.cli")
 DEFAULTS = {"--bind": "127.0.0.1:0", "--probation": "1", "--drain-timeout": "10", "--log-level": "info"}
 ALIASES = {"--bind": ("-b",), "--drain-timeout": ("--graceful-timeout",)}
 
-WRAPPER = "ecdysis_async._proving.wrapper:make"
+WRAPPER = "ecdysis_async._proving.wrapper:release"
 
 POLL_SECONDS = 0.02
 SILENCE_SECONDS = 5.0

@@ -7,11 +7,12 @@ broken would. An `async def main(ecdysis)`, and a handler of the library websock
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ecdysis_async._config.target import Kind, find_kind, load
+from ecdysis_async._config.target import Kind, call_factory, find_kind, load
 from ecdysis_async._service.ecdysis import current
 
 from .settings import (
@@ -25,7 +26,7 @@ from .settings import (
     TARGET_VARIABLE,
 )
 
-__all__ = ["BrokenOnPurpose", "make"]
+__all__ = ["BrokenOnPurpose"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -38,18 +39,25 @@ class BrokenOnPurpose(Exception):
     """This release does not start, so that it can be seen what that does to the clients of the former one."""
 
 
-async def make() -> Any:
-    """Return what is to be served.
+def __getattr__(name: str) -> Any:
+    """Return the factory of what is to be served, ``release``: the application is imported now, as any other would be.
 
     Raises:
         BrokenOnPurpose: this release shall not start.
         StartupError: there is no such target.
     """
+    if name != "release":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     environment = os.environ
-    if os.path.exists(environment[BROKEN_VARIABLE]):  # noqa: ASYNC240 - nothing else runs here yet
+    if os.path.exists(environment[BROKEN_VARIABLE]):
         raise BrokenOnPurpose("this release is broken on purpose, by `ecdysis prove`")
-    target = environment[TARGET_VARIABLE]
-    app = await load(target, app_dir=environment[APP_DIR_VARIABLE], factory=FACTORY_VARIABLE in environment)
+    found = load(environment[TARGET_VARIABLE], app_dir=environment[APP_DIR_VARIABLE])
+    return functools.partial(_make, found)
+
+
+async def _make(found: Any) -> Any:
+    environment, target = os.environ, os.environ[TARGET_VARIABLE]
+    app = await call_factory(found, target) if FACTORY_VARIABLE in environment else found
     if PLAIN_VARIABLE in environment:
         return app
     match find_kind(app, target):

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import anyio
 import anyio.lowlevel
 
+from ecdysis_async._system.claims import is_awaited
+
 from .ecdysis import Ecdysis, current
 
 __all__ = ["draining", "settled", "track", "until_draining"]
@@ -25,7 +27,7 @@ class _ProcessEvent:
 
     Args:
         choose: returns the event of an ``Ecdysis``.
-        is_set_without: whether it counts as set where no ``Ecdysis`` runs.
+        is_set_without: whether it counts as set where no ``Ecdysis`` runs, and none will.
     """
 
     def __init__(self, choose: Callable[[Ecdysis], anyio.Event], *, is_set_without: bool) -> None:
@@ -35,17 +37,20 @@ class _ProcessEvent:
     def is_set(self) -> bool:
         """Say whether it has happened."""
         ecdysis = _find()
-        return self._is_set_without if ecdysis is None else self._choose(ecdysis).is_set()
+        return self._is_set_now_without() if ecdysis is None else self._choose(ecdysis).is_set()
 
     async def wait(self) -> None:
         """Return when it has happened."""
         ecdysis = _find()
         if ecdysis is not None:
             await self._choose(ecdysis).wait()
-        elif self._is_set_without:
+        elif self._is_set_now_without():
             await anyio.lowlevel.checkpoint()
         else:
             await anyio.sleep_forever()
+
+    def _is_set_now_without(self) -> bool:
+        return self._is_set_without and not is_awaited()
 
 
 draining = _ProcessEvent(lambda ecdysis: ecdysis.draining, is_set_without=False)

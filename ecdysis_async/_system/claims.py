@@ -23,7 +23,9 @@ from .stacks import hear_questions
 __all__ = [
     "METRICS_ID_KEY",
     "PRIVATE_KEYS",
+    "find_line",
     "find_metrics_id",
+    "is_awaited",
     "is_check",
     "is_worker",
     "mark",
@@ -210,6 +212,11 @@ def take_line() -> socket.socket | None:
     return sock
 
 
+def find_line() -> socket.socket | None:
+    """Return the line to the anchor as long as nobody has taken it; it stays the property of who does."""
+    return _line
+
+
 def take_activation() -> Mapping[int, str]:
     """Return the sockets that systemd has passed to this process, once: the name of each, by its descriptor."""
     global _activation
@@ -225,6 +232,11 @@ def find_metrics_id() -> str | None:
 def is_worker() -> bool:
     """Say whether this process was started by an anchor, to be one of its workers."""
     return _is_worker
+
+
+def is_awaited() -> bool:
+    """Say whether this process was started to serve, and nothing in it does so yet: its program is still imported."""
+    return _channel is not None or _line is not None
 
 
 def is_check() -> bool:

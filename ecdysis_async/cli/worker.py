@@ -1,33 +1,44 @@
 """What a process of ``ecdysis run`` does: load the application, choose server and loop, enter ``Ecdysis`` and serve.
 
+The application is imported before there is a loop, as other servers do it: a program may run one of its own meanwhile
+(``asyncio.run``), or change how loops are made. It takes as long as it takes: a stop ends the process, and the death of
+its anchor does. Whoever has started this process counts that time (``ready_timeout``). What is wrong with the
+application is told once its predecessor can be told.
+
 Which servers there are is seen when one is needed; none is imported before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
 import logging
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ecdysis_async._config.gather import find_control_path, read_variables
+from ecdysis_async._config.gather import read_variables
 from ecdysis_async._config.logging import configure_logging
 from ecdysis_async._config.options import OptionError, Options
 from ecdysis_async._config.prometheus import name_metrics_files
-from ecdysis_async._config.target import Kind, find_kind, load
+from ecdysis_async._config.target import Kind, call_factory, find_kind, load
 from ecdysis_async._handoff.preflight import describe_release, tell
 from ecdysis_async._management.status import describe_listeners
+from ecdysis_async._service.anchor_watch import AnchorWatch
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async._sockets.addresses import name_sockets
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._sockets.entry import Kind as SocketKind
-from ecdysis_async._system.claims import take_channel
+from ecdysis_async._system.claims import find_line, take_channel
+from ecdysis_async._system.descriptors import read_credentials
+from ecdysis_async._system.exit_deadline import ExitDeadline
 from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.stderr import say, write_lines
 from ecdysis_async._system.threads import run_in_thread
@@ -59,13 +70,48 @@ def check(options: Options) -> int:
     return _run(options, _check)
 
 
-def _run(options: Options, main: Callable[[Options], Coroutine[Any, Any, None]]) -> int:
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What there is before the loop: a target that was imported, or why it was not.
+
+    Attributes:
+        environment: what this process had before the application could change it.
+        begun: when the import began, by CLOCK_MONOTONIC.
+        control_path: where the control socket may be found, before the application could change the directory.
+        found: the target, if it was imported.
+        failure: what the import has raised.
+    """
+
+    environment: Mapping[str, str]
+    begun: float
+    control_path: str | None
+    found: Any = None
+    failure: BaseException | None = None
+
+    async def make(self, options: Options) -> Any:
+        """Return what is to be served.
+
+        Raises:
+            StartupError: it cannot be.
+            Exception: whatever the application raised, at its import or in its factory.
+        """
+        if self.failure is not None:
+            raise self.failure
+        return await call_factory(self.found, options.target) if options.factory else self.found
+
+
+Main = Callable[[Options, _Loaded], Coroutine[Any, Any, None]]
+
+
+def _run(options: Options, main: Main) -> int:
     try:
         if options.env_file is not None:
             os.environ.update(read_variables(options.env_file))
         configure_logging(options)
         name_metrics_files()
-        _run_on(options.loop, functools.partial(main, options))
+        _require_loop(options.loop)
+        loaded = _load(options)
+        _run_on(options.loop, functools.partial(main, options, loaded))
     except OptionError as error:
         say(str(error))
         return USAGE
@@ -75,11 +121,46 @@ def _run(options: Options, main: Callable[[Options], Coroutine[Any, Any, None]])
     return 0
 
 
-async def _check(options: Options) -> None:
-    # Before the application is there, which may set some of its own.
-    environment = dict(os.environ)
+def _load(options: Options) -> _Loaded:
+    """Import the target, before there is a loop; an error is kept for those who are to hear of it."""
+    before = (dict(os.environ), time.monotonic(), options.control_path)
+    with contextlib.ExitStack() as resources:
+        resources.enter_context(_ending_with_anchor(options))
+        if options.loop != "trio":
+            from ecdysis_async._accepting.loops import refusing_servers
+
+            # One of three: see Options.
+            resources.enter_context(refusing_servers(options.target, options.loop))  # type: ignore[arg-type]
+        try:
+            return _Loaded(*before, load(options.target, app_dir=options.app_dir))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it is raised where it can be told
+            return _Loaded(*before, failure=error)
+
+
+@contextlib.contextmanager
+def _ending_with_anchor(options: Options) -> Iterator[None]:
+    """End this process where its anchor dies while it imports the application: as a stop does, and then by force."""
+    if (line := find_line()) is None:
+        yield
+        return
+    end = ExitDeadline(lambda kept: write_lines("the anchor is gone: this worker is ended while it starts"))
+    watch = AnchorWatch(line, tuple, lambda: _end(end, options.exit_timeout))
+    watch.watch(read_credentials(line).pid)
     try:
-        app = await load(options.target, app_dir=options.app_dir, factory=options.factory)
+        yield
+    finally:
+        watch.close()
+
+
+def _end(end: ExitDeadline, seconds: float) -> None:
+    end.set(seconds, unconditionally=True)
+    # Nobody catches it now, unless the application does.
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def _check(options: Options, loaded: _Loaded) -> None:
+    try:
+        app = await loaded.make(options)
         server = _choose_server(app, options)
         if options.is_tls:
             from ecdysis_async.servers._common.listening import make_ssl_context
@@ -102,24 +183,28 @@ async def _check(options: Options) -> None:
         take_channel(),
         describe_release(
             sockets if server != "main" else None,
-            environment,
+            loaded.environment,
             target=options.target,
             server=server,
             file=file,
             real_file=os.path.realpath(file) if file is not None else None,  # noqa: ASYNC240 - nothing else runs here
-            control=options.control_path,
+            control=loaded.control_path,
         ),
     )
 
 
-def _run_on(loop: str, main: Callable[[], Any]) -> None:
-    """Run a coroutine function on the loop of that name.
+def _require_loop(loop: str) -> None:
+    """Check that the loop of that name is there.
 
     Raises:
         StartupError: it is not installed.
     """
     if loop in ("trio", "uvloop") and importlib.util.find_spec(loop) is None:
         raise StartupError(f"{loop} is not installed: pip install 'ecdysis_async[{loop}]'")
+
+
+def _run_on(loop: str, main: Callable[[], Any]) -> None:
+    """Run a coroutine function on the loop of that name."""
     if loop == "trio":
         import trio
 
@@ -166,7 +251,7 @@ def _name_loop(options: Options) -> str:
     return "uvloop" if any(each.__module__.startswith("uvloop") for each in type(loop).__mro__) else "asyncio"
 
 
-async def _serve(options: Options) -> None:
+async def _serve(options: Options, loaded: _Loaded) -> None:
     async with Ecdysis(
         ready_timeout=options.ready_timeout,
         drain_timeout=options.drain_timeout,
@@ -174,14 +259,13 @@ async def _serve(options: Options) -> None:
         max_draining=options.max_draining,
         probation=options.probation,
         pid_file=options.pid_file,
-        control_socket=await run_in_thread(functools.partial(find_control_path, options)),
         env_file=options.env_file,
+        websocket_close=options.websocket_close,  # type: ignore[arg-type] # one of two: see Options
     ) as ecdysis:
         try:
-            begun = time.monotonic()
-            app = await load(options.target, app_dir=options.app_dir, factory=options.factory)
+            app = await loaded.make(options)
             server = _choose_server(app, options)
-            history.note(Note.STEP, what=f"load {options.target}", begun=begun)
+            history.note(Note.STEP, what=f"load {options.target}", begun=loaded.begun)
             ecdysis.describe_serving = functools.partial(_describe_serving, options, server)
             if server == "main":
                 await app(ecdysis)

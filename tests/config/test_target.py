@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from ecdysis_async._config.target import Kind, find_kind, load, require_source
+from ecdysis_async._config.target import Kind, call_factory, find_kind, load, require_source
 from ecdysis_async.errors import StartupError
 
 Write = Callable[[str], None]
@@ -34,7 +34,10 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
 
 
 def get(target: str, **options: Any) -> Any:
-    return asyncio.run(load(f"service_to_load:{target}", **options))
+    name = f"service_to_load:{target}"
+    is_factory = options.pop("factory", False)
+    found = load(name, **options)
+    return asyncio.run(call_factory(found, name)) if is_factory else found
 
 
 def test_attributes_may_be_nested(write: Write) -> None:
@@ -82,7 +85,7 @@ def test_what_is_not_there(text: str, target: str, factory: bool, expected: str,
 def test_no_such_module(target: str, expected: str, write: Write, tmp_path: Path) -> None:
     write("")
     with pytest.raises(StartupError) as caught:
-        asyncio.run(load(target))
+        load(target)
     assert expected.format(here=tmp_path) in str(caught.value)
 
 

@@ -41,7 +41,7 @@ async def call(app: Any, scope: dict[str, Any], *received: dict[str, Any]) -> li
 
 
 async def test_an_answer_names_its_process_and_its_request() -> None:
-    app = await wrapper.make()
+    app = await wrapper.release()
     request = [(settings.REQUEST_HEADER.encode(), b"17")]
     start, body = await call(app, {"type": "http", "headers": request})
     assert start["headers"] == [(b"content-length", b"2"), PID, (settings.REQUEST_HEADER.encode(), b"17")]
@@ -51,7 +51,7 @@ async def test_an_answer_names_its_process_and_its_request() -> None:
 
 
 async def test_a_websocket_names_its_process() -> None:
-    app = await wrapper.make()
+    app = await wrapper.release()
     messages = (
         {"type": "websocket.connect"},
         {"type": "websocket.receive", "text": "a"},
@@ -63,7 +63,7 @@ async def test_a_websocket_names_its_process() -> None:
 
 
 async def test_the_lifespan_is_left_alone() -> None:
-    app = await wrapper.make()
+    app = await wrapper.release()
     events = {"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}
     sent = await call(app, {"type": "lifespan"}, *events)
     assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
@@ -72,7 +72,7 @@ async def test_the_lifespan_is_left_alone() -> None:
 async def test_a_response_of_aiohttp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(settings.TARGET_VARIABLE, "tests.scenarios.run.apps:make_aiohttp")
     monkeypatch.setenv(settings.FACTORY_VARIABLE, "1")
-    app = await wrapper.make()
+    app = await wrapper.release()
     assert app.on_response_prepare == [wrapper.name_response]
     response = web.Response()
     await wrapper.name_response(make_mocked_request("GET", "/", headers={settings.REQUEST_HEADER: "4"}), response)
@@ -84,13 +84,13 @@ async def test_what_cannot_be_wrapped_is_served_as_it_is(monkeypatch: pytest.Mon
     from tests.scenarios.proving import apps
 
     monkeypatch.setenv(settings.TARGET_VARIABLE, f"{MODULE}:hasty")
-    assert await wrapper.make() is apps.hasty
+    assert await wrapper.release() is apps.hasty
     monkeypatch.setenv(settings.TARGET_VARIABLE, f"{MODULE}:good")
     monkeypatch.setenv(settings.PLAIN_VARIABLE, "1")
-    assert await wrapper.make() is apps.good
+    assert await wrapper.release() is apps.good
 
 
 async def test_a_release_that_is_broken_on_purpose(environment: Path) -> None:
     environment.touch()
     with pytest.raises(wrapper.BrokenOnPurpose, match="broken on purpose"):
-        await wrapper.make()
+        await wrapper.release()
