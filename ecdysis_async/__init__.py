@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ecdysis_async._handoff.stash import InheritedStash
     from ecdysis_async._service.ecdysis import Ecdysis, current
     from ecdysis_async._service.helpers import draining, settled, track, until_draining
+    from ecdysis_async._system.log_files import on_reopen_logs
 
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "TakeoverFailed",
     "current",
     "draining",
+    "on_reopen_logs",
     "run",
     "settled",
     "track",
@@ -72,6 +74,7 @@ __version__ = "0.1.0"
 # `Ecdysis` costs `ecdysis restart`, which has no need of it, half of its start; asyncio costs a service on trio 40 ms.
 _MODULES = {
     "InheritedStash": "_handoff.stash",
+    "on_reopen_logs": "_system.log_files",
     "run": "_accepting.loops",
     **dict.fromkeys(("draining", "settled", "track", "until_draining"), "_service.helpers"),
 }

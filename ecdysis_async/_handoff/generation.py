@@ -8,7 +8,7 @@ from typing import Any
 
 import anyio
 
-from ecdysis_async._system.log_files import reopen_logs
+from ecdysis_async._system.log_files import reopen_logs, reopen_logs_of_application
 from ecdysis_async._system.own_log import Speaker, let_speak, logger
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.settings import Settings
@@ -86,6 +86,7 @@ class Generation:
             self.log.exception(
                 "not all log files were opened anew, and no connection was harmed: mend what the traceback names"
             )
+        count += await reopen_logs_of_application()
         self.log.info("reopened %s", "1 log file" if count == 1 else f"{count} log files")
         await self.lineage.reopen_logs()
         return count

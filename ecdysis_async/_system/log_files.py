@@ -1,15 +1,58 @@
-"""Log files that were moved away, as logrotate(8) does it: their paths are opened anew, and those files closed."""
+"""Log files that were moved away, as logrotate(8) does it: their paths are opened anew, and those files closed.
+
+Those of :mod:`logging` and of loguru are found here; the application says itself how others are opened anew.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-__all__ = ["reopen_logs"]
+__all__ = ["Reopen", "on_reopen_logs", "reopen_logs", "reopen_logs_of_application"]
+
+Reopen = Callable[[], object]
+"""Opens log files of the application's own anew; what it returns is awaited where that is to be awaited."""
+
+F = TypeVar("F", bound=Reopen)
 
 logger = logging.getLogger("ecdysis_async")
+
+
+# What the application wants to be told, in this process: also before its Ecdysis is there, and under another server.
+_reopeners: list[Reopen] = []
+
+
+def on_reopen_logs(reopen: F) -> F:
+    """Have a function called whenever log files shall be opened anew (``ecdysis reopen-logs``, SIGUSR1); return it.
+
+    It is for files that neither :mod:`logging` nor loguru has opened, and may stand as a decorator. It is called on the
+    loop of each process of the service: of every worker, and of older generations that still drain. It may be async.
+    An error is logged, and keeps nothing else from being opened anew. Where no ``Ecdysis`` runs it is never called.
+
+    Args:
+        reopen: is called without arguments.
+    """
+    _reopeners.append(reopen)
+    return reopen
+
+
+async def reopen_logs_of_application() -> int:
+    """Let the application open its own log files anew; return how many functions have done so."""
+    count = 0
+    for reopen in tuple(_reopeners):
+        try:
+            done = reopen()
+            if inspect.isawaitable(done):
+                await done
+        except Exception:
+            logger.exception("a log file of the application's own was not opened anew: mend what the traceback names")
+        else:
+            count += 1
+    return count
 
 
 def reopen_logs() -> int:

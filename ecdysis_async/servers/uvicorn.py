@@ -21,7 +21,7 @@ from ecdysis_async._accepting.readiness import Startup
 from ecdysis_async._config.options import Options
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async.servers._common.asgi import Application
-from ecdysis_async.servers._common.goodbye import DRAINING, SETTLED, Goodbye
+from ecdysis_async.servers._common.goodbye import Goodbye, make_state
 from ecdysis_async.servers._common.listening import (
     CERT_REQS,
     describe,
@@ -177,8 +177,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         # Each request gets a copy of this, with a lifespan and without.
-        ecdysis, state = self._goodbye.ecdysis, self.lifespan.state
-        state[DRAINING], state[SETTLED] = ecdysis.draining, ecdysis.settled
+        self.lifespan.state.update(make_state(self._goodbye.ecdysis))
         try:
             await super().startup(sockets)
         except SystemExit as error:

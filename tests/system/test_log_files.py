@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ecdysis_async._system.log_files import reopen_logs
+from ecdysis_async._system import log_files
+from ecdysis_async._system.log_files import on_reopen_logs, reopen_logs, reopen_logs_of_application
 
 
 @pytest.fixture
@@ -111,3 +112,28 @@ def test_a_file_behind_others(logger: logging.Logger, tmp_path: Path) -> None:
             assert reopen_logs() == 1
     finally:
         behind.close()
+
+
+async def test_the_application_opens_its_own_files_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log_files, "_reopeners", [])
+    told = []
+
+    @on_reopen_logs
+    def reopen() -> None:
+        told.append("plain")
+
+    @on_reopen_logs
+    def fail() -> None:
+        raise OSError("no room")
+
+    @on_reopen_logs
+    async def reopen_later() -> None:
+        told.append("async")
+
+    assert await reopen_logs_of_application() == 2
+    assert told == ["plain", "async"]
+    assert "a log file of the application's own was not opened anew" in caplog.text
+    assert "no room" in caplog.text
+    reopen()

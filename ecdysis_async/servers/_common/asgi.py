@@ -29,7 +29,7 @@ from ecdysis_async.servers._protocols.frames import FrameFollower, follow_frames
 from ecdysis_async.servers._protocols.http import count_unread, will_move
 from ecdysis_async.servers._protocols.requests import RequestsUnderWay, RequestUnderWay
 
-from .goodbye import DRAINING, RESTARTING, SETTLED, Goodbye
+from .goodbye import RESTARTING, Goodbye, make_state
 from .transfer import TRANSFER, Transfer
 
 __all__ = ["Application"]
@@ -71,7 +71,7 @@ class Application:
         self.inbound: dict[AcceptedConnection, FrameFollower] = {}
         self._app = app
         self._goodbye = goodbye
-        self._draining, self._settled = goodbye.ecdysis.draining, goodbye.ecdysis.settled
+        self._draining, self._state = goodbye.ecdysis.draining, make_state(goodbye.ecdysis)
         self._tracker = active().tracker
         # The requests that each connection has at this moment: with HTTP/2 that may be many.
         self._requests: dict[Connection, dict[_Request, None]] = {}
@@ -136,9 +136,9 @@ class Application:
         return lambda: False
 
     def _tell_state(self, scope: Message) -> Message:
-        """Let the application find the events of this generation in the state of a scope, and return that."""
+        """Let the application find what there is of this generation in the state of a scope, and return that."""
         state: Message = scope.setdefault("state", {})
-        state[DRAINING], state[SETTLED] = self._draining, self._settled
+        state.update(self._state)
         return state
 
     async def _live(self, scope: Message, receive: Receive, send: Send) -> None:
