@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import os
 import signal
@@ -9,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MAX_DRAINING", "Settings", "StrPath"]
+__all__ = ["MAX_DRAINING", "Settings", "StrPath", "WebSocketClose", "read_signals", "read_websocket_close"]
 
 StrPath = str | os.PathLike[str]
 
@@ -20,6 +21,13 @@ A request that was promised ``drain_timeout`` keeps it. With the default probati
 deploys that wait for each other have no more than 7 generations drain at once. Memory is bounded by the drain's
 deadline already. The limit is for what that does not bound: deploys in a loop, and drains of hours.
 """
+
+
+class WebSocketClose(enum.StrEnum):
+    """When the WebSockets of an old generation are closed that cannot move."""
+
+    SPREAD = "spread"  # one after the other over the drain, so that their clients do not come back all at once
+    TOGETHER = "together"  # at its beginning, so that those who belong together meet in the new generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,7 @@ class Settings:
     command: tuple[str, ...] | None = None
     environment: Mapping[str, str] | None = None
     env_file: Path | None = None
+    websocket_close: WebSocketClose = WebSocketClose.SPREAD
 
     def __post_init__(self) -> None:
         for name in ("ready_timeout", "drain_timeout", "probation", "exit_timeout"):
@@ -86,3 +95,15 @@ def read_signals(signals: Collection[int]) -> tuple[signal.Signals, ...]:
         ValueError: there is no such signal.
     """
     return tuple(signal.Signals(each) for each in signals)
+
+
+def read_websocket_close(name: str) -> WebSocketClose:
+    """Return the manner of closing WebSockets that has a name.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    try:
+        return WebSocketClose(name)
+    except ValueError:
+        raise ValueError(f'websocket_close is "spread" or "together", not {name!r}') from None

@@ -44,6 +44,7 @@ PUBLIC = {
     "TakeoverFailed",
     "current",
     "draining",
+    "on_reopen_logs",
     "run",
     "settled",
     "track",
@@ -64,6 +65,7 @@ OPTIONS = {
     "command": None,
     "environment": None,
     "env_file": None,
+    "websocket_close": "spread",
     "takeover": None,
 }
 
@@ -105,6 +107,7 @@ PROPERTIES = {
     "predecessor_pid",
     "settled",
     "state",
+    "websocket_close",
 }
 
 

@@ -313,9 +313,9 @@ class Anchor:
     async def _run(self) -> int:
         state, management = self._state, self._management
         self._tasks.start_soon(self._reconciler.watch)
-        if self._config.reload_paths and self._config.control_path is not None:
+        if self._config.reload is not None and self._config.control_path is not None:
             # The watching begins before the workers load what is watched, so that nothing saved meanwhile is missed.
-            self._begin(watch_files, self._config.control_path, self._config.reload_paths)
+            self._begin(watch_files, self._config.control_path, self._config.reload)
         error = None
         if self._is_follower:
             management.become_main()

@@ -11,6 +11,8 @@ from ecdysis_async._sockets.addresses import Address
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.settings import Settings
 
+from .reload import Watched
+
 __all__ = ["AnchorConfig", "HealthPage"]
 
 # How often a worker tells of itself, seconds.
@@ -46,7 +48,7 @@ class AnchorConfig:
         pages: which further pages answer there.
         metrics_dir: where prometheus_client of all workers keeps the application's metrics: a path, or `AUTO`.
         lame_duck: how long a service goes on that SIGTERM has told to stop, while /ready says that it is not ready.
-        reload_paths: the files and directories whose changes restart the service.
+        reload: the files and directories whose changes restart the service, if any do.
         takeover: the control socket of the anchor to take the place of.
         is_checked_first: whether the command line has a check mode, in which it is run before a takeover.
     """
@@ -65,7 +67,7 @@ class AnchorConfig:
     pages: frozenset[HealthPage] = frozenset()
     metrics_dir: str | None = None
     lame_duck: float = 0.0
-    reload_paths: tuple[str, ...] = ()
+    reload: Watched | None = None
     takeover: str | None = None
     is_checked_first: bool = False
 

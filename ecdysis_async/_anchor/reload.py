@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import anyio
 
@@ -19,7 +20,7 @@ from ecdysis_async._system.signals import clean_mask
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import StartupError
 
-__all__ = ["require_watchfiles", "watch_files"]
+__all__ = ["Watched", "require_watchfiles", "watch_files"]
 
 logger = logging.getLogger("ecdysis_async")
 
@@ -39,18 +40,41 @@ def require_watchfiles() -> None:
         raise StartupError("--reload needs watchfiles: pip install 'ecdysis_async[reload]'")
 
 
-async def watch_files(control: str, paths: Sequence[str]) -> None:
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What is watched.
+
+    Attributes:
+        paths: files, and directories with all Python files below them.
+        include: globs of other files below the directories.
+        exclude: globs of files, and directories, that are left out.
+    """
+
+    paths: tuple[str, ...]
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def arguments(self, control: str) -> list[str]:
+        """Return the command line of the watcher."""
+        include, exclude = (
+            (f"--include={each}" for each in self.include),
+            (f"--exclude={each}" for each in self.exclude),
+        )
+        return [*include, *exclude, "--", control, *self.paths]
+
+
+async def watch_files(control: str, watched: Watched) -> None:
     """Let a child watch until this is cancelled. If the child ends before that, the log says so, and no more.
 
     Args:
         control: the path of the control socket.
-        paths: files, and directories with all Python files below them.
+        watched: what it watches.
     """
-    process, held, told = await run_in_thread(lambda: _start(control, paths))
+    process, held, told = await run_in_thread(lambda: _start(watched.arguments(control)))
     try:
         await anyio.wait_readable(told)
         if os.read(told, 1):
-            logger.info("watching %s: the service restarts when a file is saved", ", ".join(paths))
+            logger.info("watching %s: the service restarts when a file is saved", ", ".join(watched.paths))
         status = await process.wait()
         logger.error("nobody watches for changes any more: the watcher has ended (%s)", describe_exit(status))
     finally:
@@ -64,11 +88,11 @@ async def watch_files(control: str, paths: Sequence[str]) -> None:
         process.close()
 
 
-def _start(control: str, paths: Sequence[str]) -> tuple[Process, int, int]:
+def _start(arguments: Sequence[str]) -> tuple[Process, int, int]:
     """Return the child, the end of a pipe that keeps it alive, and the end of a pipe on which it tells of itself."""
     with clean_mask():
         child = subprocess.Popen(
-            [sys.executable, "-m", WATCHER, control, *paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            [sys.executable, "-m", WATCHER, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
     assert child.stdin is not None and child.stdout is not None
     with child.stdin, child.stdout:

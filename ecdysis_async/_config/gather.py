@@ -14,6 +14,7 @@ from ecdysis_async._management.control_path import prepare_directory
 from ecdysis_async._sockets.addresses import Address, Internet, Unix, parse_address
 from ecdysis_async._system.launch import read_env_file
 
+from .foreign import advise, explain_gunicorn_config
 from .options import (
     CONFIG,
     DEFAULT_HOST,
@@ -144,6 +145,8 @@ def _read_environment(environment: Mapping[str, str]) -> _Source:
 
 
 def _read_config(path: str) -> _Source:
+    if path.endswith(".py"):
+        raise OptionError(explain_gunicorn_config(path))
     try:
         with open(path, "rb") as file:
             content = tomllib.load(file)
@@ -154,6 +157,8 @@ def _read_config(path: str) -> _Source:
     for key, value in content.items():
         name = key.replace("-", "_")
         if name not in known:
+            if (advice := advise(name)) is not None:
+                raise OptionError(f"{path}: {key!r} is an option of another server's; here: {advice}")
             near = difflib.get_close_matches(name, known, 1)
             raise OptionError(f"{path}: there is no option {key!r}" + did_you_mean(known[each].key for each in near))
         values[name] = value

@@ -20,7 +20,7 @@ from ecdysis_async._management.control_path import default_directories, locate
 from ecdysis_async._sockets.addresses import Address, Internet
 from ecdysis_async._sockets.entry import BACKLOG
 from ecdysis_async.errors import StartupError
-from ecdysis_async.settings import MAX_DRAINING
+from ecdysis_async.settings import MAX_DRAINING, WebSocketClose
 
 from .parsing import (
     OFF,
@@ -162,14 +162,19 @@ class Options:
         metadata={"option": {"parse": parse_target, "help": "What to serve, as MODULE:ATTRIBUTE.", "metavar": "TARGET"}}
     )
     config: str | None = _option(
-        None, parse_file, "A TOML file of these options; the command line and the environment win.", metavar="PATH"
+        None,
+        parse_file,
+        "A TOML file of these options; the command line and the environment win.",
+        metavar="PATH",
+        aliases=("-c",),
     )
     factory: bool = _option(False, parse_switch, "TARGET is called, and returns what to serve.", shape=Shape.SWITCH)
     app_dir: str = _option(".", parse_directory, "Where modules are looked for first.", metavar="DIRECTORY")
     bind: tuple[Address, ...] = _option(
         DEFAULT_BIND,
         parse_addresses,
-        "Where to listen: HOST:PORT, [IPV6]:PORT, unix:PATH or fd://NAME-OR-NUMBER; several times for several.",
+        "Where to listen: HOST:PORT, [IPV6]:PORT, unix:PATH or fd://NAME-OR-NUMBER; several times for several. "
+        "*:PORT is every address of IPv4, [::]:PORT every one of IPv6, and those only.",
         metavar="ADDRESS",
         shape=Shape.MANY,
         aliases=("-b",),
@@ -229,7 +234,7 @@ class Options:
         parse_seconds,
         "How long connections of an old release may take to finish.",
         metavar="SECONDS",
-        aliases=("--graceful-timeout",),
+        aliases=("--graceful-timeout", "--timeout-graceful-shutdown"),
         variables=("ECDYSIS_GRACEFUL_TIMEOUT",),
     )
     exit_timeout: float = _option(
@@ -247,17 +252,35 @@ class Options:
     transfer: bool = _option(
         True, parse_switch, "Move idle connections to the new release instead of closing them.", shape=Shape.SWITCH
     )
+    websocket_close: str = _option(
+        WebSocketClose.SPREAD.value,
+        one_of(*(each.value for each in WebSocketClose)),
+        "When an old release closes WebSockets: spread over its drain, or together at its beginning, for rooms.",
+        metavar="NAME",
+    )
     probation: float = _option(
         5.0, parse_seconds, "How long a new release serves before the restart is final.", metavar="SECONDS"
     )
     hang_timeout: float | None = _option(
-        None, or_off(parse_seconds), "Replace a worker whose loop does not turn for this long.", metavar="SECONDS"
+        None,
+        or_off(parse_seconds),
+        "Replace a worker whose loop does not turn for this long.",
+        metavar="SECONDS",
+        aliases=("--timeout", "-t"),
     )
     max_requests: int | None = _option(
-        None, or_off(number_of(1, "requests")), "Replace a worker after so many requests.", metavar="N"
+        None,
+        or_off(number_of(1, "requests")),
+        "Replace a worker after so many requests.",
+        metavar="N",
+        aliases=("--limit-max-requests",),
     )
     max_requests_jitter: int = _option(
-        0, number_of(0, "requests"), "Add a random number up to this to max-requests.", metavar="N"
+        0,
+        number_of(0, "requests"),
+        "Add a random number up to this to max-requests.",
+        metavar="N",
+        aliases=("--limit-max-requests-jitter",),
     )
     max_rss: int | None = _option(
         None, or_off(parse_size), "Replace a worker that uses more memory than this, such as 512M.", metavar="SIZE"
@@ -292,6 +315,22 @@ class Options:
         shape=Shape.MANY,
         aliases=("--reload-dir",),
         variables=("ECDYSIS_RELOAD_DIR",),
+    )
+    reload_include: tuple[str, ...] = _option(
+        (),
+        several(parse_text),
+        "What reload watches besides *.py: a glob, such as *.html.",
+        metavar="GLOB",
+        shape=Shape.MANY,
+        aliases=("--reload-includes",),
+    )
+    reload_exclude: tuple[str, ...] = _option(
+        (),
+        several(parse_text),
+        "What reload does not watch: a glob, such as generated_*.py, or a directory.",
+        metavar="GLOB",
+        shape=Shape.MANY,
+        aliases=("--reload-excludes",),
     )
     env_file: str | None = _option(
         None, parse_file, "KEY=VALUE lines for the environment, read again at each restart.", metavar="PATH"

@@ -270,6 +270,8 @@ def parse_settings(value: Any) -> Mapping[str, Any]:
 def parse_target(value: Any) -> str:
     """Read ``MODULE:ATTRIBUTE``; a path of a file is answered with what is meant."""
     text = parse_text(value)
+    if text.endswith("()"):
+        raise ValueError(f"TARGET is MODULE:ATTRIBUTE, and not {text!r}: did you mean {text[:-2]} --factory?")
     module, colon, attribute = text.partition(":")
     is_path = module.endswith(".py") or "/" in module
     name = module.removesuffix(".py").strip("./").replace("/", ".")

@@ -37,7 +37,7 @@ from ecdysis_async._system.history import SUFFIX, Note, history
 from ecdysis_async._system.stacks import hear_questions, stop_hearing
 from ecdysis_async.errors import HandoffAborted
 from ecdysis_async.report import RestartReport, State
-from ecdysis_async.settings import MAX_DRAINING, Settings, StrPath, read_signals
+from ecdysis_async.settings import MAX_DRAINING, Settings, StrPath, WebSocketClose, read_signals, read_websocket_close
 
 from .arriving import Arriving
 from .commands import Commands
@@ -92,6 +92,8 @@ class Ecdysis(Listeners):
             service's own, or a bare name in the default directory, where they find it by themselves.
         systemd: whether to speak to systemd, and to take the sockets it has passed; None: if it started this process
             with NOTIFY_SOCKET (Type=notify), or with sockets; True: NOTIFY_SOCKET must be there; False: never.
+        websocket_close: when WebSockets are closed that cannot move to the successor: ``"spread"``, one after the other
+            over the drain; or ``"together"``, all at its beginning, for rooms whose members shall meet again at once.
         takeover: the control socket of a running service, whose sockets this process takes over as if that service
             had started it. A successor of this process, whose sockets come from its predecessor, ignores it.
         command: the successor's command line; the one of this process where it is None.
@@ -119,6 +121,7 @@ class Ecdysis(Listeners):
         command: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
         env_file: StrPath | None = None,
+        websocket_close: Literal["spread", "together"] = "spread",
         takeover: StrPath | None = None,
     ) -> None:
         self._settings = Settings(
@@ -133,6 +136,7 @@ class Ecdysis(Listeners):
             command=command if isinstance(command, str) or command is None else tuple(command),  # type: ignore[arg-type]
             environment=dict(environment) if environment is not None else None,
             env_file=Path(env_file) if env_file is not None else None,
+            websocket_close=read_websocket_close(websocket_close),
         )
         self.pid = os.getpid()
         # systemd knows the anchor of a worker, and not the worker.
@@ -199,6 +203,11 @@ class Ecdysis(Listeners):
     def drain_timeout(self) -> float:
         """How long connections may take to finish once this generation leaves, in seconds."""
         return self._settings.drain_timeout
+
+    @property
+    def websocket_close(self) -> WebSocketClose:
+        """When WebSockets are closed once this generation leaves."""
+        return self._settings.websocket_close
 
     @property
     def connections(self) -> int:

@@ -1,4 +1,7 @@
-"""Where a service listens: ``HOST:PORT``, ``[v6]:PORT``, ``unix:PATH`` or ``fd://NAME-OR-NUMBER``, read and bound."""
+"""Where a service listens, read and bound.
+
+Written as ``HOST:PORT``, ``*:PORT``, ``[v6]:PORT``, ``unix:PATH`` or ``fd://NAME-OR-NUMBER``.
+"""
 
 from __future__ import annotations
 
@@ -221,7 +224,9 @@ def parse_address(text: str) -> Address:
         )
     if int(port) > MAX_PORT:
         raise ValueError(f"{port} is no port: it is between 0 and {MAX_PORT}")
-    return Internet(host[1:-1] if is_bracketed else host, int(port))
+    host = host[1:-1] if is_bracketed else host
+    # As systemd, nginx and others write every address.
+    return Internet("" if host == "*" else host, int(port))
 
 
 def resolve(address: Address) -> list[Address]:

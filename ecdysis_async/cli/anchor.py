@@ -15,7 +15,7 @@ from ecdysis_async._anchor.anchor import STARTUP_FAILED, Anchor
 from ecdysis_async._anchor.config import AnchorConfig, HealthPage
 from ecdysis_async._anchor.needs import OPENING_ERRORS, explain_failure
 from ecdysis_async._anchor.rehearsal import rehearse
-from ecdysis_async._anchor.reload import require_watchfiles
+from ecdysis_async._anchor.reload import Watched, require_watchfiles
 from ecdysis_async._anchor.takeover import UNREADABLE, ask_for_service
 from ecdysis_async._config.gather import find_control_path
 from ecdysis_async._config.logging import configure_logging
@@ -173,14 +173,15 @@ def make_config(options: Options, control_path: str | None) -> AnchorConfig:
         ),
         metrics_dir=options.metrics_dir,
         lame_duck=options.lame_duck,
-        reload_paths=_find_reload_paths(options),
+        reload=_find_watched(options),
         takeover=locate(options.takeover) if options.takeover is not None else None,
         is_checked_first=True,
     )
 
 
-def _find_reload_paths(options: Options) -> tuple[str, ...]:
+def _find_watched(options: Options) -> Watched | None:
     if not options.reload:
-        return ()
+        return None
     files = [find_from_start(path) for path in (options.env_file, options.config) if path is not None]
-    return (*map(find_from_start, options.reload_dirs or (options.app_dir,)), *files)
+    paths = (*map(find_from_start, options.reload_dirs or (options.app_dir,)), *files)
+    return Watched(paths, options.reload_include, options.reload_exclude)

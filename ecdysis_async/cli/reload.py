@@ -1,18 +1,23 @@
 """What watches the files of a service in development, and asks for a restart when one is saved: a process of its own.
 
-Started as ``python -m ecdysis_async.cli.reload CONTROL PATH...`` by the process that serves; it ends with its standard
-input, which is a pipe from there. Its standard output is one back, on which it says, by one byte, that it watches.
+Started as ``python -m ecdysis_async.cli.reload [--include GLOB]... [--exclude GLOB]... CONTROL PATH...`` by the process
+that serves; it ends with its standard input, which is a pipe from there. Its standard output is one back, on which it
+says, by one byte, that it watches.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from pathlib import PurePath
+from typing import TYPE_CHECKING, NoReturn
 
 from ecdysis_async._management.control_path import is_live
 from ecdysis_async._system.stderr import say
@@ -20,7 +25,10 @@ from ecdysis_async._system.stderr import say
 from . import client
 from .client import CommandFailed, Exit
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from watchfiles import Change
+
+__all__ = ["Causes", "Wanted", "main"]
 
 # Changes that come within so many milliseconds of each other are one.
 QUIET_MILLISECONDS = 100
@@ -32,31 +40,145 @@ FIRST_LOOK_MILLISECONDS = 200
 BUSY_PAUSE_SECONDS = 0.2
 
 
+# A change that is seen so soon after a restart belongs to that start, seconds.
+START_SECONDS = 2.0
+
+# So many starts in a row that change files of the program are the service's own doing. A developer who saves that
+# often, in these very moments, is told so, and saves once more.
+STARTS_THAT_WRITE = 3
+
+# Directories with the code of others, beside those that watchfiles leaves out (.git, .venv, node_modules …).
+INSTALLED = "site-packages"
+ENVIRONMENT_MARK = "pyvenv.cfg"
+
+# Larger files count as changed whenever they are written, bytes.
+DIGEST_AT_MOST = 16 * 2**20
+
+
 def main() -> NoReturn:
     """Watch until the service, or the process that has started this one, is gone."""
-    control, *paths = sys.argv[1:]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--include", action="append", default=[])
+    parser.add_argument("--exclude", action="append", default=[])
+    parser.add_argument("control")
+    parser.add_argument("paths", nargs="+")
+    given = parser.parse_args()
     # Ctrl-C reaches this process too: it ends with the service, and has nothing to say about it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    _watch(control, paths)
+    _watch(given.control, given.paths, Wanted(given.paths, given.include, given.exclude))
     sys.exit(0)
 
 
-def _watch(control: str, paths: list[str]) -> None:
-    from watchfiles import Change, PythonFilter, watch
+class Wanted:
+    """Says which files are watched.
 
-    is_python = PythonFilter()
-    files = {os.path.realpath(path) for path in paths if not os.path.isdir(path)}
+    Args:
+        paths: directories, and single files, which are watched in any case.
+        include: globs of files beside ``*.py``.
+        exclude: globs of files that are not watched, and directories all of whose files are not.
+    """
 
-    def is_wanted(change: Change, path: str) -> bool:
-        return is_python(change, path) or os.path.realpath(path) in files
+    def __init__(self, paths: Iterable[str], include: Iterable[str] = (), exclude: Iterable[str] = ()) -> None:
+        from watchfiles import DefaultFilter
+
+        self._others = DefaultFilter(ignore_entity_patterns=())
+        real = [os.path.realpath(path) for path in paths]
+        self.files = {path for path in real if not os.path.isdir(path)}
+        self.directories = {path for path in real if os.path.isdir(path)}
+        self._include = ("*.py", *include)
+        self._exclude = tuple(exclude)
+        self._excluded = {os.path.realpath(each) for each in exclude if os.path.isdir(each)}
+
+    def __call__(self, change: Change, path: str) -> bool:
+        real = os.path.realpath(path)
+        if real in self.files:
+            return True
+        root = next((each for each in self.directories if real.startswith(os.path.join(each, ""))), None)
+        if root is None or not self._others(change, path):
+            return False
+        inner = PurePath(os.path.relpath(real, root))
+        if not _matches(inner, self._include) or _matches(inner, self._exclude):
+            return False
+        above = [os.path.join(root, each) for each in inner.parents if each.name]
+        return not (INSTALLED in inner.parts or self._excluded & {real, *above} or any(map(_is_environment, above)))
+
+
+class Causes:
+    """Tells changes of the program from what the service itself writes at its start.
+
+    A service may write files of its own program: a generator, a cache. With each restart it would write them again, and
+    be restarted for that. So a start that leaves a file as it was has not changed it; and a file that starts have
+    changed again and again counts only when it changes at another time.
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[str, bytes] = {}
+        self._restarted = -math.inf
+        # How many starts in a row have changed something, and what is known as written by the service itself.
+        self._in_a_row = 0
+        self._written: set[str] = set()
+
+    def restarted(self) -> None:
+        """Take note that a restart is over."""
+        self._restarted = time.monotonic()
+
+    def find(self, paths: Iterable[str]) -> set[str]:
+        """Return which of the files that were written are reasons for a restart."""
+        written, is_start = set(paths), time.monotonic() - self._restarted < START_SECONDS
+        changed = {path for path in written if self._note_content(path)}
+        if not is_start:
+            if written:
+                self._in_a_row = 0
+                self._written -= written
+            return written
+        changed -= self._written
+        if not changed:
+            return set()
+        self._in_a_row += 1
+        if self._in_a_row < STARTS_THAT_WRITE:
+            return changed
+        self._written |= changed
+        names = sorted(map(os.path.relpath, changed))
+        remedy = " ".join(f"--reload-exclude {each}" for each in names)
+        say(
+            f"the service itself changes {', '.join(names)} at each start: that does not restart it any more, and a "
+            f"change at another time does; to leave it out for good: {remedy}"
+        )
+        return set()
+
+    def _note_content(self, path: str) -> bool:
+        """Say whether a file has other content than when it was last looked at; the first look does not know."""
+        before = self._digests.pop(path, None)
+        try:
+            with open(path, "rb") as file:
+                if os.fstat(file.fileno()).st_size > DIGEST_AT_MOST:
+                    return True
+                self._digests[path] = digest = hashlib.file_digest(file, "blake2b").digest()
+        except OSError:
+            # It was removed, or is being replaced.
+            return True
+        return digest != before
+
+
+def _matches(path: PurePath, globs: Iterable[str]) -> bool:
+    return any(path.match(each) for each in globs)
+
+
+def _is_environment(directory: str) -> bool:
+    return os.path.exists(os.path.join(directory, ENVIRONMENT_MARK))
+
+
+def _watch(control: str, paths: list[str], wanted: Wanted) -> None:
+    from watchfiles import watch
 
     # A file is watched by its directory, because editors, and those who deploy, put a new one in its place.
-    watched = {os.path.dirname(path) for path in files} | {path for path in paths if os.path.isdir(path)}
+    watched = {os.path.dirname(path) for path in wanted.files} | {path for path in paths if os.path.isdir(path)}
+    causes = Causes()
     # What changes during a restart is noted meanwhile, and comes afterwards, all of it at once.
     watching = watch(
         *watched,
-        watch_filter=is_wanted,
+        watch_filter=wanted,
         step=QUIET_MILLISECONDS,
         rust_timeout=FIRST_LOOK_MILLISECONDS,
         yield_on_timeout=True,
@@ -65,11 +187,12 @@ def _watch(control: str, paths: list[str]) -> None:
     for count, changes in enumerate(watching):
         if not count:
             os.write(1, b"!")
-        if not changes:
+        if not (changed := causes.find(path for _, path in changes)):
             continue
-        say(f"{_describe(path for _, path in changes)} changed: restarting")
+        say(f"{_describe(changed)} changed: restarting")
         if not _restart(control):
             return
+        causes.restarted()
 
 
 def _restart(control: str) -> bool:

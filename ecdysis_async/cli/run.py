@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ecdysis_async._config.foreign import FOREIGN, Foreign, translate
 from ecdysis_async._config.gather import gather
 from ecdysis_async._config.options import Option, OptionError, Options, Shape, command_line_options
 from ecdysis_async._system.claims import is_check, is_worker
@@ -18,6 +19,9 @@ from ecdysis_async._system.descriptors import occupy_standard_descriptors
 from .client import Exit
 
 __all__ = ["run"]
+
+OTHERS = """Options of uvicorn, gunicorn and hypercorn (-k, --timeout-keep-alive, --ws, --lifespan …) are applied where
+they mean something here; the others are answered with what to do instead."""
 
 CODES = """Exit codes: 0 the service was stopped; 2 usage; 3 it could not start."""
 
@@ -53,7 +57,7 @@ def _run(**given: Any) -> None:
     and Ctrl-C stop it, and a second one hurries.
     """
     try:
-        options = gather(given, os.environ)
+        options = gather(translate(given), os.environ)
     except OptionError as error:
         click.echo(f"ecdysis: {error}", err=True)
         sys.exit(Exit.USAGE)
@@ -73,6 +77,17 @@ def _parameter(option: Option, defaults: Mapping[str, Any]) -> click.Option:
         multiple=option.shape is Shape.MANY,
         metavar=None if option.shape is Shape.SWITCH else option.metavar,
         help=option.help + _describe_default(defaults.get(option.name)),
+    )
+
+
+def _foreign_parameter(option: Foreign) -> click.Option:
+    is_switch = option.shape is Shape.SWITCH
+    return click.Option(
+        [option.parameter, *option.flags],
+        default=None,
+        type=bool if is_switch else str,
+        is_flag=is_switch,
+        hidden=True,
     )
 
 
@@ -99,8 +114,9 @@ run = click.Command(
     params=[
         click.Argument(["target"], required=False),
         *(_parameter(option, _DEFAULTS) for option in command_line_options()),
+        *(_foreign_parameter(option) for option in FOREIGN if option.flags),
     ],
     help=_run.__doc__,
     short_help="Serve an application, restartable without losing a connection.",
-    epilog=f"{SOURCES}\n\n{CODES}",
+    epilog=f"{SOURCES}\n\n{OTHERS}\n\n{CODES}",
 )

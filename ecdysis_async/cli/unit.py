@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from ecdysis_async._config.foreign import translate
 from ecdysis_async._config.gather import gather
 from ecdysis_async._config.options import OptionError, Options
 from ecdysis_async._config.parsing import OFF
@@ -89,6 +90,7 @@ def _unit(name: str | None, user: str | None, *, socket: bool, output: str | Non
     keeps the listening sockets over a crash, and may do nothing that a web service has no need of.
     """
     try:
+        given = translate(given)
         # Leave the environment out: the service will not have this one.
         options = gather(given, {})
         require_source(options.target, options.app_dir)

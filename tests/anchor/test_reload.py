@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from ecdysis_async._anchor import reload
-from ecdysis_async._anchor.reload import require_watchfiles, watch_files
+from ecdysis_async._anchor.reload import Watched, require_watchfiles, watch_files
 from ecdysis_async.errors import StartupError
 
 pytestmark = pytest.mark.backends("asyncio")
@@ -29,7 +29,7 @@ async def test_the_watcher_ends_with_the_service(tmp_path: Path, caplog: pytest.
     caplog.set_level("INFO")
     with anyio.fail_after(PATIENCE_SECONDS):
         async with anyio.create_task_group() as task_group:
-            task_group.start_soon(watch_files, str(tmp_path / "control"), [str(tmp_path)])
+            task_group.start_soon(watch_files, str(tmp_path / "control"), Watched((str(tmp_path),)))
             while "watching" not in caplog.text:  # noqa: ASYNC110 - a log has no event
                 await anyio.sleep(0.01)
             (watcher,) = psutil.Process().children()
@@ -43,5 +43,5 @@ async def test_a_watcher_that_ends_is_told_and_costs_nothing(
 ) -> None:
     monkeypatch.setattr(reload, "WATCHER", "ecdysis_async.no_such_module")
     with anyio.fail_after(PATIENCE_SECONDS):
-        await watch_files("control", ["here"])
+        await watch_files("control", Watched(("here",)))
     assert "nobody watches for changes any more: the watcher has ended (exit status 1)" in caplog.text

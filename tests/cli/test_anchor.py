@@ -10,6 +10,7 @@ import pytest
 from ecdysis_async._anchor import reexec
 from ecdysis_async._anchor.anchor import STARTUP_FAILED
 from ecdysis_async._anchor.config import AnchorConfig, HealthPage
+from ecdysis_async._anchor.reload import Watched
 from ecdysis_async._anchor.state import AnchorState
 from ecdysis_async._config.options import Options
 from ecdysis_async._sockets.addresses import Internet
@@ -50,7 +51,7 @@ def test_what_was_said_is_what_is_run(tmp_path: Path) -> None:
     assert (config.max_rss, config.lame_duck, config.is_checked_first) == (13, 14, True)
     assert (settings.pid_file, settings.env_file) == (tmp_path / "pid", tmp_path / "env")
     assert (config.pages, config.metrics_dir) == (frozenset({HealthPage.METRICS}), "auto")
-    assert config.reload_paths == ()
+    assert config.reload is None
 
 
 def test_who_saves_a_file_again_does_not_wait(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_who_saves_a_file_again_does_not_wait(tmp_path: Path) -> None:
     options = Options(target="main:app", reload=True, app_dir=str(tmp_path), env_file=env, probation=10.0)
     config = make_config(options, None)
     assert config.settings.probation == RELOAD_PROBATION_SECONDS
-    assert config.reload_paths == (str(tmp_path), env)
+    assert config.reload == Watched((str(tmp_path), env))
     assert make_config(Options(target="main:app", reload=True, probation=0.0), None).settings.probation == 0
 
 

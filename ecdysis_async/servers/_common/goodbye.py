@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any
 
 import anyio
@@ -21,15 +21,20 @@ from anyio.abc import TaskGroup
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gate import GateState
 from ecdysis_async._service.ecdysis import Ecdysis
+from ecdysis_async._system.log_files import on_reopen_logs
 from ecdysis_async.errors import DrainInterrupt
+from ecdysis_async.settings import WebSocketClose
 
-__all__ = ["DRAINING", "RESTARTING", "SETTLED", "Goodbye", "is_on_trio"]
+__all__ = ["DRAINING", "RESTARTING", "SETTLED", "Goodbye", "is_on_trio", "make_state"]
 
 DRAINING = "ecdysis.draining"
 """The key of the event that this generation leaves, in the scope's state: it has ``is_set()`` and ``wait()``."""
 
 SETTLED = "ecdysis.settled"
 """The key of the event that this generation is final."""
+
+ON_REOPEN_LOGS = "ecdysis.on_reopen_logs"
+"""The key of what registers a function that opens the application's own log files anew."""
 
 RESTARTING = 1012
 """The code that WebSockets are closed with: "Service Restart" in IANA's registry of close codes."""
@@ -57,6 +62,11 @@ def is_on_trio() -> bool:
     """Say whether trio runs, which has no loop that could be asked for a server."""
     trio = sys.modules.get("trio")
     return trio is not None and trio.lowlevel.in_trio_run()
+
+
+def make_state(ecdysis: Ecdysis) -> Mapping[str, Any]:
+    """Return what an application finds in the state of each scope, whatever serves it."""
+    return {DRAINING: ecdysis.draining, SETTLED: ecdysis.settled, ON_REOPEN_LOGS: on_reopen_logs}
 
 
 class Goodbye:
@@ -160,18 +170,21 @@ class Goodbye:
                 await anyio.sleep(STEP_SECONDS)
 
     async def _close_one_by_one(self, closing: TaskGroup) -> None:
-        """Close WebSockets evenly over the time there is: otherwise all of their clients would come back at once.
+        """Close WebSockets evenly over the time there is, or all of them now where their clients belong together.
 
-        Those whose client is in the middle of a message stay, to the end of the drain where it does not end.
+        Otherwise all of their clients would come back at once. Those whose client is in the middle of a message stay,
+        to the end of the drain where it does not end.
         """
         end = self.deadline - min(ANSWER_SECONDS, self._timeout * ANSWER_SHARE)
+        is_together = self.ecdysis.websocket_close is WebSocketClose.TOGETHER
         due = 0.0
         while True:
             await anyio.sleep(STEP_SECONDS)
             # WebSockets that can move are gone soon.
             if self._tracker.is_sweeping:
                 continue
-            due += len(self._websockets) / max(1.0, (end - anyio.current_time()) / STEP_SECONDS)
+            left = 1.0 if is_together else max(1.0, (end - anyio.current_time()) / STEP_SECONDS)
+            due += len(self._websockets) / left
             number = min(int(due), len(self._websockets))
             idle = (close for close, is_in_message in self._websockets.items() if not is_in_message())
             self._close(closing, list(itertools.islice(idle, number)))

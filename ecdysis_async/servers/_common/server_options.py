@@ -20,6 +20,18 @@ Wanted = Mapping[str, Any]
 """The type of each option that a server has, by its name."""
 
 
+# What other servers call an option, in the order of SERVERS: what is right for one works with all that have it.
+SERVERS = ("uvicorn", "hypercorn", "aiohttp", "websockets")
+SYNONYMS: tuple[tuple[str | None, ...], ...] = (
+    ("timeout_keep_alive", "keep_alive_timeout", "keepalive_timeout", None),
+    ("ws_max_size", "websocket_max_message_size", None, "max_size"),
+    ("ws_ping_interval", "websocket_ping_interval", None, "ping_interval"),
+    ("ws_ping_timeout", None, None, "ping_timeout"),
+    ("h11_max_incomplete_event_size", "h11_max_incomplete_size", None, None),
+    ("date_header", "include_date_header", None, None),
+    ("server_header", "include_server_header", None, None),
+)
+
 # The types that an annotation names by itself, if others of the same function cannot be looked up.
 _PLAIN = {"bool": bool, "int": int, "float": float, "str": str}
 
@@ -65,7 +77,8 @@ def read(server: str, wanted: Wanted, given: Mapping[str, Any], ours: Collection
         OptionError: there is no such option, ``ecdysis run`` sets it, or its value is of another type.
     """
     values = {}
-    for name, value in given.items():
+    for said, value in given.items():
+        name = said if said in wanted else _find_synonym(said, server) or said
         if name in ours:
             raise OptionError(f"server option {name}: `ecdysis run` sees to that itself: see `ecdysis run --help`")
         if name not in wanted:
@@ -74,6 +87,11 @@ def read(server: str, wanted: Wanted, given: Mapping[str, Any], ours: Collection
             raise OptionError(f"{server} has no option {name!r}" + hint)
         values[name] = _convert(name, value, wanted[name])
     return values
+
+
+def _find_synonym(name: str, server: str) -> str | None:
+    """Return what a server calls an option of another one."""
+    return next((names[SERVERS.index(server)] for names in SYNONYMS if name in names), None)
 
 
 def _type_of(default: Any) -> Any:
