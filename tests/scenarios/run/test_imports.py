@@ -27,18 +27,25 @@ async def answer(request):
 app = web.Application()
 app.router.add_get("/", answer)
 """
-RUNS_A_LOOP = "import asyncio\nasync def prepare(): await asyncio.sleep(0)\nasyncio.run(prepare())\n"
-HEADS = {
-    "asyncio.run": RUNS_A_LOOP,
-    "trio.run": "import trio\ntrio.run(trio.sleep, 0)\n",
-    "uvloop.install": "import warnings, uvloop\nwarnings.simplefilter('ignore')\nuvloop.install()\n",
-    "a loop left open": "import asyncio\nloop = asyncio.new_event_loop()\nasyncio.set_event_loop(loop)\n",
-    "chdir": "import os\nos.chdir('/')\n",
-    "handlers of its own": "import signal\nfor each in (signal.SIGTERM, signal.SIGHUP): signal.signal(each, print)\n",
-}
+HEAD = """
+import asyncio, os, signal, warnings
+import trio, uvloop
+async def prepare():
+    await asyncio.sleep(0)
+asyncio.run(prepare())
+trio.run(trio.sleep, 0)
+warnings.simplefilter("ignore")
+uvloop.install()
+uvloop.run(prepare())
+loop = asyncio.new_event_loop()
+asyncio.set_event_loop(loop)
+loop.run_until_complete(prepare())
+os.chdir("/")
+for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(each, print)
+"""
 
 
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize(
     ("app", "options"),
     [
@@ -49,10 +56,8 @@ HEADS = {
     ],
     ids=["uvicorn-uvloop", "uvicorn-asyncio", "hypercorn-trio", "aiohttp"],
 )
-def test_what_an_import_may_do(head: str, app: str, options: tuple[str, ...], tmp_path: Path) -> None:
-    if app is AIOHTTP and head is not RUNS_A_LOOP:
-        pytest.skip("the import is the same for all servers")
-    (tmp_path / "program.py").write_text(head + app)
+def test_what_an_import_may_do(app: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(HEAD + app)
 
     async def test() -> None:
         async with running(tmp_path, "program:app", "--port", "0", *options) as run:
@@ -82,7 +87,8 @@ def test_a_server_without_a_guard_is_named(line: str, loop: str, tmp_path: Path)
     )
     (tmp_path / "program.py").write_text(f"{serve}{APP}\n{line}\n")
     number = len(f"{serve}{APP}\n{line}".splitlines())
-    code, output = run_command("run", "program:app", "--port", "0", "--app-dir", str(tmp_path), "--loop", loop)
+    options = ("--port", "0", "--control", "off", "--app-dir", str(tmp_path), "--loop", loop)
+    code, output = run_command("run", "program:app", *options)
     assert code == 3, output
     expected = f"program:app starts a server while it is imported (program.py, line {number}: {line})"
     assert expected in output
