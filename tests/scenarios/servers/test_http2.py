@@ -173,6 +173,25 @@ def make_tls(directory: Path) -> tuple[list[str], ssl.SSLContext]:
     return ["--certfile", str(path), "--keyfile", str(path)], context
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_a_client_that_leaves_in_the_middle_of_a_request_holds_nothing_up(loop: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        # Far longer than the test has patience.
+        async with running("hypercorn", loop, tmp_path, settings={"drain_timeout": 600}) as service:
+            reader, writer = await asyncio.open_connection(HOST, service.port)
+            headers = [(":method", "GET"), (":scheme", "http"), (":path", "/slow/0.3/x"), (":authority", "localhost")]
+            writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SettingsFrame(0).serialize())
+            request = HeadersFrame(1, Encoder().encode(headers), flags=["END_HEADERS", "END_STREAM"])
+            writer.write(request.serialize() + PingFrame(0, bytes(8)).serialize())
+            # The request before it has begun.
+            while not isinstance(frame := await read_frame(reader), PingFrame):
+                assert frame is not None
+            writer.close()
+
+    asyncio.run(test())
+    assert find_blemishes(tmp_path) == []
+
+
 @pytest.mark.timeout(600)  # a few seconds on an idle machine
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_restarts_lose_no_request_of_http_2(loop: str, tmp_path: Path) -> None:

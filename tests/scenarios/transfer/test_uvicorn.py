@@ -12,15 +12,15 @@ from tests.scenarios.transfer.clients import Crowd
 
 pytestmark = pytest.mark.newest_python_only
 
-RESTARTS = 20
+RESTARTS = 10
 
-SETTINGS = {"probation": 0.02, "drain_timeout": 10, "max_draining": RESTARTS + 1}
+# The default of the drain: to move 550 connections takes 0.1 seconds of a processor, and seven seconds where thirty
+# others want it. Those that have not moved at the end of the drain are closed.
+SETTINGS = {"probation": 0.02, "drain_timeout": 30, "max_draining": RESTARTS + 1}
 
 
-# Twenty restarts, each of which imports uvicorn.
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("server", "loop"), [("uvicorn-moving", "asyncio"), ("uvicorn-h11-moving", "uvloop")])
-def test_every_client_keeps_its_socket_over_twenty_restarts(server: str, loop: str, tmp_path: Path) -> None:
+def test_every_client_keeps_its_socket_over_ten_restarts(server: str, loop: str, tmp_path: Path) -> None:
     crowd, transferred = asyncio.run(restart_among(server, loop, tmp_path, RESTARTS, idle=500, active=50))
     assert crowd.closed == 0
     assert transferred >= 500 * RESTARTS
@@ -36,7 +36,7 @@ def test_without_transfer_the_drain_closes_them(loop: str, tmp_path: Path) -> No
 
 
 async def restart_among(
-    server: str, loop: str, directory: Path, restarts: int, *, idle: int, active: int, drain_timeout: float = 10
+    server: str, loop: str, directory: Path, restarts: int, *, idle: int, active: int, drain_timeout: float = 30
 ) -> tuple[Crowd, int]:
     settings = {**SETTINGS, "drain_timeout": drain_timeout}
     async with (
