@@ -172,7 +172,7 @@ class Unix:
             sock.bind(target)
             # The socket does not listen yet, so no client can connect.
             if self.group is not None and not self.is_abstract:
-                os.chown(target, -1, self.group, follow_symlinks=False)
+                _give_to_group(target, self.group)
             if mode is not None:
                 os.chmod(target, mode)
         except BaseException:
@@ -256,6 +256,15 @@ def name_sockets(address: Address) -> list[str]:
         OSError: nobody knows that name.
     """
     return [f"tcp:{each}" if isinstance(each, Internet) else str(each) for each in resolve(address)]
+
+
+def _give_to_group(path: str, group: int) -> None:
+    try:
+        os.chown(path, -1, group, follow_symlinks=False)
+    except PermissionError as error:
+        raise PermissionError(
+            error.errno, f"it cannot be given to group {group}, of which this process must be a member"
+        ) from error
 
 
 def _unix_type(kind: Kind) -> socket.SocketKind:

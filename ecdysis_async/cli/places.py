@@ -28,8 +28,16 @@ def find_directory() -> str:
 
 
 def find_interpreter() -> str:
-    """Return the interpreter, by way of the link that leads to the working directory."""
-    return follow_link(sys.executable)
+    """Return the interpreter, by way of the link that leads to the working directory.
+
+    systemd refuses a path with `..` in it, as in `../venv/bin/python`.
+    """
+    path = follow_link(sys.executable)
+    normal = os.path.normpath(path)
+    if normal == path or (os.path.exists(normal) and os.path.samefile(normal, path)):
+        return normal
+    # A link before the `..` leads elsewhere. The file itself may be a link, by which its environment is found.
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def find_python_path() -> str:

@@ -264,7 +264,7 @@ OOMPolicy=continue
 LimitNOFILE=65536
 {_describe_files(plan)}
 {_describe_user(plan)}\
-{HARDENING}
+{HARDENING}{_describe_exceptions(plan)}
 [Install]
 WantedBy=multi-user.target
 """,
@@ -328,6 +328,12 @@ def _describe_user(plan: _Plan) -> str:
     capability = "CAP_NET_BIND_SERVICE" if any(0 < port < FIRST_FREE_PORT for port in ports) else ""
     lines += [f"CapabilityBoundingSet={capability}", f"AmbientCapabilities={capability}"]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _describe_exceptions(plan: _Plan) -> str:
+    if plan.options.control_group is None and (plan.has_socket or plan.options.unix_group is None):
+        return ""
+    return "# The sockets are given to their group.\nSystemCallFilter=@chown\n"
 
 
 def _describe_socket(plan: _Plan) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import subprocess
 import sys
 import sysconfig
 from collections import Counter
@@ -14,13 +14,42 @@ import pytest
 
 from tests.scenarios.systemd.harness import NAME, Client, Unit, free_port
 from tests.scenarios.systemd.load import LOST, Load
-from tests.scenarios.systemd.machine import PROJECT
+from tests.scenarios.systemd.machine import PROJECT, Machine
 
 pytestmark = pytest.mark.newest_python_only
 
 APP = Path(__file__).with_name("app")
 # Which the system's own Python needs to run the command.
 PACKAGES = ("anyio", "idna", "typing_extensions.py", "click", "rich", "markdown_it", "mdurl", "pygments", "dotenv")
+
+
+# Where everybody may read the program.
+IN_SRV = ("env", "-C", "/srv/ecdysis/app", "PWD=/srv/ecdysis/app", "PYTHONPATH=/srv/ecdysis/packages")
+
+ASK = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect(sys.argv[1])
+    sock.sendall(sys.argv[2].encode() + b"\\n")
+    print(sock.makefile().readline())
+"""
+
+
+def install(machine: Machine) -> None:
+    """Copy the program to where everybody may read it."""
+    packages = Path(sysconfig.get_path("purelib"))
+    machine.run("mkdir", "-p", "/srv/ecdysis/packages")
+    for path in (PROJECT / "ecdysis_async", *(packages / name for name in PACKAGES)):
+        machine.run("cp", "-r", str(path), "/srv/ecdysis/packages")
+    machine.run("cp", "-rT", str(APP), "/srv/ecdysis/app")
+    machine.run("chmod", "-R", "a+rX", "/srv/ecdysis")
+
+
+def ask_as(machine: Machine, user: str, path: str, line: str = "who") -> str:
+    """Ask over a Unix socket, as a user; return the answer, or why there is none."""
+    become = ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
+    said = machine.run(*become, "/usr/bin/python3", "-c", ASK, path, line, check=False).strip()
+    return said.splitlines()[-1] if said else ""
 
 
 class PrintedUnit:
@@ -46,12 +75,9 @@ class PrintedUnit:
             ),
             *(f"--env-file={self.variables}", "--probation=0.05", "--drain-timeout=2", f"--workers={workers}"),
         ]
-        subprocess.run(
-            [*command, *options, f"--output={unit.machine.units}"],
-            check=True,
-            cwd=PROJECT,
-            env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        )
+        # Inside, where the systemd is that it is for.
+        place = ("env", "-C", str(PROJECT), f"PWD={PROJECT}", f"PYTHONPATH={PROJECT}")
+        unit.machine.run(*place, *command, *options, f"--output={unit.machine.units}")
         # So that it can bite within the test; a reload takes longer than that.
         unit.keep_log("WatchdogSec=2", "TimeoutAbortSec=1")
 
@@ -117,19 +143,14 @@ def test_a_dynamic_user_serves_a_port_of_root_with_next_to_no_rights(unit: Unit)
     machine = unit.machine
     # A loopback address of its own, since the network is shared.
     address = (f"127.{os.getpid() >> 8 & 255}.{os.getpid() & 255}.80", 80)
-    packages = Path(sysconfig.get_path("purelib"))
-    machine.run("mkdir", "-p", "/srv/ecdysis/packages")
-    for path in (PROJECT / "ecdysis_async", *(packages / name for name in PACKAGES)):
-        machine.run("cp", "-r", str(path), "/srv/ecdysis/packages")
-    machine.run("cp", "-r", str(APP), "/srv/ecdysis/app")
-    machine.run("chmod", "-R", "a+rX", "/srv/ecdysis")
+    install(machine)
     machine.run("sh", "-c", f"echo ADDRESS={address[0]}:80 >/srv/ecdysis/app/variables")
     command = [
         *("/usr/bin/python3", "-m", "ecdysis_async.cli", "unit", "app:main", "--name=app"),
         f"--bind={address[0]}:{address[1]}",
         *("--env-file=variables", "--probation=0.05", "--drain-timeout=2", f"--output={machine.units}"),
     ]
-    machine.run("env", "-C", "/srv/ecdysis/app", "PWD=/srv/ecdysis/app", "PYTHONPATH=/srv/ecdysis/packages", *command)
+    machine.run(*IN_SRV, *command)
     unit.keep_log()
     assert "DynamicUser=yes\n" in (machine.units / NAME).read_text()
     unit.systemctl("start")
@@ -150,3 +171,96 @@ def test_a_dynamic_user_serves_a_port_of_root_with_next_to_no_rights(unit: Unit)
     machine.run("systemd-analyze", "security", "--threshold=30", "--no-pager", NAME)
     unit.systemctl("stop")
     assert unit.show("ActiveState") == "inactive"
+
+
+@pytest.mark.parametrize(
+    ("user", "has_socket"), [(None, False), (None, True), ("games", False)], ids=["dynamic", "socket", "user"]
+)
+def test_a_unix_socket_is_the_proxys_over_each_stop_start_and_restart(
+    unit: Unit, user: str | None, has_socket: bool
+) -> None:
+    machine, path = unit.machine, "/run/app/web.sock"
+    install(machine)
+    machine.run("sh", "-c", f"echo ADDRESS={path} >/srv/ecdysis/app/variables")
+    command = [
+        *("/usr/bin/python3", "-m", "ecdysis_async.cli", "unit", "app:main", "--name=app", f"--bind=unix:{path}"),
+        *("--unix-group=www-data", "--env-file=variables", "--probation=0.05", "--drain-timeout=2"),
+        *(["--socket"] if has_socket else []),
+        *([f"--user={user}"] if user is not None else []),
+        f"--output={machine.units}",
+    ]
+    said = machine.run(*IN_SRV, *command)
+    unit.keep_log()
+    first = "app.socket" if has_socket else NAME
+    machine.systemctl("start", first)
+    # Over and over: what systemd removes at the end of one unit is there again, or stays while the other one needs it.
+    steps = [("reload", NAME), ("restart", NAME), ("stop", NAME), ("start", NAME)]
+    for step, name in [*steps, *([("restart", first), ("stop", first), ("start", first)] if has_socket else [])]:
+        assert "generation" in ask_as(machine, "www-data", path), (step, name)
+        assert "PermissionError" in ask_as(machine, "daemon", path)
+        unit.wait_until(lambda: unit.show("ActiveState") == "active")
+        machine.systemctl(step, name)
+        if step == "stop" and (name == first or not has_socket):
+            assert "FileNotFoundError" in ask_as(machine, "www-data", path)
+            machine.systemctl("start", first)
+    assert "generation" in ask_as(machine, "www-data", path)
+    # What the command has said is what there is, and who asks for no service in particular finds this one.
+    unit.wait_until(lambda: unit.show("ActiveState") == "active")
+    control = said.split("ecdysis status --control ")[1].strip()
+    status = (
+        "env",
+        "PYTHONPATH=/srv/ecdysis/packages",
+        "/usr/bin/python3",
+        "-m",
+        "ecdysis_async.cli",
+        "status",
+        "--json",
+    )
+    found = json.loads(machine.run(*status))
+    assert found["pid"] == json.loads(machine.run(*status, "--control", control))["pid"] == unit.main_pid
+    # It writes its data where the unit says, and nowhere else.
+    assert ask_as(machine, "www-data", path, "write $STATE/data").endswith("/var/lib/app/data")
+    machine.run("test", "-e", "/var/lib/app/data")
+    assert "Read-only file system" in ask_as(machine, "www-data", path, "write /srv/ecdysis/app/data")
+
+
+def test_a_release_behind_a_link_follows_it_at_each_reload_and_start(unit: Unit) -> None:
+    machine, address = unit.machine, ("127.0.0.1", free_port())
+    install(machine)
+    for release in ("1", "2", "3"):
+        machine.run("mkdir", "-p", f"/srv/shop/releases/{release}")
+        machine.run("cp", "-rT", "/srv/ecdysis/app", f"/srv/shop/releases/{release}")
+        text = f"ADDRESS={address[0]}:{address[1]}"
+        machine.run("sh", "-c", f"echo {text} >/srv/shop/releases/{release}/variables")
+    machine.run("ln", "-sfn", "releases/1", "/srv/shop/current")
+    place = ("env", "-C", "/srv/shop/current", "PWD=/srv/shop/current", "PYTHONPATH=/srv/ecdysis/packages")
+    command = [
+        *("/usr/bin/python3", "-m", "ecdysis_async.cli", "unit", "app:main", f"--bind={address[0]}:{address[1]}"),
+        *("--env-file=variables", "--probation=0.05", "--drain-timeout=2", f"--output={machine.units}"),
+    ]
+    assert "shop.service" in machine.run(*place, *command)
+    machine.systemctl("daemon-reload")
+    try:
+        machine.systemctl("start", "shop.service")
+        assert unit.ask("who", address)["release"] == "/srv/shop/releases/1/app.py"
+        machine.run("ln", "-sfn", "releases/2", "/srv/shop/current")
+        machine.systemctl("reload", "shop.service")
+        assert unit.ask("who", address)["release"] == "/srv/shop/releases/2/app.py"
+        machine.run("ln", "-sfn", "releases/3", "/srv/shop/current")
+        machine.run("rm", "-r", "/srv/shop/releases/1", "/srv/shop/releases/2")
+        machine.systemctl("restart", "shop.service")
+        assert unit.ask("who", address)["release"] == "/srv/shop/releases/3/app.py"
+    finally:
+        print(machine.run("journalctl", "--no-pager", "-u", "shop.service", check=False))  # noqa: T201 - for a failure
+
+
+def test_the_machines_older_systemd_runs_it_too(old_unit: Unit) -> None:
+    printed = PrintedUnit(old_unit)
+    assert "FileDescriptorStoreMax" not in (old_unit.machine.units / NAME).read_text()
+    old_unit.systemctl("start")
+    with Load(printed.address[1]) as load:
+        old_unit.reload()
+        load.wait_for(2)
+    assert load.counts.failures == Counter()
+    old_unit.systemctl("stop")
+    assert "is too old" not in old_unit.log
