@@ -17,7 +17,15 @@ from typing import Any, TypeAlias
 
 import anyio
 
-__all__ = ["SignalReceiver", "can_handle_signals", "clean_mask", "handled_signals", "is_handled", "unblock_all_signals"]
+__all__ = [
+    "SignalReceiver",
+    "can_handle_signals",
+    "clean_mask",
+    "handled_signal",
+    "handled_signals",
+    "is_handled",
+    "unblock_all_signals",
+]
 
 
 # After how many seconds a signal that the loop has not seen is told.
@@ -96,6 +104,24 @@ def handled_signals(
             else:
                 _put_back(each, handler)
         receiver.close()
+
+
+@contextlib.contextmanager
+def handled_signal(number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Install one handler that runs between two bytecodes of the main thread, whether or not the loop turns.
+
+    A forked child has the former one.
+    """
+    former: dict[signal.Signals, Handler] = {}
+    _replaced.append(former)
+    try:
+        former[number] = signal.signal(number, handler)
+        yield
+    finally:
+        _replaced.remove(former)
+        # The application may have found a use for the signal meanwhile.
+        if signal.getsignal(number) == handler:
+            _put_back(number, former[number])
 
 
 class SignalReceiver:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +24,13 @@ from ecdysis_async._sockets.registry import Registry
 
 PATIENCE_SECONDS = 60
 
-# It has the other end of the link, and does nothing with it.
-ANCHOR = "import sys; sys.stdin.read()"
+# It has the other end of the link, and says something when it is told to.
+ANCHOR = """
+import socket, sys
+link = socket.socket(fileno=int(sys.argv[1]))
+for line in sys.stdin:
+    link.send(b"x") if line == "say something\\n" else link.close()
+"""
 
 
 @dataclass
@@ -33,6 +41,11 @@ class Watched:
     watch: AnchorWatch
     link: socket.socket
     died: threading.Event = field(default_factory=threading.Event)
+
+    def tell(self, what: str) -> None:
+        assert self.anchor.stdin is not None
+        self.anchor.stdin.write(f"{what}\n".encode())
+        self.anchor.stdin.flush()
 
     def kill(self) -> None:
         self.anchor.kill()
@@ -45,7 +58,8 @@ def watching(*entries: Entry) -> Iterator[Watched]:
     died = threading.Event()
     with ours:
         with theirs:
-            anchor = subprocess.Popen([sys.executable, "-c", ANCHOR], stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
+            command = [sys.executable, "-c", ANCHOR, str(theirs.fileno())]
+            anchor = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
         watch = AnchorWatch(ours, lambda: entries, died.set)
         try:
             watch.watch(anchor.pid)
@@ -100,13 +114,74 @@ def test_the_end_of_the_link_alone_is_no_death() -> None:
     entry = registry.obtain(Internet("127.0.0.1", 0))
     entry.start_listening()
     with watching(entry) as watched:
-        # The process lives, and the link is broken all the same.
-        watched.link.shutdown(socket.SHUT_RDWR)
-        watched.watch._thread.join(PATIENCE_SECONDS)
-        assert not watched.watch._thread.is_alive()
+        # The process lives, and the link has ended all the same.
+        watched.tell("end the link")
+        for _ in range(PATIENCE_SECONDS * 100):
+            if watched.watch._has_thread:
+                break
+            threading.Event().wait(0.01)
+        assert watched.watch._running.acquire(timeout=PATIENCE_SECONDS)
+        watched.watch._running.release()
         assert not watched.died.is_set()
         assert entry.is_listening()
     registry.close(unlink=True)
+
+
+def count_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_there_is_no_thread_before_the_link_has_ended() -> None:
+    """A thread would make each fork of the application warn (Python 3.12)."""
+    before = count_threads()
+    with watching() as watched:
+        # What the anchor says sends the signal as well.
+        watched.tell("say something")
+        # A loop waits like this. While somebody waits in recv itself, the kernel sends no signal.
+        assert select.select([watched.link], [], [], PATIENCE_SECONDS)[0]
+        assert watched.link.recv(1) == b"x"
+        assert count_threads() == before
+        assert signal.getsignal(signal.SIGURG) is not signal.SIG_DFL
+        # A forked child has the handler that it would have without us.
+        assert subprocess_of(lambda: signal.getsignal(signal.SIGURG) is signal.SIG_DFL)
+        watched.kill()
+        assert watched.died.wait(PATIENCE_SECONDS)
+    assert signal.getsignal(signal.SIGURG) is signal.SIG_DFL
+
+
+def subprocess_of(ask: Callable[[], bool]) -> bool:
+    """Ask something in a forked child."""
+    with warnings.catch_warnings():
+        # The runner of the tests has threads of its own.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        os._exit(int(not ask()))
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def test_where_the_signal_has_another_use_a_thread_watches() -> None:
+    former = signal.signal(signal.SIGURG, lambda number, frame: None)
+    try:
+        before = count_threads()
+        with watching() as watched:
+            assert count_threads() == before + 1
+            watched.kill()
+            assert watched.died.wait(PATIENCE_SECONDS)
+    finally:
+        signal.signal(signal.SIGURG, former)
+
+
+def test_outside_of_the_main_thread_a_thread_watches() -> None:
+    def watch() -> None:
+        with watching() as watched:
+            watched.kill()
+            assert watched.died.wait(PATIENCE_SECONDS)
+        done.set()
+
+    done = threading.Event()
+    threading.Thread(target=watch).start()
+    assert done.wait(PATIENCE_SECONDS)
 
 
 def test_another_process_may_be_the_anchor_by_now() -> None:
