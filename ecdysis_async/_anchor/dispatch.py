@@ -309,7 +309,7 @@ class Dispatcher:
             case FromWorker.CANCEL:
                 roll_out = self._askers.pop((worker, int(body["number"])), None)
                 if roll_out is not None:
-                    call_off(roll_out, self._state.changes)
+                    call_off(roll_out, self._state)
             case FromWorker.STOP:
                 self._stop()
             case other:

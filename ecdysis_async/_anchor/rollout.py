@@ -15,7 +15,7 @@ import anyio
 
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._handoff.predecessor import make_restart_id
-from ecdysis_async._handoff.protocol import PredecessorState
+from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState
 from ecdysis_async._ipc.worker_link import FromAnchor, error_to_json
 from ecdysis_async._management.changes import Changes
 from ecdysis_async._system.history import Note, history
@@ -48,16 +48,23 @@ def make_roll_out(generation: int, *, is_told: bool, before: RollOut | None) -> 
     return RollOut(generation, report, is_told=is_told, before=before)
 
 
-def call_off(roll_out: RollOut, changes: Changes) -> None:
+def call_off(roll_out: RollOut, state: AnchorState) -> None:
     """Undo a roll-out in which no new worker was told to accept yet; later it goes on."""
     current = roll_out.current
     is_early = all(turn.state is TurnState.PENDING for turn in roll_out.turns if turn is not current)
     if roll_out.is_over or not is_early or (current is not None and current.is_committed):
         return
+    # Where the worker hangs, or there is none, the anchor itself has started the new one.
+    filling = state.fillings.get(current.slot) if current is not None else None
+    if filling is not None and filling.state not in (PredecessorState.SPAWNING, PredecessorState.INITIALISING):
+        # The worker that hangs is told to leave by now.
+        return
     roll_out.called_off = RestartError("the restart was called off")
-    if current is not None and current.old is not None:
+    if filling is not None:
+        filling.post(PredecessorEvent.CANCELLED, roll_out.called_off)
+    elif current is not None and current.old is not None:
         _revert(current.old, roll_out.called_off)
-    changes.announce()
+    state.changes.announce()
 
 
 def end_probation(roll_out: RollOut, changes: Changes) -> None:
@@ -294,10 +301,9 @@ class RollOutRunner:
     async def _replace(self, turn: Turn) -> RestartError | None:
         old, generation = turn.old, self._roll_out.generation
         if old is not None:
-            bypass = self._hung_workers.bypass
             error = await self._unless_stopped(
                 lambda: replace(
-                    self._state, self._sockets, turn.slot, old, generation, self._roll_out.report.id, bypass
+                    self._state, self._sockets, turn.slot, old, generation, self._roll_out.report.id, self._bypass
                 )
             )
             is_unwanted = self._state.is_stopping or self._roll_out.called_off is not None
@@ -308,6 +314,10 @@ class RollOutRunner:
         filled = await self._fill(turn.slot, generation)
         turn.report = filled.report
         return filled.error
+
+    async def _bypass(self, slot: Slot, old: Worker, generation: int) -> RestartError | None:
+        # It may have been called off while it was waited for an answer.
+        return self._roll_out.called_off or await self._hung_workers.bypass(slot, old, generation)
 
     async def _unless_stopped(self, what: Callable[[], Awaitable[RestartError | None]]) -> RestartError | None:
         error: RestartError | None = None

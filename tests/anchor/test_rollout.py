@@ -203,7 +203,7 @@ async def test_it_is_called_off_until_a_worker_was_told_to_accept(here: Stage) -
     async with playing(play):
         await puppet.hear()
         puppet.stand(PredecessorState.INITIALISING)
-        call_off(play.roll_out, here.state.changes)
+        call_off(play.roll_out, here.state)
         told = await puppet.hear()
         assert (told.type, told.body["error"]["message"]) == (FromAnchor.REVERT, "the restart was called off")
         puppet.stand(PredecessorState.FAILED, is_over=True, error=RestartError("the restart was called off"))
@@ -225,7 +225,7 @@ async def test_it_is_too_late_to_call_it_off(when: str, here: Stage) -> None:
             turns[0].state, turns[1].state = TurnState.SERVED, TurnState.UNDER_WAY
         case "over":
             play.roll_out.stage = RollOutStage.OVER
-    call_off(play.roll_out, here.state.changes)
+    call_off(play.roll_out, here.state)
     assert play.roll_out.called_off is None
 
 
