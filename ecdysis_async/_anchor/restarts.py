@@ -150,6 +150,10 @@ class Restarts:
             self.log.info("%s", await self.see_through(self.begin(), "settled"))
         except RestartWhileDraining as error:
             self.log.info("%s", error)
+            if not self._state.is_stopping:
+                # It goes on for a while (--lame-duck), and systemd waits for an answer to its signal.
+                self._tell_restart(LEEWAY_SECONDS, is_told=False)
+                self._tell_end()
         except RestartError as error:
             self.log.error("the restart that a signal asked for failed: %s", error)  # noqa: TRY400 - it says it all
 

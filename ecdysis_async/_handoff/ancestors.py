@@ -22,9 +22,12 @@ from ecdysis_async.errors import ChannelError, DescriptorsLost
 
 from .protocol import DrainMessage
 
-__all__ = ["Ancestor", "Ancestors", "beyond"]
+__all__ = ["STOPPED", "Ancestor", "Ancestors", "beyond"]
 
 logger = logging.getLogger("ecdysis_async")
+
+# Why an older generation is to hurry, where it is not for being one of too many.
+STOPPED = "stop"
 
 # How long an older generation gets to end itself before it is killed from here, seconds.
 GRACE_SECONDS = 5.0
@@ -159,6 +162,12 @@ class Ancestors:
             for ancestor in tuple(self.ancestors):
                 await _tell(ancestor, DrainMessage.REOPEN_LOGS)
 
+    async def hurry(self) -> None:
+        """Let all their deadlines be now, because the service is to end."""
+        if self._following is not None and not self._is_let_go:
+            for ancestor in tuple(self.ancestors):
+                await _tell(ancestor, DrainMessage.HURRY, {"why": STOPPED})
+
     async def outlive(self) -> None:
         """Wait until each of them is dead. Call it while ``follow`` runs."""
         if self.ancestors:
@@ -212,6 +221,6 @@ class Ancestors:
             item.close()
 
 
-async def _tell(ancestor: Ancestor, message: DrainMessage) -> None:
+async def _tell(ancestor: Ancestor, message: DrainMessage, body: Mapping[str, Any] | None = None) -> None:
     with contextlib.suppress(ChannelError):  # it is leaving at this moment
-        await ancestor.peer.channel.send(message, timeout=2)
+        await ancestor.peer.channel.send(message, body, timeout=2)

@@ -276,7 +276,7 @@ class Management(abc.ABC):
         """
 
     async def outlive(self, others: Callable[[], Awaitable[None]]) -> None:
-        """Wait for the other processes of the service, where they would be ended together with this one."""
+        """Wait for the other processes of the service, where the end of this one is taken for the end of all."""
 
     async def withdraw(self, *, has_successor: bool) -> None:
         """Take back what names this process.
@@ -572,8 +572,9 @@ class OwnManagement(Management):
             self.systemd.tell("STOPPING=1")
 
     async def outlive(self, others: Callable[[], Awaitable[None]]) -> None:
-        # With the exit of the main process systemd ends the other ones, drained or not.
-        if self.systemd.is_main:
+        # With the exit of the main process systemd ends the other ones, drained or not. Elsewhere the service is taken
+        # for stopped then.
+        if self.systemd.is_main or not self.is_supervised:
             await others()
 
     async def withdraw(self, *, has_successor: bool) -> None:

@@ -119,7 +119,7 @@ class Commands:
         life.stop_signals += 1
         if life.stop_signals > 1:
             life.generation.log.warning("told to stop again: the deadline of the drain is now")
-            self._leaving.hurry()
+            self._leaving.hurry_all()
         self._leaving.hurry_if_nobody_listens()
         self._leaving.stop(Stop.TOLD)
 
@@ -151,6 +151,9 @@ class Commands:
             report = await management.restart("settled", self._restarts.restart)
             log.info("%s", report)
         except RestartWhileDraining as error:
+            if not self._life.has_successor:
+                # Where there is one, the word that makes it the main process is the answer.
+                management.restart_refused()
             log.info("%s", error)
         except RestartInProgress as error:
             # The end of the restart that is in progress answers this one as well.

@@ -53,6 +53,8 @@ class Description:
     def waiting_for(self) -> str | None:
         """Say what is waited for at this moment; None if for nothing."""
         life, now = self._life, anyio.current_time()
+        if life.drained.is_set() and not life.has_successor and (older := life.older_generations):
+            return ", ".join(each.describe() for each in older)
         return describe_wait(
             life.handover,
             life.inheritance,

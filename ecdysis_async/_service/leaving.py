@@ -18,6 +18,7 @@ from ecdysis_async._handoff.protocol import (
     SuccessorState,
 )
 from ecdysis_async._ipc.channel import encode
+from ecdysis_async._ipc.peer import wait_for_death
 from ecdysis_async._management.management import LEEWAY_SECONDS
 from ecdysis_async._sockets.entry import Until
 from ecdysis_async._system.exit_deadline import ExitDeadline
@@ -43,6 +44,9 @@ EXIT_SECONDS = 1.0
 FIRST_WAIT_SECONDS = 0.25
 # A stop whose drain takes so long may have to be explained, seconds.
 LONG_SECONDS = 4.0
+
+# How long an older generation may take besides its drain and its exit_timeout, seconds (see ancestors.py).
+GRACE_SECONDS = 6.0
 
 # How many tasks and connections are named at the most, where they are lost.
 NAMED_AT_MOST = 10
@@ -79,6 +83,10 @@ class Leaving:
         life = self._life
         life.generation.log.info("stopping%s", " (partially)" if how is Stop.PARTIAL else "")
         if life.is_leaving:
+            if how is Stop.TOLD and life.stop is not Stop.TOLD:
+                # The application has stopped its service by itself, and now the process is to end as well.
+                life.stop = how
+                self._expect_exit()
             return
         life.stop = how
         if life.inheritance is not None and not life.inheritance.state.final:
@@ -111,7 +119,15 @@ class Leaving:
     def expect_end(self) -> None:
         """See that this process ends, though its loop may not turn, and cannot begin to leave. Called in any thread."""
         settings = self._life.generation.settings
-        self._set_exit_deadline(settings.drain_timeout + EXIT_SECONDS + settings.exit_timeout)
+        limit = settings.drain_timeout + EXIT_SECONDS + settings.exit_timeout
+        self._set_exit_deadline(limit + (settings.exit_timeout + GRACE_SECONDS if self._has_others else 0))
+
+    def _expect_exit(self) -> None:
+        """The same, once its connections have ended, and those of the older generations that it waits for."""
+        if self._life.drained.is_set() and not self._has_others:
+            self._set_exit_deadline(self._life.generation.settings.exit_timeout)
+        else:
+            self.expect_end()
 
     def begin(self) -> None:
         """Accept no more, and begin to drain; there is no way back. It may be called where no task can be started."""
@@ -177,7 +193,7 @@ class Leaving:
                 life.generation.log.exception("the drain broke down")
             finally:
                 life.drained.set()
-                self._set_exit_deadline(life.generation.settings.exit_timeout)
+                self._expect_exit()
 
     async def stop_accepting(self) -> None:
         """Accept no more, for good; what waits in a queue that nobody goes on with is answered first."""
@@ -305,6 +321,11 @@ class Leaving:
         """Let the deadline of the drain be now."""
         self._life.plane.tracker.hurry()
 
+    def hurry_all(self) -> None:
+        """Let the deadline be now, that of the older generations too."""
+        self.hurry()
+        self._life.task_group.start_soon(self._life.generation.lineage.hurry)
+
     def hurry_if_nobody_listens(self) -> None:
         """Let the deadline be now where systemd waits for the end of this process to start the service anew.
 
@@ -373,6 +394,7 @@ class Leaving:
             await management.main_process_named()
         else:
             await management.outlive(self._wait_for_others)
+            self._set_exit_deadline(life.generation.settings.exit_timeout)
         await management.withdraw(has_successor=life.is_aborted or life.has_successor)
         self._close_sockets(has_served=has_begun and not life.is_aborted, is_orderly=is_orderly)
         await management.finish()
@@ -403,12 +425,37 @@ class Leaving:
             handover.post(PredecessorEvent.SETTLE)
         await handover.over.wait()
 
+    @property
+    def _has_others(self) -> bool:
+        """Whether other generations of the service may be there, for whose end this one waits."""
+        life = self._life
+        if life.has_successor or life.is_aborted or life.management.owns_process:
+            return False
+        return bool(life.older_generations) or not (life.handover is None or life.handed_over.is_set())
+
     async def _wait_for_others(self) -> None:
-        """Wait for all other generations of the service, which have as long to drain as this one."""
-        with anyio.move_on_after(self._life.generation.settings.drain_timeout + EXIT_SECONDS):
-            if self._life.handover is not None:
-                await self._life.handed_over.wait()
-            await self._life.generation.lineage.outlive()
+        """Wait for all other generations of the service: one that has stopped leaves nobody behind.
+
+        They have as long to drain as this one, and as long to end.
+        """
+        life, settings = self._life, self._life.generation.settings
+        if not self._has_others:
+            return
+        older = life.older_generations
+        if older:
+            life.generation.log.info(
+                "waiting for older generations to end: %s", ", ".join(each.describe() for each in older)
+            )
+        life.management.changed()
+        with anyio.move_on_after(settings.drain_timeout + EXIT_SECONDS + settings.exit_timeout + GRACE_SECONDS):
+            if life.handover is not None and life.management.is_supervised:
+                await life.handed_over.wait()
+            if life.settled.is_set():
+                await life.generation.lineage.outlive()
+            elif not life.management.is_supervised:
+                # Nobody listens to them here: they were the predecessor's business, and so is that itself.
+                for each in older:
+                    await wait_for_death(each.peer.pidfd)
 
     def _close_sockets(self, *, has_served: bool, is_orderly: bool) -> None:
         life, registry = self._life, self._life.plane.registry

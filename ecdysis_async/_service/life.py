@@ -9,6 +9,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ecdysis_async._accepting.data_plane import DataPlane
+from ecdysis_async._handoff.ancestors import Ancestor
 from ecdysis_async._handoff.generation import Generation
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import SuccessorState
@@ -116,6 +117,20 @@ class Life:
     def has_successor(self) -> bool:
         """Whether a successor goes on with what this generation leaves."""
         return self.handover is not None and self.handover.report.outcome is Outcome.SETTLED
+
+    @property
+    def older_generations(self) -> list[Ancestor]:
+        """The older generations that are still there: they drain."""
+        older = [*self.generation.lineage.ancestors]
+        predecessor = self.inheritance.predecessor if self.inheritance is not None else None
+        if (
+            self.inheritance is not None
+            and self.inheritance.state is SuccessorState.STOPPED
+            and predecessor is not None
+        ):
+            # It was not listened to: it has stopped together with this one.
+            older.append(predecessor)
+        return [each for each in older if not each.peer.is_dead()]
 
     def note_change(self) -> None:
         """Note that a restart is in another state, and tell those who look on."""
