@@ -10,16 +10,17 @@ import socket
 import struct
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import anyio
 
-from ecdysis_async._ipc.channel import Frame
+from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.peer import Death, Peer
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.history import Note, history
-from ecdysis_async._system.launch import describe_launch
+from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.process import Child, Spawner, spawn
 from ecdysis_async._system.stderr import duplicate_stderr
 from ecdysis_async._system.threads import run_in_thread
@@ -33,7 +34,7 @@ from ecdysis_async.errors import (
 )
 from ecdysis_async.report import Outcome, Phase, RestartReport
 
-from .ancestors import beyond
+from .ancestors import STOPPED, beyond
 from .failures import PHASES, Failure, explain, record
 from .generation import Generation
 from .protocol import (
@@ -74,6 +75,22 @@ _OUTCOMES: Final = {
 def make_restart_id() -> str:
     """Return what names a restart in logs, reports and questions for its verdict."""
     return uuid.uuid4().hex[:12]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reserve:
+    """Which sockets a successor was given before it could ask.
+
+    Attributes:
+        sockets: each entry, and the inode of its socket.
+    """
+
+    sockets: tuple[tuple[Entry, int], ...]
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> _Reserve:
+        """Return what stands for these sockets."""
+        return cls(tuple((entry, os.fstat(entry.sock.fileno()).st_ino) for entry in entries))
 
 
 class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, PredecessorAction]):
@@ -139,7 +156,12 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         self._entries: list[Entry] = []
         self._entered = time.monotonic()
         self._paused_at = math.nan
-        self._spawner = spawner or self._spawn
+        # None: this process starts the successor itself.
+        self._spawner = spawner
+        self._launch: Launch | None = None
+        # What the successor was given before it could ask, if it was; and whether its release knows that it was.
+        self._reserve: _Reserve | None = None
+        self._is_reserve_known = False
         self._successor: SuccessorProcess | None = None
         # Whether the successor has said that it fails.
         self._has_failed = False
@@ -305,8 +327,14 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 self.published.set()
             case Frame(type=DrainMessage.HURRY):
                 item.close()
+                why = (
+                    ("the service is to stop at once", "")
+                    if item.body.get("why") == STOPPED
+                    else ("too many generations drain", " (max_draining)")
+                )
                 self.log.warning(
-                    "too many generations drain: the deadline of this one is now (max_draining); open connections: %d",
+                    "%s: the deadline of this one is now%s; open connections: %d",
+                    *why,
                     self.generation.host.connections,
                 )
                 self.generation.host.hurry()
@@ -334,6 +362,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 raise GarbledFrame("the successor said HELLO twice")
             choose_version(frame.body)
             self.report.successor_pid = int(frame.body["pid"])
+            self._is_reserve_known = bool(frame.body.get("reserve"))
             pidfd, counters = frame.descriptors
             self._running.know(pidfd, counters)
             return event
@@ -462,21 +491,31 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
 
     async def _start(self) -> None:
         begun = time.monotonic()
-        self._successor = await SuccessorProcess.start(self._spawner)
+        if self._spawner is not None:
+            # Whoever starts the successor has the sockets as well (an anchor), or the successor has started already.
+            self._successor = await SuccessorProcess.start(self._spawner)
+        else:
+            self._successor = await SuccessorProcess.start(self._spawn, self._prepare_spawn)
         self.report.successor_pid = child = self._successor.process.pid
         history.note(Note.SPAWNED, restart=self.report.id, child=child, begun=begun)
 
-    async def _spawn(self, channel: socket.socket, stderr: int) -> Child:
+    async def _prepare_spawn(self, channel: Channel, stderr: int) -> None:
         settings = self.generation.settings
-
-        # In a thread: looking for files may block, and so does vfork until the exec is done (vfork(2)).
-        def start() -> Child:
-            launch, self._env_file_keys = describe_launch(
+        # In a thread: looking for files may block.
+        self._launch, self._env_file_keys = await run_in_thread(
+            lambda: describe_launch(
                 settings.command, settings.environment, settings.env_file, self.generation.env_file_keys
             )
-            return spawn(launch, channel, stderr, is_kept=self.generation.is_supervised, restart=self.log.restart)
+        )
+        self._send_reserve(channel, stderr)
 
-        return await run_in_thread(start)
+    async def _spawn(self, channel: socket.socket, stderr: int) -> Child:
+        launch = self._launch
+        assert launch is not None
+        # In a thread: vfork blocks until the exec is done (vfork(2)).
+        return await run_in_thread(
+            lambda: spawn(launch, channel, stderr, is_kept=self.generation.is_supervised, restart=self.log.restart)
+        )
 
     async def _send(
         self, message: FromPredecessor, body: Mapping[str, Any] | None = None, descriptors: Sequence[int] = ()
@@ -488,7 +527,42 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         except ChannelError as error:
             self.post(PredecessorEvent.BROKEN, error)
 
+    def _send_reserve(self, channel: Channel, stderr: int) -> None:
+        """Put the sockets into the channel before there is a successor, which has them whatever happens here (G6).
+
+        There is none where a stash is due at the start, which is made while the successor imports; and where there are
+        more sockets than one message of the kernel has descriptors (253). A death during the import costs the queue
+        then.
+        """
+        if self.generation.stashes.names(At.START):
+            return
+        try:
+            with self._describe_listeners(stderr) as (body, descriptors):
+                if channel.send_at_once(FromPredecessor.LISTENERS, {**body, "reserve": True}, descriptors):
+                    self._reserve = _Reserve.of(self._entries)
+        except OSError as error:
+            # No descriptor is left now; there may be one when the successor asks.
+            self.log.debug("the successor gets no reserve: %s", error)
+
     async def _send_listeners(self) -> None:
+        if self._reserve is not None and not self._is_reserve_known:
+            # A release before this one: what it has found was the answer.
+            return
+        if self._reserve is not None and self._reserve == _Reserve.of(self.generation.host.registry.entries):
+            await self._send(FromPredecessor.LISTENERS, {"as_before": True})
+            return
+        with self._describe_listeners(self._running.stderr.read_end) as (body, descriptors):
+            await self._send(FromPredecessor.LISTENERS, body, descriptors)
+        # The successor has it, and with its end it is gone.
+        self._stash.close()
+
+    @contextlib.contextmanager
+    def _describe_listeners(self, stderr: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """Yield what a successor is to have, and the descriptors for it.
+
+        Raises:
+            OSError: there are not enough descriptors.
+        """
         generation = self.generation
         self._entries = list(generation.host.registry.entries)
         descriptions, sockets = generation.host.registry.describe(self._entries)
@@ -502,32 +576,30 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             # Duplicates, because an ancestor may end, or the application close a listener, while this is being sent.
             sockets = [owned(os.dup(each)) for each in sockets]
             ends = [owned(os.dup(end)) for each in ancestors for end in (each.peer.channel.fileno(), each.peer.pidfd)]
-            await self._send(
-                FromPredecessor.LISTENERS,
-                {
-                    "version": VERSIONS[1],
-                    "restart": self.log.restart,
-                    "generation": self.report.generation,
-                    "predecessor": {"generation": generation.number, "pid": os.getpid()},
-                    "sockets": descriptions,
-                    "stash": self._stash.describe(),
-                    "stash_later": generation.stashes.names(At.COMMIT),
-                    "ancestors": [ancestor.to_json() for ancestor in ancestors],
-                    "env_file_keys": list(self._env_file_keys),
-                    # How many may come to the successor once this has settled.
-                    "connections": generation.host.connections,
-                },
+            body = {
+                "version": VERSIONS[1],
+                "restart": self.log.restart,
+                "generation": self.report.generation,
+                "predecessor": {"generation": generation.number, "pid": os.getpid()},
+                "sockets": descriptions,
+                "stash": self._stash.describe(),
+                "stash_later": generation.stashes.names(At.COMMIT),
+                "ancestors": [ancestor.to_json() for ancestor in ancestors],
+                "env_file_keys": list(self._env_file_keys),
+                # How many may come to the successor once this has settled.
+                "connections": generation.host.connections,
+            }
+            yield (
+                body,
                 [
                     owned(os.pidfd_open(os.getpid())),
                     owned(duplicate_stderr()),
-                    self._running.stderr.read_end,
+                    stderr,
                     *sockets,
                     *self._stash.descriptors,
                     *ends,
                 ],
             )
-        # The successor has it, and with its end it is gone.
-        self._stash.close()
 
     async def _prepare(self) -> None:
         """Make what the successor finds from its first line on, while it starts; its HELLO counts only then."""

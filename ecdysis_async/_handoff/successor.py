@@ -25,7 +25,14 @@ from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.import_times import import_times
 from ecdysis_async._system.stderr import identity, pass_on
 from ecdysis_async._system.tracebacks import describe_failure
-from ecdysis_async.errors import ChannelError, DescriptorsLost, GarbledFrame, HandoffAborted, StartupError
+from ecdysis_async.errors import (
+    ChannelClosed,
+    ChannelError,
+    DescriptorsLost,
+    GarbledFrame,
+    HandoffAborted,
+    StartupError,
+)
 from ecdysis_async.report import RestartReport
 
 from .ancestors import Ancestor
@@ -95,6 +102,8 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         self._plane = plane
         self._on_change = on_change
         self._channel = Channel(sock)
+        # The sockets that were here before this process could ask for them, until there is an answer.
+        self._reserve: Frame | None = None
         # In the predecessor's order.
         self._inherited: list[socket.socket] = []
         # The service's real stderr, and the pipe that stands in its place until this generation is ready.
@@ -108,18 +117,9 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         Raises:
             HandoffAborted: it has called the restart off, is gone, or does not answer.
         """
-        frame: Frame | None = None
         try:
-            # The predecessor may have a stash to make first, for which it takes its own ready_timeout at the most.
-            seconds = max(LISTENERS_SECONDS, self.generation.settings.ready_timeout)
             said_hello = time.monotonic()
-            with anyio.move_on_after(seconds):
-                await self._say_hello()
-                frame = await self._channel.receive()
-            # A process that was stopped for longer wakes to both: what is here already was in time.
-            frame = frame or self._channel.receive_nowait()
-            if frame is None:
-                raise TimeoutError(f"it did not answer within {seconds:g} seconds")
+            frame = await self._hear_answer()
             self.state, _ = self._step(self.state, successor_event(frame.type))
             if self.state is not SuccessorState.INITIALISING:
                 frame.close()
@@ -129,9 +129,58 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         except (ChannelError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:
             raise HandoffAborted(f"ecdysis: the predecessor did not hand over its sockets: {error!r}") from error
         finally:
+            self._close_reserve()
             if self.predecessor is None:
                 self.state = SuccessorState.ABORTED
                 self.close()
+
+    async def _hear_answer(self) -> Frame:
+        """Say hello, and return the predecessor's answer; where none can come any more, the reserve, if there is one.
+
+        The application may begin with a reserve at once. Whether the predecessor is dead, or lives and this side has to
+        leave, is learnt in the next moment (``Peer.run``).
+
+        Raises:
+            ChannelError: the predecessor is gone, or says what cannot be read.
+            TimeoutError: it does not answer.
+        """
+        answer: Frame | None = None
+        # The predecessor may have a stash to make first, for which it takes its own ready_timeout at the most.
+        seconds = max(LISTENERS_SECONDS, self.generation.settings.ready_timeout)
+        try:
+            with anyio.move_on_after(seconds):
+                # Where the predecessor is dead, what it has said is here all the same.
+                with contextlib.suppress(ChannelClosed):
+                    await self._say_hello()
+                while answer is None:
+                    answer = self._find_answer(await self._channel.receive())
+            # A process that was stopped for longer wakes to both: what is here already was in time.
+            while answer is None and (frame := self._channel.receive_nowait()) is not None:
+                answer = self._find_answer(frame)
+        except ChannelClosed:
+            if self._reserve is None:
+                raise
+            answer = self._take_reserve()
+        if answer is None:
+            raise TimeoutError(f"it did not answer within {seconds:g} seconds")
+        return answer
+
+    def _find_answer(self, frame: Frame) -> Frame | None:
+        """Return the answer that a frame is; None where it is the reserve, behind which the answer comes."""
+        if frame.body.get("reserve"):
+            self._reserve = frame
+            return None
+        if frame.body.get("as_before") and self._reserve is not None:
+            return self._take_reserve()
+        return frame
+
+    def _take_reserve(self) -> Frame | None:
+        reserve, self._reserve = self._reserve, None
+        return reserve
+
+    def _close_reserve(self) -> None:
+        if (reserve := self._take_reserve()) is not None:
+            reserve.close()
 
     async def run(self) -> None:
         """Carry the handoff out until it has settled; then listen to the drain of the predecessor, until it is dead."""
@@ -311,7 +360,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         try:
             os.ftruncate(counters, COUNTERS.size)
             self._plane.tracker.share(memoryview(mmap.mmap(counters, COUNTERS.size)).cast("Q"))
-            body = {"versions": list(VERSIONS), "pid": os.getpid()}
+            body = {"versions": list(VERSIONS), "pid": os.getpid(), "reserve": True}
             await self._channel.send(FromSuccessor.HELLO, body, [pidfd, counters])
         finally:
             os.close(pidfd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Awaitable, Callable
 
 import anyio
 
@@ -43,11 +44,14 @@ class SuccessorProcess:
         self._was_dead = False
 
     @classmethod
-    async def start(cls, spawner: Spawner) -> SuccessorProcess:
+    async def start(
+        cls, spawner: Spawner, prepare: Callable[[Channel, int], Awaitable[None]] | None = None
+    ) -> SuccessorProcess:
         """Run the successor's process.
 
         Args:
             spawner: brings the process, given its end of the channel and its stderr.
+            prepare: is called before that, with this end of the channel and the descriptor by which the stderr is read.
 
         Raises:
             RestartError: it could not be run; nothing is left of it then.
@@ -67,11 +71,14 @@ class SuccessorProcess:
                 f"no pipe for a successor: {error}; is the limit of open files reached?", phase=Phase.START
             ) from error
         process: Child | None = None
+        channel = Channel(ours)
         try:
+            if prepare is not None:
+                await prepare(channel, stderr.read_end)
             process = await spawner(theirs, stderr.write_end)
-            return cls(process, Peer(Channel(ours), os.dup(process.pidfd)), stderr)
+            return cls(process, Peer(channel, os.dup(process.pidfd)), stderr)
         except BaseException as error:
-            ours.close()
+            channel.close()
             stderr.close()
             if process is not None:
                 try:

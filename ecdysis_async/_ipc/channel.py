@@ -19,7 +19,13 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from ecdysis_async._system.descriptors import MAX_PER_MESSAGE, DescriptorWriter, close_all, receive_with_descriptors
+from ecdysis_async._system.descriptors import (
+    MAX_PER_MESSAGE,
+    DescriptorWriter,
+    close_all,
+    receive_with_descriptors,
+    send_with_descriptors,
+)
 from ecdysis_async._system.forking import withhold_from_children
 from ecdysis_async.errors import (
     ChannelClosed,
@@ -278,6 +284,29 @@ class Channel:
             return
         self.close()
         raise ChannelError(f"{type!r} could not be sent within {timeout:g} seconds: the other end does not read")
+
+    def send_at_once(self, type: str, body: Mapping[str, Any], descriptors: Sequence[int] = ()) -> bool:
+        """Send a frame to a peer that does not read yet: whole, or not at all; return whether it was sent.
+
+        It is not sent where it needs more than one call of the kernel, where the socket has no room for it, or where
+        too many descriptors are in flight. Call it while nothing else is being sent.
+
+        Raises:
+            ValueError: as :meth:`send`.
+        """
+        data = encode(type, body, len(descriptors))
+        # The kernel takes a message of less than half of the buffer in one piece (unix_stream_sendmsg of Linux).
+        room = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 4
+        if len(descriptors) > MAX_PER_MESSAGE or len(data) > room:
+            return False
+        try:
+            sent = send_with_descriptors(self._sock, data, descriptors)
+        except OSError:
+            return False
+        if sent < len(data):
+            # The rest would have to be the very next bytes.
+            self.close()
+        return sent == len(data)
 
     async def receive(self) -> Frame:
         """Wait for the next frame.

@@ -90,6 +90,14 @@ class Care(enum.Enum):
     DEATH_BEFORE_END_OF_FILE = "it waits for the pidfd where a channel ends, since a dying process closes that first"
 
 
+class Reserve(enum.Enum):
+    """Whether LISTENERS lies in the channel before the successor's process exists."""
+
+    NONE = "none"  # a stash is due first, or the predecessor's release knows no reserve
+    KNOWN = "known"  # both sides know it: the answer to HELLO comes behind it
+    UNKNOWN = "unknown"  # the successor's release does not know it: for that it is the answer, and no other one comes
+
+
 class Duty(enum.IntEnum):
     """Who has to serve in the end, seen from one link: until SETTLED its upper generation, then its lower one."""
 
@@ -124,6 +132,7 @@ class Generation(Interned):
     condemned: bool = False  # its predecessor has sent it SIGTERM, and will send SIGKILL
     failed: bool = False  # its application has raised
     hung: bool = False  # it does nothing any more, and does not end either: SIGSTOP, or a loop that is blocked
+    reserve: bool = False  # it has read the reserve, and no answer yet
     renounced: bool = False  # it shall not accept any more: it sent SETTLED, was stopped, or was called off
 
     @property
@@ -201,8 +210,17 @@ class Violation(Exception):
 
 
 cares = frozenset(Care)
+reserve = Reserve.KNOWN
 
 START: Final = World(FIRST, ABSENT, ABSENT, FRESH, FRESH, FRESH, FRESH, 0, Verdict.EXPECTED)
+
+# What stands for the reserve in a channel.
+RESERVE: Final = "reserve"
+AT_SPAWN: Final = {
+    Reserve.NONE: FRESH,
+    Reserve.KNOWN: FRESH.but(items=(RESERVE,)),
+    Reserve.UNKNOWN: FRESH.but(items=(SuccessorEvent.LISTENERS,)),
+}
 
 TO_SUCCESSOR: Final = {
     PredecessorAction.SEND_LISTENERS: SuccessorEvent.LISTENERS,
@@ -265,6 +283,8 @@ def tell_predecessor(link: Link, event: PredecessorEvent) -> Link:
                 if upper.renounced:
                     raise Violation("who_renounced_resumes")
                 upper = upper.but(gate=RESUMED.get(upper.gate, upper.gate))
+            case PredecessorAction.SEND_LISTENERS if reserve is Reserve.UNKNOWN:
+                pass
             case PredecessorAction.END_SUCCESSOR:
                 lower = lower.but(condemned=True) if lower.alive else lower
             case _:
@@ -286,8 +306,11 @@ def tell_successor(link: Link, event: SuccessorEvent) -> Link:
     """Handle one event in the lower generation, and carry out what its machine asks for."""
     upper, lower, downwards, upwards, duty, verdict = link
     assert lower.up is not None
+    if lower.reserve and event in (SuccessorEvent.DIED, SuccessorEvent.BROKEN):
+        # No answer can come any more: what lay in the channel is the answer.
+        return tell_successor(tell_successor(link, SuccessorEvent.LISTENERS), event)
     state, actions = protocol.step_successor(lower.up, event)
-    lower = lower.but(up=state)
+    lower = lower.but(up=state, reserve=False)
     for action in actions:
         if action is SuccessorAction.OPEN:
             lower = lower.but(gate=Gate.OPENING)
@@ -363,7 +386,7 @@ def upper_moves(link: Link) -> Iterator[Move]:
                 # Each restart is a machine of its own, and a PAUSED of the one before is none of its business.
                 gate = Gate.OPEN if upper.gate is Gate.OPEN_STALE else upper.gate
                 again = upper.but(down=PredecessorState.SPAWNING, wish=False, gate=gate)
-                restarted = link._replace(upper=again, lower=NEWBORN, downwards=FRESH, upwards=FRESH)
+                restarted = link._replace(upper=again, lower=NEWBORN, downwards=AT_SPAWN[reserve], upwards=FRESH)
                 yield Move("upper restarts", Kind.ORDINARY if upper.wish else Kind.RESTART, restarted)
 
 
@@ -385,7 +408,10 @@ def lower_moves(link: Link) -> Iterator[Move]:
     if link.downwards.items:
         event, *rest = link.downwards.items
         read = link._replace(downwards=link.downwards.but(items=tuple(rest)))
-        yield Move(f"lower handles {event.value}", Kind.ORDINARY, tell_successor(read, event))
+        if event == RESERVE:
+            yield Move("lower reads the reserve", Kind.ORDINARY, read._replace(lower=lower.but(reserve=True)))
+        else:
+            yield Move(f"lower handles {event.value}", Kind.ORDINARY, tell_successor(read, event))
     if lower.up.timer is not None and (upper.alive or Care.DEATH_BEFORE_TIMEOUT not in cares):
         yield Move("lower times out", Kind.TIMEOUT, tell_successor(link, SuccessorEvent.TIMED_OUT))
     if lower.up in (SuccessorState.INITIALISING, SuccessorState.ORPHANED):
@@ -474,12 +500,17 @@ def die(world: World, index: int) -> World:
     return world
 
 
+def has_sockets(generation: Generation, channel: Channel) -> bool:
+    """Say whether a generation has the sockets, or will find them in its channel."""
+    is_given = generation.reserve or not {RESERVE, SuccessorEvent.LISTENERS}.isdisjoint(channel.items)
+    return is_given or generation.up not in (None, SuccessorState.GREETING)
+
+
 def is_heir(generation: Generation, channel: Channel) -> bool:
     """Say whether a successor has to serve in the place of its predecessor, which crashes now (G6)."""
-    has_sockets = generation.up not in (None, SuccessorState.GREETING) or SuccessorEvent.LISTENERS in channel.items
     given_up = generation.leaving or generation.condemned or channel.cut
     called_off = {SuccessorEvent.ABORT, SuccessorEvent.STOP, SuccessorEvent.RECALL}.intersection(channel.items)
-    return generation.acts and has_sockets and not given_up and not called_off
+    return generation.acts and has_sockets(generation, channel) and not given_up and not called_off
 
 
 def crash(world: World, index: int) -> World:
@@ -532,9 +563,7 @@ def somebody_holds_the_sockets(world: World) -> bool:
     if world.verdict is not Verdict.EXPECTED:
         return True
     return any(
-        generation.alive
-        and not generation.leaving
-        and (generation.up not in (None, SuccessorState.GREETING) or SuccessorEvent.LISTENERS in channel.items)
+        generation.alive and not generation.leaving and has_sockets(generation, channel)
         for generation, channel in zip(world.chain, (FRESH, world.p_to_s, world.s_to_t), strict=True)
     )
 
@@ -696,6 +725,13 @@ def assert_stops_end_everybody() -> None:
     assert PredecessorState.STOPPED in exploration.predecessors
 
 
+@pytest.fixture(params=Reserve, ids=lambda param: f"reserve={param.value}")
+def each_reserve(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Explore with and without a reserve."""
+    monkeypatch.setattr(sys.modules[__name__], "reserve", request.param)
+
+
+@pytest.mark.usefixtures("each_reserve")
 def test_every_interleaving_keeps_the_guarantees() -> None:
     exploration = explore()
     print(f"{exploration.states} states, {exploration.steps} steps, {exploration.resting} states of rest")  # noqa: T201
@@ -705,10 +741,12 @@ def test_every_interleaving_keeps_the_guarantees() -> None:
     assert exploration.successors == frozenset(SuccessorState)
 
 
+@pytest.mark.usefixtures("each_reserve")
 def test_where_nothing_fails_every_restart_succeeds() -> None:
     assert_restarts_succeed()
 
 
+@pytest.mark.usefixtures("each_reserve")
 def test_where_nothing_fails_a_stop_ends_everybody() -> None:
     assert_stops_end_everybody()
 
@@ -757,6 +795,8 @@ DEFECTS: Final[tuple[tuple[Any, Any, tuple[Any, tuple[Any, ...]] | None, str], .
     (P.PAUSING, PE.STOP, (P.STOPPING, (PA.END_SUCCESSOR,)), "who_renounced_never_accepts_again"),
     (P.INITIALISING, PE.CANCELLED, (P.ABORTING, (PA.END_SUCCESSOR,)), "who_renounced_never_accepts_again"),
     (P.REVERTING, PE.STOP, None, "who_renounced_resumes"),
+    (P.SPAWNING, PE.TIMED_OUT, (P.ABORTING, (PA.END_SUCCESSOR,)), "who_renounced_never_accepts_again"),
+    (P.SPAWNING, PE.BROKEN, (P.ABORTING, (PA.END_SUCCESSOR,)), "who_renounced_never_accepts_again"),
     (P.PROBATION, PE.STOP, (P.SETTLED, (PA.SEND_SETTLED,)), "a_stop_ends_everybody"),
     (P.RECALLING, PE.STOPPING, (P.ROLLED_BACK, (PA.RESUME,)), "who_renounced_resumes"),
     # Waiting for ever.
@@ -804,6 +844,9 @@ def explore_everything() -> None:
 )
 def test_a_defect_is_found(state: Any, event: Any, reaction: Any, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change_reaction(monkeypatch, state, event, reaction)
+    if state is S.GREETING:
+        # With a reserve it can go on without an answer.
+        monkeypatch.setattr(sys.modules[__name__], "reserve", Reserve.NONE)
     with pytest.raises(Violation, match=broken):
         explore_everything()
 

@@ -157,3 +157,57 @@ async def test_a_restart_that_is_called_off_aborts(backend: str) -> None:
         await start.channel.send("abort")
         with pytest.raises(HandoffAborted, match="called the restart off"):
             await start.side.greet()
+
+
+async def test_the_reserve_of_a_dead_predecessor_is_its_answer(backend: str) -> None:
+    async with a_start() as start, anyio.create_task_group() as task_group:
+        await start.hand_over(reserve=True)
+        start.channel.close()
+        # It is said to nobody, and what lies in the channel is read all the same.
+        await start.side.greet()
+        assert [entry.name for entry in start.plane.registry.unclaimed()] == ["web"]
+        start.predecessor.kill()
+        task_group.start_soon(start.side.run)
+        start.side.post(SuccessorEvent.READY)
+        await start.side.over.wait()
+        assert start.side.state is SuccessorState.SETTLED
+        task_group.cancel_scope.cancel()
+
+
+async def test_nothing_is_promoted_over_a_predecessor_that_lives_and_says_nothing_more(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ecdysis_async._ipc.peer.DEATH_GRACE_SECONDS", 0.05)
+    async with a_start() as start:
+        await start.hand_over(reserve=True)
+        start.channel.close()
+        await start.side.greet()
+        await start.side.run()
+        assert start.side.state is SuccessorState.ABORTED
+
+
+@pytest.mark.parametrize("is_as_before", [True, False])
+async def test_an_answer_comes_behind_the_reserve(backend: str, *, is_as_before: bool) -> None:
+    async with a_start() as start, anyio.create_task_group() as task_group:
+        await start.hand_over(reserve=True)
+        task_group.start_soon(start.side.greet)
+        assert (await start.expect("hello"))["reserve"] is True
+        await anyio.wait_all_tasks_blocked()
+        assert start.side.state is SuccessorState.GREETING
+        if is_as_before:
+            await start.channel.send("listeners", {"as_before": True})
+        else:
+            await start.hand_over(generation=7)
+        while start.side.predecessor is None:
+            await anyio.wait_all_tasks_blocked()
+        assert start.side.generation.number == (2 if is_as_before else 7)
+        assert [entry.name for entry in start.plane.registry.unclaimed()] == ["web"]
+
+
+async def test_the_reserve_of_a_restart_that_was_called_off_is_let_go(backend: str) -> None:
+    async with a_start() as start:
+        await start.hand_over(reserve=True)
+        await start.channel.send("abort")
+        with pytest.raises(HandoffAborted, match="called the restart off"):
+            await start.side.greet()
+        assert start.side.state is SuccessorState.ABORTED

@@ -274,6 +274,30 @@ async def test_many_descriptors_travel_in_batches(count: int) -> None:
         frame.close()
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "is_sent"), [(MAX_PER_MESSAGE, 0, True), (MAX_PER_MESSAGE + 1, 0, False), (0, 1_000_000, False)]
+)
+async def test_a_frame_is_sent_at_once_or_not_at_all(*, count: int, size: int, is_sent: bool) -> None:
+    with files(count) as opened, channels() as (here, there):
+        assert here.send_at_once("reserve", {"text": "x" * size}, opened) is is_sent
+        await here.send("behind")
+        if is_sent:
+            frame = await there.receive()
+            assert (frame.type, numbers(frame.descriptors)) == ("reserve", list(range(count)))
+            frame.close()
+        assert (await there.receive()).type == "behind"
+
+
+async def test_a_full_channel_takes_nothing_at_once() -> None:
+    with channels() as (here, there):
+        sent = 0
+        while here.send_at_once("more", {"text": "x" * 10_000}):
+            sent += 1
+        for _ in range(sent):
+            assert (await there.receive()).type == "more"
+        assert there.receive_nowait() is None
+
+
 async def test_a_large_frame_passes_while_the_other_end_sends_one_too() -> None:
     body = {"text": "x" * 2_000_000}
     with channels() as (here, there):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,16 +62,9 @@ STOPPED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("failures", "last"),
-    [(KILLED, ("predecessor", "spawning", "kill-self")), (STOPPED, ("predecessor", "initialising", "kill-self"))],
-    ids=["killed", "stopped"],
-)
+@pytest.mark.parametrize("failures", [KILLED, STOPPED], ids=["killed", "stopped"])
 def test_a_lost_successor_costs_the_restart_only(
-    backend: str,
-    failures: list[tuple[str, str, str, set[tuple[str, str]]]],
-    last: tuple[str, str, str],
-    run_service: Run,
+    backend: str, failures: list[tuple[str, str, str, set[tuple[str, str]]]], run_service: Run
 ) -> None:
     service = run_service(backend, **SETTINGS)
     first = service.pids[0]
@@ -97,15 +91,18 @@ def test_a_lost_successor_costs_the_restart_only(
         clients.wait_for(service.restart("settled")["successor_pid"])
     assert (clients.refused, clients.lost) == ([], lost)
     assert service.accepting_turns()[0] == first
-    end_by(service, *last)
+    end_by(service, "predecessor", "settled", "kill-peer")
 
 
 # The predecessor is dead, and had handed its sockets over: the successor completes its start and serves.
 PROMOTIONS = [
+    ("predecessor", "spawning", "kill-self"),
+    ("predecessor", "initialising", "kill-self"),
     ("predecessor", "pausing", "kill-self"),
     ("predecessor", "committing", "kill-self"),
     ("predecessor", "probation", "kill-self"),
     ("predecessor", "settled", "kill-self"),
+    ("successor", "greeting", "kill-peer"),
     ("successor", "initialising", "kill-peer"),
     ("successor", "waiting", "kill-peer"),
     ("successor", "opening", "kill-peer"),
@@ -135,7 +132,58 @@ def test_a_dead_predecessor_costs_nothing(backend: str, run_service: Run) -> Non
         assert (report["outcome"], report["predecessor_pid"]) == ("settled", newest)
         clients.wait_for(report["successor_pid"])
     assert (clients.refused, clients.lost) == ([], lost)
-    end_by(service, "successor", "greeting", "kill-peer")
+    end_by(service, "successor", "settled", "kill-self")
+
+
+def test_a_predecessor_that_dies_while_its_successor_imports_costs_nothing(
+    backend: str, run_service: Run, tmp_path: Path
+) -> None:
+    """Clients wait in the queues meanwhile, of each listener; nobody is refused."""
+    path = str(tmp_path / "socket")
+    listeners = [["listen_tcp", ["127.0.0.1", 0], {"name": name}] for name in ("web", "admin")]
+    listeners.append(["listen_unix", [path], {}])
+    service = run_service(backend, **SETTINGS, listeners=listeners)
+    (first,) = service.pids
+    # More than the pipe of its stderr would be worth, were there a reader.
+    service.configure(at_import="print('importing', file=sys.stderr); block(); print('imported', file=sys.stderr)")
+    with contextlib.ExitStack() as stack:
+        with service.begin("restart", until="settled") as asking:
+            second = service.wait_for("blocked")["pid"]
+            service.signal(first, signal.SIGKILL)
+            assert service.wait_for_death(first) == -signal.SIGKILL
+            with pytest.raises(Lost):
+                asking.answer()
+        waiting = [stack.enter_context(Conversation(address)).say("hello") for address in service.addresses]
+        service.configure(at_import="")
+        service.release()
+        assert [each.answer() for each in waiting] == [{"generation": 2, "pid": second}] * 3
+    service.wait_for("successor", state="settled", pid=second)
+    report = service.restart("settled")
+    assert (report["outcome"], report["predecessor_pid"]) == ("settled", second)
+    assert report["inherited"] == ["web", "admin", f"unix:{path}"]
+    service.stop()
+
+
+def test_where_a_stash_is_made_first_the_import_begins_with_nothing(backend: str, run_service: Run) -> None:
+    service = run_service(backend, **SETTINGS, at_start='ecdysis.stash("state", lambda: b"state", "start")')
+    end_by(service, "predecessor", "spawning", "kill-self")
+
+
+LATE = "ecdysis.listen_tcp('127.0.0.1', 0, name='late').getsockname()[1]"
+
+
+def test_a_listener_that_is_opened_while_the_successor_imports_goes_along(backend: str, run_service: Run) -> None:
+    service = run_service(backend, **SETTINGS)
+    service.configure(at_import="block()", at_start=f"tell('late', port={LATE})")
+    with service.begin("hello") as control, service.begin("restart", until="settled") as asking:
+        control.answer()
+        service.wait_for("blocked")
+        port = control.say("run", code=LATE).answer()
+        service.configure(at_import="")
+        service.release()
+        assert asking.answer()["outcome"] == "settled"
+    assert service.wait_for("late")["port"] == port
+    service.stop()
 
 
 # Nothing is promoted over a predecessor that does not move, and it finds everything as it was.
