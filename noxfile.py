@@ -88,5 +88,5 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure what a restart, a transfer, a stash and tracking cost, and other servers; best on an idle machine."""
     install(session, "bench")
-    for benchmark in ("restart", "transfer", "stash", "tracking", "steady", "peers"):
+    for benchmark in ("restart", "transfer", "stash", "tracking", "steady", "instructions", "peers"):
         session.run("python", "-m", f"benchmarks.{benchmark}", "--output", ".nox/benchmarks", *session.posargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ SUBJECTS = {
     "peers": {"ecdysis run (uvicorn), ecdysis restart", "uvicorn, stop and start"},
     "tracking": {"streams on asyncio", "protocol on uvloop", "trio on trio"},
     "steady": {"uvicorn (httptools) on uvloop, as installed", "aiohttp on uvloop, like for like"},
+    "instructions": {"uvicorn (httptools) on uvloop, as installed", "aiohttp on uvloop, as installed"},
     "transfer": {"asyncio, with transfer", "asyncio, without", "uvloop, with transfer", "uvloop, without"},
 }
 TITLES = {
@@ -34,6 +36,7 @@ TITLES = {
     "peers": ["A restart, with this and with that"],
     "tracking": ["What tracking costs in steady state"],
     "steady": ["What `ecdysis run` costs while nothing happens"],
+    "instructions": ["Instructions of a request while nothing happens"],
     "transfer": [
         "What restarts cost clients that keep their connections",
         "How long the loop stands still, ms",
@@ -77,7 +80,15 @@ def read_tables(text: str) -> dict[str, list[list[str]]]:
     return tables
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(shutil.which("valgrind") is None, reason="Valgrind is not here"))
+        if name == "instructions"
+        else name
+        for name in SUBJECTS
+    ],
+)
 def test_a_benchmark_ends_in_its_tables(name: str) -> None:
     text = run_quickly(name)
     tables = read_tables(text)

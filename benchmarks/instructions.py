@@ -1,0 +1,169 @@
+"""How many instructions a request costs beside the bare server: run `python -m benchmarks.instructions`.
+
+Instructions repeat where times do not, on a busy machine too. They are counted by Valgrind's callgrind, in user space,
+of the processes that serve. Ours is one process (`benchmarks.alone`): Valgrind does not know the system calls by which
+an anchor watches its workers. It ends with status 1 where a ratio is more than 5 % above its aim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from .bench import LIMIT_SECONDS, PROJECT, Options, Table, describe_machine, parse, publish
+from .hello import BODY
+from .pairs import WORKLOADS, Exchange, Workload, connect
+from .steady import CASES, QUIET, TRUSTS_NOBODY, Case, find_port, processes
+
+# What a ratio may be above its aim.
+TOLERANCE = 1.05
+
+# A simulated process is some fifty times slower: it starts in seconds.
+START_SECONDS = 10 * LIMIT_SECONDS
+
+EXCHANGE = Exchange(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", BODY, clients=4)
+
+# Requests before any are counted, and those that are, in turns of all clients.
+WARM_UP_TURNS = 100
+TURNS = 100
+
+VALGRIND = ("valgrind", "--tool=callgrind", "--trace-children=yes", "--instr-atstart=no", "--quiet")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One server under one workload."""
+
+    command: Sequence[str]
+    workload: Workload
+
+
+def count(subject: Subject) -> float:
+    """Return the instructions of a request.
+
+    Raises:
+        RuntimeError: the server does not serve.
+    """
+    directory = tempfile.mkdtemp(prefix="instructions-")
+    port = find_port()
+    command = [word.format(port=port) for word in subject.command]
+    with Path(directory, "stderr").open("w") as stderr:
+        server = subprocess.Popen(
+            [*VALGRIND, f"--callgrind-out-file={directory}/out.%p", sys.executable, *command],
+            cwd=PROJECT,
+            env={**os.environ, "PORT": str(port), "PYTHONPATH": str(PROJECT), "RUNTIME_DIRECTORY": directory},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+    try:
+        wait_until_served(port, server, Path(directory, "stderr"))
+        load = subject.workload(port, EXCHANGE)
+        for _ in range(WARM_UP_TURNS):
+            load.turn()
+        served = list(processes(server.pid))
+        switch(served, "on")
+        for _ in range(TURNS):
+            load.turn()
+        switch(served, "off")
+        load.close()
+    finally:
+        stop(server)
+    written = [path.read_text() for path in Path(directory).glob("out.*")]
+    shutil.rmtree(directory)
+    # A process that served nothing writes no total, or 0.
+    totals = [int(number) for text in written for number in re.findall(r"^totals: (\d+)", text, re.MULTILINE)]
+    return sum(totals) / (TURNS * EXCHANGE.clients)
+
+
+def wait_until_served(port: int, server: subprocess.Popen[bytes], stderr: Path) -> None:
+    """Ask until there is an answer.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(OSError), connect(port) as sock:
+            EXCHANGE.ask([sock])
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"{server.args!r} does not serve: {stderr.read_text()}")
+
+
+def switch(pids: Sequence[int], state: str) -> None:
+    """Begin to count in these processes, or end it."""
+    for pid in pids:
+        # Processes that are not simulated any more have nothing to switch.
+        command = ["callgrind_control", "-i", state, str(pid)]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End a server, which writes its counts then."""
+    server.send_signal(signal.SIGINT)
+    try:
+        server.wait(START_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def name_commands(case: Case) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the bare server's command, and ours in one process."""
+    bare = case.bare if case.bare[0].startswith("-") else ("-m", *case.bare)
+    server, loop = case.name.split()[0], case.name.partition(" on ")[2].partition(",")[0]
+    options = [each for each in case.ours if "=" in each]
+    quiet = [each for each in case.ours if each in (QUIET, TRUSTS_NOBODY)]
+    return bare, ("-m", "benchmarks.alone", server, loop, "{port}", *options, *quiet)
+
+
+def measure(options: Options) -> tuple[Table, list[str]]:
+    """Count all cases; return the table, and what is above its limit."""
+    # One of each kind, to show that it holds.
+    cases = [CASES[0], CASES[3]] if options.quick else CASES
+    cases = [case for case in cases if options.only in case.name]
+    subjects = [Subject(each, load) for case in cases for load in WORKLOADS for each in name_commands(case)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        counts = iter(list(pool.map(count, subjects)))
+    table = Table(
+        "Instructions of a request while nothing happens",
+        ["server", "workload", "thousands, bare", "ours", "ratio", "aim"],
+        f"Callgrind, user space, {TURNS * EXCHANGE.clients} requests each; ours in one process.",
+    )
+    above = []
+    for case in cases:
+        for workload, aim in zip(WORKLOADS, case.aims, strict=True):
+            bare, ours = next(counts), next(counts)
+            cells = [f"{bare / 1000:.1f}", f"{ours / 1000:.1f}", f"{ours / bare:.3f}", f"{aim:.2f}"]
+            table.add(case.name, workload.name, *cells)
+            if ours / bare > aim * TOLERANCE:
+                above.append(f"{case.name}, {workload.name}: {ours / bare:.3f} times the bare server, aim {aim:.2f}")
+    return table, above
+
+
+def main() -> None:
+    """Count, print, and compare with the aims."""
+    options = parse(__doc__)
+    if shutil.which("valgrind") is None:
+        sys.exit("valgrind is not installed: it counts the instructions")
+    before = describe_machine()
+    table, above = measure(options)
+    publish("instructions", [table], None, options, before)
+    if above:
+        sys.exit("\n".join(above))
+
+
+if __name__ == "__main__":
+    main()
