@@ -28,6 +28,7 @@ from ecdysis_async._management.health import HealthServer
 from ecdysis_async._management.management import LEEWAY_SECONDS, OwnManagement
 from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import find_systemd
+from ecdysis_async._management.tracing import Tracing
 from ecdysis_async._sockets.registry import Registry, listen
 from ecdysis_async._system.history import SUFFIX, Note, history
 from ecdysis_async._system.log_files import reopen_logs
@@ -206,6 +207,10 @@ class Anchor:
 
     def _begin_history(self, resources: AsyncExitStack) -> None:
         """Write down from now on what happens, for those who ask: all processes of the service do, in one file."""
+        if self._config.traces:
+            tracing = Tracing()
+            tracing.begin()
+            resources.callback(tracing.end)
         if self._config.control_path is None:
             return
         history.open(self._config.control_path + SUFFIX)

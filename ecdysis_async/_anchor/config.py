@@ -47,6 +47,7 @@ class AnchorConfig:
         health: the address where /live and /ready answer.
         pages: which further pages answer there.
         metrics_dir: where prometheus_client of all workers keeps the application's metrics: a path, or `AUTO`.
+        traces: whether restarts are told as traces of OpenTelemetry.
         lame_duck: how long a service goes on that SIGTERM has told to stop, while /ready says that it is not ready.
         reload: the files and directories whose changes restart the service, if any do.
         takeover: the control socket of the anchor to take the place of.
@@ -66,6 +67,7 @@ class AnchorConfig:
     health: Address | None = None
     pages: frozenset[HealthPage] = frozenset()
     metrics_dir: str | None = None
+    traces: bool = False
     lame_duck: float = 0.0
     reload: Watched | None = None
     takeover: str | None = None

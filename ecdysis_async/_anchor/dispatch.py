@@ -9,6 +9,7 @@ import math
 import os
 import random
 import socket
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.launch import describe_launch
 from ecdysis_async._system.process import Child, Process, Spawner, describe_exit, spawn
 from ecdysis_async._system.threads import run_in_thread
+from ecdysis_async._system.trace_context import add_resource, trace_contexts
 from ecdysis_async.errors import ChannelClosed, ChannelError, RestartError, SpawnFailed
 from ecdysis_async.report import RestartReport, State
 
@@ -144,7 +146,17 @@ class Dispatcher:
             metrics_file = claim_file(launch.environment, launch.directory, self._state.metrics_dir, slot.index, taken)
             if metrics_file is not None:
                 launch = dataclasses.replace(launch, environment={**environment, **metrics_file.variables})
-            return spawn(launch, channel, stderr, line=theirs, restart=restart)
+            if trace_contexts.is_wanted:
+                launch.environment.update(
+                    add_resource(
+                        launch.environment,
+                        service__instance__id=uuid.uuid4(),
+                        ecdysis__slot=slot.index,
+                        ecdysis__generation=generation,
+                    )
+                )
+            trace = starter.trace if starter is not None else None
+            return spawn(launch, channel, stderr, line=theirs, restart=restart, trace=trace)
 
         try:
             with self._reaper.spawning():
@@ -300,7 +312,7 @@ class Dispatcher:
                     if other.process.pid == body["pid"]:
                         self._begin(other.process.end, float(body["grace"]))
             case FromWorker.RESTART:
-                self._restart_for(worker, int(body["number"]), str(body["until"]))
+                self._restart_for(worker, int(body["number"]), str(body["until"]), body.get("trace"))
             case FromWorker.DESCRIPTION:
                 self._state.description = str(body["text"])
             case FromWorker.REOPENED:
@@ -341,6 +353,7 @@ class Dispatcher:
     async def _spawn_for(self, slot: Slot, worker: Worker, number: int, frame: Frame) -> None:
         """Start the successor of a worker, which has asked for it."""
         end, stderr = frame.descriptors
+        worker.trace = frame.body.get("trace")
         child: Child | None = None
         try:
             if worker.is_bypassed:
@@ -362,7 +375,7 @@ class Dispatcher:
         finally:
             os.close(stderr)
 
-    def _restart_for(self, worker: Worker, number: int, until: str) -> None:
+    def _restart_for(self, worker: Worker, number: int, until: str, trace: str | None) -> None:
         """Restart the service because a worker's application asks for it.
 
         The request is decided at once. In the moment of an upgrade it must be refused, or be known to
@@ -373,6 +386,7 @@ class Dispatcher:
         except RestartError as error:
             worker.link.tell(FromAnchor.VERDICT, {"number": number, "error": error_to_json(error)})
             return
+        roll_out.caller = trace
         self._askers[worker, number] = roll_out
         self._begin(self._tell_verdict, worker, number, roll_out, until)
 

@@ -90,6 +90,7 @@ class Worker:
         served_since: when it began to serve; NaN before that.
         successor_generation: the generation that its successor is to be.
         successor_restart: the id of the restart that its successor is started for.
+        trace: the trace context in which it has asked for its successor, if it has told one.
         reopened: the number of the last request to open log files anew that it has answered, and how many files it had.
         is_told_to_leave: whether it was told to stop, so that its end is no crash.
         is_hung: whether it was ended by force, because its loop did not turn.
@@ -121,6 +122,7 @@ class Worker:
     handoff: HandoffStatus | None = None
     successor_generation: int = 0
     successor_restart: str = ""
+    trace: str | None = None
     served_since: float = math.nan
     is_told_to_leave: bool = False
     is_hung: bool = False

@@ -19,6 +19,7 @@ from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState
 from ecdysis_async._ipc.worker_link import FromAnchor, error_to_json
 from ecdysis_async._management.changes import Changes
 from ecdysis_async._system.history import Note, history
+from ecdysis_async._system.trace_context import trace_contexts
 from ecdysis_async.errors import RestartError, RestartWhileDraining, RolledBack, SuccessorFailed
 from ecdysis_async.report import DrainCount, Outcome, Phase, RestartReport
 
@@ -136,6 +137,8 @@ def begin_replacing(sockets: HeldSockets, slot: Slot, old: Worker, generation: i
         raise RestartError(f"worker {slot.index} cannot be given its sockets: {error}") from error
     _note_order(restart, FromAnchor.RESTART, old)
     order = {"generation": generation, "restart": restart, "sockets": descriptions}
+    if (trace := trace_contexts.find(restart)) is not None:
+        order["trace"] = trace
     old.link.tell(FromAnchor.RESTART, order, descriptors)
 
 
@@ -244,6 +247,7 @@ class RollOutRunner:
             restart=roll_out.report.id,
             generation=roll_out.generation,
             begun=roll_out.report.started_at,
+            caller=roll_out.caller,
             workers=len(roll_out.turns),
         )
         self.log.info(

@@ -137,6 +137,7 @@ class RollOut:
         called_off: why it is not wanted any more, where that was said in time.
         is_hurried: whether its probation ends at once.
         probation_ends: when its probation ends, on the anchor's clock; None before it has begun.
+        caller: the trace context of the application that has asked for it, if one has.
     """
 
     generation: int
@@ -149,6 +150,7 @@ class RollOut:
     called_off: RestartError | None = None
     is_hurried: bool = False
     probation_ends: float | None = None
+    caller: str | None = None
 
     @property
     def is_over(self) -> bool:

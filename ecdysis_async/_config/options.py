@@ -300,6 +300,12 @@ class Options:
         "Where prometheus_client of all workers keeps the application's metrics, made empty at the start; or auto.",
         metavar="DIRECTORY",
     )
+    traces: bool = _option(
+        False,
+        parse_switch,
+        "Tell restarts as traces of OpenTelemetry, to where OTEL_TRACES_EXPORTER says.",
+        shape=Shape.SWITCH,
+    )
     status_page: bool = _option(
         False, parse_switch, "Answer / at the health address too, by a page for people.", shape=Shape.SWITCH
     )

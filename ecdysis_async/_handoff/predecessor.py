@@ -24,6 +24,7 @@ from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.process import Child, Spawner, spawn
 from ecdysis_async._system.stderr import duplicate_stderr
 from ecdysis_async._system.threads import run_in_thread
+from ecdysis_async._system.trace_context import add_resource, trace_contexts
 from ecdysis_async.errors import (
     ChannelError,
     GarbledFrame,
@@ -208,6 +209,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             Note.HANDOFF,
             restart=self.report.id,
             title=self._title,
+            is_restart=bool(self.log.restart),
             former=self.generation.number,
             generation=self.report.generation,
         )
@@ -507,6 +509,9 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 settings.command, settings.environment, settings.env_file, self.generation.env_file_keys
             )
         )
+        if trace_contexts.is_wanted:
+            facts = {"service__instance__id": uuid.uuid4(), "ecdysis__generation": self.report.generation}
+            self._launch.environment.update(add_resource(self._launch.environment, **facts))
         self._send_reserve(channel, stderr)
 
     async def _spawn(self, channel: socket.socket, stderr: int) -> Child:

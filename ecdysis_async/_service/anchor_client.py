@@ -39,6 +39,7 @@ from ecdysis_async._management.ledger import count_closed
 from ecdysis_async._management.management import Management
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.process import UNKNOWN_STATUS, Child
+from ecdysis_async._system.trace_context import trace_contexts
 from ecdysis_async.errors import ChannelError, RestartError, SpawnFailed
 from ecdysis_async.report import RestartReport
 
@@ -251,7 +252,9 @@ class AnchorClient(Management):
         """
         number = next(self._numbers)
         try:
-            frame = await self._ask(number, FromWorker.RESTART, {"until": until})
+            trace = trace_contexts.find_current()
+            facts = {"until": until} if trace is None else {"until": until, "trace": trace}
+            frame = await self._ask(number, FromWorker.RESTART, facts)
         except anyio.get_cancelled_exc_class():
             self.tell(FromWorker.CANCEL, {"number": number})
             raise
@@ -276,7 +279,8 @@ class AnchorClient(Management):
         """
         number = next(self._numbers)
         descriptors = [os.dup(channel.fileno()), os.dup(stderr)]
-        frame = await self._ask(number, FromWorker.SPAWN, {}, descriptors)
+        trace = trace_contexts.find(self._handover.log.restart) if self._handover is not None else None
+        frame = await self._ask(number, FromWorker.SPAWN, {"trace": trace} if trace is not None else {}, descriptors)
         if frame is None:
             raise SpawnFailed(GONE)
         if frame.type == FromAnchor.SPAWN_FAILED:
@@ -405,6 +409,7 @@ class AnchorClient(Management):
                 self._pass_on(body["sockets"], frame.descriptors)
                 # An anchor of an earlier release does not say which restart that is.
                 restart = body.get("restart")
+                trace_contexts.note(str(restart), body.get("trace"))
                 self._restart(int(body["generation"]), str(restart) if restart is not None else None)
                 return
             case FromAnchor.SETTLE if self._handover is not None:

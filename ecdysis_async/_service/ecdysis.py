@@ -29,6 +29,7 @@ from ecdysis_async._handoff.host import AcceptingHost
 from ecdysis_async._handoff.stash import At, InheritedStash, Producer, Stashes, Version
 from ecdysis_async._management.control_path import locate
 from ecdysis_async._management.systemd import find_systemd
+from ecdysis_async._management.tracing import Tracing, require_opentelemetry
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.claims import is_check, is_worker, restart_id, take_channel
@@ -94,6 +95,8 @@ class Ecdysis(Listeners):
             with NOTIFY_SOCKET (Type=notify), or with sockets; True: NOTIFY_SOCKET must be there; False: never.
         websocket_close: when WebSockets are closed that cannot move to the successor: ``"spread"``, one after the other
             over the drain; or ``"together"``, all at its beginning, for rooms whose members shall meet again at once.
+        traces: whether restarts are told as traces of OpenTelemetry (extra ``otel``): to the provider that the
+            application sets, or else to the exporters that ``OTEL_TRACES_EXPORTER`` names.
         takeover: the control socket of a running service, whose sockets this process takes over as if that service
             had started it. A successor of this process, whose sockets come from its predecessor, ignores it.
         command: the successor's command line; the one of this process where it is None.
@@ -103,6 +106,7 @@ class Ecdysis(Listeners):
 
     Raises:
         ValueError, TypeError: a setting that could not work.
+        StartupError: traces are asked for, and OpenTelemetry is not installed.
     """
 
     def __init__(
@@ -123,7 +127,11 @@ class Ecdysis(Listeners):
         env_file: StrPath | None = None,
         websocket_close: Literal["spread", "together"] = "spread",
         takeover: StrPath | None = None,
+        traces: bool = False,
     ) -> None:
+        if traces:
+            require_opentelemetry()
+        self._traces = traces
         self._settings = Settings(
             ready_timeout=ready_timeout,
             drain_timeout=drain_timeout,
@@ -269,6 +277,10 @@ class Ecdysis(Listeners):
         _current = self
         generation.log.speak()
         try:
+            if self._traces:
+                tracing = Tracing()
+                tracing.begin()
+                self._resources.callback(tracing.end)
             self._resources.callback(history.close)
             self._resources.callback(self._registry.close, unlink=False)
             self._resources.enter_context(

@@ -17,7 +17,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 __all__ = ["FORMER_SUFFIX", "SUFFIX", "VERSION", "History", "Note", "history"]
@@ -68,15 +68,23 @@ class Note(enum.StrEnum):
     DIED = "died"  # a worker has ended: slot, child, status
 
 
+Observer = Callable[[Note, float, float, dict[str, Any]], None]
+"""Is told a kind, the time since the epoch and by CLOCK_MONOTONIC, and the facts."""
+
+
 class History:
     """The history of this process: nothing is written before it is opened, and nothing while nothing happens.
 
     A line is written by a thread, which is there only while lines wait. Whatever goes wrong with the file, the service
     does not hear of it. A service that starts and stops, and is never restarted, leaves no file behind: its lines are
     kept until :meth:`write_from_now_on`.
+
+    Attributes:
+        observers: are called with what is noted, in the moment and the context in which it is noted; they never raise.
     """
 
     def __init__(self) -> None:
+        self.observers: list[Observer] = []
         self._path: str | None = None
         self._owner = -1
         self._is_kept = True
@@ -111,10 +119,15 @@ class History:
 
     def note(self, kind: Note, **facts: Any) -> None:
         """Take note of something. It neither blocks nor raises, and may be called in any thread."""
+        if self._path is None and not self.observers:
+            return
+        at, clock = time.time(), time.monotonic()
+        for observe in self.observers:
+            observe(kind, at, clock, facts)
         # A forked child of the application has the object as well, and is no process of the service.
         if self._path is None or os.getpid() != self._owner:
             return
-        line = {"v": VERSION, "at": time.time(), "clock": time.monotonic(), "pid": os.getpid(), "kind": kind.value}
+        line = {"v": VERSION, "at": at, "clock": clock, "pid": os.getpid(), "kind": kind.value}
         data = json.dumps(_shortened(line | facts), separators=(",", ":"), default=str).encode() + b"\n"
         with self._lock:
             self._waiting.append(data)

@@ -24,6 +24,8 @@ from .claims import HISTORY_KEY, LINE_MARKER, MARKER, RESTART_KEY, mark, mark_re
 from .history import history
 from .launch import TRAMPOLINE, Launch, read_first_lines
 from .signals import clean_mask
+from .trace_context import KEY as TRACE_KEY
+from .trace_context import trace_contexts
 
 __all__ = [
     "Child",
@@ -241,6 +243,7 @@ def spawn(
     is_kept: bool = False,
     line: socket.socket | None = None,
     restart: str = "",
+    trace: str | None = None,
 ) -> Process:
     """Start the successor. It blocks for the time of an exec: call it in a thread.
 
@@ -252,6 +255,7 @@ def spawn(
         is_kept: it shall become a child of systemd later, by :meth:`Process.let_go`.
         line: the worker's end of its line to the anchor, where the anchor starts it; stays ours.
         restart: the id of the restart that it is started for; empty where it is none.
+        trace: the trace context of the process that has asked for it; None: the one of the restart here, if any.
 
     The successor blocks no signal, whatever this process blocks.
 
@@ -264,6 +268,8 @@ def spawn(
         environment[RESTART_KEY] = mark_restart(restart, channel.fileno())
     if history.path is not None:
         environment[HISTORY_KEY] = history.path
+    if (context := trace or trace_contexts.find(restart)) is not None:
+        environment[TRACE_KEY] = context
     try:
         _find_program(launch)
         # With neither preexec_fn nor a change of user, subprocess takes vfork: fork would stop this process for as

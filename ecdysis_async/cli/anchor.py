@@ -23,6 +23,7 @@ from ecdysis_async._config.options import DEFAULT_BIND, OptionError, Options
 from ecdysis_async._config.prometheus import require_prometheus_client
 from ecdysis_async._handoff.preflight import preflight
 from ecdysis_async._management.control_path import locate
+from ecdysis_async._management.tracing import require_opentelemetry
 from ecdysis_async._sockets.registry import listen
 from ecdysis_async._system.launch import describe_launch, find_from_start
 from ecdysis_async._system.process import find_missing
@@ -60,6 +61,12 @@ def run(options: Options) -> int:
     if options.metrics_dir is not None:
         try:
             require_prometheus_client()
+        except StartupError as error:
+            say(str(error))
+            return STARTUP_FAILED
+    if options.traces:
+        try:
+            require_opentelemetry()
         except StartupError as error:
             say(str(error))
             return STARTUP_FAILED
@@ -172,6 +179,7 @@ def make_config(options: Options, control_path: str | None) -> AnchorConfig:
             if is_wanted
         ),
         metrics_dir=options.metrics_dir,
+        traces=options.traces,
         lame_duck=options.lame_duck,
         reload=_find_watched(options),
         takeover=locate(options.takeover) if options.takeover is not None else None,

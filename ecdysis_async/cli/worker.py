@@ -261,6 +261,7 @@ async def _serve(options: Options, loaded: _Loaded) -> None:
         pid_file=options.pid_file,
         env_file=options.env_file,
         websocket_close=options.websocket_close,  # type: ignore[arg-type] # one of two: see Options
+        traces=options.traces,
     ) as ecdysis:
         try:
             app = await loaded.make(options)

@@ -68,6 +68,7 @@ def test_every_option_can_be_a_variable_and_stand_in_the_file(write: Callable[..
         "lame_duck": "9",
         "health_bind": "127.0.0.1:2",
         "metrics": "yes",
+        "traces": "yes",
         "metrics_dir": "auto",
         "status_page": "yes",
         "takeover": "/run/x.sock",
