@@ -67,6 +67,7 @@ OPTIONS = {
     "env_file": None,
     "websocket_close": "spread",
     "takeover": None,
+    "traces": False,
 }
 
 COROUTINES = {

@@ -504,14 +504,15 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
     async def _prepare_spawn(self, channel: Channel, stderr: int) -> None:
         settings = self.generation.settings
         # In a thread: looking for files may block.
-        self._launch, self._env_file_keys = await run_in_thread(
+        launch, self._env_file_keys = await run_in_thread(
             lambda: describe_launch(
                 settings.command, settings.environment, settings.env_file, self.generation.env_file_keys
             )
         )
         if trace_contexts.is_wanted:
             facts = {"service__instance__id": uuid.uuid4(), "ecdysis__generation": self.report.generation}
-            self._launch.environment.update(add_resource(self._launch.environment, **facts))
+            launch.environment.update(add_resource(launch.environment, **facts))
+        self._launch = launch
         self._send_reserve(channel, stderr)
 
     async def _spawn(self, channel: socket.socket, stderr: int) -> Child:
