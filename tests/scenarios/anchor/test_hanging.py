@@ -83,3 +83,33 @@ def test_a_broken_release_costs_a_blocked_worker_nothing(run_anchor: Run) -> Non
     # The orders that it slept through are none any more.
     report = service.roll_out("drained")
     assert [each["predecessor_pid"] for each in report["workers"]] == [hung]
+
+
+ASK = """
+scope = anyio.CancelScope()
+async def ask():
+    with scope:
+        await ecdysis.restart()
+ecdysis._task_group.start_soon(ask)
+None
+"""
+
+
+def test_a_restart_that_is_called_off_ends_the_successor_of_a_hung_worker(run_anchor: Run) -> None:
+    service = run_anchor(workers=2)
+    before = service.workers()
+    with service.talk_to(before[0]) as hung, service.talk_to(before[1]) as other:
+        hung.say("run", code="block()")
+        service.wait_for("blocked", pid=before[0])
+        service.configure(at_start="await anyio.sleep_forever()")
+        other.say("run", code=ASK).answer()
+        successor = service.wait_for("entered", generation=2)["pid"]
+        other.say("run", code="scope.cancel()").answer()
+        assert service.wait_for_death(successor) != 0
+        service.wait_for_log("failed")
+        service.release()
+        assert hung.answer() is None
+        assert hung.say("hello").answer()["pid"] == before[0]
+    service.configure(at_start="")
+    assert service.workers() == before
+    assert service.roll_out()["unanswered"] == []

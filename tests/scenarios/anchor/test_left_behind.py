@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.scenarios import stuck
 from tests.scenarios.anchor.harness import AnchoredService
 
 pytestmark = pytest.mark.newest_python_only
@@ -39,3 +40,19 @@ def test_a_worker_that_cannot_end_itself_is_killed(run_anchor: Run) -> None:
         service.signal(former, signal.SIGSTOP)
         assert service.wait_for_death(former) in (-signal.SIGKILL, None)
     service.wait_for_log("it is killed")
+
+
+@pytest.mark.timeout(7200)  # seconds, for as many restarts as are usual
+def test_workers_that_cannot_end_leave_nothing(run_anchor: Run) -> None:
+    service = run_anchor(workers=2, ecdysis=stuck.LIMITS, handoffs=stuck.LIMITS, at_start=stuck.STUCK)
+    stuck.restart_under_load(service, lambda: service.roll_out("settled"), lambda: service.anchor)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_a_worker_has_one_thread_and_forks_without_a_warning(run_anchor: Run, loop: str) -> None:
+    service = run_anchor(workers=1, loop=loop)
+    # Those that have opened files for its start end when they have nothing to do.
+    service.wait_until(lambda: service.run("len(os.listdir('/proc/self/task'))") == 1, "it has more threads")
+    # Warnings are errors here.
+    status = service.run("pid = os.fork()\nif pid == 0: os._exit(7)\nos.waitpid(pid, 0)[1]")
+    assert status == 7 << 8

@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from tests.scenarios.handoff.harness import Service
+from tests.scenarios.stuck import LIMITS, STUCK, restart_under_load
 
 pytestmark = pytest.mark.newest_python_only
 
@@ -71,3 +72,10 @@ def test_generations_leave_nothing(backend: str, run_service: Run) -> None:
         service.wait_until(lambda: service.run("len(ecdysis.draining_generations)") == 0, "it is not let go of")
         before = before or facts(pid)
         wait_until_no_more(service, pid, before)
+
+
+@pytest.mark.timeout(7200)  # seconds, for as many restarts as are usual
+@pytest.mark.backends("uvloop")
+def test_generations_that_cannot_end_leave_nothing(backend: str, run_service: Run) -> None:
+    service = run_service(backend, ecdysis=LIMITS, at_start=STUCK)
+    restart_under_load(service, lambda: service.restart("settled"), lambda: service.ask()["pid"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -72,6 +73,50 @@ def test_a_second_signal_makes_the_deadline_now(backend: str, run_service: Run) 
             busy.answer()
     service.wait_for_end()
     assert service.statuses == {first: 0}
+
+
+@every_loop
+def test_a_stop_waits_for_older_generations_and_a_second_signal_hurries_them(backend: str, run_service: Run) -> None:
+    """Nobody of a service that has stopped lives."""
+    service = run_service(backend, ecdysis={"drain_timeout": 600})
+    first, held = service.pids[0], []
+    with contextlib.ExitStack() as stack:
+        for generation in (1, 2):
+            held.append(stack.enter_context(service.begin("hold")))
+            service.wait_for("holding", generation=generation)
+            service.restart("settled")
+        newest = service.newest()
+        service.signal(newest, signal.SIGTERM)
+        service.wait_for_log("waiting for older generations to end: generation 1")
+        assert held[0].say("go on").answer()["pid"] == first
+        held[0].close()
+        assert service.wait_for_death(first) == 0
+        assert service.is_alive(newest)
+        service.signal(newest, signal.SIGTERM)
+        with pytest.raises(Lost):
+            held[1].answer()
+    service.wait_for_end()
+    assert "the service is to stop at once: the deadline of this one is now; open connections: 1" in service.log
+    assert set(service.statuses.values()) <= {0, None}
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_a_signal_that_comes_while_the_application_has_stopped_its_service_ends_the_process(
+    loop: str, run_service: Run
+) -> None:
+    service = run_service(loop, ecdysis={"drain_timeout": 60, "exit_timeout": 0.5})
+    (only,) = service.pids
+    service.run("import threading, time; threading.Thread(target=time.sleep, args=(600,), name='poller').start()")
+    with service.begin("hold") as busy:
+        service.wait_for("holding")
+        # The program may have more to do, and so nothing would end the process by force.
+        service.run("ecdysis.stop()")
+        service.wait_for("finished")
+        service.signal(only, signal.SIGTERM)
+        service.wait_until(lambda: service.log.count("stopping") == 2, "it does not hear of the signal")
+        assert busy.say("go on").answer()["pid"] == only
+    assert service.wait_for_death(only) == 0
+    assert "thread poller" in service.log
 
 
 LAST_WORDS = "the database is left as it was"

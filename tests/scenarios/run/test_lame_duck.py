@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,38 @@ def test_a_stop_by_command_waits_for_nobody(tmp_path: Path) -> None:
         run.find_port()
         assert call("stop", "--control", run.control, cwd=tmp_path).returncode == 0
         assert run.wait() == 0
+
+
+def test_a_reload_by_signal_that_is_refused_is_answered(tmp_path: Path) -> None:
+    """Otherwise `systemctl reload` of a Type=notify-reload unit would hang until its timeout."""
+    write_app(tmp_path / "main.py", "ok")
+    path, said = str(tmp_path / "notify"), []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+
+        def listen() -> None:
+            while message := manager.recv(65536):
+                said.append(message.decode())
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        try:
+            with running(tmp_path, "--bind", "127.0.0.1:0", "--lame-duck", "1000", NOTIFY_SOCKET=path) as run:
+                run.find_port()
+                wait_until(lambda: "READY=1" in said, "it does not say that it serves")
+                run.process.terminate()
+                wait_until(lambda: str(run.status()["waiting_for"]).startswith("load balancers"), "it is no lame duck")
+                said.clear()
+                run.process.send_signal(signal.SIGHUP)
+                wait_until(lambda: "READY=1" in said, "the signal is not answered")
+                (reloading,) = [each for each in said[: said.index("READY=1")] if each.startswith("RELOADING=1\n")]
+                assert "\nMONOTONIC_USEC=" in reloading
+                run.process.terminate()
+                assert run.wait() == 0
+        finally:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
+                last.sendto(b"", path)
+            thread.join()
 
 
 # The manifest
