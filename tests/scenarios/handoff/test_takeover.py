@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_a_newcomer_goes_on(backend: str, run_service: Run, tmp_path: Path, path
     assert (clients.refused, clients.lost) == ([], [])
     assert service.accepting_turns() == [first, second, third]
     # Its log went where its own stderr leads, and not through a pipe of the former one's.
-    assert f"[generation 2, pid {second}] this generation ends" in service.log
+    assert re.search(rf"\[generation 2, pid {second}.*\] this generation ends", service.log)
 
 
 def test_a_newcomer_dies_on_probation(backend: str, run_service: Run, path: str) -> None:
