@@ -69,6 +69,8 @@ class RestartReport:
         generation: the number of the generation that came, or was to come.
         predecessor_pid: the process that was asked to restart.
         successor_pid: the process that came, once it runs.
+        asked_by: who has asked for it, in words.
+        release: what came: the directory of its code, and of its environment where that lies elsewhere, without links.
         started_at: when it was asked for, in seconds since the epoch.
         outcome: where it stands, or how it ended.
         phases: the duration of each phase that has ended.
@@ -91,6 +93,8 @@ class RestartReport:
     generation: int
     predecessor_pid: int
     successor_pid: int | None = None
+    asked_by: str = ""
+    release: str = ""
     started_at: float = 0.0
     outcome: Outcome = Outcome.IN_PROGRESS
     phases: dict[Phase, float] = field(default_factory=dict)
@@ -130,6 +134,8 @@ class RestartReport:
         known["drain"] = DrainCount(
             **{name.name: int(counts[name.name]) for name in fields(DrainCount) if name.name in counts}
         )
+        for name in ("asked_by", "release"):
+            known[name] = str(known.get(name, ""))
         known["unanswered"] = [str(each) for each in known.get("unanswered", ())]
         known["cut_requests"] = [str(each) for each in known.get("cut_requests", ())]
         known["hurried"] = [str(each) for each in known.get("hurried", ())]

@@ -26,6 +26,8 @@ import pytest
 import trio
 import uvloop
 
+from ecdysis_async._system import own_log
+
 LOOP_FACTORIES: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.SelectorEventLoop,
     "uvloop": uvloop.new_event_loop,
@@ -144,6 +146,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object | None:
     arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
     trio.run(functools.partial(pyfuncitem.obj, **arguments))
     return True
+
+
+@pytest.fixture(autouse=True)
+def nobody_speaks_from_a_test_before() -> Iterator[None]:
+    """Let the lines of a test name no process or restart of the test before."""
+    yield
+    own_log.let_speak(None)
 
 
 @pytest.fixture(autouse=True)

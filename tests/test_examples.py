@@ -120,7 +120,7 @@ class Service:
 
     def wait_for_generation(self, number: int) -> int:
         """Wait until a generation accepts; return its pid."""
-        return int(self.wait_for(rf"generation {number}, pid (\d+)\] (serving|handoff: probation)")[1])
+        return int(self.wait_for(rf"generation {number}, pid (\d+)[^]]*\] serving")[1])
 
     def exit_status(self, pid: int) -> int:
         """Wait for the end of a generation whose parent has ended."""
@@ -214,7 +214,7 @@ def test_streams(name: str, loop: str, tmp_path: Path) -> None:
 
         # A restart of the new generation makes the one before final: the first generation drains, and ends.
         restart(second)
-        service.wait_for(r"generation 1, pid \d+\] draining")
+        service.wait_for(r"generation 1, pid \d+, restart \w+\] the restart is settled")
         assert early.ask(b"four") == b"bye from generation 1: four\n"
         assert early.read_to_end() == b""
         assert service.exit_status(first) == 0
@@ -224,7 +224,7 @@ def test_streams(name: str, loop: str, tmp_path: Path) -> None:
 
         os.kill(third, signal.SIGTERM)
         for number, pid, client in ((2, second, middle), (3, third, late)):
-            service.wait_for(rf"generation {number}, pid {pid}\] draining")
+            service.wait_for(rf"generation {number}, pid {pid}(, restart \w+)?\] (draining|the restart is settled)")
             assert client.ask(b"six") == b"bye from generation %d: six\n" % number
             assert client.read_to_end() == b""
             if pid == second:
@@ -267,7 +267,7 @@ def test_datagrams(name: str, loop: str, tmp_path: Path) -> None:
         os.kill(service.wait_for_generation(3), signal.SIGTERM)
         assert service.exit_status(second) == 0
         service.require_clean_end()
-        assert re.search(r"generation 3, pid \d+\] this generation ends", service.log)
+        assert re.search(r"generation 3, pid \d+(, restart \w+)?\] this generation ends", service.log)
 
 
 def test_admin_endpoint_tells_why_a_restart_failed(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_admin_endpoint_tells_why_a_restart_failed(tmp_path: Path) -> None:
             assert client.ask(b"two") == b"hello from generation 2: two\n"
             os.kill(second, signal.SIGTERM)
             assert service.exit_status(first) == 0
-            service.wait_for(r"generation 2, pid \d+\] draining")
+            service.wait_for(r"generation 2, pid \d+(, restart \w+)?\] draining")
             assert client.ask(b"three") == b"bye from generation 2: three\n"
             assert client.read_to_end() == b""
         assert service.exit_status(second) == 0

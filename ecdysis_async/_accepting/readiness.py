@@ -13,6 +13,8 @@ from typing import Self
 import anyio
 import anyio.lowlevel
 
+from ecdysis_async._system.wording import name_setting
+
 __all__ = ["Readiness", "Startup"]
 
 # How many turns of the loop the first server that is ready gives to others that are started beside it. A task group
@@ -115,7 +117,7 @@ class Readiness:
             return
         raise TimeoutError(
             f"{self.names()} did not get ready within {self._timeout * TIME_SHARE:g} s, while other servers of this "
-            f"program were waiting to begin (ready_timeout={self._timeout:g})"
+            f"program were waiting to begin ({name_setting('ready_timeout')} {self._timeout:g})"
         )
 
     async def _wait(self) -> None:

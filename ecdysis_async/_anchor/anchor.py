@@ -406,7 +406,7 @@ class Anchor:
         if self._former_pid is not None:
             verb = f"taken over from pid {self._former_pid}: "
             # So far the workers are the former anchor's: of its command line, its environment and its code.
-            self._restarts.begin_by_signal()
+            self._restarts.begin_by_signal(f"the takeover from pid {self._former_pid}")
         self.log.info("%s%s %s%s", verb, counted(len(state.pool.slots), "worker"), state.description, control)
         self._tell_that_it_serves()
         state.changes.announce()
@@ -485,8 +485,8 @@ class Anchor:
         handlers: dict[signal.Signals, Callable[[], None]] = {
             signal.SIGTERM: self._on_term_signal,
             signal.SIGINT: self._on_stop_signal,
-            signal.SIGHUP: self._restarts.begin_by_signal,
-            signal.SIGUSR2: self._restarts.begin_by_signal,
+            signal.SIGHUP: functools.partial(self._restarts.begin_by_signal, signal.SIGHUP.name),
+            signal.SIGUSR2: functools.partial(self._restarts.begin_by_signal, signal.SIGUSR2.name),
             signal.SIGUSR1: self._begin_reopening,
             signal.SIGTTIN: functools.partial(self._resize, 1),
             signal.SIGTTOU: functools.partial(self._resize, -1),

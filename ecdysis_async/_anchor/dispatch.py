@@ -79,7 +79,7 @@ class Dispatcher:
         log: the anchor's log.
         begin: runs something beside everything else.
         beat_seconds: how often a worker is to tell of itself.
-        restart: begins a roll-out; raises a ``RestartError``.
+        restart: begins a roll-out, of which it is said in words who asks for it; raises a ``RestartError``.
         see_through: waits until a roll-out is "serving", "settled" or "drained"; raises a ``RestartError``.
         stop: stops the service.
     """
@@ -93,7 +93,7 @@ class Dispatcher:
         *,
         begin: Begin,
         beat_seconds: float,
-        restart: Callable[[], RollOut],
+        restart: Callable[[str], RollOut],
         see_through: Callable[[RollOut, str], Awaitable[RestartReport]],
         stop: Callable[[], None],
     ) -> None:
@@ -312,7 +312,7 @@ class Dispatcher:
                     if other.process.pid == body["pid"]:
                         self._begin(other.process.end, float(body["grace"]))
             case FromWorker.RESTART:
-                self._restart_for(worker, int(body["number"]), str(body["until"]), body.get("trace"))
+                self._restart_for(slot, worker, int(body["number"]), str(body["until"]), body.get("trace"))
             case FromWorker.DESCRIPTION:
                 self._state.description = str(body["text"])
             case FromWorker.REOPENED:
@@ -375,14 +375,14 @@ class Dispatcher:
         finally:
             os.close(stderr)
 
-    def _restart_for(self, worker: Worker, number: int, until: str, trace: str | None) -> None:
+    def _restart_for(self, slot: Slot, worker: Worker, number: int, until: str, trace: str | None) -> None:
         """Restart the service because a worker's application asks for it.
 
         The request is decided at once. In the moment of an upgrade it must be refused, or be known to
         `dismiss_askers`, before the anchor is executed anew; and a worker that calls it off must find it.
         """
         try:
-            roll_out = self._restart()
+            roll_out = self._restart(f"the application, in worker {slot.index} (pid {worker.pid})")
         except RestartError as error:
             worker.link.tell(FromAnchor.VERDICT, {"number": number, "error": error_to_json(error)})
             return

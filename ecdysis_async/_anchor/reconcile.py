@@ -9,6 +9,7 @@ import anyio
 
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._handoff.predecessor import make_restart_id
+from ecdysis_async._handoff.verdict import summarize
 from ecdysis_async._ipc.worker_link import FromAnchor
 from ecdysis_async._management.ledger import WorkerRestart
 from ecdysis_async.report import State
@@ -143,14 +144,17 @@ class Reconciler:
 
     async def _refill(self, slot: Slot) -> None:
         filled = await self._fill(slot, self._state.generation)
+        log = self.log.of(filled.report.id)
+        if filled.error is None:
+            log.info("worker %d is served again, by pid %d", slot.index, filled.report.successor_pid)
         if filled.error is not None and not self._state.is_stopping:
             slot.note_crash(anyio.current_time())
             self._state.ledger.note_worker_restart(WorkerRestart.NOT_STARTED)
-            self.log.error(
+            log.error(
                 "worker %d does not start (again in %.1f s): %s",
                 slot.index,
                 max(0.0, slot.retry_at - anyio.current_time()),
-                filled.error.args[0],
+                summarize(filled.error),
             )
             self._state.changes.announce()
 
@@ -169,15 +173,15 @@ class Reconciler:
         state = self._state
         why = self._why_replace(worker)
         assert why is not None
-        self.log.info(
+        log = self.log.of(make_restart_id())
+        log.info(
             "worker %d (pid %d) is replaced: %s",
             slot.index,
             worker.pid,
             why.value.format(requests=worker.requests, megabytes=(worker.rss or 0) / 1e6),
         )
         try:
-            restart = make_restart_id()
-            error = await replace(state, self._sockets, slot, worker, state.generation, restart, self._bypass)
+            error = await replace(state, self._sockets, slot, worker, state.generation, log.restart, self._bypass)
             if error is None and worker.is_alive:
                 with anyio.move_on_after(state.config.settings.probation):
                     await wait_until(state.changes, lambda: worker.handoff is not None and worker.handoff.is_over)
@@ -190,7 +194,9 @@ class Reconciler:
             state.ledger.note_worker_restart(_COUNTED[why])
         elif not state.is_stopping:
             slot.note_crash(anyio.current_time())
-            self.log.error("worker %d could not be replaced, and goes on: %s", slot.index, error)
+            log.error("worker %d could not be replaced, and goes on: %s", slot.index, summarize(error))
+        elif error is None and (newest := slot.serving_worker) is not None:
+            log.info("worker %d is served by pid %d", slot.index, newest.pid)
         state.changes.announce()
 
     async def watch(self) -> None:

@@ -67,12 +67,13 @@ class Restarts:
         # What a restart waits for that a signal has asked for meanwhile.
         self._follows: str | None = None
 
-    def begin(self, *, is_told: bool = False) -> RollOut:
+    def begin(self, asked_by: str, *, is_told: bool = False) -> RollOut:
         """Begin a roll-out; if another one is on probation, that ends now, and this one waits for it.
 
         While the service starts, the roll-out waits for the end of the start.
 
         Args:
+            asked_by: who asks for it, in words.
             is_told: whether systemd may know of it already.
 
         Raises:
@@ -90,7 +91,7 @@ class Restarts:
             end_probation(before, state.changes)
         # The number of the roll-out before is its own, also if that roll-out fails in this very moment.
         generation = (state.generation if before is None else before.generation) + 1
-        roll_out = state.roll_out = make_roll_out(generation, is_told=is_told, before=before)
+        roll_out = state.roll_out = make_roll_out(generation, asked_by, is_told=is_told, before=before)
         state.last_report = roll_out.report
         runner = RollOutRunner(
             roll_out,
@@ -121,7 +122,7 @@ class Restarts:
             raise roll_out.error
         return roll_out.report
 
-    def begin_by_signal(self) -> None:
+    def begin_by_signal(self, asked_by: str) -> None:
         """Restart the service because a signal has asked for it; the log tells what becomes of it.
 
         A signal that comes during a restart is remembered, and another restart follows. However many come meanwhile,
@@ -131,8 +132,8 @@ class Restarts:
             return
         self._follows = busy = self._find_hindrance()
         if busy is not None:
-            self.log.info("a signal asks for a restart while %s: another restart follows", busy)
-        self._begin(self._restart_by_signal)
+            self.log.info("%s asks for a restart while %s: another restart follows", asked_by, busy)
+        self._begin(self._restart_by_signal, asked_by)
 
     def _find_hindrance(self) -> str | None:
         """Say why no restart can begin now that will be able to begin later."""
@@ -143,11 +144,11 @@ class Restarts:
             return f"restart {state.roll_out.report.id} is in progress"
         return None
 
-    async def _restart_by_signal(self) -> None:
+    async def _restart_by_signal(self, asked_by: str) -> None:
         try:
             await wait_until(self._state.changes, lambda: self._state.is_leaving or self._find_hindrance() is None)
             self._follows = None
-            self.log.info("%s", await self.see_through(self.begin(), "settled"))
+            self.begin(asked_by)
         except RestartWhileDraining as error:
             self.log.info("%s", error)
             if not self._state.is_stopping:
@@ -155,15 +156,15 @@ class Restarts:
                 self._tell_restart(LEEWAY_SECONDS, is_told=False)
                 self._tell_end()
         except RestartError as error:
-            self.log.error("the restart that a signal asked for failed: %s", error)  # noqa: TRY400 - it says it all
+            self.log.error("the restart that %s asked for is refused: %s", asked_by, error)  # noqa: TRY400 - it says it all
 
-    def begin_by_command(self) -> Restart:
+    def begin_by_command(self, asked_by: str) -> Restart:
         """Restart the service because a command has asked for it, which systemd may have run.
 
         Raises:
             RestartError: that is not possible now.
         """
-        roll_out = self.begin(is_told=True)
+        roll_out = self.begin(asked_by, is_told=True)
         return Restart(roll_out.report, functools.partial(self.see_through, roll_out))
 
     def find_report(self, id: str) -> RestartReport | None:

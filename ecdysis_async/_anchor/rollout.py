@@ -7,6 +7,7 @@ failure in between takes every slot back.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -16,6 +17,7 @@ import anyio
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._handoff.predecessor import make_restart_id
 from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState
+from ecdysis_async._handoff.verdict import describe_drain, describe_verdict
 from ecdysis_async._ipc.worker_link import FromAnchor, error_to_json
 from ecdysis_async._management.changes import Changes
 from ecdysis_async._system.history import Note, history
@@ -36,7 +38,7 @@ HANDOFF_SECONDS = 60.0
 ANSWER_SECONDS = 30.0
 
 
-def make_roll_out(generation: int, *, is_told: bool, before: RollOut | None) -> RollOut:
+def make_roll_out(generation: int, asked_by: str, *, is_told: bool, before: RollOut | None) -> RollOut:
     """Return a roll-out that nothing has happened in yet."""
     report = RestartReport(
         id=make_restart_id(),
@@ -45,6 +47,7 @@ def make_roll_out(generation: int, *, is_told: bool, before: RollOut | None) -> 
         predecessor_pid=os.getpid(),
         successor_pid=os.getpid(),
         started_at=time.time(),
+        asked_by=asked_by,
     )
     return RollOut(generation, report, is_told=is_told, before=before)
 
@@ -208,14 +211,14 @@ class RollOutRunner:
                     await self._settle()
             except Exception as error:
                 # A defect of this library, or a machine in distress, may cost the roll-out, but never the service.
-                self.log.exception("restart %s broke down", roll_out.report.id)
+                self.log.exception("the restart broke down")
                 await self._undo_after(RestartError(f"the roll-out broke down in the anchor: {error!r}"))
             roll_out.stage = RollOutStage.OVER
             # The consequences are drawn before anybody hears of the end: what is said and done next may stand on them.
             try:
                 self._conclude(roll_out)
             except Exception:
-                self.log.exception("restart %s is over, and not all that follows from it done", roll_out.report.id)
+                self.log.exception("the restart is over, and not all that follows from it done")
             self._note_outcome()
         finally:
             roll_out.stage = RollOutStage.OVER
@@ -225,6 +228,7 @@ class RollOutRunner:
             self._state.ledger.note_drain(roll_out.report)
             report = {**roll_out.report.to_json(), "workers": [each.id for each in roll_out.report.workers]}
             history.note(Note.DRAINED, restart=roll_out.report.id, side="anchor", report=report)
+            self.log.info("%s", describe_drain(roll_out.report, "the former workers have"))
         roll_out.stage = RollOutStage.DRAINED
         self._state.changes.announce()
 
@@ -251,10 +255,11 @@ class RollOutRunner:
             workers=len(roll_out.turns),
         )
         self.log.info(
-            "restart %s: rolling generation %d out to %d workers",
-            roll_out.report.id,
+            "the restart begins, asked for by %s: from generation %d to generation %d, %s",
+            roll_out.report.asked_by,
+            self._state.generation,
             roll_out.generation,
-            len(roll_out.turns),
+            f"{len(roll_out.turns)} workers one after the other" if len(roll_out.turns) > 1 else "1 worker",
         )
 
     async def _replace_all(self) -> RestartError | None:
@@ -378,7 +383,7 @@ class RollOutRunner:
 
     async def _settle(self) -> None:
         roll_out = self._roll_out
-        self.log.info("restart %s: settling all workers", roll_out.report.id)
+        self.log.debug("settling all workers")
         async with anyio.create_task_group() as task_group:
             for turn in roll_out.turns:
                 if turn.old is not None and not turn.old.is_superseded:
@@ -394,6 +399,7 @@ class RollOutRunner:
             self._note_turn(turn)
         roll_out.report.outcome = Outcome.SETTLED
         self._sum_up()
+        self._tell_end()
 
     async def _settle_one(self, old: Worker) -> None:
         settle(old)
@@ -450,7 +456,7 @@ class RollOutRunner:
                     _revert(turn.old, error)
             await self._undo(error)
         except Exception:
-            self.log.exception("restart %s could not be undone", self._roll_out.report.id)
+            self.log.exception("the restart could not be undone")
             self._fail(error, Outcome.FAILED)
 
     def _fail(self, error: RestartError, outcome: Outcome) -> None:
@@ -459,7 +465,16 @@ class RollOutRunner:
         roll_out.report.error = str(error)
         roll_out.report.outcome = outcome
         self._sum_up()
-        self.log.info("restart %s: %s", roll_out.report.id, outcome)
+        self._tell_end()
+
+    def _tell_end(self) -> None:
+        report, error = self._roll_out.report, self._roll_out.error
+        has_failed = report.outcome in (Outcome.FAILED, Outcome.ROLLED_BACK)
+        self.log.log(
+            logging.ERROR if has_failed else logging.INFO,
+            "the restart %s",
+            describe_verdict(report, error, self._roll_out.generation - 1),
+        )
 
     def _is_drained(self) -> bool:
         self._sum_up()
@@ -491,6 +506,7 @@ def sum_up(report: RestartReport, workers: Iterable[RestartReport]) -> None:
     report.accept_gap = max((each.accept_gap for each in report.workers if each.accept_gap is not None), default=None)
     for names in ("inherited", "created", "unclaimed"):
         setattr(report, names, list(dict.fromkeys(name for each in report.workers for name in getattr(each, names))))
+    report.release = next((each.release for each in reversed(report.workers) if each.release), "")
     report.unanswered = [what for each in report.workers for what in each.unanswered]
     report.cut_requests = [request for each in report.workers for request in each.cut_requests]
     report.hurried = [what for each in report.workers for what in each.hurried]

@@ -12,6 +12,7 @@ from typing import Final
 
 from ecdysis_async._ipc.channel import Frame
 from ecdysis_async._system.process import describe_end
+from ecdysis_async._system.wording import is_by_command, name_setting
 from ecdysis_async.errors import (
     ChannelError,
     DescriptorsLost,
@@ -38,6 +39,10 @@ PHASES: Final = {
 }
 
 
+# What a process does that runs this service, in the words of who wrote its program, or of who runs the command.
+_ENTERED: Final = {False: "entered `async with Ecdysis()`", True: "came to run `ecdysis run`"}
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """What a predecessor knows when its restart fails.
@@ -51,6 +56,8 @@ class Failure:
         exit_status: how the successor ended, where it did.
         stash: the name of what was being made for the successor, which waited for it; None where it waited for nothing.
         stderr: the last lines that the successor wrote.
+        who: what the successor is called.
+        place: where it stood when its time was over; None where it has not told.
     """
 
     before: PredecessorState
@@ -61,11 +68,13 @@ class Failure:
     exit_status: int = 0
     stash: str | None = None
     stderr: str = ""
+    who: str = "the successor"
+    place: str | None = None
 
 
 def explain(failure: Failure) -> RestartError:
     """Return the error that a restart fails with. Its text says what went wrong, and what to do about it."""
-    before, pid = failure.before, failure.successor_pid
+    before, pid, who = failure.before, failure.successor_pid, failure.who
     doing = "on probation" if before is PredecessorState.PROBATION else before.value
     kind: type[RestartError] = SuccessorFailed
     if before in (PredecessorState.COMMITTING, PredecessorState.PROBATION):
@@ -78,31 +87,37 @@ def explain(failure: Failure) -> RestartError:
         case PredecessorEvent.TIMED_OUT, _ if failure.stash is not None:
             kind = StashFailed
             what = f"the stash {failure.stash!r} was not made within {failure.limit:g} seconds: make it smaller"
-            what += ', or at="start"' if before is PredecessorState.PAUSING else ", or raise ready_timeout"
+            what += (
+                ', or at="start"'
+                if before is PredecessorState.PAUSING
+                else f", or raise {name_setting('ready_timeout')}"
+            )
         case PredecessorEvent.FAILED, Frame(body=body):
-            what = f"the successor (pid {pid}) failed: {str(body.get('error'))[-ERROR_BYTES:]}"
+            what = f"{who} (pid {pid}) failed: {str(body.get('error'))[-ERROR_BYTES:]}"
         case PredecessorEvent.TIMED_OUT, _ if before in (PredecessorState.SPAWNING, PredecessorState.INITIALISING):
             kind = ReadyTimeout
-            what = f"the successor (pid {pid}) was not ready within {failure.limit:g} seconds and was ended"
-            if before is PredecessorState.SPAWNING:
-                what += "; it never entered `async with Ecdysis()`: does its command run this service?"
+            what = f"{who} (pid {pid}) was not ready within {failure.limit:g} seconds and was ended"
+            if failure.place is not None:
+                what += f": it stood at {failure.place}"
+            if before is PredecessorState.SPAWNING and failure.place is None:
+                what += f"; it never {_ENTERED[is_by_command()]}: does its command run this service?"
             else:
-                what += "; where its start-up takes longer, raise ready_timeout"
+                what += f"; where its start-up takes longer, raise {name_setting('ready_timeout')}"
         case PredecessorEvent.TIMED_OUT, _:
-            what = f"the successor (pid {pid}) did not answer in time while {doing}"
+            what = f"{who} (pid {pid}) did not answer in time while {doing}"
         case PredecessorEvent.DIED, _:
-            what = f"the successor (pid {pid}) {describe_end(failure.exit_status)} while {doing}"
+            what = f"{who} (pid {pid}) {describe_end(failure.exit_status)} while {doing}"
             if before is PredecessorState.SPAWNING:
-                what += ", before it entered `async with Ecdysis()`"
+                what += f", before it {_ENTERED[is_by_command()]}"
         case _, DescriptorsLost() | OSError() as cause:
             # The successor has no part in it, and no change to it would help.
-            what = f"{_this_generation(doing)}: {cause}; the successor (pid {pid}) was ended"
+            what = f"{_this_generation(doing)}: {cause}; {who} (pid {pid}) was ended"
             if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
                 what += "; raise the limit of open files (ulimit -n, LimitNOFILE=)"
         case _, Exception() as cause if not isinstance(cause, ChannelError):
             what = f"{_this_generation(doing)}: {cause!r}; its log has the traceback"
         case _, cause:
-            what = f"the successor (pid {pid}) broke the handoff while {doing}: {cause}"
+            what = f"{who} (pid {pid}) broke the handoff while {doing}: {cause}"
     error = kind(what, phase=PHASES.get(before), stderr=failure.stderr)
     if kind in (SuccessorFailed, RolledBack) and isinstance(failure.cause, BaseException):
         error.__cause__ = failure.cause

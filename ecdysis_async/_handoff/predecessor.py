@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
+import signal
 import socket
 import struct
 import time
@@ -22,9 +24,13 @@ from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.process import Child, Spawner, spawn
+from ecdysis_async._system.release import describe_release
+from ecdysis_async._system.signals import catches
 from ecdysis_async._system.stderr import duplicate_stderr
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async._system.trace_context import add_resource, trace_contexts
+from ecdysis_async._system.whereabouts import find_place, leave_application
+from ecdysis_async._system.wording import name_setting
 from ecdysis_async.errors import (
     ChannelError,
     GarbledFrame,
@@ -53,6 +59,7 @@ from .protocol import (
 from .side import HandoffSide, as_channel_error
 from .stash import At, Batch
 from .successor_process import SuccessorProcess
+from .verdict import describe_verdict
 
 __all__ = ["PredecessorSide", "make_restart_id"]
 
@@ -107,6 +114,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         number: the successor's, where it is not the next one: a worker may be replaced within one generation.
         probation: how long the successor can be called back, seconds; None: as long as the settings say.
         restart: the id of the restart that it belongs to; None: it is a restart of its own; empty: it belongs to none.
+        asked_by: who has asked for it, in words.
         title: what the log calls it, where it is no restart but a start.
 
     Attributes:
@@ -128,6 +136,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         number: int | None = None,
         probation: float | None = None,
         restart: str | None = None,
+        asked_by: str = "",
         title: str | None = None,
     ) -> None:
         super().__init__(PredecessorState.SPAWNING, step_predecessor, generation)
@@ -143,10 +152,14 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             generation=generation.number + 1 if number is None else number,
             predecessor_pid=os.getpid(),
             started_at=time.time(),
+            asked_by=asked_by,
         )
         # What is written here belongs to this restart; other lines of this process may not.
         self.log = generation.log.of(self.report.id if restart is None else restart)
-        self._title = title or f"restart {self.report.id}"
+        self._title = title or ("the restart" if restart is None else "the part of this worker")
+        self._who = title or "the successor"
+        # Of a part of something bigger, that tells itself how it begins and ends.
+        self._level = logging.INFO if restart is None else logging.DEBUG
         self.error: RestartError | None = None
         self.serving = anyio.Event()
         self.published = anyio.Event()
@@ -201,17 +214,25 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
 
         Never raises what went wrong with the successor: that stands in ``error``.
         """
-        log = self.log
-        log.info("%s: starting generation %d", self._title, self.report.generation)
-        if self.log.restart:
+        log, report = self.log, self.report
+        if log.restart:
             history.write_from_now_on()
         history.note(
             Note.HANDOFF,
-            restart=self.report.id,
+            restart=report.id,
             title=self._title,
             is_restart=bool(self.log.restart),
             former=self.generation.number,
-            generation=self.report.generation,
+            generation=report.generation,
+        )
+        log.log(
+            self._level,
+            "%s begins, asked for by %s: from generation %d (%s) to generation %d",
+            self._title,
+            report.asked_by or "this process",
+            self.generation.number,
+            describe_release(),
+            report.generation,
         )
         try:
             await self._run()
@@ -230,6 +251,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             self.state = PredecessorState.FAILED
             self._fail(error, Phase.START)
             self._note_outcome()
+            self._tell_end()
             return
         successor = self._running
         async with anyio.create_task_group() as task_group:
@@ -268,6 +290,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             )
             self.report.outcome = Outcome.ROLLED_BACK if kind is RolledBack else Outcome.FAILED
             self._fail(kind("the restart broke down in this process; its log has the traceback"), None)
+            self._tell_end()
         if self.state in (PredecessorState.FAILED, PredecessorState.ROLLED_BACK):
             await self._resume()
         if not is_over:
@@ -282,6 +305,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         """Let it fail before anything has begun."""
         self.state = PredecessorState.FAILED
         self._fail(error, None)
+        self._tell_end()
         self.over.set()
 
     @property
@@ -299,6 +323,17 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             await self._successor.peer.channel.send(message, body, descriptors, timeout=timeout)
         except ChannelError as error:
             self.log.debug("the successor was not told of the drain: %s", error)
+
+    def pass_signal_on(self, number: signal.Signals) -> bool:
+        """Send the successor a signal that was meant for the service, if it has a handler for it; say whether."""
+        pid = self.report.successor_pid
+        return (
+            self._successor is not None
+            and pid is not None
+            and not self._successor.is_dead()
+            and catches(pid, number)
+            and self._successor.peer.send_signal(number)
+        )
 
     def duplicate_channel(self) -> socket.socket | None:
         """Return another socket for the channel to the successor, by which a last word can be said, if there is one.
@@ -332,7 +367,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 why = (
                     ("the service is to stop at once", "")
                     if item.body.get("why") == STOPPED
-                    else ("too many generations drain", " (max_draining)")
+                    else ("too many generations drain", f" ({name_setting('max_draining')})")
                 )
                 self.log.warning(
                     "%s: the deadline of this one is now%s; open connections: %d",
@@ -380,6 +415,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             # A release that does not say it has the limit that this one has.
             self._max_draining = int(frame.body.get("max_draining", self._max_draining))
             self.report.unclaimed = [entry.name for entry in self.unclaimed]
+            self.report.release = str(frame.body.get("release", ""))
         elif event is PredecessorEvent.SERVING:
             self.report.accept_gap = max(0.0, float(frame.body["opened_at"]) - self._paused_at)
         return event
@@ -387,6 +423,14 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
     async def before_event(self, event: PredecessorEvent, cause: object) -> bool:
         if event is PredecessorEvent.DIED:
             await self._running.collect_exit()
+        elif event is PredecessorEvent.TIMED_OUT and self.state in (
+            PredecessorState.SPAWNING,
+            PredecessorState.INITIALISING,
+        ):
+            if self.report.successor_pid is not None:
+                await self._running.learn_where_it_stands(self.report.successor_pid)
+                if stood := leave_application(self._running.stacks):
+                    self.log.warning("where pid %d stands now:\n%s", self.report.successor_pid, stood)
         elif event is PredecessorEvent.FAILED and self.state is not PredecessorState.STOPPING:
             self._running.stderr.read_rest()
         elif self.state is PredecessorState.PROBATION and event in (
@@ -436,13 +480,9 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         self.report.outcome = _OUTCOMES.get(self.state, self.report.outcome)
         if event is PredecessorEvent.STOP:
             self.report.outcome = Outcome.STOPPED
-        self.log.info(
-            "%s: %s (generation %d, pid %s)",
-            self._title,
-            self.report.outcome.value if self.state.final else self.state.value,
-            self.report.generation,
-            self.report.successor_pid,
-        )
+        self.log.debug("%s: %s (pid %s)", self._title, self.state.value, self.report.successor_pid)
+        if self.state.final:
+            self._tell_end()
         if self.state is PredecessorState.SETTLED and self.unclaimed:
             self.log.warning(
                 "generation %d did not claim %s: closing what nobody listens on any more",
@@ -685,8 +725,16 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             self.limits[before.timer] if before.timer is not None else math.inf,
             self._running.exit_status,
             self._stash.making if is_awaited else None,
-            self._running.stderr.text,
+            "\n".join(filter(None, (self._running.stderr.text, leave_application(self._running.stacks)))),
+            self._who,
+            find_place(self._running.stacks),
         )
+
+    def _tell_end(self) -> None:
+        level = self._level
+        if self.error is not None and self.report.outcome is not Outcome.STOPPED:
+            level = max(level, logging.ERROR) if level > logging.DEBUG else level
+        self.log.log(level, "%s %s", self._title, describe_verdict(self.report, self.error, self.generation.number))
 
     def _fail(self, error: RestartError, phase: Phase | None) -> None:
         self.error = error

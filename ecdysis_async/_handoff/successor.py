@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import logging
 import mmap
 import os
 import socket
@@ -23,6 +24,7 @@ from ecdysis_async._ipc.peer import Death, Peer
 from ecdysis_async._system.descriptors import close_all
 from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.import_times import import_times
+from ecdysis_async._system.release import describe_release
 from ecdysis_async._system.stderr import identity, pass_on
 from ecdysis_async._system.tracebacks import describe_failure
 from ecdysis_async.errors import (
@@ -275,9 +277,11 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                 self.summary = str(cause) if is_told else traceback.format_exception_only(cause)[-1].strip()
             else:
                 self.reason = self.summary = _REASONS.get(event, event.value)
-            log.warning("this generation does not come to serve, and leaves: %s", self.summary)
+            # The predecessor tells why its restart has failed, unless it cannot be told.
+            level = logging.WARNING if event in _UNTOLD else logging.DEBUG
+            log.log(level, "this generation does not come to serve, and leaves: %s", self.summary)
         else:
-            log.info("handoff: %s", self.state.value)
+            log.debug("handoff: %s", self.state.value)
         self._on_change(self)
 
     async def perform(self, action: SuccessorAction) -> None:
@@ -297,9 +301,13 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                 self._restore_stderr()
                 # The predecessor tells its caller whom this will hurry.
                 max_draining = self.generation.settings.max_draining
-                await self._send(
-                    FromSuccessor.READY, {"claimed": claimed, "created": created, "max_draining": max_draining}
-                )
+                body = {
+                    "claimed": claimed,
+                    "created": created,
+                    "max_draining": max_draining,
+                    "release": describe_release(),
+                }
+                await self._send(FromSuccessor.READY, body)
             case SuccessorAction.SEND_FAILED:
                 await self._send(FromSuccessor.FAILED, {"error": self.reason})
             case SuccessorAction.OPEN:
@@ -422,6 +430,9 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         finally:
             os.close(read_end)
 
+
+# What nobody else knows of.
+_UNTOLD: Final = (SuccessorEvent.STOP_HERE, SuccessorEvent.TIMED_OUT, SuccessorEvent.BROKEN)
 
 _REASONS: Final = {
     SuccessorEvent.ABORT: "the predecessor called it off",

@@ -11,8 +11,10 @@ import anyio
 
 from ecdysis_async._ipc.channel import Channel
 from ecdysis_async._ipc.peer import Peer, wait_for_death
-from ecdysis_async._system.process import Child, Spawner
+from ecdysis_async._system.process import Child, Spawner, find_children
+from ecdysis_async._system.stacks import ask_for_stacks
 from ecdysis_async._system.stderr import StderrTail
+from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import RestartError, SpawnFailed
 from ecdysis_async.report import Phase
 
@@ -31,6 +33,7 @@ class SuccessorProcess:
         process: the child that was spawned; its zombie is to be reaped here.
         peer: the process that speaks on the channel: that child, or one behind a wrapper.
         stderr: its stderr until it is ready.
+        stacks: where it stood when its time was over; empty where it was not asked, or has not told.
         exit_status: how the child ended, once :meth:`collect_exit` has learnt it.
     """
 
@@ -39,6 +42,7 @@ class SuccessorProcess:
         self.peer = peer
         self.stderr = stderr
         self.exit_status = 0
+        self.stacks = ""
         self._counters = -1
         # What is_dead() said at the close, when the peer could still be asked.
         self._was_dead = False
@@ -120,6 +124,18 @@ class SuccessorProcess:
         closed: int
         opened, closed = COUNTERS.unpack(os.pread(self._counters, COUNTERS.size, 0))
         return max(0, opened - closed)
+
+    async def learn_where_it_stands(self, pid: int) -> None:
+        """Ask it where it stands, and note its answer.
+
+        Args:
+            pid: the process that is the successor, as far as that is known; one behind a wrapper is asked as well.
+        """
+
+        def ask() -> str:
+            return next((found for each in (pid, *find_children(pid)) if (found := ask_for_stacks(each))), "")
+
+        self.stacks = await run_in_thread(ask)
 
     async def end(self, *, leaves_by_itself: bool) -> None:
         """End it: by SIGTERM, and after a grace by SIGKILL.

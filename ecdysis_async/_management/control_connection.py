@@ -16,6 +16,9 @@ __all__ = ["ClientGone", "ControlConnection"]
 
 MAX_REQUEST_BYTES = 64 * 1024
 
+# How much of what a client calls itself stands in the log.
+MAX_NAME = 200
+
 # How long a client may take to read one answer, seconds.
 ANSWER_SECONDS = 5.0
 
@@ -57,6 +60,16 @@ class ControlConnection:
             os.close(pidfd)
             raise ClientGone("it has ended")
         return pid, pidfd
+
+    def describe(self, by: object) -> str:
+        """Say in words who asks: what the client says of itself, and the process that the kernel has seen.
+
+        Args:
+            by: what the client says.
+        """
+        name = by[:MAX_NAME] if isinstance(by, str) and by.isprintable() else "a command"
+        credentials = read_credentials(self.sock)
+        return f"{name} (pid {credentials.pid}, uid {credentials.uid})"
 
     def has_left(self) -> bool:
         """Say whether the client has closed its end, or said something more than its request."""

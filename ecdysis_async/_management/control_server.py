@@ -248,8 +248,8 @@ class ControlServer:
                     await client.send("unknown")
                 else:
                     await client.send("verdict", report=report.to_json())
-            case {"command": "restart", "until": "serving" | "settled" | "drained" as until}:
-                await self._restart(client, until)
+            case {"command": "restart", "until": "serving" | "settled" | "drained" as until, **others}:
+                await self._restart(client, until, client.describe(others.get("by")))
             case {"command": "stop"}:
                 await self._stop(client)
             case {"command": "check"}:
@@ -282,10 +282,11 @@ class ControlServer:
                     '"compare" (with "release") or "takeover"',
                 )
 
-    async def _restart(self, client: ControlConnection, until: str) -> None:
+    async def _restart(self, client: ControlConnection, until: str, asked_by: str) -> None:
         try:
-            restart = self.controlled.begin_restart()
+            restart = self.controlled.begin_restart(asked_by)
         except RestartError as error:
+            logger.info("a restart is refused, which %s asks for: %s", asked_by, error)
             await client.send("failed", **_describe(error), report=None)
             return
         with self._until_told():
@@ -327,7 +328,7 @@ class ControlServer:
             return newcomer
 
         try:
-            restart = self.controlled.begin_takeover(pass_channel)
+            restart = self.controlled.begin_takeover(pass_channel, f"a takeover by pid {pid}")
             with self._until_told():
                 await restart.wait("serving")
         except RestartError as error:

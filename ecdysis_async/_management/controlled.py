@@ -37,7 +37,7 @@ async def _refuse_anchor(channel: socket.socket, accept: Callable[[], None]) -> 
     )
 
 
-def _refuse_takeover(spawner: Spawner) -> Restart:
+def _refuse_takeover(spawner: Spawner, asked_by: str) -> Restart:
     raise RestartUnsupported(
         "a service of `ecdysis run` can be taken over by `ecdysis run --takeover` alone: both have an anchor, which "
         "Ecdysis(takeover=...) has not"
@@ -58,13 +58,13 @@ class ControlHandlers:
     Attributes:
         status: tells where it stands, as an object of JSON.
         waiting_for: tells what it waits for, in words; None if for nothing.
-        begin_restart: begins a restart, or raises a ``RestartError``.
+        begin_restart: begins a restart, of which it is said in words who asks for it, or raises a ``RestartError``.
         find_report: returns the report of a restart by its id, where it is known here.
         stop: stops the service.
         changes: announces each change of the status.
         reopen_logs: lets log files that were moved be opened anew; returns how many.
-        begin_takeover: begins a restart whose successor runs already, and is given the channel by what is passed; or
-            raises a ``RestartError``.
+        begin_takeover: begins a restart whose successor runs already, and is given the channel by what is passed, and
+            of which it is said who asks for it; or raises a ``RestartError``.
         check: starts what a restart would start, to tell what that would change; or raises a ``RestartError``.
         compare: tells what a restart into a release would change, of which another process has told.
         workers: returns an object for each worker, where there are several. It has "slot", and "waiting_for": what the
@@ -77,14 +77,14 @@ class ControlHandlers:
 
     status: Callable[[], dict[str, Any]]
     waiting_for: Callable[[], str | None]
-    begin_restart: Callable[[], Restart]
+    begin_restart: Callable[[str], Restart]
     find_report: Callable[[str], RestartReport | None]
     stop: Callable[[], None]
     changes: Changes
     reopen_logs: Callable[[], Awaitable[int]]
     check: Callable[[], Awaitable[dict[str, Any]]]
     compare: Callable[[dict[str, Any]], dict[str, Any]]
-    begin_takeover: Callable[[Spawner], Restart] = _refuse_takeover
+    begin_takeover: Callable[[Spawner, str], Restart] = _refuse_takeover
     workers: Callable[[], list[dict[str, Any]]] = list
     upgrade: Callable[[], Awaitable[Callable[[], None]]] = _refuse_upgrade
     pass_all_on: Callable[[socket.socket, Callable[[], None]], Awaitable[None]] = _refuse_anchor

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
+import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -75,6 +76,7 @@ class Management(abc.ABC):
 
     Attributes:
         spawner: who starts a successor; None: this process does.
+        level: at which level the log has the steps that somebody at the service's log wants to read.
         probation: how long a successor is on probation, where that is not the generation's to say, seconds.
         is_supervised: whether systemd ends what is left of the service when its last process ends, and starts it anew.
         owns_process: whether this process is nothing but its generation, and is to end with it.
@@ -85,6 +87,7 @@ class Management(abc.ABC):
     """
 
     spawner: Spawner | None = None
+    level = logging.INFO
     probation: float | None = None
     is_supervised = False
     owns_process = False

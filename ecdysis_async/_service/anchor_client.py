@@ -147,11 +147,13 @@ class AnchorClient(Management):
 
     Attributes:
         spawner: the anchor starts the successors of its workers.
+        level: the anchor tells once what each of its workers does.
         probation: it says when all workers have been on probation for long enough.
         owns_process: a worker is nothing but its generation.
         keeps_sockets: the other workers, and the anchor, have the sockets as well, until the anchor dies.
     """
 
+    level = logging.DEBUG
     probation = math.inf
     owns_process = True
     keeps_sockets = True

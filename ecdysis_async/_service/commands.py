@@ -20,7 +20,7 @@ from ecdysis_async._system.claims import take_line
 from ecdysis_async._system.process import Spawner
 from ecdysis_async._system.signals import can_handle_signals, is_handled
 from ecdysis_async._system.terminal import is_in_foreground
-from ecdysis_async.errors import RestartError, RestartInProgress, RestartWhileDraining
+from ecdysis_async.errors import RestartError, RestartWhileDraining
 from ecdysis_async.report import RestartReport
 
 from .anchor_client import AnchorClient, WorkerCommands
@@ -47,6 +47,8 @@ class Commands:
         self._leaving = leaving
         self._description = Description(life)
         self._control_path: str | None = None
+        # Whether a restart follows the one that is in progress, because a signal has asked for it.
+        self._has_follower = False
 
     def find_management(
         self, systemd: Systemd, *, takes_activation: bool, control_path: str | None, pid_file: Path | None
@@ -105,7 +107,9 @@ class Commands:
 
     def _signal_handlers(self) -> Mapping[signal.Signals, Callable[[], None]]:
         settings = self._life.generation.settings
-        handlers = dict.fromkeys(settings.restart_signals, self._on_restart_signal)
+        handlers: dict[signal.Signals, Callable[[], None]] = {
+            number: functools.partial(self._on_restart_signal, number) for number in settings.restart_signals
+        }
         handlers |= dict.fromkeys(settings.stop_signals, self._on_stop_signal)
         # The application may have another use for it. Without anybody's, it would end the process.
         if handlers and can_handle_signals() and signal.SIGUSR1 not in handlers and not is_handled(signal.SIGUSR1):
@@ -141,27 +145,41 @@ class Commands:
     def _on_reopen_signal(self) -> None:
         self._life.task_group.start_soon(self._life.generation.reopen_logs)
 
-    def _on_restart_signal(self) -> None:
-        self._life.task_group.start_soon(self._restart_by_signal)
+    def _on_restart_signal(self, number: signal.Signals) -> None:
+        self._life.task_group.start_soon(self._restart_by_signal, number)
 
-    async def _restart_by_signal(self) -> None:
-        management, log = self._life.management, self._life.generation.log
+    async def _restart_by_signal(self, number: signal.Signals) -> None:
+        """Restart because a signal asks for it; the log tells what becomes of it.
+
+        A signal that comes during a restart is remembered, and another restart follows. It is done by the generation
+        that serves then. However many come meanwhile, one restart follows.
+        """
+        name = number.name
+        life = self._life
+        management, log = life.management, life.generation.log
+        if self._has_follower:
+            return
         management.restart_asked()
         try:
-            report = await management.restart("settled", self._restarts.restart)
-            log.info("%s", report)
+            if life.handover is not None and not life.handover.over.is_set():
+                self._has_follower = True
+                log.info("%s asks for a restart while %s is in progress", name, life.handover.report.id)
+                await life.handover.over.wait()
+                self._has_follower = False
+                if life.has_successor and life.handover.pass_signal_on(number):
+                    return
+            await management.restart("settled", functools.partial(self._restarts.restart, asked_by=name))
         except RestartWhileDraining as error:
             if not self._life.has_successor:
                 # Where there is one, the word that makes it the main process is the answer.
                 management.restart_refused()
             log.info("%s", error)
-        except RestartInProgress as error:
-            # The end of the restart that is in progress answers this one as well.
-            log.error("the restart that a signal asked for is refused: %s", error)  # noqa: TRY400
         except RestartError as error:
             management.restart_refused()
-            # Without a traceback: the message says what happened, in the successor's own words.
-            log.error("the restart that a signal asked for failed: %s", error)  # noqa: TRY400
+            # One that has begun has told its end itself.
+            if life.handover is None or life.handover.error is not error:
+                # Without a traceback: the message says what happened.
+                log.error("the restart that %s asked for is refused: %s", name, error)  # noqa: TRY400
 
     # The control socket
 
@@ -169,7 +187,7 @@ class Commands:
         return ControlHandlers(
             status=self._description.status,
             waiting_for=self._description.waiting_for,
-            begin_restart=functools.partial(self._begin_restart, is_told=True),
+            begin_restart=lambda asked_by: self._begin_restart(asked_by, is_told=True),
             find_report=self._description.find_report,
             stop=functools.partial(self._leaving.stop, Stop.TOLD),
             changes=changes,
@@ -179,13 +197,13 @@ class Commands:
             compare=self._compare,
         )
 
-    def _begin_restart(self, spawner: Spawner | None = None, *, is_told: bool = False) -> Restart:
-        handover = self._restarts.begin(spawner, is_told=is_told)
+    def _begin_restart(self, asked_by: str, spawner: Spawner | None = None, *, is_told: bool = False) -> Restart:
+        handover = self._restarts.begin(spawner, is_told=is_told, asked_by=asked_by)
         return Restart(handover.report, functools.partial(self._restarts.see_through, handover))
 
-    def _begin_takeover(self, spawner: Spawner) -> Restart:
+    def _begin_takeover(self, spawner: Spawner, asked_by: str) -> Restart:
         self._life.management.check_takeover()
-        return self._begin_restart(spawner)
+        return self._begin_restart(asked_by, spawner)
 
     async def _check(self) -> dict[str, Any]:
         generation = self._life.generation

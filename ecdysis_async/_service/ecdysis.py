@@ -35,6 +35,7 @@ from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.claims import is_check, is_worker, restart_id, take_channel
 from ecdysis_async._system.forking import withholding_from_children
 from ecdysis_async._system.history import SUFFIX, Note, history
+from ecdysis_async._system.own_log import let_speak
 from ecdysis_async._system.stacks import hear_questions, stop_hearing
 from ecdysis_async.errors import HandoffAborted
 from ecdysis_async.report import RestartReport, State
@@ -372,6 +373,7 @@ class Ecdysis(Listeners):
     def _vacate(self) -> None:
         global _current
         _current = None
+        let_speak(None)
         data_plane.deactivate()
         self._inherited_stash.clear()
         self._resources.close()

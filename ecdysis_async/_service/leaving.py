@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import weakref
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from ecdysis_async._system.exit_deadline import ExitDeadline
 from ecdysis_async._system.forking import withhold_from_children
 from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.tasks import abandoned_tasks, all_tasks, describe_task
+from ecdysis_async._system.wording import name_setting
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import Phase, State
 
@@ -81,7 +83,7 @@ class Leaving:
     def stop(self, how: Stop = Stop.ASKED) -> None:
         """Stop this generation, and call off a restart that is under way, or stop its successor as well."""
         life = self._life
-        life.generation.log.info("stopping%s", " (partially)" if how is Stop.PARTIAL else "")
+        self._tell("stopping%s", " (partially)" if how is Stop.PARTIAL else "")
         if life.is_leaving:
             if how is Stop.TOLD and life.stop is not Stop.TOLD:
                 # The application has stopped its service by itself, and now the process is to end as well.
@@ -98,6 +100,12 @@ class Leaving:
                 # The start is cut short: no client is served yet, and the stop would have to wait for its end.
                 life.body.cancel()
             self.begin()
+
+    def _tell(self, message: str, *arguments: object) -> None:
+        """Tell a step of the way out, which is all that there is to read at a stop; a restart has its own two lines."""
+        life = self._life
+        level = logging.DEBUG if life.has_successor else life.management.level
+        life.generation.log.log(level, message, *arguments)
 
     def leave_place(self) -> None:
         """Accept no more, at once: another process does so already, since this one did not answer."""
@@ -166,8 +174,9 @@ class Leaving:
         """
         life = self._life
         life.generation.log.error(
-            "this process has not ended %g s after its drain, and is ended by force (exit_timeout); it was kept by %s",
+            "this process has not ended %g s after its drain, and is ended by force (%s); it was kept by %s",
             life.generation.settings.exit_timeout,
+            name_setting("exit_timeout"),
             "; ".join(kept) or "nothing that can be seen from here",
         )
         if self._last_word is not None:
@@ -242,7 +251,7 @@ class Leaving:
         log, timeout = life.generation.log, life.generation.settings.drain_timeout
         life.drain_deadline = begun + timeout
         life.management.changed()
-        log.info("draining %d connections, for %g seconds at the most", len(tracker), timeout)
+        self._tell("draining %d connections, for %g seconds at the most", len(tracker), timeout)
         restart = life.handover.report.id if life.handover is not None and life.has_successor else None
         history.note(Note.DRAIN, restart=restart, connections=len(tracker), seconds=timeout)
         async with anyio.create_task_group() as task_group:
@@ -259,7 +268,7 @@ class Leaving:
             await gate.end()
         await tracker.drain(min(EXIT_SECONDS, timeout))
         count = tracker.count
-        log.info("drained: %d by themselves, %d silent, %d cut", count.drained, count.silent, count.cut)
+        self._tell("drained: %d by themselves, %d silent, %d cut", count.drained, count.silent, count.cut)
         cut = tracker.cut[:NAMED_AT_MOST]
         if len(tracker.cut) > NAMED_AT_MOST:
             cut.append(f"{len(tracker.cut) - NAMED_AT_MOST} more")
@@ -399,7 +408,7 @@ class Leaving:
         self._close_sockets(has_served=has_begun and not life.is_aborted, is_orderly=is_orderly)
         await management.finish()
         history.note(Note.ENDED, generation=life.generation.number)
-        log.info("this generation ends")
+        self._tell("this generation ends")
 
     def tell_what_is_abandoned(self) -> None:
         """Name the application's own tasks that nobody waits for: they are lost when its loop ends."""

@@ -17,8 +17,10 @@ from ecdysis_async._handoff.ancestors import Ancestor
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState, SuccessorEvent, SuccessorState
 from ecdysis_async._handoff.successor import SuccessorSide
+from ecdysis_async._handoff.verdict import describe_drain
 from ecdysis_async._management.management import LEEWAY_SECONDS
 from ecdysis_async._system.process import Spawner, find_missing
+from ecdysis_async._system.wording import name_setting
 from ecdysis_async.errors import NotReady, RestartError, RestartInProgress, RestartUnsupported, RestartWhileDraining
 from ecdysis_async.report import Outcome, RestartReport, State
 
@@ -45,9 +47,9 @@ class Restarts:
 
     # As the predecessor
 
-    async def restart(self, until: str) -> RestartReport:
+    async def restart(self, until: str, *, asked_by: str = "the application") -> RestartReport:
         """Restart, and wait; cancelling it calls the restart off, as long as the successor was not told to accept."""
-        handover = self.begin()
+        handover = self.begin(asked_by=asked_by)
         try:
             return await self.see_through(handover, until)
         except BaseException:
@@ -61,6 +63,7 @@ class Restarts:
         number: int | None = None,
         is_told: bool = False,
         restart: str | None = None,
+        asked_by: str = "",
     ) -> PredecessorSide:
         """Begin a restart, unless that is not possible now.
 
@@ -69,6 +72,7 @@ class Restarts:
             number: of the successor; None: the next one.
             is_told: whether systemd may know of it, because ExecReload= has asked for it.
             restart: the id of the service's restart that it is a part of; None: it is one of its own.
+            asked_by: who has asked for it, in words.
 
         Raises:
             RestartError: why it is not possible.
@@ -100,6 +104,7 @@ class Restarts:
             number=number,
             probation=life.management.probation,
             restart=restart,
+            asked_by=asked_by,
         )
         life.handover, life.last_report = handover, handover.report
         life.handed_over = anyio.Event()
@@ -239,15 +244,21 @@ class Restarts:
         life, report = self._life, RestartReport.from_json(body["report"])
         if life.last_report is not None and life.last_report.id == report.id:
             life.last_report = report
-        life.generation.log.info("generation %d (pid %d) has drained: %s", ancestor.generation, ancestor.pid, report)
+        log = life.generation.log.of(report.id)
+        log.log(
+            life.management.level,
+            "%s",
+            describe_drain(report, f"generation {ancestor.generation} (pid {ancestor.pid}) has"),
+        )
         if ancestor.is_hurried and report.drain.cut:
-            life.generation.log.warning(
+            log.warning(
                 "%d of the connections of generation %d (pid %d) were cut before their deadline, because more than %d "
-                "generations drained (max_draining): %s",
+                "generations drained (%s): %s",
                 report.drain.cut,
                 ancestor.generation,
                 ancestor.pid,
                 life.generation.settings.max_draining,
+                name_setting("max_draining"),
                 "; ".join(report.cut_requests),
             )
 

@@ -33,6 +33,7 @@ __all__ = [
     "Spawner",
     "describe_end",
     "describe_exit",
+    "find_children",
     "find_missing",
     "find_process",
     "spawn",
@@ -102,6 +103,15 @@ class Child(Protocol):
 
 Spawner = Callable[[socket.socket, int], Awaitable[Child]]
 """Starts a successor with its end of the channel and its stderr, which stay the caller's; raises a RestartError."""
+
+
+def find_children(pid: int) -> list[int]:
+    """Return the children of a process (proc_pid_task_children(5)); none where that cannot be known."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+            return [int(each) for each in file.read().split()]
+    except (OSError, ValueError):
+        return []
 
 
 class Process:

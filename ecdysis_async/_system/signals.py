@@ -20,6 +20,7 @@ import anyio
 __all__ = [
     "SignalReceiver",
     "can_handle_signals",
+    "catches",
     "clean_mask",
     "handled_signal",
     "handled_signals",
@@ -48,11 +49,28 @@ def is_handled(number: signal.Signals) -> bool:
     Where that cannot be known, somebody does.
     """
     try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
-            masks = dict(line.split(":", 1) for line in lines)
-        return any(int(masks[name], 16) >> (number - 1) & 1 for name in ("SigCgt", "SigIgn"))
+        return _is_set("self", "SigCgt", number) or _is_set("self", "SigIgn", number)
     except (OSError, ValueError, KeyError):
         return True
+
+
+def catches(pid: int, number: int) -> bool:
+    """Say whether a process has a handler for a signal, so that it is not ended by it. In doubt it has none."""
+    try:
+        return _is_set(pid, "SigCgt", number)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _is_set(pid: int | str, name: str, number: int) -> bool:
+    """Say whether a signal is in one of the masks of a process (proc_pid_status(5)).
+
+    Raises:
+        OSError, ValueError, KeyError: that cannot be known.
+    """
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as lines:
+        masks = dict(line.split(":", 1) for line in lines)
+    return bool(int(masks[name], 16) >> (number - 1) & 1)
 
 
 def unblock_all_signals() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -23,6 +24,9 @@ STDERR_LINES = 40
 STDERR_BYTES = 16 * 1024
 # What a pipe holds, pipe(7): one read takes all that is there.
 PIPE_BYTES = 64 * 1024
+
+# Lines of this library's log, in whatever format, and of its commands.
+_OWN_LINE = re.compile(rf"\[(?:generation \d+|new process|anchor), pid \d+(?:, restart \w+)?\] |^{PREFIX}")
 
 # How long the last words of a dead successor may take to be written, seconds.
 REST_SECONDS = 1.0
@@ -63,8 +67,9 @@ class StderrTail:
 
     @property
     def text(self) -> str:
-        """The last lines."""
-        return "\n".join(self._tail.decode(errors="replace").splitlines()[-STDERR_LINES:])
+        """The last lines, but for those of this library: its own part in what has happened is told elsewhere."""
+        lines = self._tail.decode(errors="replace").splitlines()
+        return "\n".join([line for line in lines if _OWN_LINE.search(line) is None][-STDERR_LINES:])
 
     async def run(self) -> None:
         """Pass it on until every writer has closed it, or the successor passes it on itself."""

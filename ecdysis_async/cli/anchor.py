@@ -29,6 +29,7 @@ from ecdysis_async._system.launch import describe_launch, find_from_start
 from ecdysis_async._system.process import find_missing
 from ecdysis_async._system.signals import unblock_all_signals
 from ecdysis_async._system.stderr import say
+from ecdysis_async._system.wording import speak_of_options
 from ecdysis_async.errors import RestartError, StartupError, TakeoverFailed
 from ecdysis_async.settings import Settings
 
@@ -75,6 +76,7 @@ def run(options: Options) -> int:
 
 def serve(config: AnchorConfig) -> int:
     """Run a service until it is stopped; return the exit status of this process."""
+    speak_of_options()
     found = None
     try:
         found = reexec.claim()

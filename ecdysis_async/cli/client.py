@@ -308,20 +308,21 @@ def _ask_for(path: str, request: Event, wanted: str, timeout: float = SILENCE_SE
     return answer
 
 
-def restart(path: str, until: str, on_event: Callable[[Event], None]) -> Event:
+def restart(path: str, until: str, on_event: Callable[[Event], None], by: str = "`ecdysis restart`") -> Event:
     """Restart a service; return its last word, an event "done".
 
     Args:
         path: its control socket.
         until: "serving", "settled" or "drained".
         on_event: called with each event on the way.
+        by: what the service's log says who has asked.
 
     Raises:
         CommandFailed: there is no new generation, or nobody knows.
     """
     last: str | None = None
     try:
-        for event in _ask(path, {"command": "restart", "until": until}, SILENCE_SECONDS, on_event):
+        for event in _ask(path, {"command": "restart", "until": until, "by": by}, SILENCE_SECONDS, on_event):
             with understanding(path):
                 on_event(event)
             match event["event"]:

@@ -189,17 +189,18 @@ def _watch(control: str, paths: list[str], wanted: Wanted) -> None:
             os.write(1, b"!")
         if not (changed := causes.find(path for _, path in changes)):
             continue
-        say(f"{_describe(changed)} changed: restarting")
-        if not _restart(control):
+        what = f"{_describe(changed)} changed"
+        say(f"{what}: restarting")
+        if not _restart(control, f"--reload, because {what}"):
             return
         causes.restarted()
 
 
-def _restart(control: str) -> bool:
+def _restart(control: str, by: str) -> bool:
     """Restart the service; say whether it is still there."""
     while True:
         try:
-            client.restart(control, "serving", lambda event: None)
+            client.restart(control, "serving", lambda event: None, by)
         except CommandFailed as error:
             # It starts, or another one goes on: what has changed may have come too late for that.
             if error.code is Exit.IN_PROGRESS or (error.event is not None and error.event.get("error") == "NotReady"):

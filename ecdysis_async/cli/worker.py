@@ -40,9 +40,11 @@ from ecdysis_async._system.claims import find_line, take_channel
 from ecdysis_async._system.descriptors import read_credentials
 from ecdysis_async._system.exit_deadline import ExitDeadline
 from ecdysis_async._system.history import Note, history
+from ecdysis_async._system.release import note_application
 from ecdysis_async._system.stderr import say, write_lines
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async._system.tracebacks import describe_failure
+from ecdysis_async._system.wording import speak_of_options
 from ecdysis_async.errors import StartupError
 from ecdysis_async.report import State
 
@@ -104,6 +106,7 @@ Main = Callable[[Options, _Loaded], Coroutine[Any, Any, None]]
 
 
 def _run(options: Options, main: Main) -> int:
+    speak_of_options()
     try:
         if options.env_file is not None:
             os.environ.update(read_variables(options.env_file))
@@ -132,7 +135,9 @@ def _load(options: Options) -> _Loaded:
             # One of three: see Options.
             resources.enter_context(refusing_servers(options.target, options.loop))  # type: ignore[arg-type]
         try:
-            return _Loaded(*before, load(options.target, app_dir=options.app_dir))
+            found = load(options.target, app_dir=options.app_dir)
+            note_application(options.target.partition(":")[0])
+            return _Loaded(*before, found)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it is raised where it can be told
             return _Loaded(*before, failure=error)
 

@@ -8,6 +8,7 @@ Seams, as seen in uvicorn 0.54: ``Config.load``, ``.loaded_app`` and ``.http_pro
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -123,6 +124,21 @@ async def serve(
         await _Server(config, goodbye, application, startup, transfer=transfer).serve(list(socks) or None)
 
 
+# What uvicorn says at INFO at each start and each end of a process, whose verdict stands in this library's lines.
+_STEPS = {
+    "Started server process [%d]",
+    "Waiting for application startup.",
+    "ASGI 'lifespan' protocol appears unsupported.",
+    "Application startup complete.",
+    "Shutting down",
+    "Waiting for connections to close. (CTRL+C to force quit)",
+    "Waiting for background tasks to complete. (CTRL+C to force quit)",
+    "Waiting for application shutdown.",
+    "Application shutdown complete.",
+    "Finished server process [%d]",
+}
+
+
 async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
     """Serve an ASGI application as the options say.
 
@@ -153,7 +169,13 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
         ssl_ca_certs=options.ca_certs,
         **given,
     )
+    logging.getLogger("uvicorn.error").addFilter(_tell_no_step)
     await serve(ecdysis, config, await open_sockets(options), transfer=options.transfer)
+
+
+def _tell_no_step(record: logging.LogRecord) -> bool:
+    """Let a log be without uvicorn's own steps, unless it has steps: with many workers nothing else could be read."""
+    return record.msg not in _STEPS or logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
 
 
 class _Server(uvicorn.Server):

@@ -50,7 +50,7 @@ class Office:
 
     def __init__(self, here: Stage) -> None:
         self.here = here
-        self.roll_out = make_roll_out(2, is_told=False, before=None)
+        self.roll_out = make_roll_out(2, "a test", is_told=False, before=None)
         self.refusal: RestartError | None = None
         self.outcome: RestartError | None = None
         self.may_end = anyio.Event()
@@ -80,7 +80,7 @@ class Office:
         assert self._tasks is not None
         self._tasks.start_soon(function, *arguments)
 
-    def restart(self) -> RollOut:
+    def restart(self, asked_by: str) -> RollOut:
         if self.refusal is not None:
             raise self.refusal
         return self.roll_out

@@ -109,7 +109,7 @@ def test_why_a_worker_is_started_anew(facts: dict[str, object], why: WorkerResta
 
 def test_a_failed_roll_out_says_why() -> None:
     with stage(1) as here:
-        roll_out = make_roll_out(2, is_told=False, before=None)
+        roll_out = make_roll_out(2, "a test", is_told=False, before=None)
         roll_out.report.outcome, roll_out.error = Outcome.FAILED, SuccessorFailed("no")
         note_roll_out(here.state, roll_out)
         found = measure(here.state)
@@ -119,7 +119,7 @@ def test_a_failed_roll_out_says_why() -> None:
 
 def test_no_label_names_a_process_or_a_restart() -> None:
     with stage(2) as here:
-        roll_out = make_roll_out(2, is_told=False, before=None)
+        roll_out = make_roll_out(2, "a test", is_told=False, before=None)
         roll_out.report.outcome = Outcome.SETTLED
         note_roll_out(here.state, roll_out)
         names = {

@@ -160,7 +160,7 @@ def test_nothing_begins_that_an_upgrade_or_a_stop_would_wait_for(life: Life) -> 
 @pytest.mark.parametrize("roll_out_stage", RollOutStage)
 def test_a_roll_out_looks_after_the_workers_itself(roll_out_stage: RollOutStage) -> None:
     with stage(target=1) as here:
-        here.state.roll_out = make_roll_out(2, is_told=False, before=None)
+        here.state.roll_out = make_roll_out(2, "a test", is_told=False, before=None)
         here.state.roll_out.stage = roll_out_stage
         make_reconciler(here).reconcile(NOW)
         assert here.begun.names == (["refill"] if roll_out_stage >= RollOutStage.OVER else [])

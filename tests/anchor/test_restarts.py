@@ -70,32 +70,32 @@ def restarts(here: Stage, told: Told) -> Restarts:
 def test_when_it_can_begin(life: Life, error: type[RestartError] | None, here: Stage, restarts: Restarts) -> None:
     here.state.life = life
     if error is None:
-        roll_out = restarts.begin()
+        roll_out = restarts.begin("a test")
         assert (roll_out.generation, here.state.roll_out) == (2, roll_out)
         assert here.begun.names == ["run"]
     else:
         with pytest.raises(error):
-            restarts.begin()
+            restarts.begin("a test")
         assert here.begun.calls == []
 
 
 def test_one_at_a_time_until_the_probation(here: Stage, restarts: Restarts) -> None:
-    first = restarts.begin()
+    first = restarts.begin("a test")
     with pytest.raises(RestartInProgress, match=first.report.id):
-        restarts.begin()
+        restarts.begin("a test")
     first.stage = RollOutStage.PROBATION
-    second = restarts.begin()
+    second = restarts.begin("a test")
     assert (first.is_hurried, second.before, second.generation) == (True, first, 3)
     second.before, second.stage = None, RollOutStage.OVER
     # It has failed: its number is used again.
-    assert restarts.begin().generation == 2
+    assert restarts.begin("a test").generation == 2
 
 
 def test_the_report_is_found_by_its_id(here: Stage, restarts: Restarts) -> None:
     assert restarts.find_report("id") is None
     here.state.last_report = make_report()
     assert restarts.find_report("id") is here.state.last_report
-    restart = restarts.begin_by_command()
+    restart = restarts.begin_by_command("a test")
     assert restarts.find_report("id") is None
     assert restarts.find_report(restart.report.id) is restart.report
     assert here.state.roll_out is not None
@@ -104,7 +104,7 @@ def test_the_report_is_found_by_its_id(here: Stage, restarts: Restarts) -> None:
 
 @pytest.mark.parametrize("until", ["serving", "settled", "drained"])
 async def test_how_far_it_is_seen_through(until: str, here: Stage, restarts: Restarts) -> None:
-    roll_out = make_roll_out(2, is_told=False, before=None)
+    roll_out = make_roll_out(2, "a test", is_told=False, before=None)
     seen: list[RollOutStage] = []
 
     async def see() -> None:
@@ -123,7 +123,7 @@ async def test_how_far_it_is_seen_through(until: str, here: Stage, restarts: Res
 
 
 async def test_a_failure_is_told_once_it_is_undone(here: Stage, restarts: Restarts) -> None:
-    roll_out = make_roll_out(2, is_told=False, before=None)
+    roll_out = make_roll_out(2, "a test", is_told=False, before=None)
     roll_out.error = RestartError("a broken release")
     with anyio.move_on_after(0):
         await restarts.see_through(roll_out, "serving")
@@ -160,7 +160,7 @@ async def test_what_a_release_has_opened_goes_with_it(
         return filled
 
     restarts._fill = fill_and_open  # type: ignore[assignment]
-    roll_out = restarts.begin()
+    roll_out = restarts.begin("a test")
     roll_out.is_hurried = True
     await run_to_its_end(here, roll_out)
     assert [entry.name for entry in service.entries] == (["old"] if fails else ["new"])
@@ -177,12 +177,12 @@ async def test_a_signal_restarts_the_service_and_the_log_tells_what_becomes_of_i
 ) -> None:
     caplog.set_level("INFO")
     here.state.life = Life.LAME_DUCK
-    restarts.begin_by_signal()
+    restarts.begin_by_signal("SIGHUP")
     await here.begun.run()
     assert "the service is being stopped" in caplog.text
     here.state.life = Life.UPGRADING
-    restarts.begin_by_signal()
-    restarts.begin_by_signal()
+    restarts.begin_by_signal("SIGHUP")
+    restarts.begin_by_signal("SIGHUP")
     # Both are remembered as one.
     assert caplog.text.count("while the anchor is being upgraded: another restart follows") == 1
     assert len(here.begun.calls) == 1

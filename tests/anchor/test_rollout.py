@@ -33,7 +33,7 @@ class Play:
 
     def __init__(self, here: Stage, before: RollOut | None = None, *, fill: Fill | None = None) -> None:
         self.here = here
-        self.roll_out = here.state.roll_out = make_roll_out(2, is_told=False, before=before)
+        self.roll_out = here.state.roll_out = make_roll_out(2, "a test", is_told=False, before=before)
         self.told: list[str] = []
         self.runner = RollOutRunner(
             self.roll_out,
@@ -243,7 +243,7 @@ async def test_a_stop_ends_it_and_takes_nothing_back(here: Stage) -> None:
 
 
 async def test_it_waits_for_the_one_before(here: Stage) -> None:
-    before = make_roll_out(1, is_told=False, before=None)
+    before = make_roll_out(1, "a test", is_told=False, before=None)
     play = Play(here, before)
     async with playing(play):
         await anyio.wait_all_tasks_blocked()

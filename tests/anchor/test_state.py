@@ -159,7 +159,7 @@ def test_a_life_that_ends(life: Life) -> None:
 def test_a_roll_out_rolls_until_it_is_over() -> None:
     state = AnchorState.fresh(make_config())
     assert not state.is_rolling
-    state.roll_out = make_roll_out(2, is_told=False, before=None)
+    state.roll_out = make_roll_out(2, "a test", is_told=False, before=None)
     for stage_of, rolls in zip(RollOutStage, (True, True, False, False), strict=True):
         state.roll_out.stage = stage_of
         assert state.is_rolling == rolls

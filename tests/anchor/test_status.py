@@ -36,7 +36,7 @@ def add(here: Stage, state: State = State.SERVING) -> Puppet:
 
 def roll(here: Stage, *states: TurnState) -> RollOut:
     """Let a roll-out be under way, with a turn for each slot."""
-    roll_out = here.state.roll_out = make_roll_out(2, is_told=False, before=None)
+    roll_out = here.state.roll_out = make_roll_out(2, "a test", is_told=False, before=None)
     roll_out.turns = [
         Turn(slot, state, slot.workers[0] if slot.workers else None)
         for slot, state in zip(here.state.pool.slots, states, strict=True)
@@ -99,7 +99,7 @@ async def test_what_a_roll_out_waits_for(here: Stage) -> None:
     state = here.state
     roll_out = roll(here, TurnState.PENDING, TurnState.PENDING)
     assert status.describe_wait(state) == "the first worker's turn"
-    before = roll_out.before = make_roll_out(1, is_told=False, before=None)
+    before = roll_out.before = make_roll_out(1, "a test", is_told=False, before=None)
     assert status.describe_wait(state) == f"restart {before.report.id} to settle, whose probation this one has ended"
     roll_out.before = None
     roll_out.turns[0].state = TurnState.UNDER_WAY

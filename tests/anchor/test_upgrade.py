@@ -97,7 +97,7 @@ async def test_when_it_is_refused(life: Life, error: type[RestartError], bench: 
 
 
 async def test_it_is_refused_while_a_release_is_rolled_out(bench: Bench) -> None:
-    bench.here.state.roll_out = make_roll_out(2, is_told=False, before=None)
+    bench.here.state.roll_out = make_roll_out(2, "a test", is_told=False, before=None)
     with pytest.raises(RestartInProgress):
         await bench.upgrade.upgrade()
 

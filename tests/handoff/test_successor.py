@@ -21,6 +21,7 @@ from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._ipc.channel import Channel
 from ecdysis_async._sockets.addresses import Internet
 from ecdysis_async._sockets.registry import Registry
+from ecdysis_async._system.release import describe_release
 from ecdysis_async.errors import HandoffAborted, StartupError
 from ecdysis_async.report import RestartReport
 from ecdysis_async.settings import Settings
@@ -105,7 +106,12 @@ async def test_it_takes_over_and_serves_from_the_commit_on(backend: str) -> None
         registry.obtain(Internet("127.0.0.1", 0), name="new")
         task_group.start_soon(side.run)
         side.post(SuccessorEvent.READY)
-        assert await start.expect("ready") == {"claimed": [0], "created": ["new"], "max_draining": 8}
+        assert await start.expect("ready") == {
+            "claimed": [0],
+            "created": ["new"],
+            "max_draining": 8,
+            "release": describe_release(),
+        }
         assert not entry.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         await start.channel.send("commit", {"stash": []})
         assert "opened_at" in await start.expect("serving")

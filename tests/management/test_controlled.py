@@ -12,7 +12,7 @@ from ecdysis_async._system.process import Child
 from ecdysis_async.errors import RestartUnsupported
 
 
-def begin_restart() -> Restart:
+def begin_restart(asked_by: str) -> Restart:
     raise AssertionError("nobody asks for it")
 
 
@@ -43,7 +43,7 @@ HANDLERS = ControlHandlers(
 
 async def test_each_refusal_names_what_would_do(backend: str) -> None:
     with pytest.raises(RestartUnsupported, match="ecdysis run --takeover"):
-        HANDLERS.begin_takeover(spawn)
+        HANDLERS.begin_takeover(spawn, "a takeover")
     with pytest.raises(RestartUnsupported, match="without --anchor"):
         await HANDLERS.upgrade()
     with socket.socket() as channel, pytest.raises(RestartUnsupported, match=r"Ecdysis\(takeover"):

@@ -27,7 +27,7 @@ from tests.management.managers import Manager
 from tests.planes import a_plane, turn
 
 
-def refuse() -> Restart:
+def refuse(asked_by: str) -> Restart:
     raise NotReady("this generation does not serve yet")
 
 

@@ -83,7 +83,7 @@ async def test_a_restart_that_a_signal_asks_for_in_vain_ends_nothing(
             management.start(life.task_group)
             with anyio.fail_after(60):
                 os.kill(os.getpid(), signal.SIGHUP)
-                while "the restart that a signal asked for failed" not in caplog.text:
+                while "the restart has failed" not in caplog.text:
                     await turn()
             assert life.state is State.SERVING
         finally:
@@ -114,6 +114,6 @@ async def test_a_unit_of_systemd_is_not_handed_to_a_stranger(backend: str) -> No
         assert isinstance(management, OwnManagement)
         life.state = State.SERVING
         with pytest.raises(RestartUnsupported, match="unit of systemd"):
-            commands._begin_takeover(never)
+            commands._begin_takeover(never, "a takeover")
         assert life.handover is None
         management.close()

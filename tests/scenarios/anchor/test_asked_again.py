@@ -44,4 +44,4 @@ def test_signals_that_come_during_a_restart_are_one_more_restart(run_anchor: Run
     service.release()
     service.wait_until(lambda: service.status()["generation"] == 3, "no other restart has followed")
     service.wait_until(lambda: service.status()["restart"] is None, "it goes on")
-    assert service.log.count("rolling generation") == 2
+    assert service.log.count("the restart begins") == 2

@@ -58,7 +58,7 @@ def test_a_newcomer_goes_on(backend: str, run_service: Run, tmp_path: Path, path
     assert (clients.refused, clients.lost) == ([], [])
     assert service.accepting_turns() == [first, second, third]
     # Its log went where its own stderr leads, and not through a pipe of the former one's.
-    assert re.search(rf"\[generation 2, pid {second}.*\] this generation ends", service.log)
+    assert re.search(rf"\[generation 2, pid {second}, restart \w+\] the restart is settled", service.log)
 
 
 def test_a_newcomer_dies_on_probation(backend: str, run_service: Run, path: str) -> None:

@@ -108,7 +108,7 @@ def test_a_release_that_does_not_pass(releases: Path) -> None:
             assert done.returncode == 1
             assert "the new release fails its check: it has ended with exit status 3" in done.stderr
         assert run.log.count("No module named 'nowhere'") >= 1
-        assert "rolling generation" not in run.log
+        assert "the restart begins" not in run.log
         assert get(port) == (200, "1")
         assert run.status()["last_report"] is None
 

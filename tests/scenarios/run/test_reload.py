@@ -12,8 +12,8 @@ from tests.scenarios.run.commands import Visitors, get, running, wait_until, wri
 
 pytestmark = pytest.mark.newest_python_only
 
-OPTIONS = ("--bind", "127.0.0.1:0", "--reload", "--drain-timeout", "5")
-RESTARTED = r"rolling generation \d+ out"
+OPTIONS = ("--bind", "127.0.0.1:0", "--reload", "--drain-timeout", "5", "--log-level", "debug")
+RESTARTED = r"the restart begins"
 
 
 def find_watcher(pid: int) -> psutil.Process:
@@ -30,31 +30,31 @@ def test_saving_restarts(tmp_path: Path) -> None:
         watcher = find_watcher(run.process.pid)
         write_app(path, "two")
         visitors.wait_for("two")
-        run.wait_for(r"settling all workers", 1)
+        run.wait_for(r"the restart is settled", 1)
         # A broken one: what is wrong is told, and the code before serves.
         path.write_text("app = (\n", encoding="utf-8")
         run.wait_for("the code before goes on serving: .*SyntaxError: '\\(' was never closed")
         visitors.wait_for("two")
         # Many at once are few restarts.
-        before = len(run.log.split("rolling generation")) - 1
+        before = len(run.log.split("the restart begins")) - 1
         for number in range(30):
             write_app(path, f"many {number}")
         visitors.wait_for("many 29")
-        assert len(run.log.split("rolling generation")) - 1 - before <= 5
+        assert len(run.log.split("the restart begins")) - 1 - before <= 5
         # What is saved while a restart loads the file before it is not forgotten.
         write_app(
             path, "slow", f"import os, time\nwhile not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)"
         )
-        run.wait_for(r"initialising \(generation", run.log.count("initialising (generation") + 1)
+        run.wait_for(r"initialising \(pid", run.log.count("initialising (pid") + 1)
         write_app(path, "last")
         (tmp_path / "go").touch()
         visitors.wait_for("last")
         # What is no Python is nobody's business.
-        restarts = run.log.count("rolling generation")
+        restarts = run.log.count("the restart begins")
         (tmp_path / "data.json").write_text("{}", encoding="utf-8")
         write_app(path, "end")
         visitors.wait_for("end")
-        assert run.log.count("rolling generation") == restarts + 1
+        assert run.log.count("the restart begins") == restarts + 1
         assert visitors.failures == []
     wait_until(lambda: not watcher.is_running(), "the watcher stays")
 
@@ -70,7 +70,7 @@ def test_a_saved_env_file_and_a_saved_configuration_restart(tmp_path: Path) -> N
         assert get(port) == (200, "one")
         env_file.write_text("ANSWER=two\n", encoding="utf-8")
         wait_until(lambda: get(port) == (200, "two"), "it does not restart")
-        run.wait_for("settling all workers", 1)
+        run.wait_for("the restart is settled", 1)
         # A mistake in it is told, and changes nothing.
         config.write_text('no-such-option = "1"\n', encoding="utf-8")
         run.wait_for("the code before goes on serving")

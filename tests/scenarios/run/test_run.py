@@ -55,8 +55,8 @@ async def restart_twice(run: Run) -> None:
     code, output = await run.restart()
     assert code == 0, output
     run.signal(signal.SIGHUP)
-    await run.wait_for(r"settled \(generation 3")
-    await run.wait_for(r"\[generation 2.* this generation ends")
+    id = await run.wait_for(r"restart (\w+)\] the restart is settled: generation 3")
+    await run.wait_for(rf"restart {id}\] the former workers have drained")
 
 
 def visiting_websocket(port: int) -> Visit:
@@ -94,6 +94,8 @@ def test_a_websocket_that_was_accepted_opens_during_the_drain(tmp_path: Path) ->
                     await websocket.send("hello")
                     assert await websocket.recv() == "hello"
                 # Both have ended, and nothing is waited for.
-                await run.wait_for(r"\[generation 1.* drained: [1-9]\d* by themselves, 0 silent, 0 cut")
+                await run.wait_for(
+                    r"the former workers have drained in .* s: [1-9]\d* drained, 0 silent, \d+ \w+, 0 cut"
+                )
 
     asyncio.run(test())

@@ -124,7 +124,7 @@ def test_signals_that_the_parent_blocks(kind: str, tmp_path: Path) -> None:
     with started(tmp_path, kind, BLOCKING) as service:
         service.wait_for(r"serving on")
         service.process.send_signal(signal.SIGHUP)
-        pid = int(service.wait_for(r"generation 2, pid (\d+)\] handoff: settled"))
+        pid = int(service.wait_for(r"the restart is settled: generation 2 \(pid (\d+)"))
         # The successor, and what it starts, has nothing of it.
         assert read_masks(pid) == {"0" * 16}
         os.kill(service.process.pid if kind == "anchored" else pid, signal.SIGTERM)
@@ -143,7 +143,7 @@ def test_a_terminal_that_is_closed(kind: str, shell: tuple[str, ...], tmp_path: 
         # first process, and with that the place in the foreground.
         if kind == "anchored":
             os.kill(find_service(service, shell), signal.SIGHUP)
-            pid = int(service.wait_for(r"generation 2, pid (\d+)\] handoff: settled"))
+            pid = int(service.wait_for(r"the restart is settled: generation 2 \(pid (\d+)"))
         os.close(window)
         wait_until(lambda: has_ended(pid), "it lives on without its terminal")
         assert "the terminal is gone" in service.log
@@ -157,7 +157,7 @@ def test_nohup_outlives_its_terminal(kind: str, tmp_path: Path) -> None:
         service.wait_for(r"serving on")
         os.close(window)
         # The signal is a restart, as for everything that has no terminal.
-        service.wait_for(r"generation 2, pid (\d+)\] handoff: settled")
+        service.wait_for(r"the restart is settled: generation 2 \(pid (\d+)")
         assert "the terminal is gone" not in service.log
 
 

@@ -53,7 +53,7 @@ def test_a_newcomer_goes_on(places: tuple[Path, Path]) -> None:
                 assert former.wait() == 0
                 visitors.wait_for("two")
                 newcomer.wait_for(f"taken over from pid {former.process.pid}: ")
-                newcomer.wait_for("restart .* to generation 2: settled")
+                newcomer.wait_for("the restart is settled: generation 2")
                 status = newcomer.status()
                 assert (status["pid"], status["generation"]) == (newcomer.process.pid, 2)
                 assert status["last_report"]["outcome"] == "settled"

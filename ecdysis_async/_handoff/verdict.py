@@ -1,0 +1,67 @@
+"""What has become of a restart, in one line each: for the log of who was asked for it.
+
+Nothing here is read, awaited or logged.
+"""
+
+from __future__ import annotations
+
+from ecdysis_async.errors import ReadyTimeout, RestartError
+from ecdysis_async.report import Outcome, Phase, RestartReport
+
+__all__ = ["describe_drain", "describe_verdict", "summarize"]
+
+
+def summarize(error: RestartError) -> str:
+    """Say in one line why a restart failed. All of it stands above in the log already, where the process wrote it."""
+    what, *others = str(error.args[0]).splitlines() or [""]
+    if isinstance(error, ReadyTimeout):
+        # It says itself where the process stood, and the whole stack is no reason.
+        return what
+    # The last line of a traceback, and of what the process has written, says what happened.
+    words = [line.strip() for line in (*others, *error.stderr.splitlines()) if line.strip()]
+    return f"{what} … {words[-1]}" if words and words[-1] not in what else what
+
+
+def describe_verdict(report: RestartReport, error: RestartError | None, former: int) -> str:
+    """Say in one line how a restart has ended, for the log of who was asked for it.
+
+    Args:
+        report: what has become of it.
+        error: why it failed.
+        former: the number of the generation that was asked.
+    """
+    newest = report.workers[0] if report.workers else report
+    who = f"{len(report.workers)} workers" if len(report.workers) > 1 else f"pid {newest.successor_pid}"
+    release = f", {report.release}" if report.release else ""
+    match report.outcome:
+        case Outcome.SETTLED:
+            parts = [f"is settled: generation {report.generation} ({who}{release}) serves"]
+        case Outcome.ROLLED_BACK:
+            parts = [f"was rolled back, and generation {former} serves again"]
+        case Outcome.STOPPED:
+            parts = ["was called off, because the service stops"]
+        case _:
+            parts = [f"has failed, and generation {former} serves on"]
+    if error is not None and report.outcome is not Outcome.STOPPED:
+        parts[0] += f": {summarize(error)}"
+    if report.phases:
+        parts.append(", ".join(f"{phase} {seconds * 1000:.1f} ms" for phase, seconds in report.phases.items()))
+    if report.accept_gap is not None and error is None:
+        parts.append(f"accept gap {report.accept_gap * 1000:.2f} ms")
+    if report.lost:
+        parts.append(f"{report.lost} connections lost")
+    return "; ".join((*parts, *report.unanswered, *report.hurried))
+
+
+def describe_drain(report: RestartReport, who: str) -> str:
+    """Say in one line what has become of the connections of those who have left.
+
+    Args:
+        report: of the restart for which they have left.
+        who: they are, in words, and that they have.
+    """
+    drain, seconds = report.drain, report.phases.get(Phase.DRAIN, 0.0)
+    return (
+        f"{who} drained in {seconds:.1f} s: {drain.drained} drained, {drain.silent} silent, "
+        f"{drain.transferred} transferred, {drain.cut} cut"
+    )

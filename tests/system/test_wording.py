@@ -1,0 +1,14 @@
+"""A setting is called by the name that it was given where the service was configured."""
+
+from __future__ import annotations
+
+import pytest
+
+from ecdysis_async._system import wording
+
+
+def test_options_for_users_of_the_command_and_settings_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wording, "_is_by_command", False)
+    assert wording.name_setting("ready_timeout") == "ready_timeout"
+    wording.speak_of_options()
+    assert wording.name_setting("ready_timeout") == "--ready-timeout"
