@@ -44,8 +44,8 @@ def leave_application(stacks: str) -> str:
     thread, tasks = _split(stacks)
     parts = [("Main thread (most recent call first):", thread)]
     heads = list(_TASK.finditer(tasks))
-    ends = [head.start() for head in heads[1:]] + [len(tasks)]
-    parts += [(head[0].strip(), tasks[head.end() : end]) for head, end in zip(heads, ends, strict=True)]
+    ends = (*(head.start() for head in heads[1:]), len(tasks))
+    parts += [(head[0].strip(), tasks[head.end() : end]) for head, end in zip(heads, ends, strict=False)]
     lines: list[str] = []
     for head, part in parts:
         frames = [frame[0] for frame in _FRAME.finditer(part) if not frame["file"].startswith(("<frozen ", _OWN))]
