@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 import time
 from collections.abc import Sequence
 
 from ecdysis_async._management.exposition import Family, counter, gauge
-from ecdysis_async._management.ledger import Closed, WorkerRestart, describe_restarts, find_reason
-from ecdysis_async._sockets.backlog import measure_backlog
+from ecdysis_async._management.ledger import Closed, WorkerRestart, find_reason
+from ecdysis_async._management.metrics import describe_service
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async.report import State
 
@@ -52,18 +50,9 @@ def describe_metrics(state: AnchorState, entries: Sequence[Entry]) -> list[Famil
         state: what the anchor knows.
         entries: the sockets of the workers.
     """
-    build = gauge("ecdysis_build_info", "The release of ecdysis_async, and of Python, in a label: always 1.")
-    package = sys.modules[__name__.partition(".")[0]]
-    build.add(1, version=package.__version__, python=platform.python_version())
-    generation = gauge("ecdysis_generation", "The number of the release that serves: each restart adds one.")
-    generation.add(state.generation)
-    return [
-        build,
-        generation,
-        *describe_restarts(state.ledger),
-        *_describe_workers(state),
-        _describe_backlog(entries),
-    ]
+    closed = {kind: sum(worker.closed.get(kind, 0) for worker in state.pool) for kind in Closed}
+    service = describe_service(state.ledger, generation=state.generation, closed=closed, entries=entries)
+    return [*service, *_describe_workers(state)]
 
 
 def _describe_workers(state: AnchorState) -> list[Family]:
@@ -74,9 +63,6 @@ def _describe_workers(state: AnchorState) -> list[Family]:
         alike = [worker for worker in pool if worker.state is each]
         workers.add(len(alike), state=each.value)
         connections.add(sum(worker.connections for worker in alike), state=each.value)
-    closed = counter("ecdysis_connections_closed_total", "Connections that are over, by how they ended.")
-    for kind in Closed:
-        closed.add(ledger.closed[kind] + sum(worker.closed.get(kind, 0) for worker in pool), reason=kind)
     restarts = counter(
         "ecdysis_worker_restarts_total", "Workers that were started anew by themselves, outside of restarts."
     )
@@ -90,16 +76,4 @@ def _describe_workers(state: AnchorState) -> list[Family]:
         requests.add(ledger.requests.get(index, 0) + sum(worker.requests for worker in alive), slot=index)
         if alive:
             memory.add(sum(worker.rss or 0 for worker in alive), slot=index)
-    return [workers, connections, closed, restarts, memory, requests]
-
-
-def _describe_backlog(entries: Sequence[Entry]) -> Family:
-    backlog = gauge("ecdysis_socket_backlog", "Connections that wait in the kernel to be accepted, on TCP sockets.")
-    waiting: dict[str, int] = {}
-    for entry in entries:
-        if (count := measure_backlog(entry.sock)) is not None:
-            # Several sockets of one name are one listener: one for each address of a host.
-            waiting[entry.name] = waiting.get(entry.name, 0) + count
-    for name, count in waiting.items():
-        backlog.add(count, listener=name)
-    return backlog
+    return [workers, connections, restarts, memory, requests]

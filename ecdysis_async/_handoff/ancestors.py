@@ -86,6 +86,8 @@ class Ancestors:
     def __init__(self) -> None:
         self.ancestors: list[Ancestor] = []
         self.on_drained: Callable[[Ancestor, Mapping[str, Any]], None] = lambda ancestor, body: None
+        # Called with what an ancestor has counted by itself.
+        self.on_counted: Callable[[Ancestor, object], None] = lambda ancestor, body: None
         # Called when an ancestor is ended by force, with what had kept it from ending.
         self.on_forced: Callable[[Ancestor, list[str]], None] = lambda ancestor, kept: None
         # Called when an ancestor has made its successor the main process in the eyes of the service manager.
@@ -183,12 +185,14 @@ class Ancestors:
         match item:
             case Frame(type=DrainMessage.PROGRESS):
                 ancestor.connections = item.body.get("connections")
+                self.on_counted(ancestor, item.body.get("counts"))
                 # A release before this one does not say it.
                 ends_in = item.body.get("ends_in")
                 ancestor.ends_at = anyio.current_time() + ends_in if isinstance(ends_in, int | float) else None
             case Frame(type=DrainMessage.DRAINED):
                 ancestor.connections = 0
                 ancestor.drained.set()
+                self.on_counted(ancestor, item.body.get("counts"))
                 try:
                     self.on_drained(ancestor, item.body)
                 except (KeyError, TypeError, ValueError):

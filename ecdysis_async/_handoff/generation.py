@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,9 @@ class Generation:
     stashes: Stashes = field(default_factory=Stashes)
     inherited_stash: InheritedStash = field(default_factory=InheritedStash)
     lineage: Ancestors = field(default_factory=Ancestors)
+    # Returns what is counted of the service, for a successor; and takes what the predecessor, of a pid, has counted.
+    count: Callable[[], dict[str, Any]] = dict
+    inherit_counts: Callable[[int, object], None] = lambda pid, body: None
     # Pausing and resuming may be asked for at the same time; they must not interleave within the gate.
     gate_lock: anyio.Lock = field(default_factory=anyio.Lock)
 

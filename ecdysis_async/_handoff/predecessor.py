@@ -120,6 +120,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
     Attributes:
         report: what stands so far.
         error: why there is no successor, once it failed.
+        is_called_off: whether it failed because nobody wanted it any more.
         serving: set when the successor serves; not set where it never did.
         published: set when the successor has settled on its side, and its pid file names it.
     """
@@ -161,6 +162,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         # Of a part of something bigger, that tells itself how it begins and ends.
         self._level = logging.INFO if restart is None else logging.DEBUG
         self.error: RestartError | None = None
+        self.is_called_off = False
         self.serving = anyio.Event()
         self.published = anyio.Event()
         self.unclaimed: list[Entry] = []
@@ -466,6 +468,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             PredecessorState.ROLLED_BACK,
         )
         if self.state in failed and self.error is None:
+            self.is_called_off = event is PredecessorEvent.CANCELLED
             self._fail(explain(self._describe_failure(before, event, cause)), phase)
         # One that has returned serves what it has accepted to the end.
         if self.state is PredecessorState.ROLLED_BACK and event is not PredecessorEvent.RETURNED:
@@ -514,12 +517,19 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 self._resumed = anyio.Event()
                 self._tasks.start_soon(self._resume)
             case PredecessorAction.SEND_COMMIT:
-                await self._send(FromPredecessor.COMMIT, {"stash": self._stash.describe()}, self._stash.descriptors)
+                await self._send(
+                    FromPredecessor.COMMIT,
+                    {"stash": self._stash.describe(), "counts": self.generation.count()},
+                    self._stash.descriptors,
+                )
                 self._stash.close()
             case PredecessorAction.SEND_SETTLED:
                 # The successor hears the ancestors from now on; two readers would tear frames apart.
                 ancestors = await self.generation.lineage.let_go()
-                await self._send(FromPredecessor.SETTLED, {"report": self.report.to_json(), "ancestors": ancestors})
+                await self._send(
+                    FromPredecessor.SETTLED,
+                    {"report": self.report.to_json(), "ancestors": ancestors, "counts": self.generation.count()},
+                )
             case PredecessorAction.SEND_ABORT:
                 await self._send(FromPredecessor.ABORT)
             case PredecessorAction.SEND_STOP:

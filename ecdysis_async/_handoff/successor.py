@@ -212,6 +212,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         await self.predecessor.peer.run(self._deliver)
 
     def _deliver(self, item: Frame | ChannelError | Death) -> None:
+        assert self.predecessor is not None
         match item:
             case Death():
                 self.post(SuccessorEvent.DIED)
@@ -227,6 +228,8 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                         self._read_settled(item.body)
                     elif event is SuccessorEvent.COMMIT:
                         self.generation.inherited_stash.receive(item.body["stash"], item.descriptors)
+                    if "counts" in item.body:
+                        self.generation.inherit_counts(self.predecessor.pid, item.body["counts"])
                 except (ChannelError, OSError, KeyError, TypeError, ValueError) as error:
                     self.post(SuccessorEvent.BROKEN, as_channel_error(error, item))
                 else:

@@ -17,7 +17,12 @@ from typing import Final
 import anyio
 import anyio.abc
 
-from ecdysis_async._accepting.gated_socket import EXHAUSTED_PAUSE_SECONDS, accept_connection
+from ecdysis_async._accepting.gated_socket import (
+    EXHAUSTED_PAUSE_SECONDS,
+    AcceptingEnded,
+    GatedSocket,
+    accept_connection,
+)
 from ecdysis_async._system.descriptors import EXHAUSTED
 
 __all__ = ["HealthServer", "Page"]
@@ -93,46 +98,58 @@ class HealthServer:
     """Answers on a listening socket, which stays its owner's.
 
     Args:
-        sock: a socket that listens already.
+        sock: a socket that listens already; or one behind the gate, which is answered on while that stands open.
         why_not_ready: returns why the service is not ready, or None if it is. It must not block.
         pages: makes what further paths are answered with, by the path.
+
+    Attributes:
+        paths: what is answered.
     """
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: socket.socket | GatedSocket,
         why_not_ready: Callable[[], str | None],
         pages: Mapping[str, Callable[[], Awaitable[Page]]] | None = None,
     ) -> None:
-        sock.setblocking(False)
+        if isinstance(sock, socket.socket):
+            sock.setblocking(False)
         self._sock = sock
         self._why_not_ready = why_not_ready
         self._pages = pages or {}
-        self._paths = ["/live", "/ready", *self._pages]
+        self.paths = ["/live", "/ready", *self._pages]
         # The clients that are heard, the oldest first.
         self._clients: dict[socket.socket, anyio.CancelScope] = {}
 
     async def run(self) -> None:
         """Answer until this is cancelled; nothing that a client does ends it."""
         async with anyio.create_task_group() as task_group:
-            while True:
-                await anyio.wait_readable(self._sock)
-                try:
-                    client = accept_connection(self._sock)
-                except BlockingIOError:
-                    continue  # another process, which shares the socket, was faster
-                except OSError as error:
-                    if error.errno not in EXHAUSTED:
-                        raise
-                    # A descriptor of this server's can be freed at once. Other ones are freed later.
-                    if not self._make_room():
-                        await anyio.sleep(EXHAUSTED_PAUSE_SECONDS)
-                    continue
+            while (client := await self._accept()) is not None:
                 if len(self._clients) >= MAX_CLIENTS:
                     self._make_room()
                 # The client is noted before its task, which may have its first turn only after many more have come.
                 scope = self._clients[client] = anyio.CancelScope(deadline=anyio.current_time() + CLIENT_SECONDS)
                 task_group.start_soon(self._serve, client, scope)
+
+    async def _accept(self) -> socket.socket | None:
+        """Return the next client, or None where none will come any more."""
+        if isinstance(self._sock, GatedSocket):
+            try:
+                return await self._sock.take(accept_connection)
+            except AcceptingEnded:
+                return None
+        while True:
+            await anyio.wait_readable(self._sock)
+            try:
+                return accept_connection(self._sock)
+            except BlockingIOError:
+                continue  # another process, which shares the socket, was faster
+            except OSError as error:
+                if error.errno not in EXHAUSTED:
+                    raise
+                # A descriptor of this server's can be freed at once. Other ones are freed later.
+                if not self._make_room():
+                    await anyio.sleep(EXHAUSTED_PAUSE_SECONDS)
 
     def _make_room(self) -> bool:
         """Let the oldest client go; say whether there was one."""
@@ -173,8 +190,8 @@ class HealthServer:
             return "", Answer.of_line("400 Bad Request", "this is no request: GET /ready HTTP/1.1 is one")
         method, target, _ = parts
         path = target.partition("?")[0]
-        if path not in self._paths:
-            return method, Answer.of_line("404 Not Found", f"there is {' and '.join(self._paths)}")
+        if path not in self.paths:
+            return method, Answer.of_line("404 Not Found", f"there is {' and '.join(self.paths)}")
         if method not in METHODS:
             text = f"ask by {' or '.join(METHODS)}"
             return method, Answer.of_line("405 Method Not Allowed", text, Allow=", ".join(METHODS))

@@ -7,7 +7,6 @@ carries out what it is told.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
 import math
@@ -38,6 +37,7 @@ from ecdysis_async._ipc.worker_link import (
 from ecdysis_async._management.ledger import count_closed
 from ecdysis_async._management.management import Management
 from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._system.memory import resident_bytes
 from ecdysis_async._system.process import UNKNOWN_STATUS, Child
 from ecdysis_async._system.trace_context import trace_contexts
 from ecdysis_async.errors import ChannelError, RestartError, SpawnFailed
@@ -349,7 +349,7 @@ class AnchorClient(Management):
             "connections": len(self._plane.tracker),
             "requests": self._plane.tracker.requests,
             "closed": count_closed(self._plane.tracker),
-            "rss": _resident_bytes(),
+            "rss": resident_bytes(),
             "ends_in": self._commands.ends_in(),
         }
 
@@ -512,15 +512,3 @@ class AnchorClient(Management):
 def _identity(descriptor: int) -> tuple[int, int]:
     found = os.fstat(descriptor)
     return found.st_dev, found.st_ino
-
-
-@functools.cache
-def _page_size() -> int:
-    return os.sysconf("SC_PAGE_SIZE")
-
-
-def _resident_bytes() -> int | None:
-    """Return how much memory this process has resident, shared pages included (proc_pid_statm(5))."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", "rb") as statm:
-        return int(statm.read().split()[1]) * _page_size()
-    return None

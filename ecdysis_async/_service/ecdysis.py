@@ -28,8 +28,10 @@ from ecdysis_async._handoff.generation import Generation, GenerationLog
 from ecdysis_async._handoff.host import AcceptingHost
 from ecdysis_async._handoff.stash import At, InheritedStash, Producer, Stashes, Version
 from ecdysis_async._management.control_path import locate
+from ecdysis_async._management.exposition import write
 from ecdysis_async._management.systemd import find_systemd
 from ecdysis_async._management.tracing import Tracing, require_opentelemetry
+from ecdysis_async._sockets.addresses import parse_address
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.claims import is_check, is_worker, restart_id, take_channel
@@ -43,6 +45,7 @@ from ecdysis_async.settings import MAX_DRAINING, Settings, StrPath, WebSocketClo
 
 from .arriving import Arriving
 from .commands import Commands
+from .health import Health, HealthSettings, describe_metrics
 from .leaving import Leaving
 from .life import Life, Stop
 from .listeners import Listeners
@@ -104,6 +107,11 @@ class Ecdysis(Listeners):
         environment: the successor's complete environment; that of this process where it is None.
         env_file: a file of KEY=VALUE lines, read afresh at each restart, on top of the environment. A variable whose
             line has gone is gone as well, unless ``environment`` has it.
+        health_bind: where ``/live`` and ``/ready`` answer, as ``HOST:PORT``, ``unix:PATH`` or ``fd://NAME``: from
+            readiness to the end, by the generation that accepts. Entering the block raises OSError where it cannot be
+            bound. In workers of ``ecdysis run`` it does nothing: there it is an option.
+        metrics: whether ``/metrics`` answers there too, for Prometheus; see also :meth:`metrics`.
+        status_page: whether ``/`` answers there too, by a live page for people.
 
     Raises:
         ValueError, TypeError: a setting that could not work.
@@ -129,6 +137,9 @@ class Ecdysis(Listeners):
         websocket_close: Literal["spread", "together"] = "spread",
         takeover: StrPath | None = None,
         traces: bool = False,
+        health_bind: str | None = None,
+        metrics: bool = False,
+        status_page: bool = False,
     ) -> None:
         if traces:
             require_opentelemetry()
@@ -153,6 +164,13 @@ class Ecdysis(Listeners):
         self._takes_activation = systemd is not False
         self._control_path = locate(control_socket) if control_socket is not None else None
         self._takeover_path = locate(takeover) if takeover is not None else None
+        if health_bind is None and (metrics or status_page):
+            raise ValueError("metrics and status_page need health_bind: the address where they answer")
+        self._health_settings = (
+            HealthSettings(parse_address(health_bind), metrics=metrics, status_page=status_page)
+            if health_bind is not None and not is_worker()
+            else None
+        )
         # Says in the log what is served, of the sockets and the path of the control socket; it may be replaced.
         self.describe_serving: Callable[[Sequence[Entry], str | None], str] = _describe_serving
         self._registry = Registry()
@@ -233,6 +251,25 @@ class Ecdysis(Listeners):
         """The last restart that this generation was asked for, or else the one that it came from."""
         return self._entered.last_report if self._entered is not None else None
 
+    def metrics(self) -> str:
+        """Return the metrics of this service as Prometheus reads them, for an endpoint of the application's own.
+
+        The content type is ``text/plain; version=0.0.4``. They go on from the generation before. docs/metrics.md says
+        what each of them means.
+
+        Raises:
+            RuntimeError: the block was not entered, or this is a worker of ``ecdysis run``, which knows of itself only:
+                there ``--metrics`` answers for all workers.
+        """
+        if is_worker():
+            raise RuntimeError(
+                "a worker knows only what it has counted itself: run `ecdysis run --metrics --health-bind ADDRESS`"
+            )
+        return write(describe_metrics(self._life, self._life.counting))
+
+    def _hand_counts_on(self) -> dict[str, Any]:
+        return self._life.counting.hand_on({each.pid for each in self._life.generation.lineage.ancestors})
+
     # The block
 
     @property
@@ -271,6 +308,9 @@ class Ecdysis(Listeners):
         )
         data_plane.activate(plane)
         self._entered = life = Life(generation, plane, self._task_group, anyio.CancelScope())
+        if not is_worker():
+            generation.count = self._hand_counts_on
+            generation.inherit_counts = life.counting.inherit
         self._arriving = Arriving(life)
         self._leaving = Leaving(life)
         self._restarts = Restarts(life, self._leaving)
@@ -300,6 +340,10 @@ class Ecdysis(Listeners):
             self._resources.callback(life.reserve.give_up)
             life.reserve.fill()
             await management.open(has_predecessor=life.inheritance is not None)
+            health = None
+            if self._health_settings is not None:
+                health = Health(self._health_settings, life, life.counting)
+                await health.open()
             management.handle_signals()
             self._begin_history()
             await self._task_group.__aenter__()
@@ -314,6 +358,9 @@ class Ecdysis(Listeners):
         if life.inheritance is not None:
             self._task_group.start_soon(self._restarts.follow, life.inheritance)
         management.start(self._task_group)
+        if health is not None:
+            for server in health.servers():
+                self._task_group.start_soon(server.run)
         if not is_child:
             # That includes a newcomer: where there is a systemd, it is the main process of a unit of its own.
             management.begin(self._settings.ready_timeout)

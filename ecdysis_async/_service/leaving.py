@@ -280,7 +280,9 @@ class Leaving:
             report.phases[Phase.DRAIN] = anyio.current_time() - begun
             history.note(Note.DRAINED, restart=restart, report=report.to_json())
             life.management.restart_changed(life.handover)
-            await life.handover.tell(DrainMessage.DRAINED, {"report": report.to_json()})
+            await life.handover.tell(
+                DrainMessage.DRAINED, {"report": report.to_json(), "counts": life.counting.own.to_json()}
+            )
             with contextlib.suppress(OSError):  # no descriptor is left: then the log alone tells
                 self._last_word = life.handover.duplicate_channel()
                 if self._last_word is not None:
@@ -322,7 +324,9 @@ class Leaving:
 
     async def _tell_progress(self) -> None:
         while self._life.has_successor and self._life.handover is not None:
-            progress = {"connections": len(self._life.plane.tracker), "ends_in": self._life.ends_in}
+            life = self._life
+            counts = life.counting.own.to_json()
+            progress = {"connections": len(life.plane.tracker), "ends_in": life.ends_in, "counts": counts}
             await self._life.handover.tell(DrainMessage.PROGRESS, progress)
             await anyio.sleep(PROGRESS_SECONDS)
 

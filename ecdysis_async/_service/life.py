@@ -18,6 +18,8 @@ from ecdysis_async._management.management import Management
 from ecdysis_async._system.reserve import Reserve
 from ecdysis_async.report import Outcome, RestartReport, State
 
+from .counting import Counting
+
 __all__ = ["Life", "Stop"]
 
 
@@ -39,6 +41,7 @@ class Life:
         plane: its sockets, its gate and its connections.
         task_group: where its tasks run, to the end of the block.
         body: the body of the block; cancelled where this generation is not to serve any more.
+        counting: what is counted of the service.
         management: who speaks for the service.
         state: where it stands.
         stop: whether it was told to stop. It is remembered, because a restart that is over in the same moment does not
@@ -62,6 +65,7 @@ class Life:
     plane: DataPlane
     task_group: TaskGroup
     body: anyio.CancelScope
+    counting: Counting = field(init=False)
     management: Management = field(init=False)
     state: State = State.STARTING
     stop: Stop = Stop.NOT_ASKED
@@ -78,6 +82,9 @@ class Life:
     drained: anyio.Event = field(default_factory=anyio.Event)
     settled: anyio.Event = field(default_factory=anyio.Event)
     handed_over: anyio.Event = field(default_factory=anyio.Event)
+
+    def __post_init__(self) -> None:
+        self.counting = Counting(self.plane.tracker)
 
     @property
     def has_begun(self) -> bool:

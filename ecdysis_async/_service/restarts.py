@@ -19,6 +19,7 @@ from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState, 
 from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._handoff.verdict import describe_drain
 from ecdysis_async._management.management import LEEWAY_SECONDS
+from ecdysis_async._management.status import report_of
 from ecdysis_async._system.process import Spawner, find_missing
 from ecdysis_async._system.wording import name_setting
 from ecdysis_async.errors import NotReady, RestartError, RestartInProgress, RestartUnsupported, RestartWhileDraining
@@ -140,6 +141,7 @@ class Restarts:
             self._life.handed_over.set()
         self._leaving.hurry_if_nobody_listens()
         if handover.error is not None:
+            self._life.counting.note_restart(handover.report, handover.error, is_called_off=handover.is_called_off)
             self._life.reserve.fill()
             self._life.management.serving()
         if self._life.stop is not Stop.NOT_ASKED:
@@ -213,6 +215,7 @@ class Restarts:
         else:
             lineage.ancestors.append(predecessor)
         lineage.on_drained = self._note_drained
+        lineage.on_counted = lambda ancestor, body: life.counting.note_older(ancestor.pid, body)
         lineage.on_forced = self._note_forced
         lineage.on_transfer = self._receive_transfers
         lineage.on_main = self._become_main
@@ -222,6 +225,7 @@ class Restarts:
         life.settled.set()
         if life.last_report is None:
             life.last_report = inheritance.report
+        life.counting.note_restart(report_of(inheritance), None)
         await life.management.succeed(predecessor)
         settings = life.generation.settings
         await lineage.follow(settings.max_draining, settings.drain_timeout + EXIT_SECONDS, settings.exit_timeout)
@@ -242,6 +246,7 @@ class Restarts:
 
     def _note_drained(self, ancestor: Ancestor, body: Mapping[str, Any]) -> None:
         life, report = self._life, RestartReport.from_json(body["report"])
+        life.counting.ledger.note_drain(report)
         if life.last_report is not None and life.last_report.id == report.id:
             life.last_report = report
         log = life.generation.log.of(report.id)

@@ -1,0 +1,102 @@
+"""The metrics of a service without workers, scraped while it restarts: no counter falls."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.scenarios.run.commands import PROJECT, get, wait_until
+from tests.scenarios.run.test_metrics import Scraper, scrape, wait_for_number
+
+PROGRAM = """
+import sys, anyio, ecdysis_async
+from ecdysis_async import Ecdysis
+from ecdysis_async.anyio_listeners import AnyioListener
+
+async def handle(stream):
+    async with stream:
+        await stream.receive()
+        await stream.send(b"ok")
+
+async def main():
+    async with Ecdysis(
+        pid_file="pid", probation=0.2, drain_timeout=5, health_bind=sys.argv[1], metrics=True, status_page=True
+    ) as ecdysis:
+        listener = AnyioListener(ecdysis.listen_tcp("127.0.0.1", int(sys.argv[2])))
+        if open("broken").read():
+            raise RuntimeError("no")
+        await ecdysis.serve(handle, listener)
+
+if sys.argv[3] == "trio":
+    anyio.run(main, backend="trio")
+else:
+    ecdysis_async.run(main, loop=sys.argv[3])
+"""
+
+
+def find_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def serving(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the program, and end all of its generations."""
+    (directory / "program.py").write_text(PROGRAM)
+    (directory / "broken").touch()
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    first = subprocess.Popen([sys.executable, "program.py", *arguments], cwd=directory, env=environment)
+    try:
+        yield first
+    finally:
+        with contextlib.suppress(OSError, ValueError, psutil.Error):
+            last = psutil.Process(find_pid(directory))
+            last.terminate()
+            wait_until(lambda: last.status() == psutil.STATUS_ZOMBIE, "it does not end")
+        first.kill()
+        first.wait()
+
+
+def find_pid(directory: Path) -> int:
+    return int((directory / "pid").read_text())
+
+
+def visit(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+        sock.sendall(b"?")
+        assert sock.recv(10) == b"ok"
+
+
+@pytest.mark.newest_python_only
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_no_counter_falls(tmp_path: Path, loop: str) -> None:
+    health, port = find_port(), find_port()
+    with serving(tmp_path, f"127.0.0.1:{health}", str(port), loop) as first:
+        wait_until(lambda: first.poll() is not None or (tmp_path / "pid").exists(), "it does not serve")
+        assert first.poll() is None
+        assert get(health, "/ready") == (200, "ready\n")
+        with Scraper(health) as scraper:
+            for generation in (2, 3):
+                visit(port)
+                os.kill(find_pid(tmp_path), signal.SIGHUP)
+                wait_for_number(health, ("ecdysis_restarts_total", "outcome=settled", "reason=none"), generation - 1)
+                wait_for_number(health, ("ecdysis_restart_phase_seconds_count", "phase=drain"), generation - 1)
+            visit(port)
+            wait_for_number(health, ("ecdysis_requests_total", "slot=0"), 3)
+            assert scrape(health)["ecdysis_generation",] == 3
+            (tmp_path / "broken").write_text("yes")
+            os.kill(find_pid(tmp_path), signal.SIGHUP)
+            wait_for_number(health, ("ecdysis_restarts_total", "outcome=failed", "reason=successor_failed"), 1)
+            assert scrape(health)["ecdysis_last_restart_successful",] == 0
+            assert get(health, "/")[1].startswith("<!doctype html>")
+        assert scraper.fallen == []
