@@ -68,6 +68,9 @@ OPTIONS = {
     "websocket_close": "spread",
     "takeover": None,
     "traces": False,
+    "health_bind": None,
+    "metrics": False,
+    "status_page": False,
 }
 
 COROUTINES = {
@@ -92,6 +95,7 @@ FUNCTIONS = {
     "listen_seqpacket",
     "listen_tcp",
     "listen_unix",
+    "metrics",
     "stash",
     "stop",
     "track",
@@ -137,7 +141,7 @@ def test_members() -> None:
 
 
 def test_listeners_take_a_name_and_until() -> None:
-    for name in FUNCTIONS - {"stash", "stop", "track"}:
+    for name in FUNCTIONS - {"metrics", "stash", "stop", "track"}:
         parameters = inspect.signature(getattr(Ecdysis, name)).parameters
         assert {"name", "until"} <= set(parameters), name
         assert parameters["until"].default == "drain", name

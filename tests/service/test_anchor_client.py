@@ -100,6 +100,7 @@ async def test_it_beats_at_once_and_at_each_change(backend: str) -> None:
             "is_done_accepting": False,
             "connections": 0,
             "requests": 0,
+            "closed": {"ended": 0, "drained": 0, "silent": 0, "transferred": 0, "cut": 0},
             "rss": first.body["rss"],
             "ends_in": None,
         }
