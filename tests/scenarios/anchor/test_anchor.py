@@ -365,6 +365,17 @@ def test_a_control_socket_that_somebody_removes_is_made_anew(run_anchor: Run) ->
     assert {each.name for each in directory.iterdir()} == {"control", "control.lock", "control.history"}
 
 
+def test_workers_are_replaced_where_the_working_directory_was_deleted(run_anchor: Run, tmp_path: Path) -> None:
+    """The command of the workers is found from anywhere; of one that is not, `ecdysis restart` names the directory."""
+    gone = tmp_path / "gone"
+    service = run_anchor(workers=1, before=("/bin/sh", "-c", f'mkdir "{gone}" && cd "{gone}" && exec "$@"', "sh"))
+    gone.rmdir()
+    assert service.roll_out()["generation"] == 2
+    (worker,) = service.workers().values()
+    service.signal(worker, signal.SIGKILL)
+    service.wait_for_workers(lambda found: len(found) == 1 and worker not in found.values())
+
+
 def test_workers_open_a_socket_between_them(run_anchor: Run) -> None:
     service = run_anchor(workers=2, opens=False)
     listeners = service.status()["listeners"]

@@ -289,3 +289,20 @@ def test_a_restart_helps_where_no_descriptor_is_left(backend: str, run_service: 
         assert conversation.say("hello").answer()["generation"] == 1
     assert service.wait_for_death(service.pids[0]) == 0
     assert service.restart("settled")["generation"] == 3
+
+
+@pytest.mark.backends("asyncio", "trio")
+def test_a_service_restarts_whose_working_directory_was_deleted(backend: str, run_service: Run, tmp_path: Path) -> None:
+    """Its program is found from anywhere. The second generation was started where there is no directory any more."""
+    gone = tmp_path / "gone"
+    program = [sys.executable, "-W", "error", str(SERVICE), str(tmp_path / "settings.json")]
+    service = run_service(
+        backend, command=["/bin/sh", "-c", f'mkdir "{gone}" && cd "{gone}" && exec "$@"', "sh", *program]
+    )
+    gone.rmdir()
+    with Clients(service.address) as clients:
+        for generation in (2, 3):
+            assert service.restart("settled")["generation"] == generation
+    assert (clients.refused, clients.lost) == ([], [])
+    assert service.run("os.readlink('/proc/self/cwd')").endswith(" (deleted)")
+    service.stop()
