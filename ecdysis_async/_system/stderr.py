@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import sys
@@ -22,8 +23,8 @@ PREFIX = "ecdysis: "
 
 STDERR_LINES = 40
 STDERR_BYTES = 16 * 1024
-# What a pipe holds, pipe(7): one read takes all that is there.
-PIPE_BYTES = 64 * 1024
+# What the pipe holds: one read takes all that is there. The most that anybody may ask for, pipe(7).
+PIPE_BYTES = 1024 * 1024
 
 # Lines of this library's log, in whatever format, and of its commands.
 _OWN_LINE = re.compile(rf"\[(?:generation \d+|new process|anchor), pid \d+(?:, restart \w+)?\] |^{PREFIX}")
@@ -61,6 +62,10 @@ class StderrTail:
     def __init__(self) -> None:
         self.read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.read_end, False)
+        # Nobody reads while the successor imports and its predecessor is dead: what it writes is to have room. Where
+        # this user's pipes are many and large, the pipe stays as it is.
+        with contextlib.suppress(OSError, AttributeError):
+            fcntl.fcntl(self.write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._tail = b""
         self._rest = b""
         self._passing_on = anyio.CancelScope()

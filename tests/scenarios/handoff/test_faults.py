@@ -144,8 +144,8 @@ def test_a_predecessor_that_dies_while_its_successor_imports_costs_nothing(
     listeners.append(["listen_unix", [path], {}])
     service = run_service(backend, **SETTINGS, listeners=listeners)
     (first,) = service.pids
-    # More than the pipe of its stderr would be worth, were there a reader.
-    service.configure(at_import="print('importing', file=sys.stderr); block(); print('imported', file=sys.stderr)")
+    # More than a pipe holds that nobody reads.
+    service.configure(at_import="block(); print('imported ' * 30_000, file=sys.stderr)")
     with contextlib.ExitStack() as stack:
         with service.begin("restart", until="settled") as asking:
             second = service.wait_for("blocked")["pid"]
@@ -158,6 +158,7 @@ def test_a_predecessor_that_dies_while_its_successor_imports_costs_nothing(
         service.release()
         assert [each.answer() for each in waiting] == [{"generation": 2, "pid": second}] * 3
     service.wait_for("successor", state="settled", pid=second)
+    service.wait_until(lambda: service.log.count("imported ") == 30_000, "what it has written is lost")
     report = service.restart("settled")
     assert (report["outcome"], report["predecessor_pid"]) == ("settled", second)
     assert report["inherited"] == ["web", "admin", f"unix:{path}"]
