@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ecdysis_async._system.history import Note
+from ecdysis_async._system.whereabouts import find_place
 
 from .records import Record
-from .story import Story
+from .story import Kind, Story
 
 __all__ = ["Wait", "add_stacks", "find_deaths", "find_waits", "is_alive"]
 
@@ -23,6 +24,9 @@ SILENT_SECONDS = 2.5
 
 # Where the files are of what is not the application's own.
 _LIBRARIES = ("/lib/python3", "/ecdysis_async/", "<frozen ")
+
+# What runs a loop, and what it is run by.
+_RUNNERS = ("/asyncio/runners.py", "/ecdysis_async/_accepting/loops.py", "/trio/_core/_run.py")
 
 # What a predecessor waits for in each state; the pid is the successor's, or its own.
 _FOR_SUCCESSOR = {
@@ -118,13 +122,22 @@ def add_stacks(waits: Iterable[Wait], ask: Callable[[int], str | None]) -> None:
     for wait in waits:
         if wait.is_asked and (stack := ask(wait.pid)) is not None:
             wait.stack = trim(stack)
+            if (place := find_place(stack)) is not None:
+                wait.details.insert(0, f"it stands at {place}")
 
 
 def trim(stack: str) -> str:
     """Leave threads out in which nothing of the application's runs; the main thread stays, and the tasks do."""
-    paragraphs = stack.split("\n\n")
+    paragraphs = [_without_runners(each) for each in stack.split("\n\n")]
     kept = [each for each in paragraphs if not each.startswith("Thread ") or _has_own_lines(each)]
     return "\n\n".join(kept or paragraphs)
+
+
+def _without_runners(paragraph: str) -> str:
+    """Leave out what has started the loop, where the loop runs the application."""
+    lines = paragraph.splitlines()
+    start = next((number for number, line in enumerate(lines) if any(each in line for each in _RUNNERS)), len(lines))
+    return "\n".join(lines[:start] if _has_own_lines("\n".join(lines[:start])) else lines)
 
 
 def _has_own_lines(paragraph: str) -> bool:
@@ -140,6 +153,8 @@ def _find_wait(story: Story) -> Wait | None:
         return None
     seconds = time.monotonic() - story.state_since
     who = f"restart {story.id}: generation {story.former} (pid {story.predecessor})"
+    if story.kind is Kind.START:
+        who = f"the anchor (pid {story.predecessor})"
     if (what := _FOR_SUCCESSOR.get(story.state)) is not None:
         if story.successor is None or not is_alive(story.successor):
             return None
@@ -174,6 +189,12 @@ def _find_silent_workers(status: Mapping[str, Any]) -> Iterable[Wait]:
     workers = status.get("workers")
     for worker in workers if isinstance(workers, list) else ():
         match worker:
+            case {"pid": int(pid), "slot": slot, "state": "starting", "uptime": int() | float() as seconds} if (
+                seconds >= SILENT_SECONDS
+            ):
+                yield Wait(
+                    pid, f"the service waits for worker {slot} (pid {pid}) to get ready, for {seconds:.1f} s now"
+                )
             case {"pid": int(pid), "slot": slot, "silence": int() | float() as silence} if silence >= SILENT_SECONDS:
                 yield Wait(
                     pid,

@@ -201,6 +201,14 @@ class Story:
         return max(each for each in times if math.isfinite(each))
 
     @property
+    def remarks(self) -> list[str]:
+        """What was unusual, and is no loss."""
+        found = [str(each) for each in self.report.get("unanswered") or ()]
+        if self.report.get("unclaimed"):
+            found.append(f"nobody listens any more on {', '.join(map(str, self.report['unclaimed']))}")
+        return found
+
+    @property
     def lost(self) -> list[str]:
         """What was lost, and whose it was."""
         report = self.report
@@ -449,7 +457,8 @@ def _find_steps(
     settled = states.get("settled")
     ended = settled or states.get("reverting") or states.get("recalling") or over
     yield _step("probation", committed, ended, successor, is_open=settled is None)
-    if settled is not None:
+    # An anchor, which has begun a slot, has nothing that drains.
+    if settled is not None and handoff.drain:
         drain = _step("drain of the old process", settled, story.drained, predecessor)
         drain.is_open = not math.isfinite(story.drained)
         if drain.is_open:

@@ -142,6 +142,8 @@ def _describe_lost(story: Story) -> Iterator[str]:
         yield from (f"    {each}" for each in lost)
     elif story.is_over:
         yield "  lost: nothing"
+    remarks = dict.fromkeys(each for part in story.walk() for each in part.remarks)
+    yield from (f"  {each}" for each in remarks)
 
 
 def _draw_lanes(story: Story) -> Iterator[str]:

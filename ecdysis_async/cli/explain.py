@@ -102,11 +102,8 @@ def _read(path: str) -> list[Record]:
         return read(path)
     except FileNotFoundError as error:
         if is_live(path):
-            raise CommandFailed(
-                f"the service at {path} has written no history ({path}{SUFFIX}): it runs an earlier release of this "
-                "library, or may not write there",
-                Exit.NO_SERVICE,
-            ) from error
+            # Nothing has happened yet, or it cannot be written down.
+            return []
         raise CommandFailed(f"no service has the control socket {path}, or has had it", Exit.NO_SERVICE) from error
     except PermissionError as error:
         raise CommandFailed(
@@ -168,7 +165,8 @@ def _print(
     for line in describe_now(waits):
         say(line)
     if not shown:
-        say(f"{path}: no restart was asked for yet")
+        has_restarted = isinstance(status, dict) and status.get("last_report") is not None
+        say(f"{path}: {NO_HISTORY if has_restarted else 'no restart was asked for yet'}")
     earlier = [story for story in stories if story not in shown]
     if len(shown) > 1:
         for story in shown:
@@ -182,6 +180,11 @@ def _print(
         for line in describe(shown[-1]):
             say(line)
 
+
+NO_HISTORY = (
+    "its restarts were not written down: it runs an earlier release of this library, or may not write beside its "
+    "control socket"
+)
 
 # How many restarts before the one that is explained are listed, a line each.
 EARLIER = 5

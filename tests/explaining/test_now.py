@@ -65,6 +65,12 @@ def test_a_silent_worker_is_waited_for(tmp_path: Path) -> None:
     assert (wait.pid, "worker 1" in wait.text) == (6, True)
 
 
+def test_a_worker_that_does_not_get_ready_is_waited_for(tmp_path: Path) -> None:
+    workers = [{"pid": 5, "slot": 0, "state": "starting", "uptime": 9.0}, {"pid": 6, "slot": 1, "state": "serving"}]
+    (wait,) = find(tmp_path, [], {"workers": workers})
+    assert (wait.pid, wait.text) == (5, "the service waits for worker 0 (pid 5) to get ready, for 9.0 s now")
+
+
 def test_a_drain_tells_whom_it_waits_for(tmp_path: Path) -> None:
     pid, at = os.getpid(), time.monotonic() - 2
     lines = [
@@ -105,3 +111,7 @@ def test_threads_of_libraries_are_left_out() -> None:
     main = 'Current thread 0x3:\n  File "/usr/lib/python3.13/selectors.py", line 1 in select'
     assert trim(f"{library}\n\n{own}\n\n{main}") == f"{own}\n\n{main}"
     assert trim(library) == library
+    runner = '  File "/usr/lib/python3.13/asyncio/runners.py", line 1 in run\n  File "/srv/app.py", line 9 in <module>'
+    blocked = 'Current thread 0x3:\n  File "/srv/app.py", line 2 in crunch'
+    assert trim(f"{blocked}\n{runner}") == blocked
+    assert trim(f"{main}\n{runner}") == f"{main}\n{runner}"

@@ -127,6 +127,12 @@ def test_a_worker_that_is_started_is_a_story_of_its_own(tmp_path: Path) -> None:
     assert (story.kind, story.slot, story.successor) == (Kind.START, 3, 21)
 
 
+def test_what_is_unusual_is_remarked(tmp_path: Path) -> None:
+    report = {"outcome": "settled", "unanswered": ["worker 0 did not answer"], "unclaimed": ["web"]}
+    (story,) = tell_stories(records(tmp_path, [*begin(), of_predecessor(102, "outcome", report=report)]))
+    assert story.remarks == ["worker 0 did not answer", "nobody listens any more on web"]
+
+
 def test_two_restarts_are_two_stories(tmp_path: Path) -> None:
     second = [{**each, "restart": "r2"} if "restart" in each else each for each in begin(12, 13, 200.0)]
     stories = tell_stories(records(tmp_path, begin() + fail() + second))
