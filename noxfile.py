@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PROJECT = Path(__file__).resolve().parent
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14", "3.15")
 
 
 def run_nox() -> NoReturn:
@@ -27,7 +27,7 @@ def run_nox() -> NoReturn:
 
 def install_nox() -> str:
     """Make a virtual environment with nox in it, once; return its interpreter."""
-    directory = PROJECT / ".nox" / "nox"
+    directory = PROJECT / ".nox" / f"nox-{sys.version_info.major}.{sys.version_info.minor}"
     python = str(directory / "bin" / "python")
     installed = directory / "installed"
     # The stamp comes last: an installation that was interrupted is made anew, and so is one whose Python has gone.

@@ -2,8 +2,8 @@
 
 An ``async def`` test runs three times: on asyncio and on uvloop by pytest-asyncio, and on trio. A plain test that asks
 for ``backend`` runs three times as well, with the name of the loop its child processes shall use. The marker
-``backends`` chooses fewer. The marker ``newest_python_only`` spares older Pythons what knows nothing of their
-differences. Async fixtures (``pytest_asyncio.fixture``) work on asyncio and uvloop only.
+``backends`` chooses fewer. The marker ``newest_python_only`` leaves what knows nothing of the differences of Pythons to
+the main one. Async fixtures (``pytest_asyncio.fixture``) work on asyncio and uvloop only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ LOOP_FACTORIES: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "uvloop": uvloop.new_event_loop,
 }
 BACKENDS = (*LOOP_FACTORIES, "trio")
-NEWEST_PYTHON = (3, 13)
+# The one that runs all tests: the newest beside which Debian has the programs that some tests need.
+MAIN_PYTHON = (3, 13)
 CURRENT_BACKEND = pytest.StashKey[str]()
 
 # Marks the processes that a test starts, so that they are found also where their parent, a generation that left, has
@@ -65,15 +66,15 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out, on an older Python, the tests for the newest one."""
-    if sys.version_info < NEWEST_PYTHON:
+    """Leave out, on another Python, what the main one has tested for all."""
+    if sys.version_info[:2] != MAIN_PYTHON:
         left_out = {item: is_for_newest_python(item) for item in items}
         config.hook.pytest_deselected(items=[item for item in items if left_out[item]])
         items[:] = [item for item in items if not left_out[item]]
 
 
 def is_for_newest_python(item: pytest.Item) -> bool:
-    """Say whether a test, with these parameters, runs on the newest Python only."""
+    """Say whether a test, with these parameters, runs on the main Python only."""
     marker = item.get_closest_marker("newest_python_only")
     if marker is None:
         return False
