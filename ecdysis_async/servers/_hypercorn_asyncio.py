@@ -2,12 +2,13 @@
 
 ``hypercorn.asyncio.serve`` does not show its connections, and ends those of HTTP/2 without telling their clients. So
 this module does the same, and knows each connection. Seams, as seen in hypercorn 0.18: ``Lifespan``, ``StatsdLogger``,
-``WorkerContext``, ``TCPServer`` and its ``_read_data``, and ``wrap_app``.
+``WorkerContext``, ``TCPServer`` and its ``protocol_send`` and ``_read_data``, and ``wrap_app``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, cast
@@ -18,6 +19,7 @@ from hypercorn.asyncio.statsd import StatsdLogger
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
+from hypercorn.events import Event, Updated
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import wrap_app
 
@@ -39,6 +41,19 @@ CANCEL_SECONDS = 1.0
 
 
 class _TCPServer(TCPServer):
+    """hypercorn's server of one connection.
+
+    Attributes:
+        on_request: called at each request.
+    """
+
+    on_request: Callable[[], None]
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Updated) and not event.idle:
+            self.on_request()
+        await super().protocol_send(event)
+
     async def _read_data(self) -> None:
         await super()._read_data()
         await release_streams(self)
@@ -88,6 +103,7 @@ async def serve(
         task.add_done_callback(tasks.discard)
         server = _TCPServer(wrapped, loop, config, context, ConnectionState(state), reader, writer)
         served[protocol] = server
+        server.on_request = functools.partial(connections.soften_limit, connection)
         try:
             with connections.holding(connection, server):
                 await server

@@ -2,17 +2,19 @@
 
 ``hypercorn.trio.serve`` accepts by trio's ``serve_listeners``, which cannot be paused and taken up again. So this
 module does the same on listeners of the ``Ecdysis``. Seams, as seen in hypercorn 0.18: ``Lifespan``, ``WorkerContext``,
-``TCPServer`` and its ``_read_data``, and ``wrap_app``.
+``TCPServer`` and its ``protocol_send`` and ``_read_data``, and ``wrap_app``.
 """
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, cast
 
 import trio
 from hypercorn.config import Config
+from hypercorn.events import Event, Updated
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -34,6 +36,19 @@ __all__ = ["serve"]
 
 
 class _TCPServer(TCPServer):
+    """hypercorn's server of one connection.
+
+    Attributes:
+        on_request: called at each request.
+    """
+
+    on_request: Callable[[], None]
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Updated) and not event.idle:
+            self.on_request()
+        await super().protocol_send(event)
+
     async def _read_data(self) -> None:
         await super()._read_data()
         await release_streams(self)
@@ -128,6 +143,7 @@ async def serve(
         assert isinstance(connection, AcceptedConnection)
         whole: Any = _Stream(stream, context, connection, application.inbound)
         server = _TCPServer(wrapped, config, context, ConnectionState(state.copy()), whole)
+        server.on_request = functools.partial(connections.soften_limit, connection)
         try:
             with connections.holding(connection, server):
                 await server

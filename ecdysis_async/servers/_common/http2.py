@@ -8,6 +8,7 @@ stream was the last, and what was asked up to then has the rest of the drain. No
 from __future__ import annotations
 
 import abc
+import math
 import struct
 from collections.abc import Callable, Collection
 from typing import Final
@@ -16,7 +17,7 @@ import anyio
 
 from .goodbye import STEP_SECONDS, Goodbye
 
-__all__ = ["ANY_STREAM", "Http2Connection", "Http2Goodbyes", "write_goaway"]
+__all__ = ["ANY_STREAM", "Http2Connection", "Http2Goodbyes", "refuse_and_close", "write_goaway"]
 
 ANY_STREAM: Final = 2**31 - 1
 """The last stream of a GOAWAY that refuses nothing yet."""
@@ -54,11 +55,11 @@ class Http2Connection(abc.ABC):
 
     @abc.abstractmethod
     async def announce(self) -> None:
-        """Ask the client for no more streams; those that come are answered."""
+        """Ask the client for no more streams; those that come are answered. It has no effect behind ``refuse``."""
 
     @abc.abstractmethod
     async def refuse(self) -> None:
-        """Say which stream was the last, and refuse those above from now on."""
+        """Say which stream was the last, and refuse those above from now on. It takes effect once."""
 
     @abc.abstractmethod
     async def close(self) -> None:
@@ -99,13 +100,23 @@ class Http2Goodbyes:
             await connection.announce()
             with anyio.move_on_after(min(HEAR_SECONDS, self._timeout * HEAR_SHARE)):
                 await self._goodbye.late.wait()
-        await connection.refuse()
-        while not connection.is_over:
-            if not connection.is_idle:
-                await anyio.sleep(STEP_SECONDS)
-                continue
-            await anyio.sleep(min(LINGER_SECONDS, (self._goodbye.deadline - anyio.current_time()) / 2))
-            # A stream that was asked for before may have begun meanwhile.
-            if connection.is_idle:
-                await connection.close()
-                return
+        await refuse_and_close(connection, lambda: (self._goodbye.deadline - anyio.current_time()) / 2)
+
+
+async def refuse_and_close(connection: Http2Connection, seconds_left: Callable[[], float] = lambda: math.inf) -> None:
+    """Refuse new streams, and close a connection once all others are answered.
+
+    Args:
+        connection: it may have been refused before.
+        seconds_left: says how long it may be read from at the most, once it is idle.
+    """
+    await connection.refuse()
+    while not connection.is_over:
+        if not connection.is_idle:
+            await anyio.sleep(STEP_SECONDS)
+            continue
+        await anyio.sleep(min(LINGER_SECONDS, seconds_left()))
+        # A stream that was asked for before may have begun meanwhile.
+        if connection.is_idle:
+            await connection.close()
+            return

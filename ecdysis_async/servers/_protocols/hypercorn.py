@@ -1,8 +1,8 @@
 """What is seen and changed of hypercorn's connections: the goodbye of HTTP/2, and streams whose client has gone.
 
 Seams, as seen in hypercorn 0.18: of ``TCPServer`` ``protocol`` and ``_initiate_server_close``; ``protocol`` of
-``ProtocolWrapper``; of ``H2Protocol`` ``closed``, ``connection``, ``send``, ``stream_buffers`` and ``streams``; of
-``H11Protocol`` ``connection``.
+``ProtocolWrapper``; of ``H2Protocol`` ``closed``, ``connection``, ``send``, ``stream_buffers``, ``streams`` and
+``task_group``; of ``H11Protocol`` ``connection``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 
 from ecdysis_async._connections.connection import Connection
-from ecdysis_async.servers._common.http2 import ANY_STREAM, Http2Connection, write_goaway
+from ecdysis_async.servers._common.http2 import ANY_STREAM, Http2Connection, refuse_and_close, write_goaway
 
 __all__ = ["HypercornConnections", "http_2_of", "release_streams"]
 
@@ -76,6 +76,23 @@ class HypercornConnections:
                 self._http_2[connection] = _Http2Connection(server, protocol, connection)
         return list(self._http_2.values())
 
+    def soften_limit(self, connection: Connection) -> None:
+        """Let a connection of HTTP/2 that has reached ``keep_alive_max_requests`` answer what it was asked.
+
+        hypercorn's h2 sends a GOAWAY then, and nothing behind it. Call it at each request.
+        """
+        protocol = http_2_of(self._servers[connection])
+        if protocol is None or "close_connection" in vars(protocol.connection):
+            return
+        self.find_http_2()
+        http_2 = self._http_2[connection]
+
+        def leave() -> None:
+            if not http_2.is_refused and not http_2.is_over:
+                protocol.task_group.spawn(refuse_and_close, http_2)
+
+        protocol.connection.close_connection = leave  # type: ignore[method-assign, assignment]
+
     def has_next_request(self, connection: Connection) -> bool:
         """Say whether hypercorn has read more of a connection of HTTP/1.1 than the request that runs."""
         server = self._servers.get(connection)
@@ -92,6 +109,7 @@ class _Http2Connection(Http2Connection):
         self._server = server
         self._protocol = protocol
         self._connection = connection
+        self.is_refused = False
 
     @property
     def is_idle(self) -> bool:
@@ -105,9 +123,13 @@ class _Http2Connection(Http2Connection):
     async def announce(self) -> None:
         # hypercorn writes whole frames at a time, so that one more may stand between two. To its own h2, a GOAWAY would
         # be the end of everything.
-        await self._protocol.send(RawData(write_goaway(ANY_STREAM)))
+        if not self.is_refused:
+            await self._protocol.send(RawData(write_goaway(ANY_STREAM)))
 
     async def refuse(self) -> None:
+        if self.is_refused:
+            return
+        self.is_refused = True
         last = self._protocol.connection.highest_inbound_stream_id
         _refuse_above(last, self._protocol.connection)
         self._connection.mark_silent(is_silent=self.is_idle)

@@ -41,6 +41,7 @@ def follow_http_2(goodbye: Goodbye, state: ServerState) -> None:
 class _Http2Connection(Http2Connection):
     def __init__(self, protocol: Any) -> None:
         self._protocol = protocol
+        self._is_refused = False
 
     @property
     def is_idle(self) -> bool:
@@ -52,9 +53,13 @@ class _Http2Connection(Http2Connection):
 
     async def announce(self) -> None:
         # uvicorn writes whole frames at a time, so that one more may stand between two.
-        self._write(write_goaway(ANY_STREAM))
+        if not self._is_refused:
+            self._write(write_goaway(ANY_STREAM))
 
     async def refuse(self) -> None:
+        if self._is_refused:
+            return
+        self._is_refused = True
         self._protocol.handle_request = self._refuse_request
         # Names the last stream, which zttp knows.
         self._protocol.conn.close()

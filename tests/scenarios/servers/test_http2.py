@@ -173,6 +173,26 @@ def make_tls(directory: Path) -> tuple[list[str], ssl.SSLContext]:
     return ["--certfile", str(path), "--keyfile", str(path)], context
 
 
+@pytest.mark.parametrize("loop", ["uvloop", "trio"])
+def test_a_limit_of_requests_loses_no_stream(loop: str, tmp_path: Path) -> None:
+    async def test() -> Counts:
+        counts, ended = Counts(), asyncio.Event()
+        options = ["--server-option", "keep_alive_max_requests=20"]
+        async with (
+            running("hypercorn", loop, tmp_path, settings={"drain_timeout": 10}, options=options) as service,
+            asyncio.TaskGroup() as task_group,
+        ):
+            for _ in range(STREAM_CLIENTS):
+                task_group.create_task(StreamClient(service.port, counts).run(ended))
+            while counts.goodbyes < 4 * STREAM_CLIENTS:  # noqa: ASYNC110 - a frame has no event
+                await asyncio.sleep(0.01)
+            ended.set()
+        return counts
+
+    assert asyncio.run(test()).lost == []
+    assert find_blemishes(tmp_path) == []
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
 def test_a_client_that_leaves_in_the_middle_of_a_request_holds_nothing_up(loop: str, tmp_path: Path) -> None:
     async def test() -> None:
