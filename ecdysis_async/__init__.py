@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ecdysis_async._accepting.loops import run
     from ecdysis_async._handoff.stash import InheritedStash
     from ecdysis_async._service.ecdysis import Ecdysis, current
-    from ecdysis_async._service.helpers import draining, settled, track, until_draining
+    from ecdysis_async._service.helpers import draining, exclusive, settled, track, until_draining
     from ecdysis_async._system.log_files import on_reopen_logs
 
 
@@ -60,6 +60,7 @@ __all__ = [
     "TakeoverFailed",
     "current",
     "draining",
+    "exclusive",
     "on_reopen_logs",
     "run",
     "settled",
@@ -76,7 +77,7 @@ _MODULES = {
     "InheritedStash": "_handoff.stash",
     "on_reopen_logs": "_system.log_files",
     "run": "_accepting.loops",
-    **dict.fromkeys(("draining", "settled", "track", "until_draining"), "_service.helpers"),
+    **dict.fromkeys(("draining", "exclusive", "settled", "track", "until_draining"), "_service.helpers"),
 }
 
 

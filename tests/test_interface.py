@@ -44,6 +44,7 @@ PUBLIC = {
     "TakeoverFailed",
     "current",
     "draining",
+    "exclusive",
     "on_reopen_logs",
     "run",
     "settled",
@@ -91,6 +92,7 @@ FUNCTIONS = {
     "adopt",
     "bind_udp",
     "bind_unix_datagram",
+    "exclusive",
     "listen_fd",
     "listen_seqpacket",
     "listen_tcp",
@@ -141,7 +143,7 @@ def test_members() -> None:
 
 
 def test_listeners_take_a_name_and_until() -> None:
-    for name in FUNCTIONS - {"metrics", "stash", "stop", "track"}:
+    for name in FUNCTIONS - {"exclusive", "metrics", "stash", "stop", "track"}:
         parameters = inspect.signature(getattr(Ecdysis, name)).parameters
         assert {"name", "until"} <= set(parameters), name
         assert parameters["until"].default == "drain", name

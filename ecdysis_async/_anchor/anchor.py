@@ -31,6 +31,7 @@ from ecdysis_async._management.systemd import find_systemd
 from ecdysis_async._management.tracing import Tracing
 from ecdysis_async._sockets.registry import Registry, listen
 from ecdysis_async._system.history import SUFFIX, Note, history
+from ecdysis_async._system.lock_file import LockFile
 from ecdysis_async._system.log_files import reopen_logs
 from ecdysis_async._system.signals import unblock_all_signals
 from ecdysis_async._system.stacks import hear_questions, stop_hearing
@@ -100,12 +101,18 @@ class Anchor:
         # The pipe of signals that the former code has not acted upon; -1 for none.
         self._signals_before = -1
         if body is None:
+            lock_file = -1
             self._state = AnchorState.fresh(config)
         else:
             self._held_sockets.restore(body["sockets"])
+            lock_file = int(body.get("lock_file", -1))
             self._state = AnchorState.restore(config, body)
             self._signals_before = int(body["signals"])
             os.set_inheritable(self._signals_before, False)
+        if lock_file >= 0:
+            os.set_inheritable(lock_file, False)
+        # Former code of an earlier release has none.
+        self._lock_file = LockFile(lock_file) if lock_file >= 0 else LockFile.make()
         systemd = find_systemd(config.systemd)
         # As PID 1 it is the parent of every orphan, and new code is the parent of what the former code has started.
         self._reaper = Reaper(reaps_orphans=os.getpid() == 1 or self._is_follower)
@@ -125,6 +132,7 @@ class Anchor:
             self._held_sockets,
             self._reaper,
             self.log,
+            lock_file=self._lock_file,
             begin=self._begin,
             beat_seconds=find_beat_seconds(config, systemd.watchdog),
             restart=self._restarts.begin,
@@ -194,6 +202,7 @@ class Anchor:
             # What a crash has left is the next start's, where this start has failed.
             resources.callback(lambda: self._held_sockets.close(unlink=self._state.has_served))
             resources.callback(self._remove_metrics_dir)
+            resources.callback(self._lock_file.close)
             resources.callback(management.close)
             management.handle_signals()
             self._begin_history(resources)
@@ -475,9 +484,14 @@ class Anchor:
         """Return what the next code has to know, and the descriptors that it names."""
         body, descriptors = self._state.describe()
         sockets, numbers = self._held_sockets.describe()
-        signals = self._management.fileno()
-        facts = {"sockets": sockets, "signals": signals, "foreground": self._is_in_foreground}
-        return {**body, **facts}, [*descriptors, *numbers, signals]
+        signals, lock_file = self._management.fileno(), self._lock_file.fileno()
+        facts = {
+            "sockets": sockets,
+            "signals": signals,
+            "lock_file": lock_file,
+            "foreground": self._is_in_foreground,
+        }
+        return {**body, **facts}, [*descriptors, *numbers, signals, lock_file]
 
     # What it is told
 

@@ -51,6 +51,7 @@ class AnchorConfig:
         lame_duck: how long a service goes on that SIGTERM has told to stop, while /ready says that it is not ready.
         reload: the files and directories whose changes restart the service, if any do.
         takeover: the control socket of the anchor to take the place of.
+        one_at_a_time: whether the workers of a release have ended before those of the next one start.
         is_checked_first: whether the command line has a check mode, in which it is run before a takeover.
     """
 
@@ -71,6 +72,7 @@ class AnchorConfig:
     lame_duck: float = 0.0
     reload: Watched | None = None
     takeover: str | None = None
+    one_at_a_time: bool = False
     is_checked_first: bool = False
 
     @property

@@ -28,7 +28,8 @@ from ecdysis_async._ipc.worker_link import (
 )
 from ecdysis_async._management.ledger import read_closed
 from ecdysis_async._system.history import Note, history
-from ecdysis_async._system.launch import describe_launch
+from ecdysis_async._system.launch import Launch, describe_launch
+from ecdysis_async._system.lock_file import LockFile
 from ecdysis_async._system.process import Child, Process, Spawner, describe_exit, spawn
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async._system.trace_context import add_resource, trace_contexts
@@ -82,6 +83,7 @@ class Dispatcher:
         restart: begins a roll-out, of which it is said in words who asks for it; raises a ``RestartError``.
         see_through: waits until a roll-out is "serving", "settled" or "drained"; raises a ``RestartError``.
         stop: stops the service.
+        lock_file: the file of the service's locks, which workers are passed; None for none.
     """
 
     def __init__(
@@ -96,11 +98,13 @@ class Dispatcher:
         restart: Callable[[str], RollOut],
         see_through: Callable[[RollOut, str], Awaitable[RestartReport]],
         stop: Callable[[], None],
+        lock_file: LockFile | None = None,
     ) -> None:
         self._state = state
         self._sockets = sockets
         self._reaper = reaper
         self.log = log
+        self._lock_file = lock_file
         self._begin = begin
         self._beat_seconds = beat_seconds
         self._restart = restart
@@ -125,24 +129,29 @@ class Dispatcher:
     async def _spawn(
         self, slot: Slot, generation: int, restart: str, starter: Worker | None, channel: socket.socket, stderr: int
     ) -> Child:
-        settings = self._state.config.settings
+        settings, former = self._state.config.settings, self._state.former_release
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as error:
             raise SpawnFailed(f"no line to a worker: {error}; is the limit of open files reached?") from error
 
+        started: Launch | None = None
         environment: Mapping[str, str] = {}
         metrics_file: MetricsFile | None = None
         taken = {worker.metrics_file.id for worker in slot.workers if worker.metrics_file is not None}
+        lock_file = self._lock_file.fileno() if self._lock_file is not None else -1
 
         def start() -> Process:
-            nonlocal environment, metrics_file
-            launch, _ = describe_launch(
-                settings.command, settings.environment, settings.env_file, is_bound_to_directory=True
-            )
+            nonlocal started, environment, metrics_file
+            if former is not None:
+                launch = dataclasses.replace(former, environment=dict(former.environment))
+            else:
+                launch, _ = describe_launch(
+                    settings.command, settings.environment, settings.env_file, is_bound_to_directory=True
+                )
             for key in ANCHORS_KEYS:
                 launch.environment.pop(key, None)
-            environment = launch.environment
+            started, environment = launch.pin(), launch.environment
             metrics_file = claim_file(launch.environment, launch.directory, self._state.metrics_dir, slot.index, taken)
             if metrics_file is not None:
                 launch = dataclasses.replace(launch, environment={**environment, **metrics_file.variables})
@@ -156,7 +165,7 @@ class Dispatcher:
                     )
                 )
             trace = starter.trace if starter is not None else None
-            return spawn(launch, channel, stderr, line=theirs, restart=restart, trace=trace)
+            return spawn(launch, channel, stderr, line=theirs, lock_file=lock_file, restart=restart, trace=trace)
 
         try:
             with self._reaper.spawning():
@@ -167,6 +176,7 @@ class Dispatcher:
         finally:
             theirs.close()
         worker = Worker(generation, process, WorkerLink(ours), anyio.current_time(), starter, pid=process.pid)
+        worker.launch = started
         worker.environment = environment
         worker.metrics_file = metrics_file
         config = self._state.config
@@ -338,6 +348,10 @@ class Dispatcher:
         worker.requests = int(body["requests"])
         worker.rss = int(body["rss"]) if body["rss"] is not None else None
         worker.closed = read_closed(body.get("closed", {}))
+        worker.exclusive = [
+            (str(each["name"]), bool(each["is_held"]), anyio.current_time() - float(each["seconds"]))
+            for each in body.get("exclusive") or ()
+        ]
         ends_in = body.get("ends_in")
         worker.ends_at = anyio.current_time() + float(ends_in) if ends_in is not None else None
         if worker.serves and math.isnan(worker.served_since):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ecdysis_async._handoff.protocol import PredecessorState
 from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._management.ledger import Closed
+from ecdysis_async._system.launch import Launch
 from ecdysis_async._system.process import Process
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import RestartReport, State
@@ -96,7 +97,10 @@ class Worker:
         is_hung: whether it was ended by force, because its loop did not turn.
         metrics_file: what its prometheus_client writes to.
         left_unasked: whether it leaves of its own accord, and no worker has taken its place.
+        exclusive: what it says that it holds, or waits for, that one process holds at a time: the name, whether it is
+            held, and since when, on the anchor's clock.
         environment: the variables that it was started with.
+        launch: what starts the same release again, wherever links lead by then; None where it is not known.
         exit_status: how it ended; None while it lives.
     """
 
@@ -129,7 +133,9 @@ class Worker:
     metrics_file: MetricsFile | None = None
     left_unasked: bool = False
     reopened: tuple[int, int] = (0, 0)
+    exclusive: list[tuple[str, bool, float]] = field(default_factory=list)
     environment: Mapping[str, str] = field(default_factory=dict)
+    launch: Launch | None = None
     exit_status: int | None = None
 
     @property

@@ -16,6 +16,7 @@ from ecdysis_async.report import State
 
 from .config import AnchorConfig
 from .hanging import LINGER_SECONDS, Bypass, abort
+from .one_at_a_time import replace_after_end
 from .pool import ReplaceReason, Slot, SlotActivity, Worker
 from .rollout import replace, settle
 from .sockets import HeldSockets
@@ -180,6 +181,9 @@ class Reconciler:
             worker.pid,
             why.value.format(requests=worker.requests, megabytes=(worker.rss or 0) / 1e6),
         )
+        if state.config.one_at_a_time:
+            await self._replace_after_end(slot, worker)
+            return
         try:
             error = await replace(state, self._sockets, slot, worker, state.generation, log.restart, self._bypass)
             if error is None and worker.is_alive:
@@ -198,6 +202,16 @@ class Reconciler:
         elif error is None and (newest := slot.serving_worker) is not None:
             log.info("worker %d is served by pid %d", slot.index, newest.pid)
         state.changes.announce()
+
+    async def _replace_after_end(self, slot: Slot, worker: Worker) -> None:
+        try:
+            error = await replace_after_end(self._state, slot, worker, self._fill)
+        finally:
+            slot.activity = SlotActivity.NONE
+        if error is not None and not self._state.is_stopping:
+            slot.note_crash(anyio.current_time())
+            self.log.error("worker %d has ended, and no other one starts in its place: %s", slot.index, error)
+        self._state.changes.announce()
 
     async def watch(self) -> None:
         """Find the workers that have not ended in time, and, where somebody wants to know, whose loop does not turn."""

@@ -14,6 +14,7 @@ from ecdysis_async.report import Outcome, RestartReport
 
 from .hanging import HungWorkers
 from .metrics import note_roll_out
+from .one_at_a_time import OneAtATimeRunner
 from .rollout import RollOutRunner, end_probation, make_roll_out
 from .sockets import HeldSockets
 from .state import AnchorState, Begin, Fill, Life, RollOut, RollOutStage, TurnState, wait_until
@@ -93,7 +94,7 @@ class Restarts:
         generation = (state.generation if before is None else before.generation) + 1
         roll_out = state.roll_out = make_roll_out(generation, asked_by, is_told=is_told, before=before)
         state.last_report = roll_out.report
-        runner = RollOutRunner(
+        runner = (OneAtATimeRunner if state.config.one_at_a_time else RollOutRunner)(
             roll_out,
             state,
             self._sockets,
@@ -176,6 +177,9 @@ class Restarts:
         """Tell systemd that a roll-out begins, now that no other is under way, whose end it was told."""
         settings = self._state.config.settings
         limit = len(self._state.pool.slots) * settings.ready_timeout + settings.probation + LEEWAY_SECONDS
+        if self._state.config.one_at_a_time:
+            # The former release drains before, and is started again where the new one fails.
+            limit += settings.drain_timeout + settings.exit_timeout + 2 * settings.ready_timeout
         self._tell_restart(limit, is_told=roll_out.is_told)
         self._state.entries_before = set(self._sockets.service.entries)
 

@@ -6,6 +6,7 @@ Nothing here acts on a process or a socket. `reconcile`, `rollout`, `status` and
 from __future__ import annotations
 
 import base64
+import dataclasses
 import enum
 import os
 import socket
@@ -20,6 +21,7 @@ from ecdysis_async._ipc.worker_link import WorkerLink
 from ecdysis_async._management.changes import Changes
 from ecdysis_async._management.ledger import Ledger, read_closed
 from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._system.launch import Launch
 from ecdysis_async._system.process import Process
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import RestartReport, State
@@ -179,6 +181,8 @@ class AnchorState:
         last_report: the report of that, or of a roll-out before an upgrade.
         entries_before: the sockets that there were before the last roll-out.
         fillings: the handoffs of workers that follow no other.
+        former_release: what is run as workers while a release before the one that is deployed serves, because that one
+            has failed; None while what is deployed is run.
         lame_duck_ends: when it stops being a lame duck, on the loop's clock.
         upgrades: how often new code has gone on with the service.
         upgrade_error: why the last upgrade failed.
@@ -200,6 +204,7 @@ class AnchorState:
     last_report: RestartReport | None = None
     entries_before: set[Entry] = field(default_factory=set)
     fillings: dict[Slot, PredecessorSide] = field(default_factory=dict)
+    former_release: Launch | None = None
     lame_duck_ends: float = 0.0
     upgrades: int = 0
     upgrade_error: str | None = None
@@ -234,6 +239,7 @@ class AnchorState:
             description=str(body["description"]),
             begun=float(body["begun"]),
             last_report=RestartReport.from_json(report) if report is not None else None,
+            former_release=_restore_launch(body.get("former_release")),
             upgrades=int(body["upgrades"]),
             # A release before this one does not write it.
             ledger=Ledger.from_json(body.get("ledger")),
@@ -250,6 +256,7 @@ class AnchorState:
             "begun": self.begun,
             "upgrades": self.upgrades + 1,
             "description": self.description,
+            "former_release": _describe_launch(self.former_release),
             "last_report": self.last_report.to_json() if self.last_report is not None else None,
             "ledger": self.ledger.to_json(),
             "metrics_dir": self.metrics_dir,
@@ -313,6 +320,7 @@ def describe_pool(pool: WorkerPool) -> tuple[dict[str, Any], list[int]]:
                     "served_since": worker.served_since if worker.served_since == worker.served_since else None,
                     "is_told_to_leave": worker.is_told_to_leave,
                     "environment": dict(worker.environment),
+                    "launch": _describe_launch(worker.launch),
                 }
             )
     slots = [{"index": each.index, "failures": each.failures, "retry_at": each.retry_at} for each in pool.slots]
@@ -350,6 +358,8 @@ def restore_pool(body: Mapping[str, Any]) -> WorkerPool:
             metrics_file=MetricsFile(*map(str, each["metrics_file"])) if each.get("metrics_file") else None,
             is_told_to_leave=bool(each["is_told_to_leave"]),
             environment={str(name): str(value) for name, value in each["environment"].items()},
+            # An earlier release does not say it.
+            launch=_restore_launch(each.get("launch")),
         )
         if limit is not None:
             worker.request_limit = float(limit)
@@ -359,3 +369,15 @@ def restore_pool(body: Mapping[str, Any]) -> WorkerPool:
         workers.append(worker)
         by_index[int(each["slot"])].workers.append(worker)
     return WorkerPool(int(body["target"]), slots)
+
+
+def _describe_launch(launch: Launch | None) -> dict[str, Any] | None:
+    return None if launch is None else dataclasses.asdict(launch)
+
+
+def _restore_launch(body: Mapping[str, Any] | None) -> Launch | None:
+    if body is None:
+        return None
+    environment = {str(name): str(value) for name, value in body["environment"].items()}
+    directory = body["directory"]
+    return Launch(tuple(map(str, body["arguments"])), str(directory) if directory is not None else None, environment)

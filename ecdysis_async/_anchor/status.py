@@ -130,6 +130,12 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
         "last_report": state.last_report.to_json() if state.last_report is not None else None,
         "anchor": {"upgrades": state.upgrades, "error": state.upgrade_error, "missing": dict(state.missing)},
         "process": {**describe_workers_place(pool), "environment": sorted(pool.environment)},
+        "exclusive": [
+            {"name": name, "is_held": is_held, "seconds": now - since, "slot": slot.index, "pid": worker.pid}
+            for slot in pool.slots
+            for worker in slot.workers
+            for name, is_held, since in worker.exclusive
+        ],
         "draining": [
             {
                 "generation": worker.generation,

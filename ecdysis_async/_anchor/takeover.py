@@ -253,6 +253,9 @@ def _translate(state: dict[str, Any], here: Mapping[int, int]) -> dict[str, Any]
     for sockets in state["sockets"].values():
         sockets["descriptors"] = [here[number] for number in sockets["descriptors"]]
     state["signals"] = here[state["signals"]]
+    # A former anchor of an earlier release has none.
+    if "lock_file" in state:
+        state["lock_file"] = here[state["lock_file"]]
     return state
 
 

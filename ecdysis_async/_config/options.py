@@ -261,6 +261,12 @@ class Options:
     probation: float = _option(
         5.0, parse_seconds, "How long a new release serves before the restart is final.", metavar="SECONDS"
     )
+    one_at_a_time: bool = _option(
+        False,
+        parse_switch,
+        "Let the old release end before the new one starts, for what only one may have open; clients wait meanwhile.",
+        shape=Shape.SWITCH,
+    )
     hang_timeout: float | None = _option(
         None,
         or_off(parse_seconds),

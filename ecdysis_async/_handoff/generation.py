@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 
+from ecdysis_async._system.lock_file import LockFile
 from ecdysis_async._system.log_files import reopen_logs, reopen_logs_of_application
 from ecdysis_async._system.own_log import Speaker, let_speak, logger
 from ecdysis_async._system.threads import run_in_thread
@@ -73,6 +74,10 @@ class Generation:
     # What this generation leaves to its successors, and what was left to it.
     stashes: Stashes = field(default_factory=Stashes)
     inherited_stash: InheritedStash = field(default_factory=InheritedStash)
+    # The file of the service's locks, which each process of the service has open.
+    lock_file: LockFile | None = None
+    # Where the predecessor has it open, in a successor.
+    lock_file_place: tuple[int, ...] = ()
     lineage: Ancestors = field(default_factory=Ancestors)
     # Returns what is counted of the service, for a successor; and takes what the predecessor, of a pid, has counted.
     count: Callable[[], dict[str, Any]] = dict

@@ -566,11 +566,18 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         self._send_reserve(channel, stderr)
 
     async def _spawn(self, channel: socket.socket, stderr: int) -> Child:
-        launch = self._launch
+        launch, lock_file = self._launch, self.generation.lock_file
         assert launch is not None
         # In a thread: vfork blocks until the exec is done (vfork(2)).
         return await run_in_thread(
-            lambda: spawn(launch, channel, stderr, is_kept=self.generation.is_supervised, restart=self.log.restart)
+            lambda: spawn(
+                launch,
+                channel,
+                stderr,
+                is_kept=self.generation.is_supervised,
+                lock_file=lock_file.fileno() if lock_file is not None else -1,
+                restart=self.log.restart,
+            )
         )
 
     async def _send(
@@ -644,6 +651,8 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 "env_file_keys": list(self._env_file_keys),
                 # How many may come to the successor once this has settled.
                 "connections": generation.host.connections,
+                # A process that this one has not started finds the locks by it. A child was passed them.
+                "lock_file": generation.lock_file.describe() if generation.lock_file is not None else None,
             }
             yield (
                 body,

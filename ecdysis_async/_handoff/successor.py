@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import errno
 import logging
 import mmap
 import os
@@ -25,6 +24,7 @@ from ecdysis_async._system.descriptors import close_all
 from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.import_times import import_times
 from ecdysis_async._system.release import describe_release
+from ecdysis_async._system.shared_memory import make_memory
 from ecdysis_async._system.stderr import identity, pass_on
 from ecdysis_async._system.tracebacks import describe_failure
 from ecdysis_async.errors import (
@@ -367,7 +367,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
 
     async def _say_hello(self) -> None:
         pidfd = os.pidfd_open(os.getpid())
-        counters = _make_counters()
+        counters = make_memory("ecdysis-counters")
         try:
             os.ftruncate(counters, COUNTERS.size)
             self._plane.tracker.share(memoryview(mmap.mmap(counters, COUNTERS.size)).cast("Q"))
@@ -408,6 +408,8 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             generation.log.speak()
             self.log = generation.log
             make_room(int(body.get("connections", 0)))
+            # An earlier release has none.
+            generation.lock_file_place = tuple(body.get("lock_file") or ())
             self.predecessor = Ancestor(int(body["predecessor"]["generation"]), int(body["predecessor"]["pid"]), peer)
             unowned.pop_all()
 
@@ -444,22 +446,3 @@ _REASONS: Final = {
     SuccessorEvent.TIMED_OUT: "the predecessor does not answer",
     SuccessorEvent.BROKEN: "the predecessor's channel is broken",
 }
-
-
-def _make_counters() -> int:
-    """Return a descriptor of memory that a predecessor can look into.
-
-    Raises:
-        OSError: there is none to be had.
-    """
-    try:
-        return os.memfd_create("ecdysis-counters", os.MFD_CLOEXEC)
-    except OSError as error:
-        # A sandbox denies it, or the kernel does not have it. A file without a name does as well.
-        if error.errno not in (errno.EPERM, errno.ENOSYS):
-            raise
-        # Imported here, because it is for sandboxes alone.
-        import tempfile
-
-        with tempfile.TemporaryFile() as file:
-            return os.dup(file.fileno())

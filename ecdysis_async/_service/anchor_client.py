@@ -73,6 +73,7 @@ class WorkerCommands:
         note_report: takes note of the last restart of the service.
         state: tells where it stands.
         ends_in: tells within how many seconds its drain ends; None while none is under way.
+        exclusives: tells what it holds, or waits for, that one process of the service holds at a time.
     """
 
     begin_restart: Callable[[int, str | None], PredecessorSide]
@@ -84,6 +85,7 @@ class WorkerCommands:
     note_report: Callable[[RestartReport], None]
     state: Callable[[], str]
     ends_in: Callable[[], float | None] = lambda: None
+    exclusives: Callable[[], list[dict[str, Any]]] = list
 
 
 @dataclass(slots=True)
@@ -351,6 +353,7 @@ class AnchorClient(Management):
             "closed": count_closed(self._plane.tracker),
             "rss": resident_bytes(),
             "ends_in": self._commands.ends_in(),
+            "exclusive": self._commands.exclusives(),
         }
 
     def _receive_rest(self) -> Iterator[Frame]:

@@ -80,6 +80,7 @@ class Commands:
                 note_report=self._note_report,
                 state=lambda: life.state.value,
                 ends_in=lambda: life.ends_in,
+                exclusives=lambda: life.exclusives.describe() if life.exclusives is not None else [],
             )
             return AnchorClient(line, life.plane, orders, generation.log, self._signal_handlers())
         self._control_path = control_path

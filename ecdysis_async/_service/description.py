@@ -78,6 +78,7 @@ class Description:
             "last_report": life.last_report.to_json() if life.last_report is not None else None,
             "draining": describe_ancestors(life.generation.lineage.ancestors),
             "process": describe_process(),
+            "exclusive": life.exclusives.describe() if life.exclusives is not None else [],
         }
 
     def find_report(self, id: str) -> RestartReport | None:

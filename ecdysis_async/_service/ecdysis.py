@@ -33,25 +33,28 @@ from ecdysis_async._management.systemd import find_systemd
 from ecdysis_async._management.tracing import Tracing, require_opentelemetry
 from ecdysis_async._sockets.addresses import parse_address
 from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._sockets.owners import describe_taken, find_siblings
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.claims import is_check, is_worker, restart_id, take_channel
 from ecdysis_async._system.forking import withholding_from_children
 from ecdysis_async._system.history import SUFFIX, Note, history
+from ecdysis_async._system.lock_file import LockFile
 from ecdysis_async._system.own_log import let_speak
 from ecdysis_async._system.stacks import hear_questions, stop_hearing
-from ecdysis_async.errors import HandoffAborted
+from ecdysis_async.errors import DrainInterrupt, EcdysisError, HandoffAborted
 from ecdysis_async.report import RestartReport, State
 from ecdysis_async.settings import MAX_DRAINING, Settings, StrPath, WebSocketClose, read_signals, read_websocket_close
 
 from .arriving import Arriving
 from .commands import Commands
+from .exclusive import Exclusives, check_name
 from .health import Health, HealthSettings, describe_metrics
 from .leaving import Leaving
 from .life import Life, Stop
 from .listeners import Listeners
 from .restarts import Restarts
 
-__all__ = ["Ecdysis", "current"]
+__all__ = ["Ecdysis", "current", "explain_taken"]
 
 T = TypeVar("T")
 
@@ -70,6 +73,23 @@ def current() -> Ecdysis:
     if _current is None or _current.pid != os.getpid():
         raise LookupError("no Ecdysis runs in this process: enter `async with Ecdysis() as ecdysis:` first")
     return _current
+
+
+def explain_taken(ecdysis: Ecdysis, error: BaseException) -> str | None:
+    """Say of an "address already in use" who has the address; None of other errors. It reads /proc."""
+    relatives = [each.pid for each in ecdysis.draining_generations]
+    if ecdysis.predecessor_pid is not None:
+        relatives.append(ecdysis.predecessor_pid)
+    if is_worker():
+        relatives += find_siblings()
+    return describe_taken(error, relatives)
+
+
+def _is_drain_interrupt(error: BaseException | None) -> bool:
+    """Say whether an exception is a ``DrainInterrupt``, or a group of nothing else."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_drain_interrupt, error.exceptions))
+    return isinstance(error, DrainInterrupt)
 
 
 def _describe_serving(entries: Sequence[Entry], control_path: str | None) -> str:
@@ -336,6 +356,7 @@ class Ecdysis(Listeners):
                 pid_file=self._settings.pid_file,
             )
             self._resources.callback(management.close)
+            life.exclusives = self._make_exclusives()
             generation.is_supervised = management.is_supervised
             self._resources.callback(life.reserve.give_up)
             life.reserve.fill()
@@ -372,8 +393,14 @@ class Ecdysis(Listeners):
     ) -> bool | None:
         life = self._life
         cancelled: BaseException | None = None
+        # A text that says it already is one of this library's.
+        if error is not None and not isinstance(error, EcdysisError) and (taken := explain_taken(self, error)):
+            error.add_note(taken)
         try:
             is_cut_short = life.body.__exit__(kind, error, trace)
+            if life.is_leaving and _is_drain_interrupt(error):
+                # What waited in the body was told that this generation leaves, and so it does.
+                is_cut_short = True
             if is_cut_short:
                 kind = error = trace = None
             try:
@@ -417,6 +444,28 @@ class Ecdysis(Listeners):
             role = "worker" if is_worker() else "service"
             history.note(Note.BEGUN, role=role, generation=self._life.generation.number)
 
+    def _make_exclusives(self) -> Exclusives:
+        life, generation = self._life, self._life.generation
+        if os.name == "posix":
+            # A worker does without where its anchor passes none: a file of its own would exclude no other worker.
+            lock_file = LockFile.inherit() or LockFile.open_of(generation.lock_file_place)
+            if lock_file is None and not is_worker():
+                lock_file = LockFile.make()
+            if lock_file is not None:
+                generation.lock_file = lock_file
+                self._resources.callback(lock_file.close)
+        exclusives = Exclusives(
+            generation,
+            draining=self._tracker.draining,
+            drained=life.drained,
+            is_starting=lambda: not life.has_begun,
+            is_paused=lambda: life.state is State.PAUSED,
+            body_task=self._body_task,
+            on_change=life.management.changed,
+        )
+        self._tracker.on_leave.append(exclusives.leave)
+        return exclusives
+
     def _vacate(self) -> None:
         global _current
         _current = None
@@ -441,6 +490,8 @@ class Ecdysis(Listeners):
         async with self._announcing:
             if self._life.state in (State.STARTING, State.WAITING):
                 await self._arriving.serve(self._describe)
+                if self._life.exclusives is not None:
+                    self._life.exclusives.note_serving()
 
     def _describe(self) -> str:
         return self.describe_serving(self._registry.entries, self._life.management.control_path)
@@ -579,6 +630,39 @@ class Ecdysis(Listeners):
             DrainInterrupt: at its end, where the deadline has cancelled the work.
         """
         return self._tracker.track()
+
+    def exclusive(self, name: str) -> AbstractAsyncContextManager[None]:
+        """Hold what one process of the whole service holds at a time: ``async with ecdysis.exclusive("scheduler"):``.
+
+        Of all workers and all generations one has it. The others wait. It is passed on when its holder leaves the
+        block, begins to drain, or dies, however that comes.
+
+        When this generation begins to drain, the body is cancelled, and what follows the block goes on. The lock is
+        given back once the body has ended, so that its clean-up is done before the next process begins. What shall not
+        be cut short is shielded: ``with anyio.CancelScope(shield=True):``. A restart that fails cancels nothing: this
+        generation has held it all the while.
+
+        Where this generation leaves while somebody waits here, the waiting lasts until its connections have ended, and
+        ``DrainInterrupt`` is raised then, which the block of the ``Ecdysis`` lets pass. A task of an application that a
+        server runs goes on waiting, because the application cancels its tasks when it shuts down.
+
+        Cancellation while waiting gives up the place in the queue.
+
+        Args:
+            name: what is held, in 1 to 200 printable characters. Each name is held by itself.
+
+        Raises:
+            DrainInterrupt: see above.
+            RuntimeError: the running task holds it already; or this process is a worker, and its anchor of a release
+                that does not know of it.
+            StartupError: the start-up of this generation waits for what another process keeps until it leaves. An old
+                generation leaves only once this one serves, and another worker does not at all.
+            TypeError, ValueError: the name.
+        """
+        check_name(name)
+        exclusives = self._life.exclusives
+        assert exclusives is not None
+        return exclusives.hold(name)
 
     # What is left to the next generation
 

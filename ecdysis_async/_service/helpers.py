@@ -16,8 +16,9 @@ import anyio.lowlevel
 from ecdysis_async._system.claims import is_awaited
 
 from .ecdysis import Ecdysis, current
+from .exclusive import check_name
 
-__all__ = ["draining", "settled", "track", "until_draining"]
+__all__ = ["draining", "exclusive", "settled", "track", "until_draining"]
 
 T = TypeVar("T")
 
@@ -76,6 +77,16 @@ def track() -> AbstractAsyncContextManager[None]:
     """
     ecdysis = _find()
     return contextlib.nullcontext() if ecdysis is None else ecdysis.track()
+
+
+def exclusive(name: str) -> AbstractAsyncContextManager[None]:
+    """Hold what one process of the whole service holds at a time; see :meth:`Ecdysis.exclusive`.
+
+    Where no ``Ecdysis`` runs, it is held at once.
+    """
+    check_name(name)
+    ecdysis = _find()
+    return contextlib.nullcontext() if ecdysis is None else ecdysis.exclusive(name)
 
 
 def _find() -> Ecdysis | None:

@@ -19,6 +19,7 @@ from ecdysis_async._system.reserve import Reserve
 from ecdysis_async.report import Outcome, RestartReport, State
 
 from .counting import Counting
+from .exclusive import Exclusives
 
 __all__ = ["Life", "Stop"]
 
@@ -58,6 +59,7 @@ class Life:
         finished: set when it accepts no more, and the application may close its servers.
         drained: set when its connections have ended.
         settled: set when it is final: the handoff that it came from has settled, or it came from none, and serves.
+        exclusives: what it holds that only one process of the service may.
         handed_over: set when the last restart is over on this side, and its successor has ended or is to be left alone.
     """
 
@@ -81,6 +83,7 @@ class Life:
     finished: anyio.Event = field(default_factory=anyio.Event)
     drained: anyio.Event = field(default_factory=anyio.Event)
     settled: anyio.Event = field(default_factory=anyio.Event)
+    exclusives: Exclusives | None = None
     handed_over: anyio.Event = field(default_factory=anyio.Event)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,8 @@ import struct
 import sys
 from dataclasses import dataclass
 
+from .owners import describe_owner
+
 __all__ = ["BACKLOG", "Entry", "Kind", "Until", "address_of", "explain", "find_inode", "is_connected", "kind_of"]
 
 # What may wait in the kernel's queue, also between a pause and the successor's first accept. The kernel takes the
@@ -266,6 +268,9 @@ def address_of(sock: socket.socket) -> str:
 def explain(error: OSError, verb: str, address: str) -> OSError:
     """Return the same error with the address in its text, and what to do about it."""
     text = f"cannot {verb} {address}: {error.strerror}"
-    if remedy := _REMEDIES.get(error.errno or 0):
+    if (remedy := _REMEDIES.get(error.errno or 0)) is not None:
+        port = address.rpartition(":")[2]
+        if error.errno == errno.EADDRINUSE and port.isdecimal():
+            remedy = f"{describe_owner(int(port))} has it: stop that one, or take another address"
         text += f" ({remedy})"
     return OSError(error.errno, text)

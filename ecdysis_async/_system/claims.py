@@ -14,7 +14,7 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from .history import history
 from .import_times import import_times
@@ -34,6 +34,7 @@ __all__ = [
     "take_activation",
     "take_channel",
     "take_line",
+    "take_lock_file",
 ]
 
 # "<descriptor>:<st_dev>:<st_ino>" of the channel to the predecessor. The inode is there because the number alone would
@@ -49,6 +50,8 @@ ANCHOR_CHECK_MARKER = "ECDYSIS_ANCHOR_CHECK"
 RESTART_KEY = "ECDYSIS_RESTART"
 # What a worker's metrics files of prometheus_client are called after, instead of its pid.
 METRICS_ID_KEY = "ECDYSIS_METRICS_ID"
+# The same for the file of the service's locks (lock_file.py).
+LOCK_FILE_MARKER = "ECDYSIS_LOCK_FILE"
 # Set for a process that tells over the channel what it is, and ends: it is no generation.
 CHECK_KEY = "ECDYSIS_CHECK"
 # Where the processes of this service write down what happens.
@@ -61,6 +64,7 @@ PRIVATE_KEYS = (
     LINE_MARKER,
     ANCHOR_MARKER,
     ANCHOR_CHECK_MARKER,
+    LOCK_FILE_MARKER,
     CHECK_KEY,
     RESTART_KEY,
     METRICS_ID_KEY,
@@ -108,6 +112,24 @@ def claim_socket(key: str) -> socket.socket | None:
     The variable is taken out of the environment, so that no process started from here takes itself for the one that is
     meant. A marker that does not fit what is open under its number is ignored.
     """
+    descriptor = _claim_descriptor(key, stat.S_ISSOCK)
+    if descriptor is None:
+        return None
+    sock = socket.socket(fileno=descriptor)
+    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        sock.detach()
+        return None
+    sock.set_inheritable(False)
+    return sock
+
+
+def _claim_descriptor(key: str, is_kind: Callable[[int], bool]) -> int | None:
+    """Return the descriptor that a variable names, which is taken out of the environment; None if there is none.
+
+    Args:
+        key: the variable.
+        is_kind: says of a file's mode whether it is what is meant.
+    """
     marker = os.environ.pop(key, None)
     if marker is None:
         return None
@@ -117,14 +139,7 @@ def claim_socket(key: str) -> socket.socket | None:
     # It came through a process in between, which does not have the descriptor; or somebody else wrote it.
     except (ValueError, OverflowError, OSError):
         return None
-    if (found.st_dev, found.st_ino) != (device, inode) or not stat.S_ISSOCK(found.st_mode):
-        return None
-    sock = socket.socket(fileno=descriptor)
-    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
-        sock.detach()
-        return None
-    sock.set_inheritable(False)
-    return sock
+    return descriptor if (found.st_dev, found.st_ino) == (device, inode) and is_kind(found.st_mode) else None
 
 
 def claim_activation() -> dict[int, str]:
@@ -176,6 +191,10 @@ if _is_worker and threading.current_thread() is threading.main_thread():
     for _name in _ANCHORS_SIGNALS:
         signal.signal(signal.Signals[_name], lambda number, frame: None)
 
+_lock_file = _claim_descriptor(LOCK_FILE_MARKER, stat.S_ISREG)
+if _lock_file is not None:
+    os.set_inheritable(_lock_file, False)
+
 # A user's variable of this name has no channel with it, over which this process could tell what it is.
 _is_check = os.environ.pop(CHECK_KEY, None) is not None and _channel is not None
 
@@ -215,6 +234,13 @@ def take_line() -> socket.socket | None:
 def find_line() -> socket.socket | None:
     """Return the line to the anchor as long as nobody has taken it; it stays the property of who does."""
     return _line
+
+
+def take_lock_file() -> int | None:
+    """Return the descriptor of the service's locks, once; None if this process was passed none, or it was taken."""
+    global _lock_file
+    descriptor, _lock_file = _lock_file, None
+    return descriptor
 
 
 def take_activation() -> Mapping[int, str]:

@@ -188,6 +188,53 @@ class Launch:
     directory: str | None
     environment: dict[str, str]
 
+    def pin(self) -> Launch:
+        """Return what starts the same release again once links have moved: each path by way of where links lead now.
+
+        It reads links: call it in a thread. The last part of a path stays as it is where it is a file: a virtual
+        environment is found by the name that its interpreter was called by.
+        """
+        directory = os.path.realpath(self.directory) if self.directory is not None else None
+        program, *arguments = self.arguments
+        arguments = [_pin_argument(each) for each in arguments]
+        if os.sep in program:
+            path = os.path.join(directory or "", program)
+            arguments = [*_find_interpreter(path), _pin(path), *arguments]
+        else:
+            arguments = [program, *arguments]
+        environment = dict(self.environment)
+        for name in ("PATH", "VIRTUAL_ENV", "PYTHONPATH", "PWD"):
+            if name in environment:
+                environment[name] = os.pathsep.join(map(_pin, environment[name].split(os.pathsep)))
+        return Launch(tuple(arguments), directory, environment)
+
+
+def _pin(path: str) -> str:
+    """Return an absolute path as it leads now, without links in it; another text as it is."""
+    if not os.path.isabs(path):
+        return path
+    if os.path.isdir(path):
+        return os.path.realpath(path)
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+def _pin_argument(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{_pin(value)}"
+
+
+def _find_interpreter(script: str) -> list[str]:
+    """Return what the kernel puts before a script, as it leads now; nothing for what it executes itself.
+
+    The first line of a script may name the interpreter by way of a link, also where the script itself is found without.
+    """
+    first, second = read_first_lines(script)
+    if not first.startswith(b"#!"):
+        return []
+    if second.startswith(TRAMPOLINE):
+        first = b"#!" + second.removeprefix(TRAMPOLINE).split()[0].strip(b'"')
+    return [_pin(os.fsdecode(word)) for word in first[2:].strip().split(None, 1)]
+
 
 def describe_launch(
     command: Sequence[str] | None,

@@ -20,7 +20,7 @@ import anyio
 
 from ecdysis_async.errors import SpawnFailed
 
-from .claims import HISTORY_KEY, LINE_MARKER, MARKER, RESTART_KEY, mark, mark_restart
+from .claims import HISTORY_KEY, LINE_MARKER, LOCK_FILE_MARKER, MARKER, RESTART_KEY, mark, mark_restart
 from .history import history
 from .launch import TRAMPOLINE, Launch, read_first_lines
 from .signals import clean_mask
@@ -252,6 +252,7 @@ def spawn(
     *,
     is_kept: bool = False,
     line: socket.socket | None = None,
+    lock_file: int = -1,
     restart: str = "",
     trace: str | None = None,
 ) -> Process:
@@ -259,11 +260,12 @@ def spawn(
 
     Args:
         launch: what to run.
-        channel: the successor's end of the channel; with the line the only descriptor it gets besides 0, 1 and 2;
-            stays ours.
+        channel: the successor's end of the channel; with the line and the locks the only descriptor it gets besides
+            0, 1 and 2; stays ours.
         stderr: the descriptor that becomes its 2; stays ours.
         is_kept: it shall become a child of systemd later, by :meth:`Process.let_go`.
         line: the worker's end of its line to the anchor, where the anchor starts it; stays ours.
+        lock_file: the file of the service's locks; -1 for none; stays ours.
         restart: the id of the restart that it is started for; empty where it is none.
         trace: the trace context of the process that has asked for it; None: the one of the restart here, if any.
 
@@ -272,8 +274,12 @@ def spawn(
     Raises:
         SpawnFailed: there is no process; the text says why and what can be done.
     """
-    passed = {MARKER: channel} | ({LINE_MARKER: line} if line is not None else {})
-    environment = launch.environment | {key: mark(sock.fileno()) for key, sock in passed.items()}
+    passed = {MARKER: channel.fileno()}
+    if line is not None:
+        passed[LINE_MARKER] = line.fileno()
+    if lock_file >= 0:
+        passed[LOCK_FILE_MARKER] = lock_file
+    environment = launch.environment | {key: mark(descriptor) for key, descriptor in passed.items()}
     if restart:
         environment[RESTART_KEY] = mark_restart(restart, channel.fileno())
     if history.path is not None:
@@ -290,7 +296,7 @@ def spawn(
                 cwd=launch.directory,
                 env=environment,
                 stderr=stderr,
-                pass_fds=[sock.fileno() for sock in passed.values()],
+                pass_fds=list(passed.values()),
                 process_group=0 if is_kept else None,
             )
     # No error may end this process, which serves, and goes on serving.

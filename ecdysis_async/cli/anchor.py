@@ -185,6 +185,7 @@ def make_config(options: Options, control_path: str | None) -> AnchorConfig:
         lame_duck=options.lame_duck,
         reload=_find_watched(options),
         takeover=locate(options.takeover) if options.takeover is not None else None,
+        one_at_a_time=options.one_at_a_time,
         is_checked_first=True,
     )
 

@@ -299,6 +299,17 @@ def find_missing(status: dict[str, Any]) -> dict[str, str]:
     return {str(what): str(why) for what, why in found.items()} if isinstance(found, dict) else {}
 
 
+def _describe_exclusives(status: dict[str, Any]) -> list[str]:
+    """Say who holds, and who waits for, what one process of the service holds at a time."""
+    found: dict[str, list[str]] = {}
+    claims = status.get("exclusive")
+    for each in claims if isinstance(claims, list) else ():
+        who = f"worker {each['slot']} (pid {each['pid']})" if "slot" in each else f"pid {status['pid']}"
+        verb = "holds it" if each["is_held"] else "waits"
+        found.setdefault(str(each["name"]), []).append(f"{who} {verb}, for {each['seconds']:.0f} s")
+    return [f"{name}: {'; '.join(sorted(claims, key=lambda text: 'waits' in text))}" for name, claims in found.items()]
+
+
 def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what there is to tell of a service, each with its name; also of one of an older release."""
     rows = [
@@ -306,6 +317,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("listening", "\n".join(f"{each['address']} ({each['kind']})" for each in status["listeners"]) or "nowhere"),
     ]
     rows += [(f"worker {each['slot']}", _describe_worker(each)) for each in status.get("workers", ())]
+    rows += [("exclusive", each) for each in _describe_exclusives(status)]
     if (restart := status["restart"]) is not None:
         pid = f" (pid {restart['pid']})" if restart["pid"] is not None else ""
         what = f"{restart['id']} to generation {restart['generation']}{pid}"

@@ -32,7 +32,7 @@ from ecdysis_async._config.target import Kind, call_factory, find_kind, load
 from ecdysis_async._handoff.preflight import describe_release, tell
 from ecdysis_async._management.status import describe_listeners
 from ecdysis_async._service.anchor_watch import AnchorWatch
-from ecdysis_async._service.ecdysis import Ecdysis
+from ecdysis_async._service.ecdysis import Ecdysis, explain_taken
 from ecdysis_async._sockets.addresses import name_sockets
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._sockets.entry import Kind as SocketKind
@@ -285,7 +285,10 @@ async def _serve(options: Options, loaded: _Loaded) -> None:
                 raise
             # Here and nowhere else: a predecessor reads it, and its restart answers with it.
             write_lines(describe_failure(error))
-            raise StartupError(f"{options.target} cannot start: {type(error).__name__}: {error}") from error
+            text = f"{options.target} cannot start: {type(error).__name__}: {error}"
+            if (taken := explain_taken(ecdysis, error)) is not None:
+                text = f"{text}. {taken}"
+            raise StartupError(text) from error
 
 
 def _choose_server(app: Any, options: Options) -> str:

@@ -29,6 +29,7 @@ from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._config.options import Options
 from ecdysis_async._connections.connection import current_connection, describe_request
 from ecdysis_async._service.ecdysis import Ecdysis
+from ecdysis_async._service.exclusive import in_application
 from ecdysis_async.errors import StartupError
 from ecdysis_async.servers._common.forwarded import Trusted
 from ecdysis_async.servers._common.goodbye import RESTARTING, STEP_SECONDS, Goodbye
@@ -128,7 +129,8 @@ async def _serve(
     app[DRAINING] = ecdysis.draining
     try:
         with active().readiness.expect(name) as startup:
-            await runner.setup()
+            with in_application():
+                await runner.setup()
             clients.attend(trusted)
             with noting_servers() as made:
                 for site in make_sites(runner):

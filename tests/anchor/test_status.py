@@ -170,6 +170,7 @@ KEYS = {
     "last_report",
     "anchor",
     "process",
+    "exclusive",
     "draining",
     "workers",
 }

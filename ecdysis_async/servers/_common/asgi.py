@@ -24,6 +24,7 @@ from ecdysis_async._accepting.asyncio_servers import note_no_servers
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gated_socket import AcceptedConnection
 from ecdysis_async._connections.connection import Connection, current_connection, describe_request
+from ecdysis_async._service.exclusive import in_application
 from ecdysis_async._system.history import Note, history
 from ecdysis_async.servers._protocols.frames import FrameFollower, follow_frames
 from ecdysis_async.servers._protocols.http import count_unread, will_move
@@ -163,8 +164,8 @@ class Application:
         async def send_through(message: Message) -> None:
             nonlocal is_started
             if message["type"] == "lifespan.startup.complete":
-                is_started = True
                 history.note(Note.STEP, what="lifespan start-up", begun=begun)
+                is_started = start_up.is_over = True
             elif message["type"] == "lifespan.startup.failed":
                 # Frameworks say so while they handle the exception.
                 self.failure = sys.exception() or RuntimeError(message.get("message") or "the start-up failed")
@@ -173,7 +174,8 @@ class Application:
             await send(message)
 
         try:
-            await self._app(scope, receive_through, send_through)
+            with in_application() as start_up:
+                await self._app(scope, receive_through, send_through)
         except Exception as error:
             if self.failure is not None and not is_started:
                 return

@@ -21,6 +21,7 @@ from anyio.abc import TaskGroup
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gate import GateState
 from ecdysis_async._service.ecdysis import Ecdysis
+from ecdysis_async._service.helpers import exclusive
 from ecdysis_async._system.log_files import on_reopen_logs
 from ecdysis_async.errors import DrainInterrupt
 from ecdysis_async.settings import WebSocketClose
@@ -32,6 +33,9 @@ DRAINING = "ecdysis.draining"
 
 SETTLED = "ecdysis.settled"
 """The key of the event that this generation is final."""
+
+EXCLUSIVE = "ecdysis.exclusive"
+"""The key of what is held by one process of the whole service at a time, by its name."""
 
 ON_REOPEN_LOGS = "ecdysis.on_reopen_logs"
 """The key of what registers a function that opens the application's own log files anew."""
@@ -66,7 +70,12 @@ def is_on_trio() -> bool:
 
 def make_state(ecdysis: Ecdysis) -> Mapping[str, Any]:
     """Return what an application finds in the state of each scope, whatever serves it."""
-    return {DRAINING: ecdysis.draining, SETTLED: ecdysis.settled, ON_REOPEN_LOGS: on_reopen_logs}
+    return {
+        DRAINING: ecdysis.draining,
+        SETTLED: ecdysis.settled,
+        EXCLUSIVE: exclusive,
+        ON_REOPEN_LOGS: on_reopen_logs,
+    }
 
 
 class Goodbye:

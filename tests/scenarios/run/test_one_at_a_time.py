@@ -1,0 +1,128 @@
+"""`ecdysis run --one-at-a-time`: the old release leaves first, nobody is refused, and a failure brings it back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.scenarios.run.commands import Visitors, call, running, wait_until, write_app
+
+pytestmark = pytest.mark.newest_python_only
+
+# As an embedded database does it: who comes second fails, also at the import.
+ONLY_ONE = """
+import fcntl, os, time
+database = open(os.environ["DATABASE"], "a")
+fcntl.flock(database, fcntl.LOCK_EX | fcntl.LOCK_NB)
+"""
+
+QUICK = ("--bind", "127.0.0.1:0", "--drain-timeout", "5", "--probation", "0.5")
+
+# It serves, and its first request is its end.
+DIES = """
+class Deadly(bytes):
+    def __len__(self):
+        os._exit(1)
+TEXT = Deadly()
+"""
+
+
+def release(directory: Path, name: str, text: str, before: str = ONLY_ONE) -> None:
+    """Deploy a release: a directory of its own, to which the link moves."""
+    (directory / name).mkdir()
+    write_app(directory / name / "main.py", text, before)
+    (directory / "next").symlink_to(name)
+    (directory / "next").replace(directory / "current")
+
+
+def test_an_old_release_leaves_first_and_comes_back_where_the_new_one_fails(tmp_path: Path) -> None:
+    release(tmp_path, "1", "one")
+    database = str(tmp_path / "database")
+    with running(tmp_path / "current", *QUICK, "--one-at-a-time", directory=tmp_path, DATABASE=database) as run:
+        with Visitors(run.find_port()) as visitors:
+
+            def restart() -> tuple[int, str]:
+                done = call("restart", "--control", run.control, cwd=tmp_path)
+                return done.returncode, done.stdout + done.stderr
+
+            release(tmp_path, "2", "two")
+            assert restart()[0] == 0
+            visitors.wait_for("two")
+            # It does not start; and what was deployed before serves again, though the link has moved.
+            release(tmp_path, "3", "three", ONLY_ONE + "import missing_module\n")
+            status, told = restart()
+            assert status == 1, told
+            assert "missing_module" in told
+            assert "the former release was started again" in told
+            visitors.wait_for("two")
+            # That holds for a worker that crashes, and for an anchor that is upgraded.
+            pid = run.status()["workers"][0]["pid"]
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: run.status()["workers"] and run.status()["workers"][0]["pid"] != pid, "no other worker")
+            visitors.wait_for("two")
+            # It dies on probation, and that is told by the exit status.
+            release(tmp_path, "4", "four", ONLY_ONE + DIES)
+            status, told = restart()
+            assert status == 5, told
+            visitors.wait_for("two")
+            release(tmp_path, "5", "five")
+            assert restart()[0] == 0
+            visitors.wait_for("five")
+        # Two processes have died with a request each, perhaps.
+        assert len(visitors.failures) <= 2, visitors.failures
+        # Those that failed are no generation of the service.
+        assert run.status()["generation"] == 3
+
+
+def test_what_is_missing_fails_before_anything_changes(tmp_path: Path) -> None:
+    write_app(tmp_path / "main.py", "one", ONLY_ONE)
+    program = tmp_path / "serve"
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} -m ecdysis_async.cli run main:app\n")
+    program.chmod(0o755)
+    database = str(tmp_path / "database")
+    command = ("--command", str(program))
+    with running(tmp_path, *QUICK, "--one-at-a-time", *command, DATABASE=database) as run:
+        run.wait_for("1 worker serving")
+        pid = run.status()["workers"][0]["pid"]
+        program.unlink()
+        done = call("restart", "--control", run.control, cwd=tmp_path)
+        assert done.returncode == 1
+        assert str(program) in done.stderr
+        assert run.status()["workers"][0]["pid"] == pid
+
+
+def test_workers_are_recycled_one_after_the_other_and_all_leave_before_a_release_starts(tmp_path: Path) -> None:
+    """Each takes note of when it was there: those of two releases never at a time."""
+    note = """
+import atexit, os, time
+def note(word):
+    with open(os.environ["DATABASE"], "a") as file:
+        file.write(f"{word} {RELEASE} {os.getpid()} {time.monotonic()}\\n")
+note("begin")
+atexit.register(note, "end")
+"""
+    write_app(tmp_path / "main.py", "one", "RELEASE = 1" + note)
+    database = tmp_path / "database"
+    options = ("--workers", "2", "--one-at-a-time", "--max-requests", "10")
+    with running(tmp_path, *QUICK, *options, DATABASE=str(database)) as run:
+        port = run.find_port()
+        first = {each["pid"] for each in run.status()["workers"]}
+        with Visitors(port) as visitors:
+            run.wait_for("--max-requests")
+            wait_until(lambda: len({each["pid"] for each in run.status()["workers"]} - first) > 0, "nobody is recycled")
+            write_app(tmp_path / "main.py", "two", "RELEASE = 2" + note)
+            assert call("restart", "--control", run.control, cwd=tmp_path).returncode == 0
+            visitors.wait_for("two")
+        assert visitors.failures == []
+    here: dict[str, str] = {}
+    for line in database.read_text().splitlines():
+        word, number, pid, _ = line.split()
+        if word == "begin":
+            assert all(each == number for each in here.values()), database.read_text()
+            here[pid] = number
+        else:
+            del here[pid]
