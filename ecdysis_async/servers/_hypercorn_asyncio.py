@@ -103,7 +103,7 @@ async def serve(
         task.add_done_callback(tasks.discard)
         server = _TCPServer(wrapped, loop, config, context, ConnectionState(state), reader, writer)
         served[protocol] = server
-        server.on_request = functools.partial(connections.soften_limit, connection)
+        server.on_request = functools.partial(connections.mend_http_2, connection)
         try:
             with connections.holding(connection, server):
                 await server

@@ -143,7 +143,7 @@ async def serve(
         assert isinstance(connection, AcceptedConnection)
         whole: Any = _Stream(stream, context, connection, application.inbound)
         server = _TCPServer(wrapped, config, context, ConnectionState(state.copy()), whole)
-        server.on_request = functools.partial(connections.soften_limit, connection)
+        server.on_request = functools.partial(connections.mend_http_2, connection)
         try:
             with connections.holding(connection, server):
                 await server

@@ -76,14 +76,16 @@ class HypercornConnections:
                 self._http_2[connection] = _Http2Connection(server, protocol, connection)
         return list(self._http_2.values())
 
-    def soften_limit(self, connection: Connection) -> None:
-        """Let a connection of HTTP/2 that has reached ``keep_alive_max_requests`` answer what it was asked.
+    def mend_http_2(self, connection: Connection) -> None:
+        """Keep what happens to one stream from the others of its connection. Call it at each request.
 
-        hypercorn's h2 sends a GOAWAY then, and nothing behind it. Call it at each request.
+        At ``keep_alive_max_requests`` hypercorn's h2 sends a GOAWAY, and nothing behind it. And hypercorn breaks down
+        over what a client sends to a stream that was answered before.
         """
         protocol = http_2_of(self._servers[connection])
-        if protocol is None or "close_connection" in vars(protocol.connection):
+        if protocol is None or isinstance(protocol.streams, _Streams):
             return
+        protocol.streams = _Streams(protocol.streams)
         self.find_http_2()
         http_2 = self._http_2[connection]
 
@@ -102,6 +104,20 @@ class HypercornConnections:
         # On asyncio, a stream reads ahead.
         ahead = getattr(getattr(server, "reader", None), "_buffer", b"")  # asyncio's
         return bool(protocol.connection.trailing_data[0] or ahead)
+
+
+class _Answered:
+    """Stands for a stream that was answered before its request was received: the rest is for nobody."""
+
+    async def handle(self, event: object) -> None:
+        pass
+
+
+class _Streams(dict[int, Any]):
+    """The streams of a connection; one that has ended is not in it, and can still be told something."""
+
+    def __missing__(self, stream: int) -> _Answered:
+        return _Answered()
 
 
 class _Http2Connection(Http2Connection):

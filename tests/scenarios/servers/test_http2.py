@@ -193,6 +193,32 @@ def test_a_limit_of_requests_loses_no_stream(loop: str, tmp_path: Path) -> None:
     assert find_blemishes(tmp_path) == []
 
 
+@pytest.mark.parametrize("loop", ["uvloop", "trio"])
+def test_what_is_sent_to_an_answered_stream_disturbs_no_other(loop: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running("hypercorn", loop, tmp_path, settings={"drain_timeout": 10}) as service:
+            reader, writer = await asyncio.open_connection(HOST, service.port)
+            encoder = Encoder()
+            for stream, path, flags in ((1, "/slow/0.5/x", ["END_STREAM"]), (3, "/echo/y", [])):
+                headers = [(":method", "PUT"), (":scheme", "http"), (":path", path), (":authority", "localhost")]
+                request = HeadersFrame(stream, encoder.encode(headers), flags=["END_HEADERS", *flags])
+                preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SettingsFrame(0).serialize() if stream == 1 else b""
+                writer.write(preface + request.serialize())
+            answered: list[int] = []
+            while len(answered) < 2:
+                frame = await asyncio.wait_for(read_frame(reader), PATIENCE_SECONDS)
+                assert frame is not None, answered
+                if "END_STREAM" in frame.flags:
+                    answered.append(frame.stream_id)
+                    if frame.stream_id == 3:
+                        writer.write(DataFrame(3, b"late", flags=["END_STREAM"]).serialize())
+            assert answered == [3, 1]
+            writer.close()
+
+    asyncio.run(test())
+    assert find_blemishes(tmp_path) == []
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
 def test_a_client_that_leaves_in_the_middle_of_a_request_holds_nothing_up(loop: str, tmp_path: Path) -> None:
     async def test() -> None:
