@@ -31,6 +31,7 @@ from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.lock_file import LockFile
 from ecdysis_async._system.process import Child, Process, Spawner, describe_exit, spawn
+from ecdysis_async._system.stderr import duplicate_stderr
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async._system.trace_context import add_resource, trace_contexts
 from ecdysis_async.errors import ChannelClosed, ChannelError, RestartError, SpawnFailed
@@ -191,7 +192,11 @@ class Dispatcher:
     def employ(self, slot: Slot, worker: Worker) -> None:
         """Welcome a worker of the pool, and look after it from now on."""
         worker.heard_at = anyio.current_time()
-        worker.link.tell(FromAnchor.WELCOME, {"beat_seconds": self._beat_seconds, "pid": os.getpid()})
+        stderr: list[int] = []
+        # Without a descriptor for it, the worker writes where its predecessor did.
+        with contextlib.suppress(OSError):
+            stderr.append(duplicate_stderr())
+        worker.link.tell(FromAnchor.WELCOME, {"beat_seconds": self._beat_seconds, "pid": os.getpid()}, stderr)
         if self._state.is_stopping:
             worker.is_told_to_leave = True
             worker.link.tell(FromAnchor.STOP, {})
@@ -352,6 +357,9 @@ class Dispatcher:
             (str(each["name"]), bool(each["is_held"]), anyio.current_time() - float(each["seconds"]))
             for each in body.get("exclusive") or ()
         ]
+        worker.jobs = int(body.get("jobs", 0))
+        worker.release = str(body.get("release", ""))
+        worker.serving = [str(each) for each in body.get("serving", ())]
         ends_in = body.get("ends_in")
         worker.ends_at = anyio.current_time() + float(ends_in) if ends_in is not None else None
         if worker.serves and math.isnan(worker.served_since):

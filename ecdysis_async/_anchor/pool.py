@@ -76,7 +76,10 @@ class Worker:
         pid: what it calls its pid. This differs from ``process.pid`` where a wrapper was spawned.
         state: where it says that it stands.
         is_done_accepting: whether it says that it accepts no more, and has answered everyone who queued.
-        connections: how many connections it has.
+        connections: how many connections it has, and jobs.
+        jobs: how many of those are jobs of the application's own, without a connection.
+        release: what it runs, in words; empty where it has not told.
+        serving: what it still serves while it drains, in a few words each.
         requests: how many requests it has served, or connections where its server counts no requests.
         rss: how many bytes of it are resident; None where it cannot tell.
         closed: how its connections have ended, as far as it has said so.
@@ -113,6 +116,9 @@ class Worker:
     state: State = State.STARTING
     is_done_accepting: bool = False
     connections: int = 0
+    jobs: int = 0
+    release: str = ""
+    serving: list[str] = field(default_factory=list)
     requests: int = 0
     rss: int | None = None
     closed: Mapping[Closed, int] = field(default_factory=dict)

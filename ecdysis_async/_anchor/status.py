@@ -13,11 +13,11 @@ from typing import Any
 import anyio
 
 from ecdysis_async._handoff.preflight import describe_place, describe_place_of
-from ecdysis_async._management.status import counted, describe_failed_restart, describe_listeners
+from ecdysis_async._management.status import counted, describe_failed_restart, describe_listeners, describe_load
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async.report import State
 
-from .pool import WorkerPool
+from .pool import Worker, WorkerPool
 from .state import AnchorState, Life, RollOut, RollOutStage, Turn, TurnState
 
 __all__ = ["describe", "describe_status", "describe_wait", "describe_waits", "describe_workers_place", "why_not_ready"]
@@ -52,8 +52,7 @@ def describe_wait(state: AnchorState) -> str | None:
     """Say what the service waits for; None if for nothing but clients."""
     match state.life:
         case Life.STOPPING:
-            connections = state.pool.connections
-            return counted(connections, "connection") if connections else "the workers to end"
+            return _describe_end_of(list(state.pool)) or "the workers to end"
         case Life.UPGRADING:
             return "the new anchor to take over"
         case Life.LAME_DUCK:
@@ -67,13 +66,29 @@ def describe_wait(state: AnchorState) -> str | None:
     return None
 
 
+def _describe_end_of(workers: list[Worker]) -> str | None:
+    """Say what the end of some workers waits for; None if for nothing that is known."""
+    now = anyio.current_time()
+    silent = [each for each in workers if each.silent_seconds(now) >= SILENT_SECONDS]
+    if silent:
+        pids = ", ".join(str(each.pid) for each in silent)
+        return f"pid {pids} to answer, silent for {max(each.silent_seconds(now) for each in silent):.0f} s"
+    jobs = sum(each.jobs for each in workers)
+    connections = sum(each.connections for each in workers) - jobs
+    if not connections and not jobs:
+        return None
+    ends = [each.ends_at for each in workers if each.ends_at is not None]
+    deadline = f", deadline in {max(0.0, max(ends) - now):.0f} s" if ends else ""
+    return describe_load(connections, jobs) + deadline
+
+
 def _wait_of_roll_out(state: AnchorState, roll_out: RollOut) -> str | None:
     """Say what a roll-out waits for; None if for nothing any more."""
     if roll_out.is_over:
         if roll_out.stage is RollOutStage.DRAINED:
             return None
-        left = sum(turn.old.connections for turn in roll_out.turns if turn.old is not None and turn.old.is_alive)
-        return counted(left, "connection") if left else "the former workers to end"
+        former = [turn.old for turn in roll_out.turns if turn.old is not None and turn.old.is_alive]
+        return _describe_end_of(former) or "the former workers to end"
     if (turn := roll_out.current) is not None:
         if (silence := _describe_silence(turn)) is not None:
             return silence
@@ -115,7 +130,9 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
         "pid": os.getpid(),
         "state": _describe_state(state).value,
         "uptime": time.monotonic() - state.begun,
-        "connections": pool.connections,
+        "connections": pool.connections - sum(worker.jobs for worker in pool),
+        "jobs": sum(worker.jobs for worker in pool),
+        "release": next((worker.release for worker in pool if worker.serves and worker.release), ""),
         "listeners": describe_listeners(entries),
         "waiting_for": describe_wait(state),
         "restart": None
@@ -140,8 +157,12 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
             {
                 "generation": worker.generation,
                 "pid": worker.pid,
-                "connections": worker.connections,
+                "slot": next(slot.index for slot in pool.slots if worker in slot.workers),
+                "state": worker.state.value,
+                "connections": worker.connections - worker.jobs,
+                "jobs": worker.jobs,
                 "ends_in": max(0.0, worker.ends_at - now) if worker.ends_at is not None else None,
+                "serving": worker.serving,
             }
             for worker in draining
         ],
@@ -151,7 +172,9 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
                 "pid": worker.pid,
                 "generation": worker.generation,
                 "state": worker.state.value,
-                "connections": worker.connections,
+                "connections": worker.connections - worker.jobs,
+                "jobs": worker.jobs,
+                "release": worker.release,
                 "requests": worker.requests,
                 "rss": worker.rss,
                 "uptime": now - worker.born,

@@ -7,6 +7,7 @@ when the peer has seen the last of it. Nothing here accepts, reads or writes, an
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -66,6 +67,9 @@ PRUNE_SHARE = 0.02
 # longer.
 SWEEP_SECONDS = 10.0
 SWEEP_SHARE = 0.25
+
+# How many connections are asked what they serve, where somebody looks on.
+MAX_DESCRIBED = 1000
 
 Move = Callable[[Callable[[], None]], Awaitable[None]]
 
@@ -141,6 +145,7 @@ class Tracker:
         on_safe_point: told of each connection that reaches a safe point, while connections are sent to a successor.
         on_leave: called once, in the very turn in which this generation leaves: until then a server writes nothing
             down of what it serves, and each of these functions finds what is going on.
+        jobs: how many pieces of work without a connection there are among the connections.
         counters: each tells how many requests a server has begun to answer, where servers count them.
     """
 
@@ -153,7 +158,7 @@ class Tracker:
         self.on_leave: list[Callable[[], None]] = []
         self.counters: list[Callable[[], int]] = []
         # How many connections this generation has accepted, and how many of them have ended.
-        self.opened = self.closed = 0
+        self.opened = self.closed = self.jobs = 0
         # How many had ended when this generation began to leave; what has become of the others, `count` tells.
         self._ended_before: int | None = None
         # In the order in which they are asked whether they have ended without telling: the asked ones go to the end.
@@ -231,6 +236,8 @@ class Tracker:
             self.opened += 1
             if self._cells is not None:
                 self._cells[0] = self.opened
+        else:
+            self.jobs += 1
         # Amortised: all are asked each time the table has doubled, a few by each newcomer.
         if self._unasked > 0:
             self.prune(ASKED_PER_NEWCOMER)
@@ -250,8 +257,32 @@ class Tracker:
                 self.closed += 1
                 if self._cells is not None:
                     self._cells[1] = self.closed
+            else:
+                self.jobs -= 1
             if connection.news is not None:
                 connection.news.set()
+
+    def describe(self, limit: int) -> list[str]:
+        """Say in a few words each what is being served, as far as the servers tell, and how much there is besides.
+
+        Args:
+            limit: how many are told of.
+        """
+        busy: list[str] = []
+        others = 0
+        for connection in itertools.islice(self._connections, MAX_DESCRIBED):
+            words = connection.describe_requests(connection) if connection.describe_requests is not None else []
+            if words or not connection.is_accepted:
+                busy += words or connection.describe()
+            else:
+                others += 1
+        others += max(0, len(self._connections) - MAX_DESCRIBED)
+        told = busy[:limit]
+        if len(busy) > limit:
+            told.append(f"{len(busy) - limit} more")
+        if others:
+            told.append(f"{others} of which no request is known")
+        return told
 
     def note_moved(self, connection: Connection) -> None:
         """Count a connection that a successor has taken over; it is closed when its last trace here has gone."""

@@ -42,6 +42,8 @@ class Ancestor:
         pid: its process.
         peer: the channel to it.
         connections: how many it has left; None before it has said so.
+        jobs: how many jobs without a connection it has left.
+        serving: what it still serves, in a few words each, as far as it has said so.
         ends_at: when its drain ends at the latest, on the loop's clock, as far as it has said so.
         drained: set when it has drained.
     """
@@ -50,6 +52,8 @@ class Ancestor:
     pid: int
     peer: Peer
     connections: int | None = None
+    jobs: int = 0
+    serving: list[str] = field(default_factory=list)
     ends_at: float | None = None
     drained: anyio.Event = field(default_factory=anyio.Event)
     # Whether its deadline was brought forward, because too many drain.
@@ -185,8 +189,10 @@ class Ancestors:
         match item:
             case Frame(type=DrainMessage.PROGRESS):
                 ancestor.connections = item.body.get("connections")
+                ancestor.jobs = int(item.body.get("jobs", 0))
                 self.on_counted(ancestor, item.body.get("counts"))
                 # A release before this one does not say it.
+                ancestor.serving = [str(each) for each in item.body.get("serving", ())]
                 ends_in = item.body.get("ends_in")
                 ancestor.ends_at = anyio.current_time() + ends_in if isinstance(ends_in, int | float) else None
             case Frame(type=DrainMessage.DRAINED):

@@ -112,6 +112,8 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         self._stderr = -1
         self._stderr_pipe = identity(2) if is_child else None
         self._stderr_read_end = -1
+        # What has taken the place of the pipe, unless the application has pointed stderr elsewhere.
+        self._restored: tuple[int, int] | None = None
 
     async def greet(self) -> None:
         """Say hello, and take over what the predecessor holds.
@@ -413,6 +415,23 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             self.predecessor = Ancestor(int(body["predecessor"]["generation"]), int(body["predecessor"]["pid"]), peer)
             unowned.pop_all()
 
+    def take_stderr(self, descriptor: int) -> None:
+        """Let the service's stderr be another one than the predecessor's: the log of a takeover is the newcomer's.
+
+        Args:
+            descriptor: where it leads; it is taken over.
+        """
+        if self._stderr >= 0:
+            os.close(self._stderr)
+            self._stderr = descriptor
+            return
+        if self._restored is not None and identity(2) == self._restored:
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # as below
+                sys.stderr.flush()
+            os.dup2(descriptor, 2)
+            self._restored = identity(2)
+        os.close(descriptor)
+
     def _restore_stderr(self) -> None:
         """Put the service's real stderr in the place of the predecessor's pipe, which ends with the predecessor."""
         if self._stderr < 0:
@@ -422,6 +441,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None: nothing is buffered
                 sys.stderr.flush()
             os.dup2(self._stderr, 2)
+            self._restored = identity(2)
         os.close(self._stderr)
         self._stderr = -1
         # What was started until now may write to the pipe for as long as it lives, and so does this one pass it on.

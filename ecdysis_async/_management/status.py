@@ -18,13 +18,14 @@ from ecdysis_async._handoff.protocol import PredecessorState, SuccessorState
 from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._sockets.entry import Entry, Kind
 from ecdysis_async.errors import RestartError
-from ecdysis_async.report import Outcome, RestartReport
+from ecdysis_async.report import Outcome, RestartReport, State
 
 __all__ = [
     "counted",
     "describe_ancestors",
     "describe_failed_restart",
     "describe_listeners",
+    "describe_load",
     "describe_process",
     "describe_restart",
     "describe_wait",
@@ -48,6 +49,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def describe_load(connections: int, jobs: int) -> str:
+    """Say how many connections there are, and how many jobs of the application's own that have none."""
+    if jobs and not connections:
+        return counted(jobs, "job")
+    return counted(connections, "connection") + (f" and {counted(jobs, 'job')}" if jobs else "")
+
+
 def describe_failed_restart(error: RestartError) -> str:
     """Say in one line why the last restart failed, for `systemctl status`."""
     # The last line of a traceback, and of what the successor has written, says what happened.
@@ -61,6 +69,7 @@ def describe_wait(
     *,
     phase_seconds: float,
     connections: int,
+    jobs: int = 0,
     deadline_seconds: float | None,
 ) -> str | None:
     """Say what a generation waits for; None if for nothing but clients.
@@ -70,10 +79,11 @@ def describe_wait(
         inheritance: the handoff that it came from.
         phase_seconds: how long the restart has been in its state.
         connections: how many connections it has.
+        jobs: how many jobs without a connection it has.
         deadline_seconds: how long the connections still get, where it drains.
     """
     if deadline_seconds is not None:
-        return f"{counted(connections, 'connection')}, deadline in {max(0.0, deadline_seconds):.0f} s"
+        return f"{describe_load(connections, jobs)}, deadline in {max(0.0, deadline_seconds):.0f} s"
     if handover is not None and not handover.state.final:
         report = handover.report
         successor = f"generation {report.generation}"
@@ -118,8 +128,11 @@ def describe_ancestors(ancestors: Sequence[Ancestor]) -> list[dict[str, Any]]:
         {
             "generation": each.generation,
             "pid": each.pid,
+            "state": State.DRAINING.value,
             "connections": each.connections,
+            "jobs": each.jobs,
             "ends_in": max(0.0, each.ends_at - now) if each.ends_at is not None else None,
+            "serving": each.serving,
         }
         for each in sorted(ancestors, key=lambda each: each.generation)
     ]

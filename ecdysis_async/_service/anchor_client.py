@@ -39,6 +39,7 @@ from ecdysis_async._management.management import Management
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.memory import resident_bytes
 from ecdysis_async._system.process import UNKNOWN_STATUS, Child
+from ecdysis_async._system.release import describe_release
 from ecdysis_async._system.trace_context import trace_contexts
 from ecdysis_async.errors import ChannelError, RestartError, SpawnFailed
 from ecdysis_async.report import RestartReport
@@ -51,6 +52,9 @@ logger = logging.getLogger("ecdysis_async")
 
 # How often a worker tells of itself until its anchor has said how often it shall, seconds.
 BEAT_SECONDS = 1.0
+
+# How many requests of a worker that drains its anchor is told of.
+MAX_TOLD = 10
 
 # How often it is looked whether the anchor whose link has ended is dead, seconds; that is a matter of milliseconds.
 DEATH_POLL_SECONDS = 0.005
@@ -72,6 +76,7 @@ class WorkerCommands:
         reopen_logs: opens log files anew that were moved; tells how many.
         note_report: takes note of the last restart of the service.
         state: tells where it stands.
+        take_stderr: is given the anchor's stderr, which is the service's, and owns it.
         ends_in: tells within how many seconds its drain ends; None while none is under way.
         exclusives: tells what it holds, or waits for, that one process of the service holds at a time.
     """
@@ -84,6 +89,7 @@ class WorkerCommands:
     reopen_logs: Callable[[], Awaitable[int]]
     note_report: Callable[[RestartReport], None]
     state: Callable[[], str]
+    take_stderr: Callable[[int], None] = os.close
     ends_in: Callable[[], float | None] = lambda: None
     exclusives: Callable[[], list[dict[str, Any]]] = list
 
@@ -354,6 +360,9 @@ class AnchorClient(Management):
             "rss": resident_bytes(),
             "ends_in": self._commands.ends_in(),
             "exclusive": self._commands.exclusives(),
+            "jobs": self._plane.tracker.jobs,
+            "release": describe_release(),
+            "serving": self._plane.tracker.describe(MAX_TOLD) if self._plane.tracker.draining.is_set() else [],
         }
 
     def _receive_rest(self) -> Iterator[Frame]:
@@ -379,7 +388,7 @@ class AnchorClient(Management):
 
     def _hear(self, frame: Frame) -> None:
         try:
-            if frame.lost_descriptors:
+            if frame.lost_descriptors and frame.type != FromAnchor.WELCOME:
                 self._miss(frame)
             else:
                 self._obey(frame)
@@ -404,6 +413,8 @@ class AnchorClient(Management):
         body = frame.body
         match frame.type:
             case FromAnchor.WELCOME:
+                for descriptor in frame.descriptors:
+                    self._commands.take_stderr(os.dup(descriptor))
                 self._beat_seconds = float(body["beat_seconds"])
                 # Another process than the one that has made the link may be the anchor by now.
                 if (pid := int(body.get("pid", self._anchor_pid))) != self._anchor_pid:

@@ -79,6 +79,7 @@ class Commands:
                 reopen_logs=generation.reopen_logs,
                 note_report=self._note_report,
                 state=lambda: life.state.value,
+                take_stderr=self._take_stderr,
                 ends_in=lambda: life.ends_in,
                 exclusives=lambda: life.exclusives.describe() if life.exclusives is not None else [],
             )
@@ -100,6 +101,12 @@ class Commands:
             stashes=generation.stashes,
             inherited_stash=generation.inherited_stash,
         )
+
+    def _take_stderr(self, descriptor: int) -> None:
+        if self._life.inheritance is not None:
+            self._life.inheritance.take_stderr(descriptor)
+        else:
+            os.close(descriptor)
 
     def _note_report(self, report: RestartReport) -> None:
         self._life.last_report = report

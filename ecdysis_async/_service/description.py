@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 
+from ecdysis_async._handoff.protocol import SuccessorState
 from ecdysis_async._management.status import (
     counted,
     describe_ancestors,
@@ -18,7 +19,8 @@ from ecdysis_async._management.status import (
     describe_wait,
     report_of,
 )
-from ecdysis_async.report import RestartReport
+from ecdysis_async._system.release import describe_release
+from ecdysis_async.report import RestartReport, State
 
 from .life import Life
 
@@ -60,6 +62,7 @@ class Description:
             life.inheritance,
             phase_seconds=now - life.phase_begun,
             connections=self._connections,
+            jobs=life.plane.tracker.jobs,
             deadline_seconds=life.drain_deadline - now if life.drain_deadline is not None else None,
         )
 
@@ -72,11 +75,13 @@ class Description:
             "state": life.state.value,
             "uptime": time.monotonic() - self._begun,
             "connections": self._connections,
+            "jobs": life.plane.tracker.jobs,
+            "release": describe_release(),
             "listeners": describe_listeners(life.plane.registry.entries),
             "waiting_for": self.waiting_for(),
             "restart": describe_restart(life.handover, phase_seconds=anyio.current_time() - life.phase_begun),
             "last_report": life.last_report.to_json() if life.last_report is not None else None,
-            "draining": describe_ancestors(life.generation.lineage.ancestors),
+            "draining": [*self._paused(), *describe_ancestors(life.generation.lineage.ancestors)],
             "process": describe_process(),
             "exclusive": life.exclusives.describe() if life.exclusives is not None else [],
         }
@@ -92,4 +97,23 @@ class Description:
 
     @property
     def _connections(self) -> int:
-        return len(self._life.plane.tracker.connections())
+        tracker = self._life.plane.tracker
+        return len(tracker.connections()) - tracker.jobs
+
+    def _paused(self) -> list[dict[str, Any]]:
+        """Return the predecessor while it can still take over again: it neither accepts nor drains."""
+        inheritance = self._life.inheritance
+        if inheritance is None or inheritance.state is not SuccessorState.PROBATION or inheritance.predecessor is None:
+            return []
+        former = inheritance.predecessor
+        return [
+            {
+                "generation": former.generation,
+                "pid": former.pid,
+                "state": State.PAUSED.value,
+                "connections": former.connections,
+                "jobs": former.jobs,
+                "ends_in": None,
+                "serving": [],
+            }
+        ]

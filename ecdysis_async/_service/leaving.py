@@ -326,7 +326,14 @@ class Leaving:
         while self._life.has_successor and self._life.handover is not None:
             life = self._life
             counts = life.counting.own.to_json()
-            progress = {"connections": len(life.plane.tracker), "ends_in": life.ends_in, "counts": counts}
+            tracker = life.plane.tracker
+            progress = {
+                "connections": len(tracker) - tracker.jobs,
+                "jobs": tracker.jobs,
+                "ends_in": life.ends_in,
+                "counts": counts,
+                "serving": tracker.describe(NAMED_AT_MOST),
+            }
             await self._life.handover.tell(DrainMessage.PROGRESS, progress)
             await anyio.sleep(PROGRESS_SECONDS)
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from ecdysis_async.report import Outcome, Phase, RestartReport
+from ecdysis_async.report import Outcome, Phase, RestartReport, State
 
 __all__ = [
     "Lines",
@@ -25,6 +25,7 @@ __all__ = [
     "describe_services",
     "describe_status",
     "find_missing",
+    "fitting_rows",
     "showing",
     "watching",
 ]
@@ -176,6 +177,7 @@ def watching() -> Iterator[Watch]:
     if not _is_terminal():
         yield Lines()
         return
+    from rich.console import Group
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
@@ -184,12 +186,13 @@ def watching() -> Iterator[Watch]:
 
         class Moving:
             def show(self, status: dict[str, Any]) -> None:
-                table = Table(title=Text(_title(status)), title_justify="left", show_header=False)
+                table = Table.grid(padding=(0, 1))
                 table.add_column(no_wrap=True)
-                table.add_column()
-                for name, text in _rows(status):
+                table.add_column(no_wrap=True, overflow="ellipsis")
+                # One line is the title's, and one the cursor's.
+                for name, text in fitting_rows(status, live.console.size.height - 2):
                     table.add_row(name, Text(text))
-                live.update(table, refresh=True)
+                live.update(Group(Text(_title(status)), table), refresh=True)
 
         yield Moving()
 
@@ -312,39 +315,108 @@ def _describe_exclusives(status: dict[str, Any]) -> list[str]:
 
 def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what there is to tell of a service, each with its name; also of one of an older release."""
-    rows = [
-        ("connections", str(status["connections"])),
-        ("listening", "\n".join(f"{each['address']} ({each['kind']})" for each in status["listeners"]) or "nowhere"),
-    ]
-    rows += [(f"worker {each['slot']}", _describe_worker(each)) for each in status.get("workers", ())]
-    rows += [("exclusive", each) for each in _describe_exclusives(status)]
+    rows = _urgent_rows(status)
+    rows += [(f"worker {each['slot']}", _describe_worker(each, status)) for each in status.get("workers", ())]
+    return rows + _lasting_rows(status)
+
+
+def _urgent_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what is going on, which somebody who looks at a status wants to see first."""
+    rows = []
     if (restart := status["restart"]) is not None:
         pid = f" (pid {restart['pid']})" if restart["pid"] is not None else ""
         what = f"{restart['id']} to generation {restart['generation']}{pid}"
         rows.append(("restart", f"{what}: {restart['phase']}, for {restart['seconds']:.1f} s"))
-    rows += [("missing", f"{what}: {why}") for what, why in find_missing(status).items()]
     if status["waiting_for"] is not None:
         rows.append(("waiting for", status["waiting_for"]))
+    rows += [("missing", f"{what}: {why}") for what, why in find_missing(status).items()]
     rows += [
-        (
-            "draining",
-            f"generation {each['generation']} (pid {each['pid']})"
-            + (f": {each['connections']} connections" if each["connections"] is not None else "")
-            + (f", ends within {each['ends_in']:.0f} s" if each.get("ends_in") is not None else ""),
-        )
+        ("paused" if each.get("state") == State.PAUSED.value else "draining", _describe_leaving(each))
         for each in status["draining"]
+    ]
+    rows += [("exclusive", each) for each in _describe_exclusives(status)]
+    return rows
+
+
+def _lasting_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("connections", _describe_load(status)),
+        ("listening", "\n".join(f"{each['address']} ({each['kind']})" for each in status["listeners"]) or "nowhere"),
     ]
     if (process := status.get("process")) is not None:
         where = (
             f"\nin {_describe_directory(process)}" if process["directory"] is not None else ", in a deleted directory"
         )
         rows.append(("running", f"{process['interpreter']} ({process['python']}){where}"))
+    if status.get("release"):
+        rows.append(("release", str(status["release"])))
     if status["last_report"] is not None:
         rows.append(("last", str(RestartReport.from_json(status["last_report"])).replace("; ", "\n")))
     return rows
 
 
-def _describe_worker(worker: dict[str, Any]) -> str:
+def fitting_rows(status: dict[str, Any], height: int) -> list[tuple[str, str]]:
+    """Return as many rows as fit a screen, the urgent ones first; workers that just serve are told in one row.
+
+    Args:
+        status: of the service.
+        height: of the screen, in lines.
+    """
+    rows = _urgent_rows(status)
+    workers: list[dict[str, Any]] = list(status.get("workers", ()))
+    lasting = _lasting_rows(status)
+    room = height - sum(_height(row) for row in (*rows, *lasting))
+    if len(workers) > room:
+        usual = [each for each in workers if _is_usual(each, status)]
+        unusual = [each for each in workers if not _is_usual(each, status)]
+        shown = unusual[: max(1, height - len(rows) - 4)]
+        rows += [(f"worker {each['slot']}", _describe_worker(each, status)) for each in shown]
+        if left := len(unusual) - len(shown):
+            rows.append(("workers", f"{left} more of them"))
+        if usual:
+            rows.append(("workers", f"{len(usual)} serving in generation {status['generation']}"))
+    else:
+        rows += [(f"worker {each['slot']}", _describe_worker(each, status)) for each in workers]
+    fitting: list[tuple[str, str]] = []
+    for name, text in (*rows, *lasting):
+        left = height - sum(_height(row) for row in fitting)
+        if left > 0:
+            fitting.append((name, "\n".join(text.splitlines()[:left])))
+    return fitting
+
+
+def _height(row: tuple[str, str]) -> int:
+    return len(row[1].splitlines()) or 1
+
+
+def _is_usual(worker: dict[str, Any], status: dict[str, Any]) -> bool:
+    """Say whether there is nothing to tell of a worker but that it serves."""
+    return (
+        worker.get("state") == State.SERVING.value
+        and worker.get("generation") == status["generation"]
+        and (worker.get("silence") or 0) < SILENT_SECONDS
+    )
+
+
+def _describe_load(of: dict[str, Any]) -> str:
+    jobs = of.get("jobs") or 0
+    return str(of["connections"]) + (f", and {jobs} job{'s' * (jobs != 1)}" if jobs else "")
+
+
+def _describe_leaving(each: dict[str, Any]) -> str:
+    """Tell of a generation, or a worker, that leaves, or may take over again."""
+    text = f"generation {each['generation']} (pid {each['pid']})"
+    if each["connections"] is not None:
+        jobs = each.get("jobs") or 0
+        text += f": {each['connections']} connections" + (f" and {jobs} job{'s' * (jobs != 1)}" if jobs else "")
+    if each.get("state") == State.PAUSED.value:
+        text += ", can take over again"
+    if each.get("ends_in") is not None:
+        text += f", ends within {each['ends_in']:.0f} s"
+    return "\n".join((text, *(f"  {served}" for served in each.get("serving") or ())))
+
+
+def _describe_worker(worker: dict[str, Any], status: dict[str, Any]) -> str:
     """Tell of one worker what is known of it."""
     text = str(worker["state"]) if worker.get("state") is not None else "unknown"
     if worker.get("pid") is not None:
@@ -352,7 +424,12 @@ def _describe_worker(worker: dict[str, Any]) -> str:
     if worker.get("generation") is not None:
         text = f"generation {worker['generation']}, {text}"
     if worker.get("connections") is not None:
-        text += f", {worker['connections']} connections"
+        jobs = worker.get("jobs") or 0
+        text += f", {worker['connections']} connections" + (f" and {jobs} job{'s' * (jobs != 1)}" if jobs else "")
+    if worker.get("uptime") is not None:
+        text += f", up {_duration(worker['uptime'])}"
+    if worker.get("release") and worker["release"] != status.get("release"):
+        text += f", {worker['release']}"
     if worker.get("silence") is not None and worker["silence"] >= SILENT_SECONDS:
         text += f"; has not answered for {worker['silence']:.0f} s"
     if worker.get("waiting_for"):

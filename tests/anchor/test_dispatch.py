@@ -130,6 +130,10 @@ async def working(here: Stage, puppet: Puppet) -> AsyncIterator[Office]:
     async with office.open():
         office.dispatcher.employ(slot, puppet.worker)
         welcome = await puppet.link.receive()
+        # The service's stderr comes with it.
+        (stderr,) = welcome.descriptors
+        assert os.path.sameopenfile(stderr, 2)
+        welcome.close()
         assert (welcome.type, welcome.body) == (FromAnchor.WELCOME, {"beat_seconds": 0.5, "pid": os.getpid()})
         yield office
 

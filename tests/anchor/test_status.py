@@ -164,6 +164,8 @@ KEYS = {
     "state",
     "uptime",
     "connections",
+    "jobs",
+    "release",
     "listeners",
     "waiting_for",
     "restart",
@@ -210,7 +212,18 @@ async def test_the_status_is_json_with_all_that_commands_know(here: Stage) -> No
     assert found["connections"] == 4
     assert found["anchor"] == {"upgrades": 3, "error": "not today", "missing": {"the pid file": "full"}}
     assert found["process"]["environment"] == ["A", "B"]
-    assert found["draining"] == [{"generation": 1, "pid": 77, "connections": 4, "ends_in": None}]
+    assert found["draining"] == [
+        {
+            "generation": 1,
+            "pid": 77,
+            "slot": 1,
+            "state": "draining",
+            "connections": 4,
+            "jobs": 0,
+            "ends_in": None,
+            "serving": [],
+        }
+    ]
     assert [(each["slot"], each["state"], each["requests"]) for each in found["workers"]] == [
         (0, "serving", 5),
         (1, "draining", 0),

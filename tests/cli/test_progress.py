@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ecdysis_async.cli.progress import Lines, Progress, describe_services
+from ecdysis_async.cli.progress import Lines, Progress, describe_services, fitting_rows
 from ecdysis_async.report import Outcome, Phase, RestartReport
 from tests.cli.commands import (
     COMMAND,
@@ -142,3 +142,46 @@ def test_several_services_are_a_table() -> None:
         "/run/a.sock       3           7    serving             2        2            [::1]:80",
         "/run/longer.sock                   it does not answer",
     ]
+
+
+@pytest.mark.parametrize("count", [2, 8, 64])
+def test_a_watched_status_fits_a_screen_with_what_matters_first(count: int) -> None:
+    workers = [
+        {"slot": number, "pid": 100 + number, "generation": 2, "state": "serving", "connections": 1, "silence": 0.1}
+        for number in range(count)
+    ]
+    workers[1] |= {"silence": 7.0}
+    status = {
+        "generation": 2,
+        "pid": 1,
+        "state": "serving",
+        "uptime": 5.0,
+        "connections": count,
+        "listeners": [{"name": "a", "address": "127.0.0.1:1", "kind": "tcp"}],
+        "waiting_for": "worker 1 (pid 101) to answer, which has been silent for 7 s",
+        "restart": {"id": "0123456789ab", "generation": 3, "pid": None, "phase": "worker 1 of 64", "seconds": 7.0},
+        "draining": [
+            {
+                "generation": 1,
+                "pid": 7,
+                "state": "draining",
+                "connections": 3,
+                "jobs": 2,
+                "ends_in": 20.0,
+                "serving": ["GET /slow, 3.2 s old", "2 more"],
+            }
+        ],
+        "last_report": None,
+        "workers": workers,
+    }
+    rows = fitting_rows(status, 22)
+    lines = [f"{name}: {line}" for name, text in rows for line in text.splitlines()]
+    assert len(lines) <= 22
+    assert lines[0].startswith("restart: 0123456789ab to generation 3")
+    assert lines[1].startswith("waiting for: worker 1 (pid 101)")
+    assert lines[2] == "draining: generation 1 (pid 7): 3 connections and 2 jobs, ends within 20 s"
+    assert lines[3] == "draining:   GET /slow, 3.2 s old"
+    assert any(line.startswith("worker 1: ") and "has not answered for 7 s" in line for line in lines)
+    if count == 64:
+        assert "workers: 63 serving in generation 2" in lines
+    assert "connections: " in "\n".join(lines)

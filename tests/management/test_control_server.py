@@ -24,6 +24,7 @@ from ecdysis_async._management import control_connection, control_server
 from ecdysis_async._management.control_path import ControlLock
 from ecdysis_async._management.control_server import ControlServer
 from ecdysis_async._management.management import OwnManagement
+from ecdysis_async._system.release import describe_release
 from ecdysis_async.report import State
 
 Json = dict[str, Any]
@@ -102,6 +103,8 @@ async def test_status(tmp_path: Path) -> None:
             "state": "serving",
             # Whoever asks is none.
             "connections": 0,
+            "jobs": 0,
+            "release": describe_release(),
             "waiting_for": None,
             "restart": None,
             "last_report": None,
@@ -307,13 +310,13 @@ async def test_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             # Who asks is still answered.
             [answer] = await ask(path, command="status")
             assert answer["status"]["state"] == "draining"
-            assert answer["status"]["waiting_for"].startswith("1 connection, deadline in ")
+            assert answer["status"]["waiting_for"].startswith("1 job, deadline in ")
             [failed] = await ask(path, command="restart", until="settled")
             assert failed["error"] == "RestartWhileDraining"
             release.set()
     accepted, *phases, done = answers
     assert (accepted, done) == ({"event": "accepted", "pid": os.getpid()}, {"event": "done"})
-    assert any(str(each["waiting_for"]).startswith("1 connection, deadline in ") for each in phases)
+    assert any(str(each["waiting_for"]).startswith("1 job, deadline in ") for each in phases)
 
 
 async def test_nobody_who_looks_on_holds_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

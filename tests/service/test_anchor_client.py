@@ -104,6 +104,9 @@ async def test_it_beats_at_once_and_at_each_change(backend: str) -> None:
             "rss": first.body["rss"],
             "ends_in": None,
             "exclusive": [],
+            "jobs": 0,
+            "release": first.body["release"],
+            "serving": [],
         }
         assert first.body["rss"] > 0
         pair.life.state = State.SERVING
