@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import anyio
 import pytest
@@ -14,11 +15,12 @@ from ecdysis_async._management.management import OwnManagement
 from ecdysis_async._management.systemd import Systemd
 from ecdysis_async._service.commands import Commands
 from ecdysis_async._service.leaving import Leaving
-from ecdysis_async._service.life import Life
+from ecdysis_async._service.life import Life, Stop
 from ecdysis_async._service.restarts import Restarts
 from ecdysis_async._system.process import Child
 from ecdysis_async.errors import RestartUnsupported
 from ecdysis_async.report import State
+from tests.management.managers import Manager
 from tests.planes import turn
 from tests.service.lives import a_life
 
@@ -88,6 +90,30 @@ async def test_a_restart_that_a_signal_asks_for_in_vain_ends_nothing(
             assert life.state is State.SERVING
         finally:
             management.close()
+
+
+@pytest.mark.usefixtures("caught")
+async def test_a_restart_that_is_refused_is_answered(backend: str, tmp_path: Path) -> None:
+    """A partial stop is the application's to tell: until then `systemctl reload` would wait for its timeout."""
+    manager = Manager(str(tmp_path / "notify"))
+    async with a_life(stop_signals=(), restart_signals=(signal.SIGHUP,)) as (life, _):
+        management = commands_of(life).find_management(
+            Systemd(manager.address), takes_activation=False, control_path=None, pid_file=None
+        )
+        life.management = management
+        try:
+            management.handle_signals()
+            management.start(life.task_group)
+            management.begin(60)
+            life.state, life.stop = State.DRAINING, Stop.PARTIAL
+            with anyio.fail_after(60):
+                os.kill(os.getpid(), signal.SIGHUP)
+                heard = await manager.hear_until("READY=1")
+            assert "RELOADING=1" in heard
+            assert any(line.startswith("MONOTONIC_USEC=") for line in heard)
+        finally:
+            management.close()
+            manager.close()
 
 
 @pytest.mark.backends("asyncio")
