@@ -86,7 +86,7 @@ def make_restart_id() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reserve:
+class _Provision:
     """Which sockets a successor was given before it could ask.
 
     Attributes:
@@ -96,7 +96,7 @@ class _Reserve:
     sockets: tuple[tuple[Entry, int], ...]
 
     @classmethod
-    def of(cls, entries: Iterable[Entry]) -> _Reserve:
+    def of(cls, entries: Iterable[Entry]) -> _Provision:
         """Return what stands for these sockets."""
         return cls(tuple((entry, os.fstat(entry.sock.fileno()).st_ino) for entry in entries))
 
@@ -176,8 +176,8 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         self._spawner = spawner
         self._launch: Launch | None = None
         # What the successor was given before it could ask, if it was; and whether its release knows that it was.
-        self._reserve: _Reserve | None = None
-        self._is_reserve_known = False
+        self._provision: _Provision | None = None
+        self._is_provision_known = False
         self._successor: SuccessorProcess | None = None
         # Whether the successor has said that it fails.
         self._has_failed = False
@@ -401,7 +401,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 raise GarbledFrame("the successor said HELLO twice")
             choose_version(frame.body)
             self.report.successor_pid = int(frame.body["pid"])
-            self._is_reserve_known = bool(frame.body.get("reserve"))
+            self._is_provision_known = bool(frame.body.get("provision"))
             pidfd, counters = frame.descriptors
             self._running.know(pidfd, counters)
             return event
@@ -563,7 +563,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             facts = {"service__instance__id": uuid.uuid4(), "ecdysis__generation": self.report.generation}
             launch.environment.update(add_resource(launch.environment, **facts))
         self._launch = launch
-        self._send_reserve(channel, stderr)
+        self._send_provision(channel, stderr)
 
     async def _spawn(self, channel: socket.socket, stderr: int) -> Child:
         launch, lock_file = self._launch, self.generation.lock_file
@@ -590,7 +590,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         except ChannelError as error:
             self.post(PredecessorEvent.BROKEN, error)
 
-    def _send_reserve(self, channel: Channel, stderr: int) -> None:
+    def _send_provision(self, channel: Channel, stderr: int) -> None:
         """Put the sockets into the channel before there is a successor, which has them whatever happens here (G6).
 
         There is none where a stash is due at the start, which is made while the successor imports; and where there are
@@ -601,17 +601,17 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             return
         try:
             with self._describe_listeners(stderr) as (body, descriptors):
-                if channel.send_at_once(FromPredecessor.LISTENERS, {**body, "reserve": True}, descriptors):
-                    self._reserve = _Reserve.of(self._entries)
+                if channel.send_at_once(FromPredecessor.LISTENERS, {**body, "provision": True}, descriptors):
+                    self._provision = _Provision.of(self._entries)
         except OSError as error:
             # No descriptor is left now; there may be one when the successor asks.
-            self.log.debug("the successor gets no reserve: %s", error)
+            self.log.debug("the successor gets no provision: %s", error)
 
     async def _send_listeners(self) -> None:
-        if self._reserve is not None and not self._is_reserve_known:
+        if self._provision is not None and not self._is_provision_known:
             # A release before this one: what it has found was the answer.
             return
-        if self._reserve is not None and self._reserve == _Reserve.of(self.generation.host.registry.entries):
+        if self._provision is not None and self._provision == _Provision.of(self.generation.host.registry.entries):
             await self._send(FromPredecessor.LISTENERS, {"as_before": True})
             return
         with self._describe_listeners(self._running.stderr.read_end) as (body, descriptors):

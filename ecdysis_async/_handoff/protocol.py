@@ -15,9 +15,9 @@ of three generations can be explored exhaustively (tests/handoff/test_protocol_e
      ROLLED_BACK   <---------- returned
      SETTLED       settled --------------->    SETTLED
 
-The predecessor puts LISTENERS into the channel a first time before the successor's process exists: the *reserve*. The
+The predecessor puts LISTENERS into the channel a first time before the successor's process exists: the *provision*. The
 successor finds it there when it says HELLO, and waits for the answer all the same. Where it finds the predecessor dead
-instead, the reserve is the answer, so that a death during the import costs nothing. A release that knows no reserve
+instead, the provision is the answer, so that a death during the import costs nothing. A release that knows no provision
 takes it for the answer, and gets no other one.
 
 The death of the peer is one event (``DIED``), delivered after everything that the peer has said; a channel that ends
@@ -234,7 +234,7 @@ _S, _SE, _SA = SuccessorState, SuccessorEvent, SuccessorAction
 _PREDECESSOR: Final[
     Mapping[PredecessorState, Mapping[PredecessorEvent, tuple[PredecessorState, tuple[PredecessorAction, ...]]]]
 ] = {
-    # The successor may find a reserve in its channel (see below), and would go on with it if this process died.
+    # The successor may find a provision in its channel (see above), and would go on with it if this process died.
     _P.SPAWNING: {
         _PE.HELLO: (_P.INITIALISING, (_PA.SEND_LISTENERS,)),
         _PE.FAILED: (_P.ABORTING, (_PA.END_SUCCESSOR,)),

@@ -105,7 +105,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         self._on_change = on_change
         self._channel = Channel(sock)
         # The sockets that were here before this process could ask for them, until there is an answer.
-        self._reserve: Frame | None = None
+        self._provision: Frame | None = None
         # In the predecessor's order.
         self._inherited: list[socket.socket] = []
         # The service's real stderr, and the pipe that stands in its place until this generation is ready.
@@ -133,16 +133,16 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         except (ChannelError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:
             raise HandoffAborted(f"ecdysis: the predecessor did not hand over its sockets: {error!r}") from error
         finally:
-            self._close_reserve()
+            self._close_provision()
             if self.predecessor is None:
                 self.state = SuccessorState.ABORTED
                 self.close()
 
     async def _hear_answer(self) -> Frame:
-        """Say hello, and return the predecessor's answer; where none can come any more, the reserve, if there is one.
+        """Say hello, and return the predecessor's answer; where none can come any more, the provision, if there is one.
 
-        The application may begin with a reserve at once. Whether the predecessor is dead, or lives and this side has to
-        leave, is learnt in the next moment (``Peer.run``).
+        The application may begin with a provision at once. Whether the predecessor is dead, or lives and this side has
+        to leave, is learnt in the next moment (``Peer.run``).
 
         Raises:
             ChannelError: the predecessor is gone, or says what cannot be read.
@@ -162,29 +162,29 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             while answer is None and (frame := self._channel.receive_nowait()) is not None:
                 answer = self._find_answer(frame)
         except ChannelClosed:
-            if self._reserve is None:
+            if self._provision is None:
                 raise
-            answer = self._take_reserve()
+            answer = self._take_provision()
         if answer is None:
             raise TimeoutError(f"it did not answer within {seconds:g} seconds")
         return answer
 
     def _find_answer(self, frame: Frame) -> Frame | None:
-        """Return the answer that a frame is; None where it is the reserve, behind which the answer comes."""
-        if frame.body.get("reserve"):
-            self._reserve = frame
+        """Return the answer that a frame is; None where it is the provision, behind which the answer comes."""
+        if frame.body.get("provision"):
+            self._provision = frame
             return None
-        if frame.body.get("as_before") and self._reserve is not None:
-            return self._take_reserve()
+        if frame.body.get("as_before") and self._provision is not None:
+            return self._take_provision()
         return frame
 
-    def _take_reserve(self) -> Frame | None:
-        reserve, self._reserve = self._reserve, None
-        return reserve
+    def _take_provision(self) -> Frame | None:
+        provision, self._provision = self._provision, None
+        return provision
 
-    def _close_reserve(self) -> None:
-        if (reserve := self._take_reserve()) is not None:
-            reserve.close()
+    def _close_provision(self) -> None:
+        if (provision := self._take_provision()) is not None:
+            provision.close()
 
     async def run(self) -> None:
         """Carry the handoff out until it has settled; then listen to the drain of the predecessor, until it is dead."""
@@ -373,7 +373,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         try:
             os.ftruncate(counters, COUNTERS.size)
             self._plane.tracker.share(memoryview(mmap.mmap(counters, COUNTERS.size)).cast("Q"))
-            body = {"versions": list(VERSIONS), "pid": os.getpid(), "reserve": True}
+            body = {"versions": list(VERSIONS), "pid": os.getpid(), "provision": True}
             await self._channel.send(FromSuccessor.HELLO, body, [pidfd, counters])
         finally:
             os.close(pidfd)

@@ -90,10 +90,10 @@ class Care(enum.Enum):
     DEATH_BEFORE_END_OF_FILE = "it waits for the pidfd where a channel ends, since a dying process closes that first"
 
 
-class Reserve(enum.Enum):
+class Provision(enum.Enum):
     """Whether LISTENERS lies in the channel before the successor's process exists."""
 
-    NONE = "none"  # a stash is due first, or the predecessor's release knows no reserve
+    NONE = "none"  # a stash is due first, or the predecessor's release knows no provision
     KNOWN = "known"  # both sides know it: the answer to HELLO comes behind it
     UNKNOWN = "unknown"  # the successor's release does not know it: for that it is the answer, and no other one comes
 
@@ -132,7 +132,7 @@ class Generation(Interned):
     condemned: bool = False  # its predecessor has sent it SIGTERM, and will send SIGKILL
     failed: bool = False  # its application has raised
     hung: bool = False  # it does nothing any more, and does not end either: SIGSTOP, or a loop that is blocked
-    reserve: bool = False  # it has read the reserve, and no answer yet
+    provision: bool = False  # it has read the provision, and no answer yet
     renounced: bool = False  # it shall not accept any more: it sent SETTLED, was stopped, or was called off
 
     @property
@@ -210,16 +210,16 @@ class Violation(Exception):
 
 
 cares = frozenset(Care)
-reserve = Reserve.KNOWN
+provision = Provision.KNOWN
 
 START: Final = World(FIRST, ABSENT, ABSENT, FRESH, FRESH, FRESH, FRESH, 0, Verdict.EXPECTED)
 
-# What stands for the reserve in a channel.
-RESERVE: Final = "reserve"
+# What stands for the provision in a channel.
+PROVISION: Final = "provision"
 AT_SPAWN: Final = {
-    Reserve.NONE: FRESH,
-    Reserve.KNOWN: FRESH.but(items=(RESERVE,)),
-    Reserve.UNKNOWN: FRESH.but(items=(SuccessorEvent.LISTENERS,)),
+    Provision.NONE: FRESH,
+    Provision.KNOWN: FRESH.but(items=(PROVISION,)),
+    Provision.UNKNOWN: FRESH.but(items=(SuccessorEvent.LISTENERS,)),
 }
 
 TO_SUCCESSOR: Final = {
@@ -283,7 +283,7 @@ def tell_predecessor(link: Link, event: PredecessorEvent) -> Link:
                 if upper.renounced:
                     raise Violation("who_renounced_resumes")
                 upper = upper.but(gate=RESUMED.get(upper.gate, upper.gate))
-            case PredecessorAction.SEND_LISTENERS if reserve is Reserve.UNKNOWN:
+            case PredecessorAction.SEND_LISTENERS if provision is Provision.UNKNOWN:
                 pass
             case PredecessorAction.END_SUCCESSOR:
                 lower = lower.but(condemned=True) if lower.alive else lower
@@ -306,11 +306,11 @@ def tell_successor(link: Link, event: SuccessorEvent) -> Link:
     """Handle one event in the lower generation, and carry out what its machine asks for."""
     upper, lower, downwards, upwards, duty, verdict = link
     assert lower.up is not None
-    if lower.reserve and event in (SuccessorEvent.DIED, SuccessorEvent.BROKEN):
+    if lower.provision and event in (SuccessorEvent.DIED, SuccessorEvent.BROKEN):
         # No answer can come any more: what lay in the channel is the answer.
         return tell_successor(tell_successor(link, SuccessorEvent.LISTENERS), event)
     state, actions = protocol.step_successor(lower.up, event)
-    lower = lower.but(up=state, reserve=False)
+    lower = lower.but(up=state, provision=False)
     for action in actions:
         if action is SuccessorAction.OPEN:
             lower = lower.but(gate=Gate.OPENING)
@@ -386,7 +386,7 @@ def upper_moves(link: Link) -> Iterator[Move]:
                 # Each restart is a machine of its own, and a PAUSED of the one before is none of its business.
                 gate = Gate.OPEN if upper.gate is Gate.OPEN_STALE else upper.gate
                 again = upper.but(down=PredecessorState.SPAWNING, wish=False, gate=gate)
-                restarted = link._replace(upper=again, lower=NEWBORN, downwards=AT_SPAWN[reserve], upwards=FRESH)
+                restarted = link._replace(upper=again, lower=NEWBORN, downwards=AT_SPAWN[provision], upwards=FRESH)
                 yield Move("upper restarts", Kind.ORDINARY if upper.wish else Kind.RESTART, restarted)
 
 
@@ -408,8 +408,8 @@ def lower_moves(link: Link) -> Iterator[Move]:
     if link.downwards.items:
         event, *rest = link.downwards.items
         read = link._replace(downwards=link.downwards.but(items=tuple(rest)))
-        if event == RESERVE:
-            yield Move("lower reads the reserve", Kind.ORDINARY, read._replace(lower=lower.but(reserve=True)))
+        if event == PROVISION:
+            yield Move("lower reads the provision", Kind.ORDINARY, read._replace(lower=lower.but(provision=True)))
         else:
             yield Move(f"lower handles {event.value}", Kind.ORDINARY, tell_successor(read, event))
     if lower.up.timer is not None and (upper.alive or Care.DEATH_BEFORE_TIMEOUT not in cares):
@@ -502,7 +502,7 @@ def die(world: World, index: int) -> World:
 
 def has_sockets(generation: Generation, channel: Channel) -> bool:
     """Say whether a generation has the sockets, or will find them in its channel."""
-    is_given = generation.reserve or not {RESERVE, SuccessorEvent.LISTENERS}.isdisjoint(channel.items)
+    is_given = generation.provision or not {PROVISION, SuccessorEvent.LISTENERS}.isdisjoint(channel.items)
     return is_given or generation.up not in (None, SuccessorState.GREETING)
 
 
@@ -725,13 +725,13 @@ def assert_stops_end_everybody() -> None:
     assert PredecessorState.STOPPED in exploration.predecessors
 
 
-@pytest.fixture(params=Reserve, ids=lambda param: f"reserve={param.value}")
-def each_reserve(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Explore with and without a reserve."""
-    monkeypatch.setattr(sys.modules[__name__], "reserve", request.param)
+@pytest.fixture(params=Provision, ids=lambda param: f"provision={param.value}")
+def each_provision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Explore with and without a provision."""
+    monkeypatch.setattr(sys.modules[__name__], "provision", request.param)
 
 
-@pytest.mark.usefixtures("each_reserve")
+@pytest.mark.usefixtures("each_provision")
 def test_every_interleaving_keeps_the_guarantees() -> None:
     exploration = explore()
     print(f"{exploration.states} states, {exploration.steps} steps, {exploration.resting} states of rest")  # noqa: T201
@@ -741,12 +741,12 @@ def test_every_interleaving_keeps_the_guarantees() -> None:
     assert exploration.successors == frozenset(SuccessorState)
 
 
-@pytest.mark.usefixtures("each_reserve")
+@pytest.mark.usefixtures("each_provision")
 def test_where_nothing_fails_every_restart_succeeds() -> None:
     assert_restarts_succeed()
 
 
-@pytest.mark.usefixtures("each_reserve")
+@pytest.mark.usefixtures("each_provision")
 def test_where_nothing_fails_a_stop_ends_everybody() -> None:
     assert_stops_end_everybody()
 
@@ -845,8 +845,8 @@ def explore_everything() -> None:
 def test_a_defect_is_found(state: Any, event: Any, reaction: Any, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change_reaction(monkeypatch, state, event, reaction)
     if state is S.GREETING:
-        # With a reserve it can go on without an answer.
-        monkeypatch.setattr(sys.modules[__name__], "reserve", Reserve.NONE)
+        # With a provision it can go on without an answer.
+        monkeypatch.setattr(sys.modules[__name__], "provision", Provision.NONE)
     with pytest.raises(Violation, match=broken):
         explore_everything()
 

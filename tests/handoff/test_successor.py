@@ -165,9 +165,9 @@ async def test_a_restart_that_is_called_off_aborts(backend: str) -> None:
             await start.side.greet()
 
 
-async def test_the_reserve_of_a_dead_predecessor_is_its_answer(backend: str) -> None:
+async def test_the_provision_of_a_dead_predecessor_is_its_answer(backend: str) -> None:
     async with a_start() as start, anyio.create_task_group() as task_group:
-        await start.hand_over(reserve=True)
+        await start.hand_over(provision=True)
         start.channel.close()
         # It is said to nobody, and what lies in the channel is read all the same.
         await start.side.greet()
@@ -185,7 +185,7 @@ async def test_nothing_is_promoted_over_a_predecessor_that_lives_and_says_nothin
 ) -> None:
     monkeypatch.setattr("ecdysis_async._ipc.peer.DEATH_GRACE_SECONDS", 0.05)
     async with a_start() as start:
-        await start.hand_over(reserve=True)
+        await start.hand_over(provision=True)
         start.channel.close()
         await start.side.greet()
         await start.side.run()
@@ -193,11 +193,11 @@ async def test_nothing_is_promoted_over_a_predecessor_that_lives_and_says_nothin
 
 
 @pytest.mark.parametrize("is_as_before", [True, False])
-async def test_an_answer_comes_behind_the_reserve(backend: str, *, is_as_before: bool) -> None:
+async def test_an_answer_comes_behind_the_provision(backend: str, *, is_as_before: bool) -> None:
     async with a_start() as start, anyio.create_task_group() as task_group:
-        await start.hand_over(reserve=True)
+        await start.hand_over(provision=True)
         task_group.start_soon(start.side.greet)
-        assert (await start.expect("hello"))["reserve"] is True
+        assert (await start.expect("hello"))["provision"] is True
         await anyio.wait_all_tasks_blocked()
         assert start.side.state is SuccessorState.GREETING
         if is_as_before:
@@ -210,9 +210,9 @@ async def test_an_answer_comes_behind_the_reserve(backend: str, *, is_as_before:
         assert [entry.name for entry in start.plane.registry.unclaimed()] == ["web"]
 
 
-async def test_the_reserve_of_a_restart_that_was_called_off_is_let_go(backend: str) -> None:
+async def test_the_provision_of_a_restart_that_was_called_off_is_let_go(backend: str) -> None:
     async with a_start() as start:
-        await start.hand_over(reserve=True)
+        await start.hand_over(provision=True)
         await start.channel.send("abort")
         with pytest.raises(HandoffAborted, match="called the restart off"):
             await start.side.greet()

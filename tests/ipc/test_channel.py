@@ -279,11 +279,11 @@ async def test_many_descriptors_travel_in_batches(count: int) -> None:
 )
 async def test_a_frame_is_sent_at_once_or_not_at_all(*, count: int, size: int, is_sent: bool) -> None:
     with files(count) as opened, channels() as (here, there):
-        assert here.send_at_once("reserve", {"text": "x" * size}, opened) is is_sent
+        assert here.send_at_once("provision", {"text": "x" * size}, opened) is is_sent
         await here.send("behind")
         if is_sent:
             frame = await there.receive()
-            assert (frame.type, numbers(frame.descriptors)) == ("reserve", list(range(count)))
+            assert (frame.type, numbers(frame.descriptors)) == ("provision", list(range(count)))
             frame.close()
         assert (await there.receive()).type == "behind"
 
