@@ -5,6 +5,7 @@ It is found in the history, which tells also where the service itself does not a
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,7 +97,7 @@ def find_waits(
         if wait.pid not in found:
             found[wait.pid] = wait
         else:
-            found[wait.pid].details += [wait.text, *wait.details]
+            found[wait.pid].details += wait.details
     return list(found.values())
 
 
@@ -122,22 +123,21 @@ def add_stacks(waits: Iterable[Wait], ask: Callable[[int], str | None]) -> None:
     for wait in waits:
         if wait.is_asked and (stack := ask(wait.pid)) is not None:
             wait.stack = trim(stack)
-            if (place := find_place(stack)) is not None:
+            # Where a drain waits for requests, these tell more than one of many lines.
+            if not wait.details and (place := find_place(stack)) is not None:
                 wait.details.insert(0, f"it stands at {place}")
 
 
 def trim(stack: str) -> str:
-    """Leave threads out in which nothing of the application's runs; the main thread stays, and the tasks do."""
+    """Leave out the threads and tasks in which nothing of the application's runs, unless nothing is left then."""
     paragraphs = [_without_runners(each) for each in stack.split("\n\n")]
-    kept = [each for each in paragraphs if not each.startswith("Thread ") or _has_own_lines(each)]
-    return "\n\n".join(kept or paragraphs)
+    return "\n\n".join([each for each in paragraphs if _has_own_lines(each)] or paragraphs)
 
 
 def _without_runners(paragraph: str) -> str:
-    """Leave out what has started the loop, where the loop runs the application."""
+    """Leave out what has started the loop."""
     lines = paragraph.splitlines()
-    start = next((number for number, line in enumerate(lines) if any(each in line for each in _RUNNERS)), len(lines))
-    return "\n".join(lines[:start] if _has_own_lines("\n".join(lines[:start])) else lines)
+    return "\n".join(itertools.takewhile(lambda line: not any(each in line for each in _RUNNERS), lines))
 
 
 def _has_own_lines(paragraph: str) -> bool:
@@ -224,4 +224,5 @@ def _find_drains(records: Sequence[Record]) -> Iterable[Wait]:
             text += f", until {max(0.0, limit - seconds):.1f} s from now at the most"
         requests = last.facts.get("requests") if last is not None else None
         details = [f"it waits for {each}" for each in requests] if isinstance(requests, list) else []
-        yield Wait(pid, f"{text}: {count} connections", details=details)
+        noun = "connection" if count == 1 else "connections"
+        yield Wait(pid, f"{text}: {count} {noun}", details=details)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -262,7 +263,12 @@ def describe_status(status: int | None) -> str:
     """Say how a process ended; empty where that is not known."""
     if status is None:
         return ""
-    return f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"
 
 
 def _sort(records: list[Record]) -> list[_Handoff]:
@@ -541,7 +547,11 @@ def _gather(records: list[Record], stories: list[Story]) -> list[Story]:
                 predecessor=record.pid,
                 state_since=record.clock,
             )
-    taken: set[int] = set()
+    others: list[Story] = []
+    for story in stories:
+        # They have the id of the roll-out that they belong to.
+        roll_out = roll_outs.get(story.id)
+        (others if roll_out is None else roll_out.parts).append(story)
     for record in records:
         roll_out = roll_outs.get(record.restart)
         if roll_out is None or record.clock < roll_out.begun:
@@ -557,28 +567,21 @@ def _gather(records: list[Record], stories: list[Story]) -> list[Story]:
                 receiver = record.number("peer") or 0
                 roll_out.arrows.append(Arrow(record.text("message"), record.pid, record.clock, receiver, record.clock))
             case Note.TURN:
-                _note_turn(roll_out, record, stories, taken)
+                _note_turn(roll_out, record)
     for roll_out in roll_outs.values():
         lanes = [lane for part in roll_out.parts for lane in part.lanes if lane.generation]
         roll_out.lanes = [Lane(roll_out.predecessor, "anchor", 0, [Span("anchor", roll_out.begun)]), *lanes]
         roll_out.arrows = sorted(
             [*roll_out.arrows, *(arrow for part in roll_out.parts for arrow in part.arrows)], key=lambda it: it.sent
         )
-    return [*roll_outs.values(), *(each for each in stories if id(each) not in taken)]
+    return [*roll_outs.values(), *others]
 
 
-def _note_turn(roll_out: Story, record: Record, stories: list[Story], taken: set[int]) -> None:
-    slot, state, old = record.number("slot"), record.text("state"), record.number("old")
-    if state == "under way":
-        roll_out.steps.append(Step(f"worker {slot}", record.clock, math.inf, old or 0, is_open=True))
-    elif state in ("served", "failed"):
+def _note_turn(roll_out: Story, record: Record) -> None:
+    name = f"worker {record.number('slot')}"
+    if record.text("state") == "under way":
+        roll_out.steps.append(Step(name, record.clock, math.inf, record.number("old") or 0, is_open=True))
+    elif record.text("state") in ("served", "failed"):
         for step in roll_out.steps:
-            if step.name == f"worker {slot}" and step.is_open:
+            if step.name == name and step.is_open:
                 step.seconds, step.is_open = record.clock - step.begin, False
-    for story in stories:
-        is_own = story.predecessor == old or (story.kind is Kind.START and story.slot == slot)
-        is_then = story.begun >= roll_out.begun and story.begun <= record.clock
-        if id(story) not in taken and is_own and is_then and story.generation == roll_out.generation:
-            taken.add(id(story))
-            story.slot = slot
-            roll_out.parts.append(story)

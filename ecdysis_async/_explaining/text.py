@@ -26,6 +26,9 @@ _STROKES = {
     "leaving": "░",
 }
 
+# What a module imports that a module imports is told from then on, seconds.
+LONG_IMPORT_SECONDS = 0.1
+
 # How many messages, modules and requests are told at the most.
 MAX_MESSAGES = 40
 MAX_PARTS = 12
@@ -106,7 +109,8 @@ def describe_now(waits: Sequence[Wait]) -> Iterator[str]:
 def _name(story: Story) -> str:
     match story.kind:
         case Kind.ROLL_OUT:
-            return f"generation {story.generation}, {len(story.parts)} workers"
+            count = len(story.parts)
+            return f"generation {story.generation}, {count} {'worker' if count == 1 else 'workers'}"
         case Kind.START:
             return f"start of worker {story.slot}"
     return f"generation {story.former} → {story.generation}"
@@ -131,8 +135,9 @@ def _describe_failure(story: Story) -> Iterator[str]:
         yield _style("  the last lines that the new process wrote to stderr:", bold=True)
         yield from (f"    | {line}" for line in lines)
     if not story.is_over:
-        until = f", for {format_seconds(story.now - story.state_since)} now" if math.isfinite(story.now) else ""
-        yield f"  it stands at {story.state!r}{until}"
+        current = next((part for part in story.parts if not part.is_over), story)
+        until = f", for {format_seconds(story.now - current.state_since)} now" if math.isfinite(story.now) else ""
+        yield f"  it stands at {current.state!r}{until}"
 
 
 def _describe_lost(story: Story) -> Iterator[str]:
@@ -179,11 +184,17 @@ def _describe_step(step: Step, longest: float) -> Iterator[str]:
     bar = "■" * round(20 * step.seconds / longest) if longest and math.isfinite(step.seconds) else ""
     note = _style("  and no further", fg="yellow") if step.is_open else ""
     yield f"    {step.name:<58} {format_seconds(step.seconds):>10}  {bar}{note}"
-    parts = sorted(step.parts, key=lambda part: (part.is_import, -part.seconds))[:MAX_PARTS]
+    told = [part for part in step.parts if not part.is_import or _is_worth(part)]
+    parts = sorted(told, key=lambda part: (part.is_import, -part.seconds))[:MAX_PARTS]
     for part in sorted(parts, key=lambda part: part.begin):
         yield _style(f"      {part.name:<56} {format_seconds(part.seconds):>10}", dim=True)
-    if len(step.parts) > MAX_PARTS:
-        yield _style(f"      and {len(step.parts) - MAX_PARTS} shorter ones", dim=True)
+    if len(step.parts) > len(parts):
+        yield _style(f"      and {len(step.parts) - len(parts)} shorter ones (--json has all)", dim=True)
+
+
+def _is_worth(part: Step) -> bool:
+    """Say whether an import is told in a text: what a module imports itself only where that takes long."""
+    return not part.name.startswith(" ") or part.seconds >= LONG_IMPORT_SECONDS
 
 
 def _describe_waits(story: Story) -> Iterator[str]:

@@ -139,6 +139,8 @@ def test_two_restarts_are_two_stories(tmp_path: Path) -> None:
     assert [(story.id, story.outcome) for story in stories] == [("r1", "failed"), ("r2", "in progress")]
 
 
-@pytest.mark.parametrize(("status", "words"), [(None, ""), (3, "exit status 3"), (-9, "killed by signal 9")])
+@pytest.mark.parametrize(
+    ("status", "words"), [(None, ""), (3, "exit status 3"), (-9, "killed by SIGKILL"), (-40, "killed by signal 40")]
+)
 def test_the_end_of_a_process_in_words(status: int | None, words: str) -> None:
     assert describe_status(status) == words
