@@ -70,6 +70,8 @@ SWEEP_SHARE = 0.25
 
 # How many connections are asked what they serve, where somebody looks on.
 MAX_DESCRIBED = 1000
+# Which of the shared cells has the requests that were told.
+TOLD_CELL = 2
 
 Move = Callable[[Callable[[], None]], Awaitable[None]]
 
@@ -196,9 +198,14 @@ class Tracker:
         return self.closed if self._ended_before is None else self._ended_before
 
     def share(self, cells: memoryview) -> None:
-        """Keep the counts in ``cells`` (two native unsigned 64-bit integers) as well from now on."""
+        """Keep the counts in ``cells`` (native unsigned 64-bit integers, two at least) as well from now on."""
         cells[0], cells[1] = self.opened, self.closed
         self._cells = cells
+
+    def note_told(self, requests: int) -> None:
+        """Keep in the third cell how many requests somebody outside was told of: that number may not fall any more."""
+        if self._cells is not None and len(self._cells) > TOLD_CELL:
+            self._cells[TOLD_CELL] = requests
 
     def leave(self) -> None:
         """Set ``draining``, and call ``on_leave`` in the same turn; harmless if this generation leaves already."""

@@ -120,6 +120,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
     Attributes:
         report: what stands so far.
         error: why there is no successor, once it failed.
+        successor_work: what a successor had done that was rolled back: requests, and closed connections.
         is_called_off: whether it failed because nobody wanted it any more.
         serving: set when the successor serves; not set where it never did.
         published: set when the successor has settled on its side, and its pid file names it.
@@ -163,6 +164,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         self._level = logging.INFO if restart is None else logging.DEBUG
         self.error: RestartError | None = None
         self.is_called_off = False
+        self.successor_work = (0, 0)
         self.serving = anyio.Event()
         self.published = anyio.Event()
         self.unclaimed: list[Entry] = []
@@ -474,6 +476,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         if self.state is PredecessorState.ROLLED_BACK and event is not PredecessorEvent.RETURNED:
             try:
                 self.report.lost = self._running.read_open_connections()
+                self.successor_work = self._running.read_work()
             except (OSError, struct.error) as error:
                 self.log.warning("what the successor had accepted cannot be read: %r", error)
         if self.state is PredecessorState.SETTLED:

@@ -28,13 +28,15 @@ from .protocol import (
     Timer,
 )
 
-__all__ = ["COUNTERS", "ERROR_BYTES", "HandoffSide", "as_channel_error"]
+__all__ = ["ALL_COUNTERS", "COUNTERS", "ERROR_BYTES", "HandoffSide", "as_channel_error"]
 
 # How much of a traceback travels, bytes: its end.
 ERROR_BYTES = 64 * 1024
 
 # Connections opened and closed (see Tracker.share), in the order of bytes of this machine.
 COUNTERS: Final = struct.Struct("@QQ")
+# The same, and how many requests the successor has told somebody of, which a release before this one does not write.
+ALL_COUNTERS: Final = struct.Struct("@QQQ")
 
 State = TypeVar("State", bound=PredecessorState | SuccessorState)
 Event = TypeVar("Event", bound=PredecessorEvent | SuccessorEvent)

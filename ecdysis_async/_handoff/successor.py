@@ -50,7 +50,7 @@ from .protocol import (
     step_successor,
     successor_event,
 )
-from .side import COUNTERS, ERROR_BYTES, HandoffSide, as_channel_error
+from .side import ALL_COUNTERS, ERROR_BYTES, HandoffSide, as_channel_error
 
 __all__ = ["SuccessorSide"]
 
@@ -371,8 +371,8 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         pidfd = os.pidfd_open(os.getpid())
         counters = make_memory("ecdysis-counters")
         try:
-            os.ftruncate(counters, COUNTERS.size)
-            self._plane.tracker.share(memoryview(mmap.mmap(counters, COUNTERS.size)).cast("Q"))
+            os.ftruncate(counters, ALL_COUNTERS.size)
+            self._plane.tracker.share(memoryview(mmap.mmap(counters, ALL_COUNTERS.size)).cast("Q"))
             body = {"versions": list(VERSIONS), "pid": os.getpid(), "provision": True}
             await self._channel.send(FromSuccessor.HELLO, body, [pidfd, counters])
         finally:

@@ -18,7 +18,7 @@ from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import RestartError, SpawnFailed
 from ecdysis_async.report import Phase
 
-from .side import COUNTERS
+from .side import ALL_COUNTERS, COUNTERS
 
 __all__ = ["SuccessorProcess"]
 
@@ -136,6 +136,16 @@ class SuccessorProcess:
             return next((found for each in (pid, *find_children(pid)) if (found := ask_for_stacks(each))), "")
 
         self.stacks = await run_in_thread(ask)
+
+    def read_work(self) -> tuple[int, int]:
+        """Return how many requests it has told somebody of, and how many of its connections are closed.
+
+        Raises:
+            OSError, struct.error: that cannot be read.
+        """
+        counts = os.pread(self._counters, ALL_COUNTERS.size, 0)
+        closed = int(COUNTERS.unpack(counts[: COUNTERS.size])[1])
+        return (int(ALL_COUNTERS.unpack(counts)[2]) if len(counts) == ALL_COUNTERS.size else 0), closed
 
     async def end(self, *, leaves_by_itself: bool) -> None:
         """End it: by SIGTERM, and after a grace by SIGKILL.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -28,7 +27,7 @@ def describe_service(
     """
     build = gauge("ecdysis_build_info", "The release of ecdysis_async, and of Python, in a label: always 1.")
     package = sys.modules[__name__.partition(".")[0]]
-    build.add(1, version=package.__version__, python=platform.python_version())
+    build.add(1, version=package.__version__, python=sys.version.split()[0])
     number = gauge("ecdysis_generation", "The number of the release that serves: each restart adds one.")
     number.add(generation)
     ended = counter("ecdysis_connections_closed_total", "Connections that are over, by how they ended.")

@@ -70,7 +70,10 @@ class Counting:
     @property
     def own(self) -> Part:
         """The part of this generation."""
-        return Part(self._tracker.requests, count_closed(self._tracker))
+        requests = self._tracker.requests
+        # Should this generation be rolled back, its predecessor finds the number there.
+        self._tracker.note_told(requests)
+        return Part(requests, count_closed(self._tracker))
 
     @property
     def requests(self) -> int:
@@ -120,6 +123,10 @@ class Counting:
                 self._older[pid] = Part.from_json(body)
         except (KeyError, TypeError, ValueError) as error:
             logger.warning("what generation of pid %d has counted cannot be read: %r", pid, error)
+
+    def note_rolled_back(self, requests: int, closed: int) -> None:
+        """Count what a successor has done that is no more."""
+        self.ledger.note_end(SLOT, requests, {Closed.ENDED: closed})
 
     def note_restart(self, report: RestartReport, error: RestartError | None, *, is_called_off: bool = False) -> None:
         """Count a restart that is over: the generation does so that goes on serving."""

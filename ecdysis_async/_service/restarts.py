@@ -173,6 +173,10 @@ class Restarts:
 
     def _on_handover(self, handover: PredecessorSide) -> None:
         life = self._life
+        if handover.state is PredecessorState.ROLLED_BACK:
+            # Before this generation accepts again, and is asked what was counted.
+            life.counting.note_rolled_back(*handover.successor_work)
+            handover.successor_work = (0, 0)
         match handover.state:
             case PredecessorState.STOPPING | PredecessorState.SETTLED | PredecessorState.STOPPED:
                 self._leaving.begin()

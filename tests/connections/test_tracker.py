@@ -468,6 +468,13 @@ async def test_the_counters_can_be_shared() -> None:
     tracker.close(first)
     assert cells.tolist() == [2, 1]
     assert tracker.opened == 2
+    # There is no room for it in memory of a release before this.
+    tracker.note_told(70)
+    assert cells.tolist() == [2, 1]
+    cells = memoryview(bytearray(24)).cast("Q")
+    tracker.share(cells)
+    tracker.note_told(70)
+    assert cells.tolist() == [2, 1, 70]
 
 
 async def test_only_connections_count_and_not_the_work_of_the_application() -> None:

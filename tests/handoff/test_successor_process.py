@@ -11,7 +11,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from ecdysis_async._handoff.side import COUNTERS
+from ecdysis_async._handoff.side import ALL_COUNTERS, COUNTERS
 from ecdysis_async._handoff.successor_process import SuccessorProcess
 from ecdysis_async._ipc.peer import Death
 from ecdysis_async._system.launch import Launch
@@ -50,6 +50,10 @@ async def test_it_is_asked_before_it_is_killed_and_its_counters_are_read(backend
             os.write(counters, COUNTERS.pack(5, 3))
             successor.know(os.dup(successor.process.pidfd), counters)
             assert (successor.is_known, successor.is_dead(), successor.read_open_connections()) == (True, False, 2)
+            # One of a release before this says no more.
+            assert successor.read_work() == (0, 3)
+            os.pwrite(counters, ALL_COUNTERS.pack(5, 3, 70), 0)
+            assert (successor.read_work(), successor.read_open_connections()) == ((70, 3), 2)
             await successor.end(leaves_by_itself=False)
             await successor.peer.died.wait()
         await successor.collect_exit()

@@ -18,9 +18,15 @@ from tests.scenarios.run.commands import PROJECT, get, wait_until
 from tests.scenarios.run.test_metrics import Scraper, scrape, wait_for_number
 
 PROGRAM = """
-import sys, anyio, ecdysis_async
+import os, pathlib, sys, threading, time, anyio, ecdysis_async
 from ecdysis_async import Ecdysis
 from ecdysis_async.anyio_listeners import AnyioListener
+
+def die():
+    # Once somebody has asked, and has been told what was counted.
+    while not pathlib.Path("told").exists():
+        time.sleep(0.01)
+    os._exit(7)
 
 async def handle(stream):
     async with stream:
@@ -29,11 +35,20 @@ async def handle(stream):
 
 async def main():
     async with Ecdysis(
-        pid_file="pid", probation=0.2, drain_timeout=5, health_bind=sys.argv[1], metrics=True, status_page=True
+        pid_file="pid",
+        probation=float(open("probation").read()),
+        drain_timeout=5,
+        health_bind=sys.argv[1],
+        metrics=True,
+        status_page=True,
     ) as ecdysis:
         listener = AnyioListener(ecdysis.listen_tcp("127.0.0.1", int(sys.argv[2])))
-        if open("broken").read():
+        broken = open("broken").read()
+        if broken == "at the start":
             raise RuntimeError("no")
+        if broken == "on probation":
+            await ecdysis.ready()
+            threading.Thread(target=die).start()
         await ecdysis.serve(handle, listener)
 
 if sys.argv[3] == "trio":
@@ -54,6 +69,7 @@ def serving(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes
     """Run the program, and end all of its generations."""
     (directory / "program.py").write_text(PROGRAM)
     (directory / "broken").touch()
+    (directory / "probation").write_text("0.2")
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     first = subprocess.Popen([sys.executable, "program.py", *arguments], cwd=directory, env=environment)
     try:
@@ -86,17 +102,28 @@ def test_no_counter_falls(tmp_path: Path, loop: str) -> None:
         assert first.poll() is None
         assert get(health, "/ready") == (200, "ready\n")
         with Scraper(health) as scraper:
-            for generation in (2, 3):
+            for generation, probation in ((2, 0.2), (3, 60)):
                 visit(port)
+                # For the restarts that this generation is going to be asked for.
+                (tmp_path / "probation").write_text(str(probation))
                 os.kill(find_pid(tmp_path), signal.SIGHUP)
                 wait_for_number(health, ("ecdysis_restarts_total", "outcome=settled", "reason=none"), generation - 1)
                 wait_for_number(health, ("ecdysis_restart_phase_seconds_count", "phase=drain"), generation - 1)
             visit(port)
             wait_for_number(health, ("ecdysis_requests_total", "slot=0"), 3)
             assert scrape(health)["ecdysis_generation",] == 3
-            (tmp_path / "broken").write_text("yes")
+            (tmp_path / "broken").write_text("at the start")
             os.kill(find_pid(tmp_path), signal.SIGHUP)
             wait_for_number(health, ("ecdysis_restarts_total", "outcome=failed", "reason=successor_failed"), 1)
             assert scrape(health)["ecdysis_last_restart_successful",] == 0
+            (tmp_path / "broken").write_text("on probation")
+            os.kill(find_pid(tmp_path), signal.SIGHUP)
+            wait_for_number(health, ("ecdysis_generation",), 4)
+            for _ in range(5):
+                visit(port)
+            wait_for_number(health, ("ecdysis_requests_total", "slot=0"), 8)
+            (tmp_path / "told").touch()
+            wait_for_number(health, ("ecdysis_restarts_total", "outcome=rolled_back", "reason=died_on_probation"), 1)
+            assert scrape(health)["ecdysis_requests_total", "slot=0"] >= 8
             assert get(health, "/")[1].startswith("<!doctype html>")
         assert scraper.fallen == []
