@@ -33,6 +33,10 @@ def find_interpreter() -> str:
     systemd refuses a path with `..` in it, as in `../venv/bin/python`.
     """
     path = follow_link(sys.executable)
+    # A console script names its interpreter without links, though it was called through one.
+    script = os.path.dirname(os.path.abspath(sys.argv[0]))
+    if os.path.isdir(script) and os.path.samefile(script, os.path.dirname(path)):
+        path = os.path.join(script, os.path.basename(path))
     normal = os.path.normpath(path)
     if normal == path or (os.path.exists(normal) and os.path.samefile(normal, path)):
         return normal

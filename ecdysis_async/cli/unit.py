@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from ecdysis_async._anchor.metrics_files import AUTO
 from ecdysis_async._config.foreign import translate
 from ecdysis_async._config.gather import gather
 from ecdysis_async._config.options import OptionError, Options
@@ -169,7 +170,7 @@ def _plan(options: Options, given: Mapping[str, Any], name: str, user: str | Non
     else:
         control = options.control_path or ""
     arguments = [*_arguments({**given, "control": None}), "--control", control]
-    if own_paths and options.unix_mode is None and options.unix_group is None:
+    if paths and not has_socket and options.unix_mode is None and options.unix_group is None:
         arguments.append(f"--unix-mode={EVERYBODY:o}")
     directory = find_directory()
     places = find_places(options, directory)
@@ -180,8 +181,10 @@ def _plan(options: Options, given: Mapping[str, Any], name: str, user: str | Non
             f"# Nobody but {user} can read the program where it is. Elsewhere (/opt, /srv) it could run with\n"
             "# DynamicUser=yes.\n"
         )
-    written = {os.path.dirname(os.path.abspath(path)) for path in (*own_paths, options.pid_file, control) if path}
-    written = {path for path in written if not _is_below(path, f"/run/{runtime}")}
+    metrics = options.metrics_dir if options.metrics_dir != AUTO else None
+    files = [os.path.abspath(path) for path in (*own_paths, options.pid_file, metrics, control) if path]
+    made = (f"/run/{runtime}", f"/var/lib/{name}")
+    written = {os.path.dirname(path) for path in files if not any(_is_below(path, each) for each in made)}
     for path in sorted(written):
         if not os.path.isdir(path):
             raise OptionError(f"there is no directory {path}: make it, or use /run/{runtime}, which systemd makes")
@@ -545,28 +548,31 @@ def _join(*words: str) -> str:
     return " ".join(_quote(word).replace("$", "$$") for word in words)
 
 
+_OWN = [
+    click.Option(
+        ["--name"],
+        metavar="NAME",
+        help="What the unit is called. [default: the project's name in pyproject.toml, or its directory's]",
+    ),
+    click.Option(
+        ["--user"], metavar="USER", help="Who runs it. [default: a dynamic user, or who alone can read the program]"
+    ),
+    click.Option(["--socket"], is_flag=True, help="Let systemd listen: a socket unit as well."),
+    click.Option(
+        ["--output"],
+        metavar="DIRECTORY",
+        type=click.Path(exists=True, file_okay=False),
+        help="Write the files there, such as /etc/systemd/system, instead of printing them.",
+    ),
+    click.Option(["--force"], is_flag=True, help="With --output, replace files that are there and differ."),
+]
+_FLAGS = {flag for parameter in _OWN for flag in parameter.opts}
+
 unit = click.Command(
     "unit",
     callback=_unit,
-    params=[
-        *run.params,
-        click.Option(
-            ["--name"],
-            metavar="NAME",
-            help="What the unit is called. [default: the project's name in pyproject.toml, or its directory's]",
-        ),
-        click.Option(
-            ["--user"], metavar="USER", help="Who runs it. [default: a dynamic user, or who alone can read the program]"
-        ),
-        click.Option(["--socket"], is_flag=True, help="Let systemd listen: a socket unit as well."),
-        click.Option(
-            ["--output"],
-            metavar="DIRECTORY",
-            type=click.Path(exists=True, file_okay=False),
-            help="Write the files there, such as /etc/systemd/system, instead of printing them.",
-        ),
-        click.Option(["--force"], is_flag=True, help="With --output, replace files that are there and differ."),
-    ],
+    # What other servers call by the same names, and `ecdysis run` answers, is meant for the unit here.
+    params=[*(each for each in run.params if not _FLAGS & {*each.opts}), *_OWN],
     help=_unit.__doc__,
     short_help="Print a unit of systemd for a service.",
     epilog="The other options are those of `ecdysis run`, and become its command line.",

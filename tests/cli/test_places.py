@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from ecdysis_async.cli.places import find_links, name_project
+from ecdysis_async.cli.places import find_interpreter, find_links, name_project
 
 pytestmark = pytest.mark.newest_python_only
 
@@ -62,3 +63,21 @@ def test_links_to_a_release_are_found(tmp_path: Path) -> None:
     (tmp_path / "other").symlink_to(tmp_path)
     assert find_links(str(release)) == [str(link)]
     assert find_links(str(link)) == []
+
+
+def test_the_interpreter_is_named_as_the_script_beside_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = tmp_path / "releases" / "1" / "bin"
+    release.mkdir(parents=True)
+    for name in ("python", "ecdysis"):
+        (release / name).touch()
+    link = tmp_path / "current"
+    link.symlink_to("releases/1")
+    monkeypatch.setattr(sys, "executable", str(release / "python"))
+    monkeypatch.setattr(sys, "argv", [str(link / "bin" / "ecdysis")])
+    assert find_interpreter() == str(link / "bin" / "python")
+    # systemd takes no `..`.
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    monkeypatch.setattr(sys, "executable", f"{tmp_path}/releases/../current/bin/python")
+    assert find_interpreter() == str(link / "bin" / "python")
+    monkeypatch.setattr(sys, "executable", f"{link}/../1/bin/python")
+    assert find_interpreter() == str(release / "python")

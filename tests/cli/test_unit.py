@@ -130,3 +130,9 @@ def test_a_link_in_the_path_is_left_to_systemd_to_follow(shop: Path, tmp_path: P
     beside = tmp_path / "current"
     beside.symlink_to(shop)
     assert f"cd {beside} and run `ecdysis unit` there" in call(shop).stderr
+
+
+def test_options_of_other_servers_are_those_of_run(shop: Path) -> None:
+    text = printed(shop, "--timeout-keep-alive=20", "--user=nobody")
+    assert "=timeout_keep_alive=20" in text
+    assert "User=nobody\n" in text

@@ -92,3 +92,27 @@ def test_what_others_may_accept_from_is_left_as_it_is(registry: Registry) -> Non
     entry.stop_listening()
     with socket.create_connection(entry.sock.getsockname()):
         entry.sock.accept()[0].close()
+
+
+def test_permissions_come_with_the_commit_and_go_with_whoever_accepts_again(registry: Registry, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    former = registry.obtain(Unix(str(path), mode=0o600))
+    successor = Registry()
+    try:
+        descriptions, descriptors = registry.describe()
+        successor.inherit(descriptions, [os.dup(each) for each in descriptors])
+        group = 1 if os.geteuid() == 0 else os.getegid()
+        entry = successor.obtain(Unix(str(path), mode=0o660, group=group))
+        assert path.stat().st_mode & 0o777 == 0o600
+        entry.start_listening()
+        assert (path.stat().st_mode & 0o777, path.stat().st_gid) == (0o660, group)
+        former.start_listening()
+        assert path.stat().st_mode & 0o777 == 0o600
+        # A file of somebody else's is left as it is.
+        path.unlink()
+        path.touch(mode=0o640)
+        entry.start_listening()
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert entry.has_lost_its_path()
+    finally:
+        successor.close(unlink=False)

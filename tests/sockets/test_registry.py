@@ -611,3 +611,22 @@ def test_describe_leaves_the_descriptors_alone(registry: Registry) -> None:
     descriptions, descriptors = registry.describe(entries[1:])
     assert [description["name"] for description in descriptions] == ["b", "c"]
     assert descriptors == [entry.sock.fileno() for entry in entries[1:]]
+
+
+@pytest.mark.parametrize("what", ["nothing", "dead", "live", "file"])
+def test_only_a_dead_path_is_cleared_where_one_was_lost(registry: Registry, tmp_path: Path, what: str) -> None:
+    path, kept = tmp_path / "socket", tmp_path / "kept"
+    registry.obtain(Unix(str(path)))
+    registry.obtain(Unix(str(kept)))
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        if what == "file":
+            path.touch()
+        elif what != "nothing":
+            other.bind(str(path))
+        if what == "dead":
+            other.close()
+        registry.clear_dead_paths()
+    assert path.exists() == (what in ("live", "file"))
+    assert kept.exists()
+    path.unlink(missing_ok=True)

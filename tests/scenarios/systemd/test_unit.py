@@ -184,7 +184,8 @@ def test_a_unix_socket_is_the_proxys_over_each_stop_start_and_restart(
     machine.run("sh", "-c", f"echo ADDRESS={path} >/srv/ecdysis/app/variables")
     command = [
         *("/usr/bin/python3", "-m", "ecdysis_async.cli", "unit", "app:main", "--name=app", f"--bind=unix:{path}"),
-        *("--unix-group=www-data", "--env-file=variables", "--probation=0.05", "--drain-timeout=2"),
+        *("--unix-group=www-data", "--control-group=www-data", "--env-file=variables", "--probation=0.05"),
+        "--drain-timeout=2",
         *(["--socket"] if has_socket else []),
         *([f"--user={user}"] if user is not None else []),
         f"--output={machine.units}",
