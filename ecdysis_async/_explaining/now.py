@@ -102,20 +102,18 @@ def find_waits(
 
 
 def find_deaths(records: Sequence[Record]) -> list[str]:
-    """Name the processes that answered commands last, and have ended without a word."""
+    """Name the process that answered commands last, if it has ended without a word."""
     begun: dict[int, Record] = {}
+    last: Record | None = None
     for record in records:
         if record.kind is Note.BEGUN and record.text("role") in ("anchor", "service"):
-            begun[record.pid] = record
+            begun[record.pid] = last = record
         elif record.kind is Note.ENDED:
             begun.pop(record.pid, None)
-    last = max((record.at for record in records if record.kind is Note.BEGUN), default=0.0)
-    return [
-        f"the {record.text('role')} (pid {pid}, generation {record.text('generation')}) has ended without a word: "
-        "it was killed, or ended by os._exit, a crash in C, or the machine"
-        for pid, record in begun.items()
-        if not is_alive(pid) and record.at == last
-    ]
+    if last is None or last.pid not in begun or is_alive(last.pid):
+        return []
+    who = f"the {last.text('role')} (pid {last.pid}, generation {last.text('generation')})"
+    return [f"{who} has ended without a word: it was killed, or ended by os._exit, a crash in C, or the machine"]
 
 
 def add_stacks(waits: Iterable[Wait], ask: Callable[[int], str | None]) -> None:

@@ -11,15 +11,16 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .story import Step, Story
+from .story import Span, Step, Story
 
 __all__ = ["make_trace"]
 
 # The thread of a process that its slices are on, and the one of its messages. Viewers show the smaller number above.
 STATES, MESSAGES, IMPORTS = 1, 2, 3
 
-# A message is shown as a slice of this length, microseconds: a flow begins and ends at slices.
-MESSAGE_MICROSECONDS = 50
+# A message is shown as a slice of this length, microseconds: a flow begins and ends at slices, and slices of a thread
+# may not overlap.
+MESSAGE_MICROSECONDS = 1
 
 
 def make_trace(stories: Iterable[Story]) -> dict[str, Any]:
@@ -27,13 +28,21 @@ def make_trace(stories: Iterable[Story]) -> dict[str, Any]:
     flows = itertools.count(1)
     events: list[dict[str, Any]] = []
     names: dict[int, str] = {}
+    lanes: dict[int, list[tuple[Span, dict[str, Any]]]] = {}
     for story in stories:
         for lane in story.lanes:
             names.setdefault(lane.pid, f"{lane.name} (pid {lane.pid})")
+            args = {"restart": story.id, "generation": lane.generation, "fate": lane.fate}
+            lanes.setdefault(lane.pid, []).extend(
+                (Span(span.name, span.begin, min(span.end, story.end)), args) for span in lane.spans
+            )
         for part in story.walk():
-            events += _trace_story(part)
+            # Phases of several workers go on at the same time, and each of them has its own.
+            events += _trace_phases(part, story.id if part is story else f"{story.id}/{part.predecessor}")
         for arrow in story.arrows:
             events += _trace_arrow(arrow.message, (arrow.sender, arrow.sent), (arrow.receiver, arrow.got), next(flows))
+    for pid, spans in lanes.items():
+        events += _trace_lane(pid, sorted(spans, key=lambda each: each[0].begin))
     for pid, name in names.items():
         events.append({"ph": "M", "pid": pid, "tid": STATES, "name": "process_name", "args": {"name": name}})
         for thread, text in ((STATES, "states"), (MESSAGES, "messages"), (IMPORTS, "imports")):
@@ -41,9 +50,9 @@ def make_trace(stories: Iterable[Story]) -> dict[str, Any]:
     return {"traceEvents": sorted(events, key=lambda event: event.get("ts", 0)), "displayTimeUnit": "ms"}
 
 
-def _trace_story(story: Story) -> Iterator[dict[str, Any]]:
+def _trace_phases(story: Story, id: str) -> Iterator[dict[str, Any]]:
     end = story.end
-    whole = {"cat": "restart", "id": story.id, "pid": story.predecessor, "tid": STATES}
+    whole = {"cat": "restart", "id": id, "pid": story.predecessor, "tid": STATES}
     facts = {"id": story.id, "outcome": story.outcome, "generation": story.generation, "why": story.why}
     name = f"restart {story.id}: {story.outcome}"
     yield {**whole, "ph": "b", "ts": _micros(story.begun), "name": name, "args": facts}
@@ -53,22 +62,15 @@ def _trace_story(story: Story) -> Iterator[dict[str, Any]]:
         yield {**whole, "ph": "e", "ts": max(begin, until), "name": step.name}
         yield from (_trace_part(part, end) for part in step.parts)
     yield {**whole, "ph": "e", "ts": _micros(end), "name": name}
-    if story.parts:
-        return
-    for lane in story.lanes:
-        for span in lane.spans:
-            begin, until = _micros(span.begin), _micros(span.end if math.isfinite(span.end) else end)
-            args = {"restart": story.id, "generation": lane.generation, "fate": lane.fate}
-            yield {
-                "ph": "X",
-                "cat": "state",
-                "pid": lane.pid,
-                "tid": STATES,
-                "ts": begin,
-                "dur": max(1, until - begin),
-                "name": span.name,
-                "args": args,
-            }
+
+
+def _trace_lane(pid: int, spans: list[tuple[Span, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yield what a process did, one after the other, though several restarts tell of it."""
+    for (span, args), following in zip(spans, (*(each[0].begin for each in spans[1:]), math.inf), strict=True):
+        begin, until = _micros(span.begin), _micros(min(span.end, following))
+        if until > begin:
+            place = {"cat": "state", "pid": pid, "tid": STATES, "ts": begin, "name": span.name}
+            yield {**place, "ph": "X", "dur": until - begin, "args": args}
 
 
 def _trace_part(part: Step, end: float) -> dict[str, Any]:

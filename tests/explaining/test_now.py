@@ -86,7 +86,8 @@ def test_a_death_without_a_word_is_named(tmp_path: Path) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
     begun = line(1, process.pid, "begun", role="anchor", generation=4)
-    (death,) = find_deaths(records(tmp_path, [begun]))
+    worker = line(1.5, process.pid + 1, "begun", role="worker", generation=4)
+    (death,) = find_deaths(records(tmp_path, [begun, worker]))
     assert death.startswith(f"the anchor (pid {process.pid}, generation 4) has ended without a word")
     assert find_deaths(records(tmp_path, [begun, line(2, process.pid, "ended")])) == []
 

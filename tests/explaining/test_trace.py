@@ -14,7 +14,12 @@ from ecdysis_async._explaining.trace import make_trace
 
 from .histories import begin, fail, records, roll_out, settle
 
+# The second restart begins while the old process of the first one drains.
+SECOND = [*begin(12, 13, 107.0), *settle(12, 13, 107.0)]
+TWICE = [*begin(), *settle(), *({**each, "restart": "r2"} if "restart" in each else each for each in SECOND)]
+
 STORIES = {"settled": begin() + settle(), "failed": begin() + fail(), "roll-out": roll_out(), "in progress": begin()}
+STORIES["two"] = TWICE
 
 
 def make(directory: Path, name: str) -> list[dict[str, Any]]:
@@ -30,6 +35,18 @@ def test_each_event_has_what_its_phase_needs(name: str, tmp_path: Path) -> None:
     for event in make(tmp_path, name):
         assert event.keys() >= needed[event["ph"]] | {"pid", "tid"}
         assert event.get("dur", 1) > 0
+
+
+@pytest.mark.parametrize("name", list(STORIES))
+def test_slices_of_a_thread_are_within_each_other_or_apart(name: str, tmp_path: Path) -> None:
+    threads: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for event in make(tmp_path, name):
+        if event["ph"] == "X":
+            threads.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))
+    for slices in threads.values():
+        for one, (first, last) in enumerate(slices):
+            for other_first, other_last in slices[one + 1 :]:
+                assert not first < other_first < last < other_last, (first, last, other_first, other_last)
 
 
 @pytest.mark.parametrize("name", list(STORIES))
