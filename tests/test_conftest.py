@@ -85,7 +85,7 @@ def test_what_must_fail_fails(pytester: pytest.Pytester, monkeypatch: pytest.Mon
     )
     pytester.makepyfile(SUITE)
 
-    result = pytester.runpytest_subprocess("-rA", "-p", "no:cacheprovider", ".", timeout=60)
+    result = pytester.runpytest_subprocess("-rA", "-p", "no:cacheprovider", ".", timeout=240)
 
     result.assert_outcomes(passed=11, failed=3, errors=8)
     output = result.stdout.str()

@@ -491,7 +491,7 @@ async def test_close_wakes_who_waits_and_drops_what_was_received() -> None:
 async def test_send_gives_up_a_peer_that_does_not_read() -> None:
     with channels() as (here, there):
         with pytest.raises(ChannelError, match="does not read"):
-            await here.send("stash", {"text": "x" * 3_000_000}, timeout=0.05)
+            await here.send("stash", {"text": "x" * 3_000_000}, timeout=0.5)
         assert here.fileno() == -1
         with pytest.raises(TruncatedFrame):
             await there.receive()
