@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import socket
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -29,9 +30,12 @@ __all__ = ["Delivery", "Receiver", "make_room"]
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 Begin = Callable[[socket.socket], Awaitable[None]]
 
-# How many connections are resumed at a time. Each takes a few turns of the loop, and a turn is long while the loop
-# serves others.
+# How many connections are resumed at a time: each takes a few turns of the loop, which serves others as well. Where
+# these turns are long, because the machine is busy, more are resumed in them. Otherwise those that have moved first and
+# ask already would hold up the rest beyond the end of the drain.
 RESUMED_AT_A_TIME = 8
+RESUMED_AT_MOST = 128
+LONG_SECONDS = 0.02
 
 # The receiver leaves a share of its descriptors to those who connect.
 RESERVE_SHARE = 0.05
@@ -128,6 +132,7 @@ class Receiver:
         self.log = log
         self._served = 0
         self._aged = 0
+        self._at_a_time = RESUMED_AT_A_TIME
 
     async def run(self) -> None:
         """Take over connections until the predecessor has ended, or says what this release does not understand.
@@ -138,8 +143,7 @@ class Receiver:
         age_all_objects()
         try:
             while (delivery := await self._receive()) is not None:
-                with delivery:
-                    await self._take(delivery)
+                await self._take(delivery)
         except MalformedMessage as error:
             # Its text says all: what the message was read by does not matter.
             self.log.error("transfer: the predecessor is not understood, and keeps the rest: %s", error)  # noqa: TRY400
@@ -156,27 +160,55 @@ class Receiver:
         """
         while True:
             try:
-                received = receive_with_descriptors(self._sock, MESSAGE_BYTES)
+                return self._receive_now()
             except BlockingIOError:
                 await anyio.wait_readable(self._sock)
-                continue
-            except ConnectionResetError:
-                # The kernel says this first, once; the messages that were sent before are still there.
-                continue
-            delivery = Delivery(received.data, received.descriptors, lost_descriptors=received.lost_descriptors)
-            if received.data and not received.is_cut:
-                return delivery
-            delivery.close()
-            if not delivery.count and not received.data:
-                return None
-            raise MalformedMessage("its message is too long" if received.is_cut else "its message is empty")
 
-    async def _take(self, delivery: Delivery) -> None:
-        """Say which connections of a batch are served here, and then serve them.
+    def _receive_now(self) -> Delivery | None:
+        """Do the same without waiting.
 
         Raises:
-            MalformedMessage: it is no batch.
+            BlockingIOError: no message is there.
+            MalformedMessage: see above.
         """
+        try:
+            received = receive_with_descriptors(self._sock, MESSAGE_BYTES)
+        except ConnectionResetError:
+            # The kernel says this first, once; the messages that were sent before are still there.
+            return self._receive_now()
+        delivery = Delivery(received.data, received.descriptors, lost_descriptors=received.lost_descriptors)
+        if received.data and not received.is_cut:
+            return delivery
+        delivery.close()
+        if not delivery.count and not received.data:
+            return None
+        raise MalformedMessage("its message is too long" if received.is_cut else "its message is empty")
+
+    def _receive_if_there(self) -> Delivery | None:
+        try:
+            return self._receive_now()
+        except BlockingIOError:
+            return None
+
+    async def _take(self, delivery: Delivery | None) -> None:
+        """Say which connections of a batch are served here, and of those that have come meanwhile; then serve them.
+
+        Raises:
+            MalformedMessage: one is no batch.
+        """
+        taken: list[tuple[Begin, socket.socket]] = []
+        try:
+            while delivery is not None:
+                with delivery:
+                    taken += await self._accept(delivery)
+                delivery = self._receive_if_there() if len(taken) < self._at_a_time else None
+        finally:
+            # The taken connections are this process', whatever happens.
+            with anyio.CancelScope(shield=True):
+                await self._resume(taken)
+
+    async def _accept(self, delivery: Delivery) -> list[tuple[Begin, socket.socket]]:
+        """Say which connections of a batch are served here, and return them."""
         batch = Batch.read(delivery.text)
         ready: list[tuple[Begin, socket.socket]] = []
         try:
@@ -188,12 +220,19 @@ class Receiver:
             for _, sock in ready:
                 sock.close()
             raise
-        # From here on the taken connections are this process', whatever happens.
-        with anyio.CancelScope(shield=True):
-            for start in range(0, len(ready), RESUMED_AT_A_TIME):
-                async with anyio.create_task_group() as task_group:
-                    for begin, sock in ready[start : start + RESUMED_AT_A_TIME]:
-                        task_group.start_soon(self._begin, begin, sock)
+        return ready
+
+    async def _resume(self, taken: Sequence[tuple[Begin, socket.socket]]) -> None:
+        start = 0
+        while start < len(taken):
+            begun = time.monotonic()
+            size = self._at_a_time
+            async with anyio.create_task_group() as task_group:
+                for begin, sock in taken[start : start + size]:
+                    task_group.start_soon(self._begin, begin, sock)
+            start += size
+            is_long = time.monotonic() - begun > LONG_SECONDS
+            self._at_a_time = min(2 * size, RESUMED_AT_MOST) if is_long else max(size // 2, RESUMED_AT_A_TIME)
         if self._served >= self._aged + BATCH:
             self._aged = self._served
             age_all_objects()

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import anyio
 import pytest
 
 from ecdysis_async._connections import receiver
 from ecdysis_async._connections import sender as transfer
-from ecdysis_async._connections.parcel import MESSAGE_BYTES, Answer, Release, TransferRecord, write_batch
+from ecdysis_async._connections.parcel import (
+    MESSAGE_BYTES,
+    Answer,
+    ConnectionResumer,
+    Release,
+    TransferRecord,
+    write_batch,
+)
 from ecdysis_async._connections.receiver import Receiver
 from ecdysis_async._connections.sender import socketpair
 from ecdysis_async._system.descriptors import send_with_descriptors
@@ -114,6 +122,46 @@ async def test_what_was_sent_before_an_end_that_left_something_unread_is_heard()
         assert delivery is not None
         assert delivery.text == b"{}"
         assert await receiving._receive() is None
+
+
+class Counting(ConnectionResumer):
+    """Counts how many connections are resumed at a time."""
+
+    def __init__(self) -> None:
+        self.served = self.at_most = self._now = 0
+
+    def prepare(self, parcel: TransferRecord) -> Callable[[socket.socket], Awaitable[None]]:
+        return self._begin
+
+    async def _begin(self, sock: socket.socket) -> None:
+        self._now += 1
+        self.at_most = max(self.at_most, self._now)
+        await turn()
+        self._now -= 1
+        self.served += 1
+        sock.close()
+
+
+@pytest.mark.parametrize(("long_seconds", "at_most"), [(0.0, 32), (60.0, 8)])
+async def test_more_are_resumed_at_a_time_where_turns_are_long(
+    long_seconds: float, at_most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver, "LONG_SECONDS", long_seconds)
+    ours, theirs = socketpair()
+    counting = Counting()
+    with ours, contextlib.ExitStack() as stack:
+        for number in range(5):
+            pairs = [socket.socketpair() for _ in range(16)]
+            for end in itertools.chain(*pairs):
+                stack.enter_context(end)
+            send_with_descriptors(ours, write_batch(number, [RECORD] * 16), [served.fileno() for _, served in pairs])
+        ours.shutdown(socket.SHUT_WR)
+        with anyio.fail_after(60):
+            await Receiver(theirs, lambda name: counting, log).run()
+        answers = [Answer.read(ours.recv(MESSAGE_BYTES)) for _ in range(5)]
+    assert [answer.number for answer in answers] == [0, 1, 2, 3, 4]
+    assert all(answer.taken == frozenset(range(16)) for answer in answers)
+    assert (counting.served, counting.at_most) == (80, at_most)
 
 
 RECORD = json.dumps(TransferRecord(NAME, 1.0, Release(1)).to_json())

@@ -53,12 +53,12 @@ class Faulty(Receiver):
 
     batches = 0
 
-    async def _take(self, delivery: Delivery) -> None:
+    async def _accept(self, delivery: Delivery) -> Any:
         self.batches += 1
         if current().generation == 2:
             log.info("a batch has come")
             await exists("go")
-        await super()._take(delivery)
+        return await super()._accept(delivery)
 
     async def _answer(self, message: bytes) -> None:
         if current().generation == 4 and self.batches == 2:
