@@ -43,6 +43,9 @@ MAX_ANSWER_BYTES = 16 * 1024 * 1024
 # A service says something every second to those who wait; one that says nothing for this long hangs, seconds.
 SILENCE_SECONDS = 15.0
 
+# How long a service may take to say who serves, after a restart that has failed, seconds.
+SERVING_SECONDS = 5.0
+
 # After how many seconds without a first answer that is told, while it is still waited for.
 QUIET_SECONDS = 3.0
 
@@ -68,7 +71,7 @@ class Exit(enum.IntEnum):
     DONE = 0  # the new generation serves
     FAILED = 1  # it failed, and the old one serves
     USAGE = 2
-    NO_SERVICE = 3
+    NO_SERVICE = 3  # or none that serves
     IN_PROGRESS = 4  # another restart is
     ROLLED_BACK = 5
     UNKNOWN = 6  # what became of it
@@ -331,7 +334,7 @@ def restart(path: str, until: str, on_event: Callable[[Event], None], by: str = 
                         RestartReport.from_json(event["report"])
                     return event
                 case "failed":
-                    raise _failure(event, path)
+                    raise _failure_of_restart(event, path)
                 case "accepted":
                     with understanding(path):
                         last = str(event["id"])
@@ -402,9 +405,9 @@ def _seek_verdict(path: str, id: str, until: str) -> Event:
                 case "serving" if until == "serving":
                     return {"event": "done", "report": report}
                 case "failed":
-                    raise _failure(_failed("SuccessorFailed", report), path)
+                    raise _failure_of_restart(_failed("SuccessorFailed", report), path)
                 case "rolled back":
-                    raise _failure(_failed("RolledBack", report), path)
+                    raise _failure_of_restart(_failed("RolledBack", report), path)
                 case "stopped":
                     raise _failure(_failed("RestartWhileDraining", report), path)
                 case _:
@@ -440,6 +443,36 @@ def _failed(error: str, report: Event) -> Event:
 def _failure(event: Event, path: str) -> CommandFailed:
     with understanding(path):
         return CommandFailed(str(event["message"]), ERRORS.get(str(event["error"]), Exit.FAILED), event)
+
+
+def _failure_of_restart(event: Event, path: str) -> CommandFailed:
+    """Return why there is no new generation, and who serves instead, which is asked: nobody may.
+
+    It is told with the code of a service that is not there, where nobody serves.
+    """
+    error = _failure(event, path)
+    if error.code not in (Exit.FAILED, Exit.ROLLED_BACK):
+        return error
+    found: Event | None = None
+    try:
+        answer = _ask_once(path, {"command": "status"}, SERVING_SECONDS)
+        found = dict(answer["status"])
+        generation, pid, state = int(found["generation"]), int(found["pid"]), str(found["state"])
+    except CommandFailed as failure:
+        if failure.code is not Exit.NO_SERVICE:
+            return CommandFailed(f"{error}\nwho serves now is not known: {failure}", error.code, event)
+        event["serving"] = None
+        return CommandFailed(f"{error}\nnobody serves: the service has ended since", Exit.NO_SERVICE, event)
+    except (NoAnswer, AttributeError, KeyError, TypeError, ValueError) as failure:
+        return CommandFailed(f"{error}\nwho serves now is not known: {failure}", error.code, event)
+    if state in ("serving", "paused"):
+        event["serving"] = {"generation": generation, "pid": pid}
+        return CommandFailed(f"{error}\ngeneration {generation} (pid {pid}) serves on", error.code, event)
+    event["serving"] = None
+    wait = found.get("waiting_for")
+    reason = f", and waits for {wait}" if wait else ""
+    text = f"{error}\nnobody serves: the service (pid {pid}) is {state}{reason}"
+    return CommandFailed(text, Exit.NO_SERVICE, event)
 
 
 def _ask_once(path: str, request: Event, timeout: float) -> Event:

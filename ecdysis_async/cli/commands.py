@@ -41,9 +41,9 @@ WATCH_SECONDS = 1.0
 # Commands in modules of their own names, which load half of the service.
 LOADED_LATE = ("explain", "prove", "run", "unit")
 
-CODES = """Exit codes: 0 the new generation serves; 1 it failed and the old one serves; 2 usage; 3 no service there;
-4 a restart is in progress; 5 rolled back; 6 the outcome is unknown; 7 you may not; 130 interrupted, and the service
-goes on. A reader that leaves (`| head -1`) or a closed stdout changes none of them."""
+CODES = """Exit codes: 0 the new generation serves; 1 it failed and the old one serves; 2 usage; 3 no service there, or
+nobody serves; 4 a restart is in progress; 5 rolled back; 6 the outcome is unknown; 7 you may not; 130 interrupted, and
+the service goes on. A reader that leaves (`| head -1`) or a closed stdout changes none of them."""
 
 control_option = click.option(
     "--control",
