@@ -236,6 +236,10 @@ class Dispatcher:
         for other in self._state.pool:
             if other is worker.starter:
                 other.link.tell(FromAnchor.EXITED, {"pid": worker.process.pid, "status": status})
+            if other.starter is worker:
+                other.starter = None
+        # Each worker would keep the one before it, and so all that there have ever been.
+        worker.starter = None
         for asker in [asker for asker in self._askers if asker[0] is worker]:
             del self._askers[asker]
         self._state.changes.announce()

@@ -293,6 +293,8 @@ async def test_a_worker_is_started_for_the_one_that_asks_for_it(here: Stage, pup
             assert select.select([pidfd], [], [], 0)[0]
             os.close(pidfd)
             assert slot.workers == [puppet.worker]
+            # No worker keeps those that there were before it.
+            assert new.starter is None
 
 
 async def test_a_worker_that_cannot_be_started(puppet: Puppet, here: Stage) -> None:

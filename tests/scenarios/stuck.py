@@ -34,7 +34,7 @@ CLIENT_PAUSE_SECONDS = 0.01
 
 # What a process may have more of than the same kind of process had after the first restarts.
 MORE_DESCRIPTORS = 4
-MORE_BYTES = 8 * 1024 * 1024
+MORE_BYTES = 3 * 1024 * 1024
 
 
 def restart_under_load(service: Service, restart: Callable[[], object], lasting: Callable[[], int]) -> None:
