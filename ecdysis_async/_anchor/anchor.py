@@ -23,6 +23,7 @@ from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._handoff.preflight import check_release, compare
 from ecdysis_async._handoff.protocol import PredecessorEvent
 from ecdysis_async._ipc.worker_link import FromAnchor
+from ecdysis_async._management.control_path import make_lock_file
 from ecdysis_async._management.controlled import ControlHandlers
 from ecdysis_async._management.health import HealthServer
 from ecdysis_async._management.management import LEEWAY_SECONDS, OwnManagement
@@ -112,7 +113,7 @@ class Anchor:
         if lock_file >= 0:
             os.set_inheritable(lock_file, False)
         # Former code of an earlier release has none.
-        self._lock_file = LockFile(lock_file) if lock_file >= 0 else LockFile.make()
+        self._lock_file = LockFile(lock_file) if lock_file >= 0 else make_lock_file(config.control_path)
         systemd = find_systemd(config.systemd)
         # As PID 1 it is the parent of every orphan, and new code is the parent of what the former code has started.
         self._reaper = Reaper(reaps_orphans=os.getpid() == 1 or self._is_follower)
@@ -202,7 +203,7 @@ class Anchor:
             # What a crash has left is the next start's, where this start has failed.
             resources.callback(lambda: self._held_sockets.close(unlink=self._state.has_served))
             resources.callback(self._remove_metrics_dir)
-            resources.callback(self._lock_file.close)
+            resources.callback(self._close_lock_file)
             resources.callback(management.close)
             management.handle_signals()
             self._begin_history(resources)
@@ -228,6 +229,12 @@ class Anchor:
         resources.callback(stop_hearing)
         facts = {"generation": self._state.generation, "upgrades": self._state.upgrades}
         history.note(Note.BEGUN, role="anchor", workers=len(self._state.pool.slots), **facts)
+
+    def _close_lock_file(self) -> None:
+        # The file of a service that has not come up may be another one's, which runs.
+        if self._state.has_served:
+            self._lock_file.remove(self._config.control_path)
+        self._lock_file.close()
 
     async def _open_and_run(self, resources: AsyncExitStack) -> int:
         try:

@@ -89,6 +89,9 @@ def _wait_of_roll_out(state: AnchorState, roll_out: RollOut) -> str | None:
             return None
         former = [turn.old for turn in roll_out.turns if turn.old is not None and turn.old.is_alive]
         return _describe_end_of(former) or "the former workers to end"
+    leaving = [turn.old for turn in roll_out.turns if turn.old is not None and turn.old.is_alive]
+    if state.config.one_at_a_time and leaving:
+        return f"the old release to end (--one-at-a-time): {_describe_end_of(leaving) or 'its processes'}"
     if (turn := roll_out.current) is not None:
         if (silence := _describe_silence(turn)) is not None:
             return silence

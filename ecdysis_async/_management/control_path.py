@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 
+from ecdysis_async._system.lock_file import LockFile
 from ecdysis_async.settings import StrPath
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "find_live",
     "is_live",
     "locate",
+    "make_lock_file",
     "prepare_directory",
 ]
 
@@ -103,6 +105,24 @@ def prepare_directory(path: str, *, is_shared: bool = False) -> None:
             f"the directory of the control socket {path} may be written by others, who could replace it: "
             f"chmod go-w {directory}, or take another",
         )
+
+
+def make_lock_file(path: str | None) -> LockFile:
+    """Return the file of a new service's locks: beside its control socket, or memory where that cannot be.
+
+    Args:
+        path: of the control socket; None where there is none.
+
+    Raises:
+        OSError: there is no memory, or no descriptor, to be had.
+    """
+    if path is not None:
+        try:
+            prepare_directory(path)
+        except OSError:
+            # Whether that is a fault is said where the control socket is opened.
+            path = None
+    return LockFile.make(path)
 
 
 def _unit_directories() -> list[str]:

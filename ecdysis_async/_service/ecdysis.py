@@ -27,7 +27,7 @@ from ecdysis_async._handoff.ancestors import Ancestor
 from ecdysis_async._handoff.generation import Generation, GenerationLog
 from ecdysis_async._handoff.host import AcceptingHost
 from ecdysis_async._handoff.stash import At, InheritedStash, Producer, Stashes, Version
-from ecdysis_async._management.control_path import locate
+from ecdysis_async._management.control_path import locate, make_lock_file
 from ecdysis_async._management.exposition import write
 from ecdysis_async._management.systemd import find_systemd
 from ecdysis_async._management.tracing import Tracing, require_opentelemetry
@@ -450,10 +450,10 @@ class Ecdysis(Listeners):
             # A worker does without where its anchor passes none: a file of its own would exclude no other worker.
             lock_file = LockFile.inherit() or LockFile.open_of(generation.lock_file_place)
             if lock_file is None and not is_worker():
-                lock_file = LockFile.make()
+                lock_file = make_lock_file(self._control_path)
             if lock_file is not None:
                 generation.lock_file = lock_file
-                self._resources.callback(lock_file.close)
+                self._resources.callback(self._close_lock_file, lock_file)
         exclusives = Exclusives(
             generation,
             draining=self._tracker.draining,
@@ -465,6 +465,12 @@ class Ecdysis(Listeners):
         )
         self._tracker.on_leave.append(exclusives.leave)
         return exclusives
+
+    def _close_lock_file(self, lock_file: LockFile) -> None:
+        life = self._life
+        if life.has_begun and not (is_worker() or life.has_successor or life.is_aborted):
+            lock_file.remove(self._control_path)
+        lock_file.close()
 
     def _vacate(self) -> None:
         global _current

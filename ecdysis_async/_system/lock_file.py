@@ -1,6 +1,6 @@
 """Locks that one process of a service holds at a time, arbitrated by the kernel.
 
-All processes of a service, of all workers and generations, have the same nameless file open. Each name has a place in
+All processes of a service, of all workers and generations, have the same file open. Each name has a place in
 that file, and a record lock (fcntl(2)) on that place belongs to one process. The kernel gives it back when the process
 ends, however it ends, so that there is nothing to be cleaned up, and no messenger whose death would matter. Unlike the
 locks of flock(2), record locks are not inherited by forked children.
@@ -11,7 +11,7 @@ duplicate.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import stat
@@ -23,10 +23,13 @@ from .shared_memory import make_memory
 
 __all__ = ["LockFile"]
 
-# The places of two names are so far apart. One holds what is said of the holder.
-PLACE_BYTES = 4096
-# How many places there are, in bits: as many as a file may have without its size being too large.
-PLACE_BITS = 40
+# How many bits a place in a file has: offsets are signed (off_t of 64 bits).
+PLACE_BITS = 62
+# What is said of a holder stands in one of so many places of so many bytes. Two names may have the same one.
+RECORDS = 4096
+RECORD_BYTES = 256
+
+SUFFIX = ".exclusive"
 
 
 class LockFile:
@@ -39,13 +42,34 @@ class LockFile:
         self._descriptor = descriptor
 
     @classmethod
-    def make(cls) -> LockFile:
+    def make(cls, control_path: str | None = None) -> LockFile:
         """Return the file of a new service.
+
+        Beside its control socket it has a name. There a service that is started anew finds it that was killed, and of
+        which processes may be left that still hold something. Elsewhere, and where the directory is not to be written,
+        it is memory.
+
+        Args:
+            control_path: of the control socket; None where there is none.
 
         Raises:
             OSError: there is no memory, or no descriptor, to be had.
         """
+        if control_path is not None:
+            with contextlib.suppress(OSError):
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+                descriptor = os.open(control_path + SUFFIX, flags, 0o600)
+                if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    return cls(descriptor)
+                os.close(descriptor)
         return cls(make_memory("ecdysis-locks"))
+
+    def remove(self, control_path: str | None) -> None:
+        """Remove the name of the file at the end of its service; harmless if it has none, or another file has it."""
+        if control_path is not None and self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(self._descriptor), os.lstat(control_path + SUFFIX)):
+                    os.unlink(control_path + SUFFIX)
 
     @classmethod
     def inherit(cls) -> LockFile | None:
@@ -111,9 +135,9 @@ class LockFile:
 
     def write(self, name: str, holder: Mapping[str, Any]) -> None:
         """Say something about the holder of a name, for those who wait; where that is not possible, nothing is said."""
-        text = json.dumps(holder).encode()[: PLACE_BYTES - 1]
+        text = json.dumps({**holder, "place": _find_place(name)}).encode()[: RECORD_BYTES - 1]
         try:
-            os.pwrite(self._descriptor, text + b"\0", _find_place(name))
+            os.pwrite(self._descriptor, text + b"\0", _find_record(name))
         # The limit of the size of files (RLIMIT_FSIZE), or no memory: the lock holds all the same.
         except OSError:
             return
@@ -121,11 +145,11 @@ class LockFile:
     def read(self, name: str) -> dict[str, Any]:
         """Return what the holder of a name has said last of itself; nothing where it has not."""
         try:
-            text = os.pread(self._descriptor, PLACE_BYTES, _find_place(name)).partition(b"\0")[0]
-            holder = json.loads(text) if text else {}
-        except (OSError, ValueError):
+            holder = json.loads(os.pread(self._descriptor, RECORD_BYTES, _find_record(name)).partition(b"\0")[0])
+            return dict(holder) if holder.pop("place") == _find_place(name) else {}
+        # Nothing is said, or it is cut short, or of another name.
+        except (AttributeError, KeyError, OSError, TypeError, ValueError):
             return {}
-        return holder if isinstance(holder, dict) else {}
 
     def close(self) -> None:
         """Close the file, and with it give all locks back; harmless if done already."""
@@ -135,5 +159,12 @@ class LockFile:
 
 
 def _find_place(name: str) -> int:
+    # Imported here, because the commands have no need of it.
+    import hashlib
+
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
-    return (int.from_bytes(digest[:8], "big") >> (64 - PLACE_BITS)) * PLACE_BYTES
+    return int.from_bytes(digest[:8], "big") >> (64 - PLACE_BITS)
+
+
+def _find_record(name: str) -> int:
+    return _find_place(name) % RECORDS * RECORD_BYTES

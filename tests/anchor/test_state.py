@@ -18,6 +18,7 @@ from ecdysis_async._anchor.state import AnchorState, Life, RollOutStage, Turn, T
 from ecdysis_async._handoff.protocol import PredecessorState
 from ecdysis_async._ipc.channel import encode
 from ecdysis_async._management.changes import Changes
+from ecdysis_async._system.launch import Launch
 from ecdysis_async.report import State
 from tests.anchor.puppets import make_report, stage
 
@@ -93,6 +94,18 @@ def test_it_is_restored_as_it_was() -> None:
             assert other.request_limit == math.inf
             assert math.isnan(other.served_since)
             assert not os.get_inheritable(twin.link.fileno())
+        finally:
+            close(restored)
+
+
+def test_how_to_start_a_former_release_again_travels_with_it() -> None:
+    with stage(1) as here:
+        worker = here.state.pool.slots[0].workers[0]
+        worker.launch = here.state.former_release = Launch(("/srv/1/serve", "-v"), "/srv/1", {"A": "b"})
+        restored = AnchorState.restore(make_config(), own(here.state.describe()[0]))
+        try:
+            assert restored.former_release == worker.launch
+            assert next(iter(restored.pool)).launch == worker.launch
         finally:
             close(restored)
 

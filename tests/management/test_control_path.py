@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -16,6 +17,7 @@ from ecdysis_async._management.control_path import (
     default_directory,
     find_live,
     locate,
+    make_lock_file,
     prepare_directory,
 )
 
@@ -200,3 +202,14 @@ def test_services_of_units_are_found(home: Path) -> None:
     assert find_live() == []
     with listen(directory / "control.sock"):
         assert find_live() == [str(directory / "control.sock")]
+
+
+def test_the_locks_lie_beside_a_control_socket_whose_directory_is_safe(tmp_path: Path) -> None:
+    control = str(tmp_path / "control")
+    with contextlib.closing(make_lock_file(control)):
+        assert os.listdir(tmp_path) == ["control.exclusive"]
+    tmp_path.chmod(0o777)
+    for path in (str(tmp_path / "other"), str(tmp_path / "nowhere/control"), None):
+        with contextlib.closing(make_lock_file(path)) as locks:
+            assert locks.try_lock("scheduler")
+    assert os.listdir(tmp_path) == ["control.exclusive"]

@@ -14,7 +14,7 @@ import pytest
 
 from ecdysis_async._system import launch
 from ecdysis_async._system.claims import MARKER
-from ecdysis_async._system.launch import describe_launch
+from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async.errors import RestartError, RestartUnsupported
 
 # These modules alone, without those above them: the package claims the channel when it is imported.
@@ -30,7 +30,7 @@ SERVICE = (
     + """
 import json, os, socket, subprocess
 from ecdysis_async._system.claims import take_channel
-from ecdysis_async._system.launch import describe_launch
+from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.process import spawn
 
 RELEASE = "one"
@@ -368,3 +368,53 @@ def test_without_python_dotenv_it_says_what_to_install(tmp_path: Path, monkeypat
     with pytest.raises(RestartError, match=r"pip install 'ecdysis_async\[env-file\]'"):
         describe_launch(["true"], None, tmp_path / "env")
     describe_launch(["true"], None, None)
+
+
+def test_a_release_that_is_pinned_is_found_behind_a_link_that_has_moved(tmp_path: Path) -> None:
+    """A script's first line may name the interpreter by way of the link, though the script is found without it."""
+    real, current = tmp_path / "1", tmp_path / "current"
+    (real / "bin").mkdir(parents=True)
+    (real / "bin/python").symlink_to(sys.executable)
+    script = real / "bin/serve"
+    script.write_text(f"#!{current}/bin/python -I\n")
+    current.symlink_to("1")
+    arguments = (
+        f"{current}/bin/serve",
+        "run",
+        f"--env-file={current}/.env",
+        "--app-dir",
+        str(current),
+        "a=b",
+        "main:app",
+    )
+    environment = {"PWD": str(current), "PATH": f"{current}/bin:/usr/bin", "OTHER": str(current)}
+    pinned = Launch(arguments, str(current), environment).pin()
+    assert pinned == Launch(
+        (
+            f"{real}/bin/python",
+            "-I",
+            f"{real}/bin/serve",
+            "run",
+            f"--env-file={real}/.env",
+            "--app-dir",
+            str(real),
+            "a=b",
+            "main:app",
+        ),
+        str(real),
+        {"PWD": str(real), "PATH": f"{real}/bin:{os.path.realpath('/usr/bin')}", "OTHER": str(current)},
+    )
+    assert pinned.pin() == pinned
+    relative = Launch(("bin/serve",), str(current), {}).pin()
+    assert relative.arguments == (f"{real}/bin/python", "-I", f"{real}/bin/serve")
+    assert Launch(("serve", "-v"), None, {}).pin() == Launch(("serve", "-v"), None, {})
+
+
+def test_a_script_behind_a_long_path_is_pinned_with_the_interpreter_of_its_second_line(tmp_path: Path) -> None:
+    real, current = tmp_path / "1", tmp_path / "current"
+    real.mkdir()
+    (real / "python").symlink_to(sys.executable)
+    (real / "serve").write_text(f"#!/bin/sh\n'''exec' \"{current}/python\" \"$0\" \"$@\"\n' '''\n")
+    current.symlink_to("1")
+    pinned = Launch((f"{current}/serve",), None, {}).pin()
+    assert pinned.arguments == (f"{real}/python", f"{real}/serve")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +83,27 @@ def test_what_is_said_of_a_holder_may_be_missing(locks: LockFile) -> None:
     locks.write("nobody", {"is": "lost"})
     assert locks.read("nobody") == {}
     locks.unlock("nobody")
+
+
+def test_beside_a_control_socket_the_next_start_finds_it(tmp_path: Path) -> None:
+    control = str(tmp_path / "control")
+    with contextlib.closing(LockFile.make(control)) as killed, contextlib.closing(LockFile.make(control)) as anew:
+        assert os.path.samestat(os.fstat(killed.fileno()), os.fstat(anew.fileno()))
+        with holding(killed, "scheduler"):
+            assert not anew.try_lock("scheduler")
+        anew.remove(control)
+        assert os.listdir(tmp_path) == []
+        # By now it may be another service's.
+        with contextlib.closing(LockFile.make(control)):
+            killed.remove(control)
+            assert os.listdir(tmp_path) == ["control.exclusive"]
+
+
+@pytest.mark.parametrize("control", ["/nowhere/control", None, "fifo"])
+def test_where_it_cannot_be_it_is_memory(tmp_path: Path, control: str | None) -> None:
+    if control == "fifo":
+        os.mkfifo(tmp_path / "fifo.exclusive")
+        control = str(tmp_path / "fifo")
+    with contextlib.closing(LockFile.make(control)) as locks:
+        assert locks.try_lock("scheduler")
+        locks.remove(control)

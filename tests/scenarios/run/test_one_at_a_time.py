@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def test_an_old_release_leaves_first_and_comes_back_where_the_new_one_fails(tmp_
             assert "missing_module" in told
             assert "the former release was started again" in told
             visitors.wait_for("two")
-            # That holds for a worker that crashes, and for an anchor that is upgraded.
+            # A worker that crashes is followed by the same release.
             pid = run.status()["workers"][0]["pid"]
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda: run.status()["workers"] and run.status()["workers"][0]["pid"] != pid, "no other worker")
@@ -126,3 +127,23 @@ atexit.register(note, "end")
             here[pid] = number
         else:
             del here[pid]
+
+
+@pytest.mark.parametrize("is_one_at_a_time", [False, True])
+def test_a_port_that_the_old_release_has_is_told_with_the_remedy(tmp_path: Path, is_one_at_a_time: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    listen = f"import socket\nmetrics = socket.create_server(('127.0.0.1', {port}))\nprint('metrics', metrics)"
+    write_app(tmp_path / "main.py", "one", listen)
+    with running(tmp_path, *QUICK, *(("--one-at-a-time",) if is_one_at_a_time else ())) as run:
+        run.find_port()
+        pid = run.status()["workers"][0]["pid"]
+        done = call("restart", "--control", run.control, cwd=tmp_path)
+        if is_one_at_a_time:
+            assert done.returncode == 0, done
+            return
+        assert done.returncode == 1
+        assert f"Port {port} is taken by pid {pid} (" in done.stderr
+        assert "of this service" in done.stderr
+        assert "--one-at-a-time" in done.stderr
+        assert "ecdysis_async.exclusive" in done.stderr
