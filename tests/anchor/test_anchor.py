@@ -89,7 +89,7 @@ def test_a_signal_stops_it_and_one_more_does_not_change_the_status(tmp_path: Pat
 def test_a_first_worker_that_does_not_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(make_config(tmp_path, "raise SystemExit('not today')", workers=3)) == STARTUP_FAILED
     written = capfd.readouterr().err
-    assert "ecdysis: the service does not start: the successor" in written
+    assert "ecdysis: the service does not start: worker 0 (pid " in written
     # The others are not tried.
     assert written.count("not today") == 1
     assert list(tmp_path.iterdir()) == []

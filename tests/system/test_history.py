@@ -132,6 +132,8 @@ def test_whatever_is_in_its_place_is_left_alone(what: str, path: Path, history: 
     assert other.read_text() == "precious"
 
 
+# An application that forks has threads as well, and what runs the tests has some.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_writes_nothing(history: History, path: Path) -> None:
     if (pid := os.fork()) == 0:
         history.note(Note.BEGUN)

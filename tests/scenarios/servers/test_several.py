@@ -98,7 +98,7 @@ def test_what_is_cut_at_the_deadline_is_named(loop: str, kinds: tuple[str, ...],
     former, latter = map(json.loads, ended.output.splitlines())
     assert former == latter
     ports = re.compile(r":[0-9]{4,}")
-    ages = re.compile(r", [0-9]+\.[0-9] s old$")
+    ages = re.compile(r", (more than )?[0-9]+\.[0-9] s old$")
     assert sorted(ages.sub("", ports.sub(":PORT", each)) for each in former) == sorted(WHAT[kind] for kind in kinds)
     for each in former:
         assert f"cut at the deadline: {each}\n" in ended.log
