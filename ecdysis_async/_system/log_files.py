@@ -9,8 +9,9 @@ import contextlib
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 __all__ = ["Reopen", "on_reopen_logs", "reopen_logs", "reopen_logs_of_application"]
 
@@ -74,7 +75,7 @@ def reopen_logs() -> int:
                 error,
                 os.geteuid(),
             )
-    return count
+    return count + _reopen_loguru()
 
 
 def _file_handlers() -> Iterator[logging.FileHandler]:
@@ -112,6 +113,49 @@ def _reopen(handler: logging.FileHandler) -> bool:
         return True
     finally:
         handler.release()
+
+
+def _reopen_loguru() -> int:
+    """Let each file that loguru writes to, and that was moved or removed, be opened anew; return how many were.
+
+    loguru has a switch for that (``watch=True``), which looks at the file before each line, and no function to ask for
+    it. What is used of loguru is as in its release 0.7.
+    """
+    loguru = sys.modules.get("loguru")
+    if loguru is None:
+        return 0
+    count = 0
+    try:
+        for handler in list(loguru.logger._core.handlers.values()):  # noqa: SLF001 - loguru's
+            sink = handler._sink  # noqa: SLF001 - loguru's
+            if type(sink).__name__ == "FileSink":
+                lock = handler._queue_lock if handler._enqueue else handler._protected_lock()  # noqa: SLF001 - loguru's
+                with lock:
+                    count += _reopen_sink(sink)
+    except AttributeError as error:
+        logger.warning(
+            "this release of loguru does not show its log files (%s): open them with watch=True, or see to them by "
+            "ecdysis_async.on_reopen_logs",
+            error,
+        )
+    except OSError as error:
+        logger.warning(
+            "a log file of loguru's cannot be opened anew, and what was its file is written to as before: %s", error
+        )
+    return count
+
+
+def _reopen_sink(sink: Any) -> bool:
+    before, path = sink._file, sink._file_path  # noqa: SLF001 - loguru's
+    # None: nothing was logged yet (delay=True).
+    if before is None or _is_at(before.fileno(), path):
+        return False
+    # Appending, because another process may have opened the new file before.
+    sink._kwargs["mode"] = sink._kwargs["mode"].replace("w", "a")  # noqa: SLF001 - loguru's
+    sink._create_file(path)  # noqa: SLF001 - loguru's
+    with contextlib.suppress(OSError):  # what a full disk does not take; it is closed all the same
+        before.close()
+    return True
 
 
 def _is_at(descriptor: int, path: str) -> bool:

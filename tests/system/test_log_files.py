@@ -8,6 +8,7 @@ import queue
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -112,6 +113,33 @@ def test_a_file_behind_others(logger: logging.Logger, tmp_path: Path) -> None:
             assert reopen_logs() == 1
     finally:
         behind.close()
+
+
+@pytest.mark.parametrize("enqueue", [False, True])
+def test_a_file_of_loguru(enqueue: bool, tmp_path: Path) -> None:
+    loguru = pytest.importorskip("loguru").logger
+    path = tmp_path / "app.log"
+    number = loguru.add(path, mode="w", format="{message}", enqueue=enqueue)
+    silent = loguru.add(tmp_path / "silent.log", delay=True, filter=lambda record: False)
+    try:
+        loguru.info("one")
+        loguru.complete()
+        assert reopen_logs() == 0
+        path.rename(tmp_path / "old")
+        path.write_text("theirs\n")
+        assert reopen_logs() == 1
+        loguru.info("two")
+        loguru.complete()
+        assert ((tmp_path / "old").read_text(), path.read_text()) == ("one\n", "theirs\ntwo\n")
+    finally:
+        loguru.remove(number)
+        loguru.remove(silent)
+
+
+def test_a_loguru_that_is_built_otherwise(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "loguru", ModuleType("loguru"))
+    assert reopen_logs() == 0
+    assert "this release of loguru does not show its log files" in caplog.text
 
 
 async def test_the_application_opens_its_own_files_anew(

@@ -26,6 +26,8 @@ from ecdysis_async._system.log_files import on_reopen_logs
 from ecdysis_async.errors import DrainInterrupt
 from ecdysis_async.settings import WebSocketClose
 
+from .streams import end_streams
+
 __all__ = ["DRAINING", "RESTARTING", "SETTLED", "Goodbye", "is_on_trio", "make_state"]
 
 DRAINING = "ecdysis.draining"
@@ -138,6 +140,7 @@ class Goodbye:
         Cancelling it leaves connections as they are.
         """
         await self.ecdysis.finished()
+        end_streams()
         self.deadline = anyio.current_time() + self._timeout
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(self._say_goodbye)

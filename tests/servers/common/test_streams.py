@@ -1,0 +1,72 @@
+"""Streams of other libraries are told that their generation leaves, and nothing else is touched."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+from types import ModuleType
+
+import pytest
+from sse_starlette.sse import AppStatus
+
+from ecdysis_async.servers._common.streams import SEAMS, end_streams
+
+pytestmark = pytest.mark.backends("asyncio")
+
+
+@pytest.mark.parametrize("name", SEAMS)
+def test_what_is_used_is_there(name: str) -> None:
+    module, _, class_name = name.partition(":")
+    kind = getattr(importlib.import_module(module), class_name)
+    for attribute in SEAMS[name]:
+        makers = [vars(each).get("__init__") for each in kind.__mro__[:-1]]
+        assigned = {name for each in makers if each is not None for name in each.__code__.co_names}
+        assert hasattr(kind, attribute) or attribute in assigned, f"there is no {attribute} in {name} any more"
+
+
+async def test_event_streams_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AppStatus, "should_exit", False)
+    event = asyncio.Event()
+    monkeypatch.setattr(AppStatus, "should_exit_event", event, raising=False)
+    end_streams()
+    assert AppStatus.should_exit
+    assert event.is_set()
+
+
+async def test_an_application_that_ends_its_streams_itself_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AppStatus, "should_exit", False)
+    monkeypatch.setattr(AppStatus, "enable_automatic_graceful_drain", False)
+    end_streams()
+    assert not AppStatus.should_exit
+
+
+async def test_a_long_poll_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AppStatus, "should_exit", False)
+    engineio = importlib.import_module("engineio")
+    socket = importlib.import_module("engineio.async_socket").AsyncSocket(
+        engineio.AsyncServer(async_mode="asgi"), "session"
+    )
+    poll = asyncio.create_task(socket.poll())
+    await asyncio.sleep(0)
+    end_streams()
+    [packet] = await poll
+    assert packet.encode() == "6"
+    # A session that nobody polls for has nothing to read later.
+    end_streams()
+    assert socket.queue.empty()
+
+
+async def test_what_is_built_otherwise_costs_no_drain(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "sse_starlette.sse", ModuleType("sse_starlette.sse"))
+    end_streams()
+    assert "streams of the application are not told" in caplog.text
+
+
+async def test_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sse_starlette.sse", "engineio.async_socket", "engineio.packet"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    end_streams()
+    assert not {"sse_starlette.sse", "engineio.async_socket"} & sys.modules.keys()
