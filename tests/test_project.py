@@ -44,7 +44,19 @@ IMPURE = {*LOOPS, "anyio", "datetime", "io", "logging", "mmap", "os", "pathlib",
 IMPURE |= {"signal", "socket", "ssl", "subprocess", "tempfile", "threading", "time"}
 
 # Foreign libraries whose private names are read, each where a comment on the line says which one it is.
-FOREIGN = {*LOOPS, "aiohttp", "anyio", "CPython", "h11", "httptools", "hypercorn", "typeshed", "uvicorn", "websockets"}
+FOREIGN = {
+    *LOOPS,
+    "aiohttp",
+    "anyio",
+    "CPython",
+    "h11",
+    "httptools",
+    "hypercorn",
+    "loguru",
+    "typeshed",
+    "uvicorn",
+    "websockets",
+}
 # Documented, in spite of their underscores.
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 
@@ -58,7 +70,6 @@ TESTED_ELSEWHERE = {
     "servers/_hypercorn_trio.py": "as aiohttp.py",
     "cli/run.py": "tests/scenarios/run runs the command as a whole",
     "cli/check.py": "tests/scenarios/run/test_check.py checks releases of running services",
-    "cli/reload.py": "tests/scenarios/run/test_reload.py saves files of running services",
     "cli/prove.py": "tests/scenarios/proving runs the command as a whole",
     "cli/explain.py": "tests/scenarios/explaining runs the command as a whole",
     "_proving/campaign.py": "as cli/prove.py",

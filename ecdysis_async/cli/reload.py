@@ -139,6 +139,7 @@ class Causes:
         if self._in_a_row < STARTS_THAT_WRITE:
             return changed
         self._written |= changed
+        self._in_a_row = 0
         names = sorted(map(os.path.relpath, changed))
         remedy = " ".join(f"--reload-exclude {each}" for each in names)
         say(

@@ -89,3 +89,26 @@ def test_the_watcher_dies_with_the_service(tmp_path: Path) -> None:
         run.wait()
         wait_until(lambda: not watcher.is_running(), "the watcher stays")
         psutil.wait_procs(family, timeout=30)
+
+
+def test_globs_and_files_that_the_service_writes(tmp_path: Path) -> None:
+    """Templates are watched, what is left out is not, and a generator does not restart the service for ever."""
+    make_stamp = "import pathlib, time\npathlib.Path('generated.py').write_text(f'STAMP = {time.time()}')"
+    write_app(tmp_path / "main.py", "one", make_stamp)
+    (tmp_path / "drafts").mkdir()
+    options = ("--reload-include", "*.html", "--reload-exclude", "drafts")
+    with running(tmp_path, *OPTIONS, *options) as run:
+        run.find_port()
+        run.wait_for("watching ")
+        (tmp_path / "drafts" / "a.html").write_text("", encoding="utf-8")
+        (tmp_path / "index.html").write_text("", encoding="utf-8")
+        run.wait_for("index.html changed: restarting")
+        run.wait_for("the service itself changes generated.py at each start: .*--reload-exclude generated.py")
+        restarts = run.log.count("changed: restarting")
+        write_app(tmp_path / "main.py", "two", make_stamp)
+        run.wait_for("main.py changed: restarting")
+        run.wait_for("settling all workers", restarts + 1)
+        (tmp_path / "index.html").write_text("end", encoding="utf-8")
+        run.wait_for("index.html changed: restarting", 2)
+        assert run.log.count("generated.py changed: restarting") == 2
+        assert "drafts" not in run.log
