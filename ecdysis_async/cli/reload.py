@@ -40,12 +40,14 @@ FIRST_LOOK_MILLISECONDS = 200
 BUSY_PAUSE_SECONDS = 0.2
 
 
-# A change that is seen so soon after a restart belongs to that start, seconds.
-START_SECONDS = 2.0
-
-# So many starts in a row that change files of the program are the service's own doing. A developer who saves that
-# often, in these very moments, is told so, and saves once more.
+# So many restarts in a row, each for nothing but what was written while the one before went on, are suspicious.
 STARTS_THAT_WRITE = 3
+
+# How long suspicious files are left alone, seconds. Whoever types on is a developer, and not the service.
+PROOF_SECONDS = 3.0
+
+# By how much the time of a file may differ from the clock, seconds: the kernel's own clock for them is a coarse one.
+COARSE_SECONDS = 0.05
 
 # Directories with the code of others, beside those that watchfiles leaves out (.git, .venv, node_modules …).
 INSTALLED = "site-packages"
@@ -108,45 +110,75 @@ class Causes:
     """Tells changes of the program from what the service itself writes at its start.
 
     A service may write files of its own program: a generator, a cache. With each restart it would write them again, and
-    be restarted for that. So a start that leaves a file as it was has not changed it; and a file that starts have
-    changed again and again counts only when it changes at another time.
+    be restarted for that. So a start that leaves a file as it was has not changed it. Where one start after the other
+    has changed something, the files are left alone for a while, and one more restart proves it: what that has changed,
+    too, the service writes itself, and from then on it counts only at other times. An editor that saves all the time
+    does so between restarts as well.
     """
 
     def __init__(self) -> None:
         self._digests: dict[str, bytes] = {}
-        self._restarted = -math.inf
-        # How many starts in a row have changed something, and what is known as written by the service itself.
+        # When the last restart began, and when it was over, by the clock of files.
+        self._begun = self._ended = -math.inf
+        # How many restarts in a row were for nothing else than what the one before has written.
         self._in_a_row = 0
+        # What is suspected, since when, whether the last restart was to prove it, and what is known.
+        self._suspected: set[str] = set()
+        self._since = math.inf
+        self._is_proof = False
         self._written: set[str] = set()
 
-    def restarted(self) -> None:
-        """Take note that a restart is over."""
-        self._restarted = time.monotonic()
+    def begin(self) -> None:
+        """Take note that the service is to be restarted."""
+        self._begun = time.time()
+
+    def end(self) -> None:
+        """Take note that the restart is over, whatever has become of it."""
+        self._ended = time.time()
 
     def find(self, paths: Iterable[str]) -> set[str]:
-        """Return which of the files that were written are reasons for a restart."""
-        written, is_start = set(paths), time.monotonic() - self._restarted < START_SECONDS
-        changed = {path for path in written if self._note_content(path)}
-        if not is_start:
-            if written:
-                self._in_a_row = 0
-                self._written -= written
-            return written
-        changed -= self._written
+        """Return which of the files that were written are reasons for a restart; also where none was, for the proof."""
+        by_start = {path: self._is_of_start(path) for path in paths}
+        changed = {path for path, is_so in by_start.items() if self._note_content(path) or not is_so}
+        changed -= {path for path in self._written if by_start.get(path)}
         if not changed:
+            return self._find_proof()
+        if others := {path for path in changed if not by_start[path]}:
+            self._in_a_row, self._is_proof = 0, False
+            self._suspected.clear()
+            self._written -= others
+            return changed
+        if self._is_proof:
+            self._is_proof = False
+            self._written |= changed
+            names = sorted(map(os.path.relpath, changed))
+            remedy = " ".join(f"--reload-exclude {each}" for each in names)
+            say(
+                f"the service itself changes {', '.join(names)} at each start: that does not restart it any more, and "
+                f"a change at another time does; to leave it out for good: {remedy}"
+            )
             return set()
         self._in_a_row += 1
         if self._in_a_row < STARTS_THAT_WRITE:
             return changed
-        self._written |= changed
-        self._in_a_row = 0
-        names = sorted(map(os.path.relpath, changed))
-        remedy = " ".join(f"--reload-exclude {each}" for each in names)
-        say(
-            f"the service itself changes {', '.join(names)} at each start: that does not restart it any more, and a "
-            f"change at another time does; to leave it out for good: {remedy}"
-        )
+        self._suspected |= changed
+        self._since = time.time()
         return set()
+
+    def _find_proof(self) -> set[str]:
+        if not self._suspected or time.time() < self._since + PROOF_SECONDS:
+            return set()
+        suspected, self._suspected = self._suspected, set()
+        self._in_a_row, self._is_proof = 0, True
+        return suspected
+
+    def _is_of_start(self, path: str) -> bool:
+        """Say whether a file was last written while the service restarted."""
+        try:
+            written = os.stat(path).st_mtime
+        except OSError:
+            return False
+        return self._begun - COARSE_SECONDS <= written <= self._ended + COARSE_SECONDS
 
     def _note_content(self, path: str) -> bool:
         """Say whether a file has other content than when it was last looked at; the first look does not know."""
@@ -194,7 +226,7 @@ def _watch(control: str, paths: list[str], wanted: Wanted) -> None:
         say(f"{what}: restarting")
         if not _restart(control, f"--reload, because {what}"):
             return
-        causes.restarted()
+        causes.end()
 
 
 def _restart(control: str, by: str) -> bool:
