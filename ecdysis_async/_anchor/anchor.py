@@ -313,10 +313,11 @@ class Anchor:
             self._tasks.start_soon(HealthServer(entry.sock, why_not_ready, pages).run)
 
     async def _prepare_metrics_dir(self) -> None:
-        assert self._config.metrics_dir is not None
-        state = self._state
-        former = state.metrics_dir
-        state.metrics_dir = await run_in_thread(functools.partial(prepare_directory, self._config.metrics_dir, former))
+        state, wanted = self._state, self._config.metrics_dir
+        assert wanted is not None
+        prepare = functools.partial(prepare_directory, wanted, state.metrics_dir, state.metrics_dir_wanted)
+        state.metrics_dir = await run_in_thread(prepare)
+        state.metrics_dir_wanted = wanted
 
     async def _open_pid_file(self) -> None:
         if self._state.has_served:

@@ -38,7 +38,7 @@ from ecdysis_async.errors import ChannelClosed, ChannelError, RestartError, Spaw
 from ecdysis_async.report import RestartReport, State
 
 from .metrics import note_end
-from .metrics_files import MetricsFile, claim_file, drop_gauges
+from .metrics_files import MetricsFile, claim_file, drop_gauges, find_removed
 from .pool import HandoffStatus, Slot, Worker
 from .reaping import Reaper
 from .rollout import call_off
@@ -368,11 +368,24 @@ class Dispatcher:
         worker.ends_at = anyio.current_time() + float(ends_in) if ends_in is not None else None
         if worker.serves and math.isnan(worker.served_since):
             worker.served_since = anyio.current_time()
+            if worker.metrics_file is not None and worker.metrics_file.found:
+                self._begin(self._look_for_removed, slot, worker.metrics_file)
         if worker.state is State.DRAINING and before is not State.DRAINING:
             slot.note_leaving(worker, anyio.current_time())
         has_changed = (worker.state, worker.is_done_accepting) != (before, was_done)
         if has_changed or worker.find_replace_reason(self._state.config.max_rss) is not None:
             self._state.changes.announce()
+
+    async def _look_for_removed(self, slot: Slot, file: MetricsFile) -> None:
+        """Say so where a worker has removed what the others count."""
+        if removed := await run_in_thread(functools.partial(find_removed, file)):
+            self.log.warning(
+                "while worker %d started, %d files of metrics of all workers were removed from %s: does the "
+                "application remove them when it is imported? Leave that to --metrics-dir, which does so once",
+                slot.index,
+                len(removed),
+                file.directory,
+            )
 
     # What it asks for
 

@@ -19,12 +19,21 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from ecdysis_async._system.claims import METRICS_ID_KEY
 
-__all__ = ["AUTO", "DIRECTORY_KEY", "MetricsFile", "claim_file", "drop_gauges", "prepare_directory", "remove_directory"]
+__all__ = [
+    "AUTO",
+    "DIRECTORY_KEY",
+    "MetricsFile",
+    "claim_file",
+    "drop_gauges",
+    "find_removed",
+    "prepare_directory",
+    "remove_directory",
+]
 
 DIRECTORY_KEY: Final = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -45,10 +54,12 @@ class MetricsFile:
     Attributes:
         directory: the absolute path where they are.
         id: what they are named after.
+        found: the counters of all workers that were there when this worker was started.
     """
 
     directory: str
     id: str
+    found: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -56,20 +67,20 @@ class MetricsFile:
         return {DIRECTORY_KEY: self.directory, METRICS_ID_KEY: self.id}
 
 
-def prepare_directory(wanted: str, former: str | None) -> str:
+def prepare_directory(wanted: str, former: str | None, former_wanted: str | None) -> str:
     """Return the absolute path of a directory for the files of a service. It blocks.
 
     Args:
         wanted: a path, or `AUTO`.
-        former: the directory that the service has already: its files stay.
+        former: the directory that the service has already: its files stay, also where a relative path leads elsewhere
+            from where the new code was started.
+        former_wanted: what was wanted then.
 
     Raises:
         OSError: the directory cannot be made.
     """
-    if former is not None and os.path.isdir(former):
-        is_auto = os.path.basename(former).startswith(AUTO_PREFIX)
-        if former == os.path.abspath(wanted) or (wanted == AUTO and is_auto):
-            return former
+    if former is not None and wanted == former_wanted and os.path.isdir(former):
+        return former
     if wanted == AUTO:
         return tempfile.mkdtemp(prefix=AUTO_PREFIX)
     path = os.path.abspath(wanted)
@@ -103,7 +114,12 @@ def claim_file(
         return None
     path = os.path.abspath(os.path.join(directory or ".", path))
     names = (f"slot{slot}-{number}" for number in itertools.count(1))
-    return MetricsFile(path, next(name for name in names if name not in taken))
+    return MetricsFile(path, next(name for name in names if name not in taken), frozenset(_find_counters(path)))
+
+
+def find_removed(file: MetricsFile) -> list[str]:
+    """Return the counters that somebody has removed since a worker was started: most likely itself. It blocks."""
+    return sorted(file.found - set(_find_counters(file.directory)))
 
 
 def drop_gauges(file: MetricsFile) -> None:
@@ -120,6 +136,10 @@ def drop_gauges(file: MetricsFile) -> None:
                 # Whoever adds the files up does not expect this one to go in that moment: it is emptied.
                 with open(path, "r+b") as opened:
                     opened.write(_EMPTY)
+
+
+def _find_counters(directory: str) -> list[str]:
+    return _find_files(directory, "*", "counter", "histogram", "summary")
 
 
 def _find_files(directory: str, id: str, *types: str) -> list[str]:

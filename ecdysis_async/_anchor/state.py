@@ -189,6 +189,7 @@ class AnchorState:
         ledger: what is counted of it, for its metrics.
         metrics_dir: where prometheus_client of the workers keeps the application's metrics; None where that is the
             environment's business.
+        metrics_dir_wanted: what that was configured as.
         missing: what the service goes on without, because it could not be opened, and why.
         changes: announced whenever something here has changed.
     """
@@ -210,6 +211,7 @@ class AnchorState:
     upgrade_error: str | None = None
     ledger: Ledger = field(default_factory=Ledger)
     metrics_dir: str | None = None
+    metrics_dir_wanted: str | None = None
     missing: dict[str, str] = field(default_factory=dict)
     changes: Changes = field(default_factory=Changes)
 
@@ -244,6 +246,7 @@ class AnchorState:
             # A release before this one does not write it.
             ledger=Ledger.from_json(body.get("ledger")),
             metrics_dir=str(body["metrics_dir"]) if body.get("metrics_dir") is not None else None,
+            metrics_dir_wanted=body.get("metrics_dir_wanted"),
         )
 
     def describe(self) -> tuple[dict[str, Any], list[int]]:
@@ -260,6 +263,7 @@ class AnchorState:
             "last_report": self.last_report.to_json() if self.last_report is not None else None,
             "ledger": self.ledger.to_json(),
             "metrics_dir": self.metrics_dir,
+            "metrics_dir_wanted": self.metrics_dir_wanted,
         }
         return body, descriptors
 
@@ -355,7 +359,7 @@ def restore_pool(body: Mapping[str, Any]) -> WorkerPool:
             requests=int(each["requests"]),
             rss=each["rss"],
             closed=read_closed(each.get("closed", {})),
-            metrics_file=MetricsFile(*map(str, each["metrics_file"])) if each.get("metrics_file") else None,
+            metrics_file=_restore_metrics_file(each.get("metrics_file")),
             is_told_to_leave=bool(each["is_told_to_leave"]),
             environment={str(name): str(value) for name, value in each["environment"].items()},
             # An earlier release does not say it.
@@ -381,3 +385,7 @@ def _restore_launch(body: Mapping[str, Any] | None) -> Launch | None:
     environment = {str(name): str(value) for name, value in body["environment"].items()}
     directory = body["directory"]
     return Launch(tuple(map(str, body["arguments"])), str(directory) if directory is not None else None, environment)
+
+
+def _restore_metrics_file(body: Any) -> MetricsFile | None:
+    return MetricsFile(str(body[0]), str(body[1])) if body else None

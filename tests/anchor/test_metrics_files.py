@@ -17,6 +17,7 @@ from ecdysis_async._anchor.metrics_files import (
     MetricsFile,
     claim_file,
     drop_gauges,
+    find_removed,
     prepare_directory,
     remove_directory,
 )
@@ -76,11 +77,11 @@ def test_one_that_drains_keeps_its_own() -> None:
 def test_a_service_begins_with_none(tmp_path: Path) -> None:
     for name in ("counter_12.db", "gauge_livesum_7.db", "data.db", "counter_12.txt"):
         (tmp_path / name).touch()
-    path = prepare_directory(str(tmp_path), None)
+    path = prepare_directory(str(tmp_path), None, None)
     assert {each.name for each in tmp_path.iterdir()} == {"data.db", "counter_12.txt"}
     # The code that follows goes on with them.
     (tmp_path / "counter_slot0-1.db").touch()
-    assert prepare_directory(str(tmp_path), path) == path
+    assert prepare_directory(str(tmp_path), path, str(tmp_path)) == path
     assert (tmp_path / "counter_slot0-1.db").exists()
     remove_directory(path)
     assert tmp_path.exists()
@@ -89,11 +90,34 @@ def test_a_service_begins_with_none(tmp_path: Path) -> None:
 def test_a_directory_of_its_own_goes_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    path = prepare_directory(AUTO, None)
+    path = prepare_directory(AUTO, None, None)
     assert Path(path).parent == tmp_path
     assert os.stat(path).st_mode & 0o777 == 0o700
-    assert prepare_directory(AUTO, path) == path
+    assert prepare_directory(AUTO, path, AUTO) == path
     remove_directory(path)
     assert not os.path.exists(path)
     # Somebody has removed it: the service goes on with another one.
-    assert prepare_directory(AUTO, path) != path
+    assert prepare_directory(AUTO, path, AUTO) != path
+
+
+def test_the_same_words_mean_the_same_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Code of another release, started in another place, goes on with the files."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    path = prepare_directory("prom", None, None)
+    monkeypatch.chdir(tmp_path / "two")
+    assert prepare_directory("prom", path, "prom") == path
+    assert prepare_directory("other", path, "prom") == str(tmp_path / "two" / "other")
+
+
+def test_a_worker_that_removes_what_others_count_is_found_out(tmp_path: Path) -> None:
+    for name in ("counter_slot0-1.db", "gauge_livesum_slot0-1.db"):
+        (tmp_path / name).touch()
+    file = claim_file({}, None, str(tmp_path), 1, ())
+    assert file is not None
+    # A gauge goes with its process.
+    (tmp_path / "gauge_livesum_slot0-1.db").unlink()
+    assert find_removed(file) == []
+    (tmp_path / "counter_slot0-1.db").unlink()
+    assert find_removed(file) == [str(tmp_path / "counter_slot0-1.db")]

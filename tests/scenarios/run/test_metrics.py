@@ -172,7 +172,7 @@ def test_the_metrics_of_the_application_outlast_its_processes(counting: Path, he
         with Visitors(port) as visitors:
             visitors.wait_for("ok")
             names: set[str] = set()
-            for _ in range(4):
+            for _ in range(3):
                 restart(run, counting, "--until", "drained")
                 names.add(" ".join(sorted(path.name for path in (counting / "prom").iterdir())))
             visitors.end()
@@ -201,3 +201,16 @@ def test_a_directory_of_its_own_lives_as_long_as_the_service(counting: Path, hea
         assert list((counting / "tmp").iterdir()) == [directory]
         assert scrape(health)["hits_total",] == len(visitors.answers)
     assert not list((counting / "tmp").iterdir())
+
+
+def test_an_application_that_removes_the_files_of_others_is_named(counting: Path, health: int) -> None:
+    (counting / "prom").mkdir()
+    source = (counting / "main.py").read_text()
+    wipe = 'import glob, os\nfor each in glob.glob("prom/*.db"):\n    os.unlink(each)\n'
+    (counting / "main.py").write_text(wipe + source)
+    options = (*QUICK, "--health-bind", f"127.0.0.1:{health}")
+    with running(counting, *options, PROMETHEUS_MULTIPROC_DIR="prom") as run:
+        with Visitors(run.find_port()) as visitors:
+            visitors.wait_for("ok")
+        restart(run, counting)
+        run.wait_for("files of metrics of all workers were removed from .*/prom: does the application")
