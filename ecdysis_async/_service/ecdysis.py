@@ -33,7 +33,7 @@ from ecdysis_async._management.systemd import find_systemd
 from ecdysis_async._management.tracing import Tracing, require_opentelemetry
 from ecdysis_async._sockets.addresses import parse_address
 from ecdysis_async._sockets.entry import Entry
-from ecdysis_async._sockets.owners import describe_taken, find_siblings
+from ecdysis_async._sockets.owners import describe_held, describe_taken, find_siblings
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async._system.claims import is_check, is_worker, restart_id, take_channel
 from ecdysis_async._system.forking import withholding_from_children
@@ -76,13 +76,13 @@ def current() -> Ecdysis:
 
 
 def explain_taken(ecdysis: Ecdysis, error: BaseException) -> str | None:
-    """Say of an "address already in use" who has the address; None of other errors. It reads /proc."""
+    """Say of what is in use or locked who has it, and what can be done; None of other errors. It reads /proc."""
     relatives = [each.pid for each in ecdysis.draining_generations]
     if ecdysis.predecessor_pid is not None:
         relatives.append(ecdysis.predecessor_pid)
     if is_worker():
         relatives += find_siblings()
-    return describe_taken(error, relatives)
+    return describe_taken(error, relatives) or describe_held(error, relatives)
 
 
 def _is_drain_interrupt(error: BaseException | None) -> bool:

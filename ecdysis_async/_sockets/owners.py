@@ -1,4 +1,4 @@
-"""Who has a port that is taken, in words: what an application's "address already in use" leaves out.
+"""Who has what an application cannot have, in words: what its "address already in use", or "locked", leaves out.
 
 It reads /proc (proc(5)), and blocks for as long as that takes: it is for a process that cannot start.
 """
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from types import TracebackType
 from typing import Any
 
-__all__ = ["describe_owner", "describe_taken", "find_siblings"]
+__all__ = ["describe_held", "describe_owner", "describe_taken", "find_siblings"]
 
 # TCP_LISTEN of the kernel, as /proc/net/tcp writes it.
 LISTENING = "0A"
@@ -26,6 +26,13 @@ WORDS_SHOWN = 40
 _PORT = re.compile(r"(?:', |:)(\d{1,5})\b")
 _IN_USE = re.compile(r"address already in use|failed to bind", re.IGNORECASE)
 
+_PID = re.compile(r"\bpid\W{0,3}(\d{1,9})\b", re.IGNORECASE)
+_LOCKED = re.compile(r"\block(?:ed)?\b", re.IGNORECASE)
+
+LOCK_REMEDIES = (
+    "Let the old release leave first (ecdysis run --one-at-a-time), or open it once this release is final "
+    "(ecdysis_async.settled)"
+)
 REMEDIES = (
     "Open it once this release is final (ecdysis_async.settled), or in one process at a time "
     "(ecdysis_async.exclusive); hand its socket over (listen_tcp of the Ecdysis); or let the old release leave first "
@@ -57,6 +64,29 @@ def describe_taken(error: BaseException, relatives: Collection[int]) -> str | No
             f"Port {port} is taken by {owner}, which is of this service and serves until this process does. {REMEDIES}"
         )
     return f"Port {port} is taken by {owner}: stop that program, or take another port"
+
+
+def describe_held(error: BaseException, relatives: Collection[int]) -> str | None:
+    """Say of an error about a lock that a process of this service may have it, and what can be done.
+
+    Args:
+        error: what an application has raised, or anything that came of it.
+        relatives: the processes of this service.
+
+    Returns:
+        A sentence or two; None where the error is another one, or there is no other process.
+    """
+    for each in _walk(error) if relatives else ():
+        text = str(each)
+        pid = next((pid for pid in map(int, _PID.findall(text)) if pid in relatives), None)
+        if pid is not None:
+            return f"Pid {pid} is of this service, and serves until this process does. {LOCK_REMEDIES}"
+        if isinstance(each, BlockingIOError) or _LOCKED.search(text) is not None:
+            return (
+                "If another process of this service has it, such as the old release, that serves until this process "
+                f"does. {LOCK_REMEDIES}"
+            )
+    return None
 
 
 def describe_owner(port: int, relatives: Collection[int] = ()) -> str:

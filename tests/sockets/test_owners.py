@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ecdysis_async._sockets.owners import describe_owner, describe_taken
+from ecdysis_async._sockets.owners import describe_held, describe_owner, describe_taken
 
 LISTEN = """
 import socket, sys
@@ -95,3 +95,24 @@ def test_a_password_in_a_command_line_is_not_told() -> None:
         process.kill()
     assert f"pid {process.pid}" in told
     assert "secret" not in told
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError('Could not set lock on file "a.db": Conflicting lock is held in python (PID 53)'), "Pid 53 is of"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "If another process of this service has it"),
+        (RuntimeError("database is locked"), "If another process of this service has it"),
+    ],
+)
+def test_a_lock_that_a_process_of_the_service_may_have_is_told(error: Exception, told: str) -> None:
+    found = describe_held(error, {53})
+    assert found is not None
+    assert found.startswith(told)
+    assert "--one-at-a-time" in found
+    assert describe_held(error, ()) is None
+
+
+@pytest.mark.parametrize("text", ["the clock is wrong", "blocked by a filter", "pid 54 has left"])
+def test_other_errors_are_of_no_lock(text: str) -> None:
+    assert describe_held(ValueError(text), {53}) is None
