@@ -109,7 +109,7 @@ def _wait_of_roll_out(state: AnchorState, roll_out: RollOut) -> str | None:
         return f"the start to end: {state.pool.serving} of {counted(state.pool.target, 'worker')} serving"
     if all(turn.state is TurnState.PENDING for turn in roll_out.turns):
         return "the first worker's turn"
-    if all(turn.state is TurnState.SERVED for turn in roll_out.turns):
+    if state.config.one_at_a_time and all(turn.state is TurnState.SERVED for turn in roll_out.turns):
         return f"the probation of generation {roll_out.generation} to begin"
     return "the former workers to take their places again"
 
