@@ -155,3 +155,24 @@ inodes = sorted(os.fstat(each.fileno()).st_ino for each in many)
     assert service.run("[inodes, ecdysis.generation]") == [inodes, 2]
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"\0{os.getpid()}-{backend}-999")
+
+
+def test_a_path_that_was_removed_is_made_anew_and_a_restart_that_fails_leaves_none(
+    backend: str, run_service: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "lost.sock"
+    service = run_service(backend, listeners=[FIRST, ["listen_unix", [str(path)], {"mode": 0o600}]])
+    path.unlink()
+    # It ends in order, or as by the kernel's hand, with the path made.
+    for end in ("raise OSError('no database')", f"assert os.path.exists({str(path)!r}); os.kill(os.getpid(), 9)"):
+        service.configure(at_start=end)
+        assert service.fail_to_restart()["error"] == "SuccessorFailed"
+        assert not path.exists()
+    service.configure(at_start="", listeners=[FIRST, ["listen_unix", [str(path)], {"mode": 0o660}]])
+    service.restart("settled")
+    assert path.stat().st_mode & 0o777 == 0o660
+    inode = path.stat().st_ino
+    service.configure(listeners=[FIRST, ["listen_unix", [str(path)], {"mode": 0o666}]])
+    service.restart("settled")
+    assert (path.stat().st_mode & 0o777, path.stat().st_ino) == (0o666, inode)
+    service.expected_blemishes = ("Traceback (most",)
