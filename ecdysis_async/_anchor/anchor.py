@@ -346,6 +346,7 @@ class Anchor:
                     self._dispatcher.employ(slot, worker)
         else:
             management.begin(self._config.settings.ready_timeout + LEEWAY_SECONDS)
+            self._held_sockets.note_start()
             error = await self._start_first()
         if error is None and not state.is_stopping:
             await self._announce_serving()

@@ -37,6 +37,8 @@ class HeldSockets:
         self.control = Registry()
         self.health = Registry()
         self._log = log
+        # What there was before the first worker; nothing where former code has started it.
+        self._first: frozenset[Entry] = frozenset()
 
     def refuse_newcomers(self) -> None:
         """Let only the clients be answered that wait by now: later ones would be reset when the last process closes."""
@@ -64,6 +66,10 @@ class HeldSockets:
             # The registry has closed them all.
             self._log.error("what a worker has opened cannot be held: %s", error)
 
+    def note_start(self) -> None:
+        """Take note that the first worker is about to start: what there is by now, every worker has."""
+        self._first = frozenset(self.service.entries)
+
     def share(self) -> tuple[list[dict[str, Any]], list[int]]:
         """Return the sockets that a worker may not have: another worker has created them, or this anchor since then.
 
@@ -73,8 +79,9 @@ class HeldSockets:
         Raises:
             OSError: there is no room for so many descriptors.
         """
-        # Every worker has what systemd has passed. It closes what it knows already.
-        shared = [entry for entry in self.service.entries if entry.number is None]
+        # A worker closes what it knows already. It has to have room for what comes, though, and a restart is the remedy
+        # for one that has none: so what every worker has does not come.
+        shared = [entry for entry in self.service.entries if entry.number is None and entry not in self._first]
         descriptions, descriptors = self.service.describe(shared)
         given: list[int] = []
         with contextlib.ExitStack() as duplicates:

@@ -52,6 +52,16 @@ def test_what_a_worker_creates_is_held_and_shared(held: HeldSockets) -> None:
         assert shared.fileno() != held.service.entries[1].sock.fileno()
 
 
+def test_what_every_worker_has_is_not_shared(held: HeldSockets) -> None:
+    """A worker without a free descriptor could not take it."""
+    held.service.obtain(Internet("127.0.0.1", 0), name="first")
+    held.note_start()
+    held.service.obtain(Internet("127.0.0.1", 0), name="later")
+    descriptions, descriptors = held.share()
+    assert [each["name"] for each in descriptions] == ["later"]
+    os.close(descriptors[0])
+
+
 def test_what_is_held_already_is_closed(held: HeldSockets) -> None:
     create(held)
     (entry,) = held.service.entries
