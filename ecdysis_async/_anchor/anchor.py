@@ -32,6 +32,7 @@ from ecdysis_async._management.systemd import find_systemd
 from ecdysis_async._management.tracing import Tracing
 from ecdysis_async._sockets.registry import Registry, listen
 from ecdysis_async._system.history import SUFFIX, Note, history
+from ecdysis_async._system.launch import UNFOLLOWED, find_unfollowed_link
 from ecdysis_async._system.lock_file import LockFile
 from ecdysis_async._system.log_files import reopen_logs
 from ecdysis_async._system.signals import unblock_all_signals
@@ -426,6 +427,8 @@ class Anchor:
             # So far the workers are the former anchor's: of its command line, its environment and its code.
             self._restarts.begin_by_signal(f"the takeover from pid {self._former_pid}")
         self.log.info("%s%s %s%s", verb, counted(len(state.pool.slots), "worker"), state.description, control)
+        if (link := await run_in_thread(find_unfollowed_link)) is not None:
+            self.log.warning(UNFOLLOWED, link)
         self._tell_that_it_serves()
         state.changes.announce()
 

@@ -15,6 +15,7 @@ import anyio
 from ecdysis_async._handoff.preflight import describe_place, describe_place_of
 from ecdysis_async._management.status import counted, describe_failed_restart, describe_listeners, describe_load
 from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._system.launch import describe_following, find_unfollowed_link
 from ecdysis_async.report import State
 
 from .pool import Worker, WorkerPool
@@ -130,6 +131,7 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
     roll_out, pool = state.roll_out, state.pool
     draining = [worker for worker in pool if worker.state in (State.PAUSED, State.DRAINING)]
     now = anyio.current_time()
+    runs = next((worker.launch for worker in pool if worker.serves and worker.launch is not None), None)
     return {
         "generation": state.generation,
         "pid": os.getpid(),
@@ -151,6 +153,8 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
         },
         "last_report": state.last_report.to_json() if state.last_report is not None else None,
         "anchor": {"upgrades": state.upgrades, "error": state.upgrade_error, "missing": dict(state.missing)},
+        "restart_would_run": None if runs is None else describe_following(runs, state.config.settings.command),
+        "unfollowed_link": find_unfollowed_link(),
         "process": {**describe_workers_place(pool), "environment": sorted(pool.environment)},
         "exclusive": [
             {"name": name, "is_held": is_held, "seconds": now - since, "slot": slot.index, "pid": worker.pid}

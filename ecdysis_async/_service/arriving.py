@@ -12,6 +12,7 @@ from ecdysis_async._handoff.protocol import SuccessorEvent
 from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._management.takeover import ask_for_channel
 from ecdysis_async._system.claims import take_channel
+from ecdysis_async._system.launch import UNFOLLOWED, find_unfollowed_link
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.report import State
 
@@ -116,6 +117,8 @@ class Arriving:
             life.management.changed()
         await life.management.publish()
         life.management.announce(describe())
+        if (link := await run_in_thread(find_unfollowed_link)) is not None:
+            log.warning(UNFOLLOWED, link)
         life.settled.set()
         for entry in registry.unclaimed():
             if entry.number is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import Any
@@ -19,7 +20,9 @@ from ecdysis_async._management.status import (
     describe_wait,
     report_of,
 )
+from ecdysis_async._system.launch import Launch, describe_following, find_following, find_unfollowed_link
 from ecdysis_async._system.release import describe_release
+from ecdysis_async.errors import RestartError
 from ecdysis_async.report import RestartReport, State
 
 from .life import Life
@@ -37,6 +40,11 @@ class Description:
     def __init__(self, life: Life) -> None:
         self._life = life
         self._begun = time.monotonic()
+        self._command = life.generation.settings.command
+        # What cannot be run again is told by a restart, or a check.
+        self._runs: Launch | None = None
+        with contextlib.suppress(RestartError):
+            self._runs = find_following(self._command)
 
     def line(self) -> str:
         """Say in one line what `systemctl status` shows."""
@@ -82,6 +90,8 @@ class Description:
             "restart": describe_restart(life.handover, phase_seconds=anyio.current_time() - life.phase_begun),
             "last_report": life.last_report.to_json() if life.last_report is not None else None,
             "draining": [*self._paused(), *describe_ancestors(life.generation.lineage.ancestors)],
+            "restart_would_run": None if self._runs is None else describe_following(self._runs, self._command),
+            "unfollowed_link": find_unfollowed_link(),
             "process": describe_process(),
             "exclusive": life.exclusives.describe() if life.exclusives is not None else [],
         }

@@ -6,6 +6,7 @@ with what its env file says now. Nothing is started here.
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import sys
@@ -18,9 +19,13 @@ from .claims import PRIVATE_KEYS
 
 __all__ = [
     "TRAMPOLINE",
+    "UNFOLLOWED",
     "Launch",
+    "describe_following",
     "describe_launch",
+    "find_following",
     "find_from_start",
+    "find_unfollowed_link",
     "follow_link",
     "read_env_file",
     "read_first_lines",
@@ -32,6 +37,15 @@ EXECUTED_FILE = 31
 
 # The longest path, PATH_MAX of limits.h.
 MAX_PATH = 4096
+
+# What the log says of a link that leads to where a service was started, and by which nobody has said to go.
+UNFOLLOWED = (
+    "the link %s leads to the directory in which this service was started, and is not followed when it moves: neither "
+    "PWD nor the command line goes through it. Start the service by an absolute path through the link, or set PWD"
+)
+
+# How many entries of a directory are looked at for links.
+MAX_ENTRIES = 1000
 
 # How the second line begins of a script whose interpreter has a path too long for its first line, as pip and uv write
 # it: a shell executes the interpreter, which takes this line for a string.
@@ -305,6 +319,55 @@ def _own_command() -> tuple[str, ...]:
             phase="start",
         )
     return program, *arguments
+
+
+def find_following(command: Sequence[str] | None) -> Launch:
+    """Return what a restart would run at this moment, as the links lead now; its environment is left out.
+
+    Args:
+        command: as in ``describe_launch``.
+
+    Raises:
+        RestartError: nothing.
+    """
+    return describe_launch(command, {}, None, is_bound_to_directory=True)[0].pin()
+
+
+def describe_following(started: Launch, command: Sequence[str] | None) -> dict[str, str | None] | None:
+    """Return what a restart would run, where that is not what runs; None where it is the same.
+
+    Args:
+        started: what runs, pinned when it was started.
+        command: as in ``describe_launch``.
+    """
+    try:
+        following = find_following(command)
+    except RestartError as error:
+        return {"error": str(error)}
+    if (following.arguments, following.directory) == (started.arguments, started.directory):
+        return None
+    return {"program": following.arguments[0], "directory": following.directory}
+
+
+def find_unfollowed_link() -> str | None:
+    """Return a link that leads to the start directory and by which a restart does not go; None for none that is known.
+
+    A parent that sets neither PWD nor an absolute path in the command line has not told by which way it came.
+    """
+    physical = _PHYSICAL_DIRECTORY
+    # A shell in the directory itself has said which one is meant.
+    if physical is None or physical != _START_DIRECTORY or physical == _GIVEN.get("PWD"):
+        return None
+    above = os.path.dirname(physical)
+    for directory in dict.fromkeys((above, os.path.dirname(above))):
+        try:
+            with os.scandir(directory) as entries:
+                for entry in itertools.islice(entries, MAX_ENTRIES):
+                    if entry.is_symlink() and os.path.realpath(entry.path) == physical:
+                        return entry.path
+        except OSError:
+            continue
+    return None
 
 
 def follow_link(path: str) -> str:

@@ -348,10 +348,25 @@ def _lasting_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"\nin {_describe_directory(process)}" if process["directory"] is not None else ", in a deleted directory"
         )
         rows.append(("running", f"{process['interpreter']} ({process['python']}){where}"))
+    rows += _describe_following(status)
     if status.get("release"):
         rows.append(("release", str(status["release"])))
     if status["last_report"] is not None:
         rows.append(("last", str(RestartReport.from_json(status["last_report"])).replace("; ", "\n")))
+    return rows
+
+
+def _describe_following(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a restart would run, where that is not what runs, and which link it would not follow."""
+    rows = []
+    following = status.get("restart_would_run")
+    if isinstance(following, dict):
+        if following.get("error") is not None:
+            rows.append(("a restart", f"would fail: {following['error']}"))
+        else:
+            rows.append(("a restart", f"would run {following['program']}\nin {following['directory']}"))
+    if isinstance(link := status.get("unfollowed_link"), str):
+        rows.append(("the link", f"{link} is not followed when it moves: start the service by it, or set PWD to it"))
     return rows
 
 

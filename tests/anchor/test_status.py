@@ -166,6 +166,8 @@ KEYS = {
     "connections",
     "jobs",
     "release",
+    "restart_would_run",
+    "unfollowed_link",
     "listeners",
     "waiting_for",
     "restart",

@@ -105,6 +105,8 @@ async def test_status(tmp_path: Path) -> None:
             "connections": 0,
             "jobs": 0,
             "release": describe_release(),
+            "restart_would_run": None,
+            "unfollowed_link": None,
             "waiting_for": None,
             "restart": None,
             "last_report": None,

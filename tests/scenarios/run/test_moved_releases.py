@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -129,6 +130,12 @@ async def test_code_environment_and_env_file_follow_the_link(tmp_path: Path, lau
     try:
         assert await service.find_answer() == "1 1 1 yes"
         move(tmp_path, 2)
+        status = (await asyncio.to_thread(run_command, "status", "--control", str(tmp_path / "control")))[1]
+        assert re.search(
+            rf"a restart +would run {tmp_path}/releases/2/venv/bin/\S+\n +in {tmp_path}/releases/2$",
+            status,
+            re.MULTILINE,
+        )
         code, answer = await service.run.restart()
         assert code == 0, answer
         assert await service.find_answer() == "2 2 2 None"
@@ -140,6 +147,20 @@ async def test_code_environment_and_env_file_follow_the_link(tmp_path: Path, lau
         assert await service.find_answer() == "3 3 3 None"
         status = (await asyncio.to_thread(run_command, "status", "--control", str(tmp_path / "control")))[1]
         assert str(tmp_path / "releases" / "3") in status
+    finally:
+        await service.stop()
+
+
+async def test_a_link_that_cannot_be_followed_is_named(tmp_path: Path) -> None:
+    for number in 1, 2:
+        make_release(tmp_path, number)
+    move(tmp_path, 1)
+    # Neither PWD nor a path in the command line goes through the link.
+    service = await start(tmp_path, ["venv/bin/ecdysis"], tmp_path / "current")
+    try:
+        await service.run.wait_for(f"the link {tmp_path}/current leads to")
+        status = (await asyncio.to_thread(run_command, "status", "--control", str(tmp_path / "control")))[1]
+        assert f"{tmp_path}/current is not followed when it moves" in status
     finally:
         await service.stop()
 
