@@ -591,9 +591,10 @@ class Anchor:
         """Let every process open its log files anew, where they were moved; return how many there were."""
         count = await run_in_thread(reopen_logs)
         number = next(self._numbers)
-        asked = [worker for worker in self._state.pool if worker.state is not State.STARTING]
-        for worker in asked:
+        # One that starts may have opened files already. It reads this once its application is imported.
+        for worker in self._state.pool:
             worker.link.tell(FromAnchor.REOPEN_LOGS, {"number": number})
+        asked = [worker for worker in self._state.pool if worker.state is not State.STARTING]
         with anyio.move_on_after(REOPEN_SECONDS):
             await wait_until(
                 self._state.changes,

@@ -16,6 +16,7 @@ import stat
 import threading
 from collections.abc import Callable, Mapping
 
+from .forking import withhold_from_children
 from .history import history
 from .import_times import import_times
 from .stacks import hear_questions
@@ -120,6 +121,8 @@ def claim_socket(key: str) -> socket.socket | None:
         sock.detach()
         return None
     sock.set_inheritable(False)
+    # The application may fork while it is imported, before anything takes this: see forking.py.
+    withhold_from_children(sock)
     return sock
 
 

@@ -95,6 +95,26 @@ def test_a_server_without_a_guard_is_named(line: str, loop: str, tmp_path: Path)
     assert 'put that behind `if __name__ == "__main__":`' in output
 
 
+def test_a_child_that_the_import_forks_has_nothing_of_the_service(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import os, stat\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    opened = [each for each in range(64) if os.path.exists(f'/proc/self/fd/{each}')]\n"
+        "    sockets = [each for each in opened if stat.S_ISSOCK(os.stat(f'/proc/self/fd/{each}').st_mode)]\n"
+        "    os.write(1, f'sockets of the child: {sockets}\\n'.encode())\n"
+        "    os._exit(0)\n"
+        "os.waitpid(child, 0)\n" + APP
+    )
+
+    async def test() -> None:
+        async with running(tmp_path, "program:app", "--port", "0") as run:
+            assert await run.wait_for(r"sockets of the child: (.*)") == "[]"
+            assert await get(by_tcp(await run.find_port())) == "ok"
+
+    asyncio.run(test())
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
 def test_a_long_import_is_ended_by_a_stop(loop: str, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n" + APP)
