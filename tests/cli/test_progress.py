@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ecdysis_async.cli.progress import Lines, Progress, describe_services, fitting_rows
+from ecdysis_async.cli.progress import Lines, Progress, describe_services, describe_status, fitting_rows
 from ecdysis_async.report import Outcome, Phase, RestartReport
 from tests.cli.commands import (
     COMMAND,
@@ -185,3 +185,30 @@ def test_a_watched_status_fits_a_screen_with_what_matters_first(count: int) -> N
     if count == 64:
         assert "workers: 63 serving in generation 2" in lines
     assert "connections: " in "\n".join(lines)
+
+
+def test_a_status_says_who_holds_and_who_waits_for_what_one_process_holds() -> None:
+    claims = [
+        {"name": "scheduler", "is_held": False, "seconds": 3.2, "slot": 0, "pid": 70},
+        {"name": "scheduler", "is_held": True, "seconds": 12.4, "slot": 1, "pid": 71},
+    ]
+    found: dict[str, Any] = {
+        "generation": 1,
+        "pid": 69,
+        "state": "serving",
+        "uptime": 1.0,
+        "connections": 0,
+        "listeners": [],
+        "waiting_for": None,
+        "restart": None,
+        "last_report": None,
+        "draining": [],
+        "exclusive": claims,
+    }
+    told = "scheduler: worker 1 (pid 71) holds it, for 12 s; worker 0 (pid 70) waits, for 3 s"
+    assert told in describe_status(found)
+    # A service without workers, and one of a release that does not know of it.
+    found["exclusive"] = [{"name": "scheduler", "is_held": True, "seconds": 1.0}]
+    assert "scheduler: pid 69 holds it, for 1 s" in describe_status(found)
+    del found["exclusive"]
+    assert "scheduler" not in describe_status(found)

@@ -233,26 +233,16 @@ def test_a_newcomer_that_takes_the_service_over_gets_it(tmp_path: Path, holders:
     holders.check()
 
 
-START_UP = (
-    HOLD
-    + """
-import asyncio, contextlib
-
-@contextlib.asynccontextmanager
-async def taken():
-    async with exclusive("database"):
-        yield
-
+START_UP = """
 async def app(scope, receive, send):
     if scope["type"] == "lifespan":
+        exclusive = scope["state"]["ecdysis.exclusive"]
         await receive()
-        async with taken():
+        async with exclusive("database"):
             await send({"type": "lifespan.startup.complete"})
             await receive()
         await send({"type": "lifespan.shutdown.complete"})
 """
-)
-
 START_UP_OF_MAIN = """
 from ecdysis_async import exclusive
 
