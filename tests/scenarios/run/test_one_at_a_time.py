@@ -63,7 +63,7 @@ def test_an_old_release_leaves_first_and_comes_back_where_the_new_one_fails(tmp_
             # A worker that crashes is followed by the same release.
             pid = run.status()["workers"][0]["pid"]
             os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: run.status()["workers"] and run.status()["workers"][0]["pid"] != pid, "no other worker")
+            wait_until(lambda: pid not in {each["pid"] for each in run.status()["workers"]}, "it lives")
             visitors.wait_for("two")
             # It dies on probation, and that is told by the exit status.
             release(tmp_path, "4", "four", ONLY_ONE + DIES)
