@@ -19,6 +19,8 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 from weakref import WeakSet
 
+import anyio.lowlevel
+
 from ecdysis_async._accepting.asyncio_connections import ServerConnection
 from ecdysis_async._accepting.asyncio_servers import note_no_servers
 from ecdysis_async._accepting.data_plane import active
@@ -46,6 +48,10 @@ Send = Callable[[Message], Awaitable[None]]
 # of the loop behind them. A server that has read a request takes a few turns to begin with it, and turns may be long.
 DESERTED_SECONDS = 0.05
 DESERTED_TURNS = 20
+
+
+# What a server has just read is on its way to its parser for so many turns of the loop, on trio: nobody shows it then.
+TURNS_OF_READING = 2
 
 
 class Application:
@@ -187,7 +193,7 @@ class Application:
 
     async def _respond(self, scope: Message, receive: Receive, send: Send) -> None:
         async def send_through(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._draining.is_set() and self._is_last():
+            if message["type"] == "http.response.start" and self._draining.is_set() and await self._is_last():
                 message = {**message, "headers": _with_goodbye(message.get("headers", ()))}
             await send(message)
 
@@ -195,7 +201,7 @@ class Application:
         is_http_1 = scope["http_version"].startswith("1")
         await self._app(scope, receive, send_through if is_http_1 else send)
 
-    def _is_last(self) -> bool:
+    async def _is_last(self) -> bool:
         """Say whether the running request is the last one that its connection gets an answer to.
 
         What a client has sent behind it is answered first, as long as there is time: the client would not know whether
@@ -204,7 +210,13 @@ class Application:
         if will_move():
             return False
         connection = current_connection.get()
-        return self._goodbye.late.is_set() or connection is None or not self.is_asked_more(connection)
+        if self._goodbye.late.is_set() or connection is None:
+            return True
+        for _ in range(TURNS_OF_READING):
+            if self.is_asked_more(connection):
+                return False
+            await anyio.lowlevel.checkpoint()
+        return not self.is_asked_more(connection)
 
     def is_asked_more(self, connection: Connection) -> bool:
         """Say whether more was received of a connection than the running request."""
