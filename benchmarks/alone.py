@@ -1,4 +1,4 @@
-"""What a worker of `ecdysis run` serves, in one process without an anchor: `python -m benchmarks.alone SERVER`.
+"""A server of ours in one process: `python -m benchmarks.alone SERVER LOOP PORT [OPTION=VALUE …]`.
 
 Instructions are counted of it: the simulator that counts them does not know all of the system calls of an anchor.
 """
@@ -6,38 +6,45 @@ Instructions are counted of it: the simulator that counts them does not know all
 from __future__ import annotations
 
 import functools
-import importlib
-import logging
 import sys
 from typing import Any
 
 import ecdysis_async
 from ecdysis_async import Ecdysis
-from ecdysis_async._config.options import Options
-from ecdysis_async._config.parsing import parse_addresses
 
 from .hello import app, make_aiohttp
-from .steady import QUIET, TRUSTS_NOBODY
+from .pairs import HOST
 
 
-async def serve(server: str, options: Options) -> None:
-    """Serve to the end."""
+async def serve(server: str, port: int, options: dict[str, str]) -> None:
+    """Serve to the end, without an access log, and without a look at proxy headers."""
     async with Ecdysis() as ecdysis:
-        adapter = importlib.import_module(f"ecdysis_async.servers.{server}")
-        await adapter.run(ecdysis, make_aiohttp() if server == "aiohttp" else app, options)
+        if server == "uvicorn":
+            import uvicorn
+
+            import ecdysis_async.servers.uvicorn
+
+            quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "proxy_headers": False}
+            config = uvicorn.Config(app, host=HOST, port=port, **quiet, **options)  # type: ignore[arg-type]
+            await ecdysis_async.servers.uvicorn.serve(ecdysis, config)
+        elif server == "aiohttp":
+            import ecdysis_async.servers.aiohttp
+
+            await ecdysis_async.servers.aiohttp.serve(ecdysis, make_aiohttp(), host=HOST, port=port, access_log=None)
+        else:
+            import hypercorn.config
+
+            import ecdysis_async.servers.hypercorn
+
+            settings = hypercorn.config.Config()
+            settings.bind = [f"{HOST}:{port}"]
+            await ecdysis_async.servers.hypercorn.serve(ecdysis, app, settings)
 
 
-def main(server: str, loop: Any, port: str, *others: str) -> None:
-    """Serve on a loop; others are the options of a server, as `NAME=VALUE`, and two of `ecdysis run`."""
-    logging.basicConfig(level="WARNING")
-    options = Options(
-        target="benchmarks.hello:app",
-        bind=parse_addresses(f"127.0.0.1:{port}"),
-        server_options=dict(each.split("=", 1) for each in others if "=" in each),
-        access_log=QUIET not in others,
-        proxy_headers=TRUSTS_NOBODY not in others,
-    )
-    ecdysis_async.run(functools.partial(serve, server, options), loop=loop)
+def main(server: str, loop: Any, port: str, *options: str) -> None:
+    """Serve on a loop, with options of the server."""
+    given = dict(each.split("=", 1) for each in options)
+    ecdysis_async.run(functools.partial(serve, server, int(port), given), loop=loop)
 
 
 if __name__ == "__main__":
