@@ -139,7 +139,7 @@ def descriptors_of(succession: Takeover) -> list[int]:
     state = succession.state
     found = [each[key] for each in state["crew"]["workers"] for key in ("pidfd", "line")]
     found += [number for sockets in state["sockets"].values() for number in sockets["descriptors"]]
-    return [*found, state["signals"]]
+    return [*found, state["signals"], state["lock_file"]]
 
 
 @pytest.mark.parametrize("lives", [True, False], ids=["it lives", "it dies"])
