@@ -233,7 +233,7 @@ class Anchor:
 
     def _close_lock_file(self) -> None:
         # The file of a service that has not come up may be another one's, which runs.
-        if self._state.has_served:
+        if self._state.has_served or self._lock_file.is_new:
             self._lock_file.remove(self._config.control_path)
         self._lock_file.close()
 

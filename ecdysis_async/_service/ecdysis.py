@@ -468,7 +468,8 @@ class Ecdysis(Listeners):
 
     def _close_lock_file(self, lock_file: LockFile) -> None:
         life = self._life
-        if life.has_begun and not (is_worker() or life.has_successor or life.is_aborted):
+        is_ours = life.has_begun or lock_file.is_new
+        if is_ours and not (is_worker() or life.has_successor or life.is_aborted):
             lock_file.remove(self._control_path)
         lock_file.close()
 

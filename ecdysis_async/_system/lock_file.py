@@ -36,10 +36,14 @@ class LockFile:
     """The file of a service's locks. Owns the descriptor.
 
     A name is any text. Locks belong to this process: a second call for a name that this process holds succeeds.
+
+    Attributes:
+        is_new: whether this process has made the file: a service that does not come up takes it away again.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, *, is_new: bool = False) -> None:
         self._descriptor = descriptor
+        self.is_new = is_new
 
     @classmethod
     def make(cls, control_path: str | None = None) -> LockFile:
@@ -56,9 +60,11 @@ class LockFile:
             OSError: there is no memory, or no descriptor, to be had.
         """
         if control_path is not None:
+            path, flags = control_path + SUFFIX, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             with contextlib.suppress(OSError):
-                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-                descriptor = os.open(control_path + SUFFIX, flags, 0o600)
+                return cls(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), is_new=True)
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path, flags)
                 if stat.S_ISREG(os.fstat(descriptor).st_mode):
                     return cls(descriptor)
                 os.close(descriptor)
