@@ -69,8 +69,6 @@ class RestartReport:
         generation: the number of the generation that came, or was to come.
         predecessor_pid: the process that was asked to restart.
         successor_pid: the process that came, once it runs.
-        asked_by: who has asked for it, in words.
-        release: what came: the directory of its code, and of its environment where that lies elsewhere, without links.
         started_at: when it was asked for, in seconds since the epoch.
         outcome: where it stands, or how it ended.
         phases: the duration of each phase that has ended.
@@ -87,14 +85,14 @@ class RestartReport:
         left_behind: what had kept the predecessor's process after its drain, where it was ended by force.
         error: why it failed.
         workers: where an anchor rolled it out over several workers, the restart of each; what stands above is for all.
+        asked_by: who has asked for it, in words.
+        release: what came: the directory of its code, and of its environment where that lies elsewhere, without links.
     """
 
     id: str
     generation: int
     predecessor_pid: int
     successor_pid: int | None = None
-    asked_by: str = ""
-    release: str = ""
     started_at: float = 0.0
     outcome: Outcome = Outcome.IN_PROGRESS
     phases: dict[Phase, float] = field(default_factory=dict)
@@ -110,6 +108,8 @@ class RestartReport:
     left_behind: list[str] = field(default_factory=list)
     error: str | None = None
     workers: list[RestartReport] = field(default_factory=list)
+    asked_by: str = ""
+    release: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as an object of JSON."""

@@ -59,6 +59,7 @@ def test_every_option_can_be_a_variable_and_stand_in_the_file(write: Callable[..
         "reload_include": "*.html",
         "reload_exclude": "a/,b_*.py",
         "max_draining": "5",
+        "one_at_a_time": "yes",
         "transfer": "off",
         "probation": "0",
         "hang_timeout": "7",

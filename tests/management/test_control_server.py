@@ -104,6 +104,7 @@ async def test_status(tmp_path: Path) -> None:
             # Whoever asks is none.
             "connections": 0,
             "jobs": 0,
+            "exclusive": [],
             "release": describe_release(),
             "restart_would_run": None,
             "unfollowed_link": None,
@@ -121,7 +122,7 @@ async def test_its_files_come_and_go(tmp_path: Path) -> None:
     try:
         async with serving(tmp_path) as (_, path):
             assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-            assert {each.name for each in tmp_path.iterdir()} == {"control", "control.lock"}
+            assert {each.name for each in tmp_path.iterdir()} == {"control", "control.exclusive", "control.lock"}
     finally:
         os.umask(before)
     assert list(tmp_path.iterdir()) == []
