@@ -739,6 +739,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
 
     def _describe_failure(self, before: PredecessorState, event: PredecessorEvent, cause: object) -> Failure:
         is_awaited = before is PredecessorState.PAUSING or self._greeted.is_set()
+        written = self._running.stderr.read(without_reason=self._has_failed)
         return Failure(
             before,
             event,
@@ -747,7 +748,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             self.limits[before.timer] if before.timer is not None else math.inf,
             self._running.exit_status,
             self._stash.making if is_awaited else None,
-            "\n".join(filter(None, (self._running.stderr.text, leave_application(self._running.stacks)))),
+            "\n".join(filter(None, (written, leave_application(self._running.stacks)))),
             self._who,
             find_place(self._running.stacks),
         )

@@ -199,7 +199,7 @@ async def _hear(process: Process, channel: Channel, stderr: StderrTail, timeout:
         await process.end(END_GRACE_SECONDS)
         stderr.read_rest()
         await stderr.pass_rest_on()
-        raise CheckFailed(f"the new release fails its check: {failure}", process.returncode, stderr=stderr.text)
+        raise CheckFailed(f"the new release fails its check: {failure}", process.returncode, stderr=stderr.read())
     return release
 
 

@@ -188,6 +188,8 @@ _restart_id = _claim_restart()
 
 _line: socket.socket | None = claim_socket(LINE_MARKER)
 _is_worker = _line is not None
+if _line is not None:
+    atexit.register(_line.close)
 if _is_worker and threading.current_thread() is threading.main_thread():
     # These signals are caught from now on, because a worker that still imports its application would die of Ctrl-C
     # with a traceback. A handler ends with an exec: what the application starts does not ignore them.

@@ -26,8 +26,8 @@ STDERR_BYTES = 16 * 1024
 # What the pipe holds: one read takes all that is there. The most that anybody may ask for, pipe(7).
 PIPE_BYTES = 1024 * 1024
 
-# Lines of this library's log, in whatever format, and of its commands.
-_OWN_LINE = re.compile(rf"\[(?:generation \d+|new process|anchor), pid \d+(?:, restart \w+)?\] |^{PREFIX}")
+# Lines of this library's log, in whatever format.
+_LOG_LINE = re.compile(r"\[(?:generation \d+|new process|anchor), pid \d+(?:, restart \w+)?\] ")
 
 # How long the last words of a dead successor may take to be written, seconds.
 REST_SECONDS = 1.0
@@ -70,11 +70,18 @@ class StderrTail:
         self._rest = b""
         self._passing_on = anyio.CancelScope()
 
-    @property
-    def text(self) -> str:
-        """The last lines, but for those of this library: its own part in what has happened is told elsewhere."""
+    def read(self, *, without_reason: bool = False) -> str:
+        """Return the last lines, but for those of this library's log, which tells its part elsewhere.
+
+        Args:
+            without_reason: whether to leave out why a command of this library has ended (:func:`say`): it was told in
+                another way. A process that ends before it comes so far has no other way.
+        """
         lines = self._tail.decode(errors="replace").splitlines()
-        return "\n".join([line for line in lines if _OWN_LINE.search(line) is None][-STDERR_LINES:])
+        lines = [line for line in lines if _LOG_LINE.search(line) is None]
+        if without_reason:
+            lines = [line for line in lines if not line.startswith(PREFIX)]
+        return "\n".join(lines[-STDERR_LINES:])
 
     async def run(self) -> None:
         """Pass it on until every writer has closed it, or the successor passes it on itself."""

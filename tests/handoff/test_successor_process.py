@@ -32,7 +32,7 @@ async def test_it_is_started_and_its_end_is_learnt(backend: str) -> None:
     with anyio.fail_after(60):
         await successor.process.wait()
     await successor.collect_exit()
-    assert (successor.exit_status, successor.stderr.text, successor.is_known) == (1, "the last words", False)
+    assert (successor.exit_status, successor.stderr.read(), successor.is_known) == (1, "the last words", False)
     assert successor.is_dead()
     successor.close()
     assert successor.is_dead()

@@ -47,9 +47,25 @@ async def test_it_is_passed_on_until_somebody_else_does(backend: str, capfd: pyt
             tail.stop()
         os.write(tail.write_end, b"second\n")
         tail.read_rest()
-        assert tail.text == "first\nsecond"
+        assert tail.read() == "first\nsecond"
         await tail.pass_rest_on()
         await wait_for("second", capfd)
+    finally:
+        tail.close_write_end()
+        tail.close()
+
+
+@pytest.mark.parametrize("without_reason", [False, True])
+async def test_lines_of_the_log_are_left_out_and_a_reason_where_it_is_told_otherwise(*, without_reason: bool) -> None:
+    tail = StderrTail()
+    try:
+        os.write(
+            tail.write_end, b"ecdysis: there is no such option\nINFO [generation 2, pid 7, restart a1] serves\nhello\n"
+        )
+        tail.read_rest()
+        assert tail.read(without_reason=without_reason) == "\n".join(
+            [*([] if without_reason else ["ecdysis: there is no such option"]), "hello"]
+        )
     finally:
         tail.close_write_end()
         tail.close()

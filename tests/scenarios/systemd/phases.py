@@ -58,7 +58,7 @@ class Standstill:
                 assert self.reload.wait() == 0
                 unit.wait_until(lambda: "generation 1 drains" in unit.show("StatusText"))
         if self.phase in ("initialising", "pausing", "committing", "probation"):
-            unit.wait_until(lambda: re.findall(r"restart \w+: (\w+) \(", unit.log)[-1:] == [self.phase])
+            unit.wait_until(lambda: re.findall(r"the restart: (\w+) \(pid", unit.log)[-1:] == [self.phase])
         if self.phase in ("probation", "draining"):
             load.wait_for(2)
         unit.configure(hold="", at_start="")

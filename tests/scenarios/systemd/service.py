@@ -130,4 +130,6 @@ async def main(settings: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    # The steps of a restart: tests wait for them.
+    logging.getLogger("ecdysis_async").setLevel(logging.DEBUG)
     ecdysis_async.run(main(json.loads(Path(sys.argv[1]).read_text())), loop="asyncio")
