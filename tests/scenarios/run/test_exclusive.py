@@ -64,6 +64,9 @@ async def app(ecdysis):
 """
 )
 
+# Dies as soon as it serves.
+DIES = MAIN.replace("await ecdysis.serve_forever()", "await ecdysis.ready()\n        os._exit(1)")
+
 OWN = (
     HOLD
     + """
@@ -211,8 +214,7 @@ def test_without_an_anchor_it_goes_from_generation_to_generation(tmp_path: Path,
         first = holders.wait_for_another()
         assert call("restart", "--control", control, cwd=tmp_path).returncode == 0
         second = holders.wait_for_another(first)
-        dies = "import os, threading\nthreading.Timer(0.5, os._exit, [1]).start()\n"
-        (tmp_path / "main.py").write_text(dies + MAIN)
+        (tmp_path / "main.py").write_text(DIES)
         assert call("restart", "--control", control, cwd=tmp_path).returncode in (1, 5)
         assert holders.wait_for_another() == second
         (tmp_path / "main.py").write_text(MAIN)

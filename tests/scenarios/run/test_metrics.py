@@ -130,7 +130,7 @@ def test_no_counter_falls(tmp_path: Path, health: int) -> None:
             wait_until(lambda: run.status()["anchor"]["upgrades"] == 1, "it is not upgraded")
             with taking_over(run, tmp_path, *options) as newcomer:
                 assert run.wait() == 0
-                newcomer.wait_for("restart .* to generation 3: settled")
+                newcomer.wait_for("the restart is settled: generation 3")
                 wait_for_number(health, ("ecdysis_restarts_total", "outcome=settled", "reason=none"), 2)
                 wait_for_number(health, ("ecdysis_workers", "state=serving"), 2)
                 # Each process has had its part in what was served. One was killed, and had last spoken a second before.
