@@ -27,7 +27,7 @@ SUBJECTS = {
     "peers": {"ecdysis run (uvicorn), ecdysis restart", "uvicorn, stop and start"},
     "tracking": {"streams on asyncio", "protocol on uvloop", "trio on trio"},
     "steady": {"uvicorn (httptools) on uvloop, as installed", "aiohttp on uvloop, like for like"},
-    "instructions": {"uvicorn (httptools) on uvloop, like for like", "aiohttp on uvloop, like for like"},
+    "instructions": {"uvicorn (httptools) on uvloop, like for like"},
     "transfer": {"asyncio, with transfer", "asyncio, without", "uvloop, with transfer", "uvloop, without"},
 }
 TITLES = {

@@ -43,6 +43,9 @@ BUSY_PAUSE_SECONDS = 0.2
 # So many restarts in a row, each for nothing but what was written while the one before went on, are suspicious.
 STARTS_THAT_WRITE = 3
 
+# How many restarts prove it. A developer who saves during one of them is taken for the service, and so there are two.
+PROOFS = 2
+
 # How long suspicious files are left alone, seconds. Whoever types on is a developer, and not the service.
 PROOF_SECONDS = 3.0
 
@@ -111,9 +114,9 @@ class Causes:
 
     A service may write files of its own program: a generator, a cache. With each restart it would write them again, and
     be restarted for that. So a start that leaves a file as it was has not changed it. Where one start after the other
-    has changed something, the files are left alone for a while, and one more restart proves it: what that has changed,
-    too, the service writes itself, and from then on it counts only at other times. An editor that saves all the time
-    does so between restarts as well.
+    has changed something, the files are left alone for a while, and one more restart proves it, and after another while
+    a second one. What both have changed, too, the service writes itself: from then on it counts only at other times. An
+    editor that saves all the time does so between restarts as well.
     """
 
     def __init__(self) -> None:
@@ -122,10 +125,11 @@ class Causes:
         self._begun = self._ended = -math.inf
         # How many restarts in a row were for nothing else than what the one before has written.
         self._in_a_row = 0
-        # What is suspected, since when, whether the last restart was to prove it, and what is known.
+        # What is suspected, since when, whether the last restart was to prove it, how many have, and what is known.
         self._suspected: set[str] = set()
         self._since = math.inf
         self._is_proof = False
+        self._proofs = 0
         self._written: set[str] = set()
 
     def begin(self) -> None:
@@ -144,12 +148,16 @@ class Causes:
         if not changed:
             return self._find_proof()
         if others := {path for path in changed if not by_start[path]}:
-            self._in_a_row, self._is_proof = 0, False
+            self._in_a_row, self._is_proof, self._proofs = 0, False, 0
             self._suspected.clear()
             self._written -= others
             return changed
         if self._is_proof:
             self._is_proof = False
+            self._proofs += 1
+            if self._proofs < PROOFS:
+                return self._suspect(changed)
+            self._proofs = 0
             self._written |= changed
             names = sorted(map(os.path.relpath, changed))
             remedy = " ".join(f"--reload-exclude {each}" for each in names)
@@ -161,6 +169,9 @@ class Causes:
         self._in_a_row += 1
         if self._in_a_row < STARTS_THAT_WRITE:
             return changed
+        return self._suspect(changed)
+
+    def _suspect(self, changed: set[str]) -> set[str]:
         self._suspected |= changed
         self._since = time.time()
         return set()

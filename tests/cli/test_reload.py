@@ -115,8 +115,8 @@ def test_a_file_that_each_start_writes_ends_the_loop(
         elif not restarts:
             restarts = 1
             restart(clock, causes, during=generate)
-    # The first one, the suspicious ones, and the proof.
-    assert restarts == 4
+    # The first one, the suspicious ones, and two that prove it.
+    assert restarts == 5
     errors = capfd.readouterr().err
     assert errors.count("the service itself changes generated.py at each start") == 1
     assert "--reload-exclude generated.py" in errors
@@ -130,6 +130,28 @@ def test_a_file_that_each_start_writes_ends_the_loop(
 
     restart(clock, causes, during=save_as_well)
     assert str(other) in causes.find([str(other), str(generated)])
+
+
+def test_what_is_saved_during_the_proof_is_served(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "main.py"
+    causes = Causes()
+
+    def save() -> None:
+        clock.write(path, str(clock.now))
+
+    save()
+    assert causes.find([str(path)]) == {str(path)}
+    for expected in ({str(path)}, {str(path)}, set()):
+        restart(clock, causes, during=save)
+        assert causes.find([str(path)]) == expected
+    clock.now += PROOF_SECONDS
+    assert causes.find([]) == {str(path)}
+    restart(clock, causes, during=save)
+    assert causes.find([str(path)]) == set()
+    clock.now += PROOF_SECONDS
+    assert causes.find([]) == {str(path)}
+    restart(clock, causes)
+    assert causes.find([]) == set()
 
 
 def test_an_editor_that_saves_all_the_time_is_no_service(tmp_path: Path, clock: Clock) -> None:

@@ -77,6 +77,6 @@ class Standstill:
 
     @property
     def _successor(self) -> int:
-        match = re.search(r"\(generation 2, pid (\d+)\)", self._unit.log)
+        match = re.search(r"the restart: \w+ \(pid (\d+)\)", self._unit.log)
         assert match is not None
         return int(match[1])
