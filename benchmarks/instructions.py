@@ -7,7 +7,6 @@ an anchor watches its workers. It ends with status 1 where a ratio is more than 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -15,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +21,8 @@ from pathlib import Path
 
 from .bench import LIMIT_SECONDS, PROJECT, Options, Table, describe_machine, parse, publish
 from .hello import BODY
-from .pairs import WORKLOADS, Exchange, Workload, connect
-from .steady import CASES, H11, OURS_H11, QUIET, TRUSTS_NOBODY, UVICORN, Case, find_port, processes
+from .pairs import WORKLOADS, Exchange, Workload
+from .steady import CASES, H11, OURS_H11, QUIET, TRUSTS_NOBODY, UVICORN, Case, find_port, processes, wait_until_served
 
 # What a ratio may be above its aim.
 TOLERANCE = 1.05
@@ -64,17 +62,16 @@ def count(subject: Subject) -> float:
     directory = tempfile.mkdtemp(prefix="instructions-")
     port = find_port()
     command = [word.format(port=port) for word in subject.command]
-    with Path(directory, "stderr").open("w") as stderr:
-        server = subprocess.Popen(
-            [*VALGRIND, f"--callgrind-out-file={directory}/out.%p", sys.executable, *command],
-            cwd=PROJECT,
-            env={**os.environ, "PORT": str(port), "PYTHONPATH": str(PROJECT), "RUNTIME_DIRECTORY": directory},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-        )
+    server = subprocess.Popen(
+        [*VALGRIND, f"--callgrind-out-file={directory}/out.%p", sys.executable, *command],
+        cwd=PROJECT,
+        env={**os.environ, "PORT": str(port), "PYTHONPATH": str(PROJECT), "RUNTIME_DIRECTORY": directory},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
-        wait_until_served(port, server, Path(directory, "stderr"))
+        wait_until_served(port, server, START_SECONDS)
         load = subject.workload(port, EXCHANGE)
         for _ in range(WARM_UP_TURNS):
             load.turn()
@@ -91,21 +88,6 @@ def count(subject: Subject) -> float:
     # A process that served nothing writes no total, or 0.
     totals = [int(number) for text in written for number in re.findall(r"^totals: (\d+)", text, re.MULTILINE)]
     return sum(totals) / (TURNS * EXCHANGE.clients)
-
-
-def wait_until_served(port: int, server: subprocess.Popen[bytes], stderr: Path) -> None:
-    """Ask until there is an answer.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
-        with contextlib.suppress(OSError), connect(port) as sock:
-            EXCHANGE.ask([sock])
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"{server.args!r} does not serve: {stderr.read_text()}")
 
 
 def switch(pids: Sequence[int], state: str) -> None:

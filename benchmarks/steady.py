@@ -141,13 +141,13 @@ def find_port() -> int:
             return port
 
 
-def wait_until_served(port: int, server: subprocess.Popen[bytes]) -> None:
-    """Ask until there is an answer.
+def wait_until_served(port: int, server: subprocess.Popen[bytes], seconds: float = LIMIT_SECONDS) -> None:
+    """Ask until there is an answer, for so many seconds.
 
     Raises:
         RuntimeError: there is none.
     """
-    deadline = time.monotonic() + LIMIT_SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
         with contextlib.suppress(OSError), connect(port) as sock:
             EXCHANGE.ask([sock])

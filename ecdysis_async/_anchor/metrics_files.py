@@ -133,7 +133,7 @@ def drop_gauges(file: MetricsFile) -> None:
             if mode.startswith("live"):
                 os.unlink(path)
             elif mode == "all":
-                # Whoever adds the files up does not expect this one to go in that moment: it is emptied.
+                # The file is emptied: a reader that adds files up does not expect one to go in that moment.
                 with open(path, "r+b") as opened:
                     opened.write(_EMPTY)
 

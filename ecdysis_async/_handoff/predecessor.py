@@ -547,7 +547,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
     async def _start(self) -> None:
         begun = time.monotonic()
         if self._spawner is not None:
-            # Whoever starts the successor has the sockets as well (an anchor), or the successor has started already.
+            # The anchor that starts the successor has the sockets as well, or the successor has started already.
             self._successor = await SuccessorProcess.start(self._spawner)
         else:
             self._successor = await SuccessorProcess.start(self._spawn, self._prepare_spawn)

@@ -473,7 +473,7 @@ class Leaving:
             if life.settled.is_set():
                 await life.generation.lineage.outlive()
             elif not life.management.is_supervised:
-                # Nobody listens to them here: they were the predecessor's business, and so is that itself.
+                # Their words are the predecessor's business, and so is the predecessor: this process hears neither.
                 for each in older:
                     await wait_for_death(each.peer.pidfd)
 

@@ -62,7 +62,7 @@ class StderrTail:
     def __init__(self) -> None:
         self.read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.read_end, False)
-        # Nobody reads while the successor imports and its predecessor is dead: what it writes is to have room. Where
+        # The successor's words have room while it imports and its predecessor, who would read them, is dead. Where
         # this user's pipes are many and large, the pipe stays as it is.
         with contextlib.suppress(OSError, AttributeError):
             fcntl.fcntl(self.write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)

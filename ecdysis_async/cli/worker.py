@@ -159,7 +159,7 @@ def _ending_with_anchor(options: Options) -> Iterator[None]:
 
 def _end(end: ExitDeadline, seconds: float) -> None:
     end.set(seconds, unconditionally=True)
-    # Nobody catches it now, unless the application does.
+    # The signal is caught by the application now, or by nobody.
     os.kill(os.getpid(), signal.SIGTERM)
 
 
