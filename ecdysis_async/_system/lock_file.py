@@ -12,6 +12,7 @@ duplicate.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -136,8 +137,14 @@ class LockFile:
         """Give the lock of a name back; harmless if this process does not have it, or the file is closed."""
         import fcntl
 
-        if self._descriptor >= 0:
+        if self._descriptor < 0:
+            return
+        try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _find_place(name))
+        except OSError as error:
+            # Another thread has closed the file in this moment, and with that the kernel has taken all locks back.
+            if error.errno != errno.EBADF:
+                raise
 
     def write(self, name: str, holder: Mapping[str, Any]) -> None:
         """Say something about the holder of a name, for those who wait; where that is not possible, nothing is said."""
