@@ -33,6 +33,14 @@ for line in sys.stdin:
 """
 
 
+@pytest.fixture(autouse=True)
+def default_signal() -> Iterator[None]:
+    """Let nobody have a use for the signal, whatever other tests have done in this process."""
+    signal.signal(signal.SIGURG, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGURG, signal.SIG_DFL)
+
+
 @dataclass
 class Watched:
     """A worker's watch, and the process that it takes for its anchor."""

@@ -115,6 +115,8 @@ def test_a_file_behind_others(logger: logging.Logger, tmp_path: Path) -> None:
         behind.close()
 
 
+# From Python 3.14 on a queue of loguru starts multiprocessing's resource tracker, which stays to the process' end.
+@pytest.mark.newest_python_only
 @pytest.mark.parametrize("enqueue", [False, True])
 def test_a_file_of_loguru(enqueue: bool, tmp_path: Path) -> None:
     loguru = pytest.importorskip("loguru").logger
