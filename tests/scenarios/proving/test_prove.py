@@ -192,9 +192,13 @@ def test_it_is_interrupted() -> None:
     command = [*ECDYSIS, "prove", *ONE, "--between", "30", "asgi_app:app", "--app-dir", "examples"]
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
-        process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        output = process.stdout.read()
+        try:
+            process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            output = process.stdout.read()
+            process.wait()
+        finally:
+            process.kill()
     assert (process.returncode, output) == (INTERRUPTED, "\necdysis: interrupted: nothing is proved\n")
 
 
