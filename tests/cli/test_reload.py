@@ -188,7 +188,7 @@ def test_a_start_that_writes_what_was_there_has_changed_nothing(tmp_path: Path, 
     assert causes.find([str(path)]) == {str(path)}
     restart(clock, causes, during=lambda: clock.write(path, "STAMP = 1"))
     assert causes.find([str(path)]) == set()
-    # Who touches a file wants a restart.
+    # A file that is touched is meant to restart the service.
     clock.write(path, "STAMP = 1")
     assert causes.find([str(path)]) == {str(path)}
 

@@ -169,7 +169,7 @@ SOURCES = {
         ("names:ap", "names has no attribute 'ap': did you mean 'app'?"),
         ("stars:app", None),
         ("made:app", None),
-        # Whoever starts it hears of that.
+        # The process that starts it hears of that.
         ("broken:app", None),
         ("nmaes:app", "there is no module 'nmaes'"),
         ("package:inner", None),

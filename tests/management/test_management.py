@@ -103,7 +103,7 @@ async def test_without_systemd_everything_can_be_told_and_nothing_waits(backend:
         async def others() -> None:
             ended.set()
 
-        # Whoever has started the service takes it for stopped with the exit of this process.
+        # The service counts as stopped, for its parent, with the exit of this process.
         await management.outlive(others)
         assert ended.is_set()
         await management.finish()

@@ -52,7 +52,7 @@ def test_two_that_drain_are_not_forgotten() -> None:
     work(trackers[0], 5)
     third.note_older(10, first.own.to_json())
     assert third.requests == 6
-    # Nobody knows this one.
+    # This one is unknown.
     third.note_older(99, first.own.to_json())
     assert third.requests == 6
 

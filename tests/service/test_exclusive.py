@@ -155,7 +155,7 @@ async def test_another_process_is_waited_for_until_its_death() -> None:
     locks = LockFile.make()
     async with a_holder(locks) as holder, anyio.create_task_group() as task_group:
         with held_elsewhere(locks) as process:
-            # Who is cancelled leaves the queue, and somebody else stands there.
+            # A task that is cancelled leaves the queue, and another one stands there.
             with anyio.move_on_after(0.05) as scope:
                 async with holder.exclusives.hold("name"):
                     pass
