@@ -48,7 +48,7 @@ nox.needs_version = ">=2026.10.20"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.download_python = "never"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "tests"]
+nox.options.sessions = ["lint", "docs", "tests"]
 if any(f"tests-{version}" in argument for version in PYTHONS for argument in sys.argv):
     # A Python that was asked for by its number is not skipped. All of them together are those that there are.
     nox.options.error_on_missing_interpreters = True
@@ -66,6 +66,15 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the pages of docs/ below .nox/docs; a link that leads nowhere, or any other warning, is an error."""
+    install(session, "docs")
+    session.run(
+        "python", "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", *session.posargs, "docs", ".nox/docs"
+    )
 
 
 @nox.session(python=PYTHONS)

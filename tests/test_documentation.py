@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import reference
 from docs.state_diagrams import PAGE, make_diagrams, put_into
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -37,3 +38,29 @@ def test_files_that_a_page_names_exist(page: str) -> None:
     ]
     assert named
     assert not missing
+
+
+@pytest.mark.parametrize("name", reference.PAGES)
+def test_what_is_looked_up_is_written_from_the_code_of_today(name: str) -> None:
+    page = (PROJECT / "docs" / name).read_text()
+    assert reference.put_into(name, page) == page, "run `python docs/reference.py` and commit the pages"
+
+
+def test_a_page_without_a_place_for_its_tables_is_refused() -> None:
+    with pytest.raises(ValueError, match="options"):
+        reference.put_into("command.md", "# A page\n")
+
+
+def test_the_first_page_is_short() -> None:
+    assert len((PROJECT / "README.md").read_bytes()) <= 9000
+
+
+def test_links_of_the_first_page_lead_somewhere() -> None:
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)[^)]*\)", (PROJECT / "README.md").read_text())
+    assert links
+    assert not [link for link in links if not (PROJECT / link).exists()]
+
+
+@pytest.mark.parametrize("page", sorted((PROJECT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_a_page_is_in_the_table_of_contents(page: Path) -> None:
+    assert page.stem == "index" or f"\n{page.stem}\n" in (PROJECT / "docs" / "index.md").read_text()
