@@ -36,6 +36,9 @@ T = TypeVar("T")
 
 ProtocolFactory = Callable[[], asyncio.BaseProtocol]
 
+# How much is read into a buffer of this module's own where the loop does not say how much there may be, bytes.
+FIRST_BYTES = 64 * 1024
+
 
 class TransferStrategy(abc.ABC):
     """How the connections of one server move: what a protocol gives away, and what goes on with it.
@@ -491,27 +494,39 @@ class _TrackedStreamProtocol(_TrackedProtocol, asyncio.Protocol):
         self.data_received = self._receiver  # type: ignore[method-assign]
 
     def _receive_first(self, data: bytes) -> None:
+        # In one call: a protocol that has enough with the first part would get the second one behind its pause.
+        self._unread += data
         self._deliver()
-        self._receiver(data)
 
     def _feed(self, data: bytes) -> None:
         self.protocol.data_received(data)
 
 
 class _TrackedBufferedProtocol(_TrackedProtocol, asyncio.BufferedProtocol):
-    __slots__ = ("buffer_updated", "get_buffer")
+    __slots__ = ("_first", "buffer_updated", "get_buffer")
+
+    # What is read here before the protocol has got what is unread.
+    _first: bytearray
 
     def __init__(self, connection: ServerConnection, protocol: asyncio.BufferedProtocol, unread: bytes = b"") -> None:
         super().__init__(connection, protocol, unread)
-        self.buffer_updated = protocol.buffer_updated  # type: ignore[method-assign]
-        self.get_buffer = self._get_first_buffer if unread else protocol.get_buffer  # type: ignore[method-assign]
+        self._open()
+        if unread:
+            self.buffer_updated = self._receive_first  # type: ignore[assignment]
+            self.get_buffer = self._get_first_buffer  # type: ignore[method-assign]
 
     def _open(self) -> None:
+        self.buffer_updated = self.protocol.buffer_updated  # type: ignore[method-assign]
         self.get_buffer = self.protocol.get_buffer  # type: ignore[method-assign]
 
     def _get_first_buffer(self, sizehint: int) -> Any:
+        self._first = bytearray(max(sizehint, FIRST_BYTES))
+        return self._first
+
+    def _receive_first(self, count: int) -> None:
+        self._unread += self._first[:count]
+        del self._first
         self._deliver()
-        return self.protocol.get_buffer(sizehint)
 
     def _feed(self, data: bytes) -> None:
         while data:

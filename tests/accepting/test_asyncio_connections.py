@@ -236,6 +236,59 @@ async def test_protocols_of_every_kind_are_tracked_to_their_end(protocol: Callab
         await until(lambda: not len(plane.tracker))
 
 
+class OneAtATime(Echo):
+    """Has enough with what it gets, until it is told to read on."""
+
+    def __init__(self) -> None:
+        self.received = b""
+        self.got_behind_its_pause = False
+
+    def data_received(self, data: bytes) -> None:
+        self.got_behind_its_pause |= bool(self.received) and not self.transport.is_reading()
+        self.received += data
+        self.transport.pause_reading()
+
+
+class OneBufferAtATime(OneAtATime, asyncio.BufferedProtocol):
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = bytearray(100)
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self.buffer[:nbytes]))
+
+
+@pytest.mark.parametrize("kind", [OneAtATime, OneBufferAtATime])
+async def test_nothing_comes_behind_the_pause_of_a_protocol_that_goes_on_with_what_was_unread(
+    kind: type[OneAtATime],
+) -> None:
+    loop = asyncio.get_running_loop()
+    async with a_connection() as (tracker, connection):
+        ours, theirs = socket.socketpair()
+        with ours:
+            # There before the protocol is: uvloop reads it before anything else is called.
+            ours.send(b"more")
+            theirs.setblocking(False)
+            tracker.open(connection)
+            protocol = kind()
+            tracked = track_protocol(connection, protocol, b"some")
+            transport, _ = await loop.connect_accepted_socket(lambda: tracked, theirs)
+            await until(lambda: bool(protocol.received))
+            await turn()
+            assert protocol.received in (b"some", b"somemore")
+            transport.resume_reading()
+            await until(lambda: protocol.received == b"somemore")
+            assert not protocol.got_behind_its_pause
+            transport.resume_reading()
+            ours.send(b"!")
+            await until(lambda: protocol.received == b"somemore!")
+            transport.abort()
+        await until(lambda: not len(tracker))
+
+
 async def test_flow_control_and_the_end_of_file_reach_the_protocol() -> None:
     calls: list[str] = []
 
