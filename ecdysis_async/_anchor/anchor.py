@@ -140,6 +140,7 @@ class Anchor:
             restart=self._restarts.begin,
             see_through=self._restarts.see_through,
             stop=self._stop,
+            are_sockets_kept=lambda: self._management.keeps_sockets,
         )
         self._filler = Filler(self._state, self._held_sockets.service, self.log, self._dispatcher.make_spawner)
         self._reconciler = Reconciler(

@@ -85,6 +85,8 @@ class Dispatcher:
         see_through: waits until a roll-out is "serving", "settled" or "drained"; raises a ``RestartError``.
         stop: stops the service.
         lock_file: the file of the service's locks, which workers are passed; None for none.
+        are_sockets_kept: says whether the service manager holds the sockets for the next start, should this process
+            die.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Dispatcher:
         see_through: Callable[[RollOut, str], Awaitable[RestartReport]],
         stop: Callable[[], None],
         lock_file: LockFile | None = None,
+        are_sockets_kept: Callable[[], bool] = lambda: False,
     ) -> None:
         self._state = state
         self._sockets = sockets
@@ -111,6 +114,7 @@ class Dispatcher:
         self._restart = restart
         self._see_through = see_through
         self._stop = stop
+        self._are_sockets_kept = are_sockets_kept
         # The worker and the number of each request for a restart of the service that is not answered yet.
         self._askers: dict[tuple[Worker, int], RollOut] = {}
 
@@ -196,7 +200,8 @@ class Dispatcher:
         # Without a descriptor for it, the worker writes where its predecessor did.
         with contextlib.suppress(OSError):
             stderr.append(duplicate_stderr())
-        worker.link.tell(FromAnchor.WELCOME, {"beat_seconds": self._beat_seconds, "pid": os.getpid()}, stderr)
+        facts = {"beat_seconds": self._beat_seconds, "pid": os.getpid(), "keeps_sockets": self._are_sockets_kept()}
+        worker.link.tell(FromAnchor.WELCOME, facts, stderr)
         if self._state.is_stopping:
             worker.is_told_to_leave = True
             worker.link.tell(FromAnchor.STOP, {})

@@ -34,7 +34,7 @@ __all__ = [
 class FromAnchor(enum.StrEnum):
     """Messages to a worker."""
 
-    WELCOME = "welcome"  # how often it shall tell of itself
+    WELCOME = "welcome"  # how often it shall tell of itself; whether the sockets outlive the anchor
     RESTART = "restart"  # make a successor, of this generation; sockets that the other workers have made
     SETTLE = "settle"  # the roll-out has succeeded: the restart of this slot is final
     REVERT = "revert"  # it has failed, and why: take the place of the successor again

@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,7 +158,8 @@ class AnchorClient(Management):
         level: the anchor tells once what each of its workers does.
         probation: it says when all workers have been on probation for long enough.
         owns_process: a worker is nothing but its generation.
-        keeps_sockets: the other workers, and the anchor, have the sockets as well, until the anchor dies.
+        keeps_sockets: the other workers, and the anchor, have the sockets as well, until the anchor dies; systemd may
+            have them after that.
     """
 
     level = logging.DEBUG
@@ -177,7 +178,9 @@ class AnchorClient(Management):
         super().__init__(log, signals)
         self.spawner = self.spawn
         self._link = WorkerLink(sock)
-        self._watch = AnchorWatch(sock, lambda: plane.registry.entries, commands.note_death)
+        # Whether the sockets outlive the anchor: systemd has them in its store, and clients wait for the next start.
+        self._are_sockets_kept = False
+        self._watch = AnchorWatch(sock, self._find_unkept, commands.note_death)
         self._resources.callback(self._link.close)
         # First, while the link is open: its end means something.
         self._resources.callback(self._watch.close)
@@ -331,11 +334,15 @@ class AnchorClient(Management):
             if self._watch.is_proven:
                 # Workers that served on could not be restarted, stopped or asked, nor be replaced when they crash: all
                 # of that was the anchor's. So the next start gets the addresses at once.
-                self.is_orphaned, self.keeps_sockets = True, False
+                self.is_orphaned, self.keeps_sockets = True, self._are_sockets_kept
                 self._commands.abandon()
             else:
                 self._commands.stop()
             self._tasks.cancel_scope.cancel()
+
+    def _find_unkept(self) -> Collection[Entry]:
+        """Return the sockets on which nobody may queue once the anchor is dead."""
+        return () if self._are_sockets_kept else self._plane.registry.entries
 
     async def _beat(self) -> None:
         while True:
@@ -416,6 +423,7 @@ class AnchorClient(Management):
                 for descriptor in frame.descriptors:
                     self._commands.take_stderr(os.dup(descriptor))
                 self._beat_seconds = float(body["beat_seconds"])
+                self._are_sockets_kept = bool(body.get("keeps_sockets", False))
                 # Another process than the one that has made the link may be the anchor by now.
                 if (pid := int(body.get("pid", self._anchor_pid))) != self._anchor_pid:
                     self._anchor_pid = pid

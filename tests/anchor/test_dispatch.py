@@ -134,7 +134,10 @@ async def working(here: Stage, puppet: Puppet) -> AsyncIterator[Office]:
         (stderr,) = welcome.descriptors
         assert os.path.sameopenfile(stderr, 2)
         welcome.close()
-        assert (welcome.type, welcome.body) == (FromAnchor.WELCOME, {"beat_seconds": 0.5, "pid": os.getpid()})
+        assert (welcome.type, welcome.body) == (
+            FromAnchor.WELCOME,
+            {"beat_seconds": 0.5, "pid": os.getpid(), "keeps_sockets": False},
+        )
         yield office
 
 

@@ -34,9 +34,12 @@ def test_a_blocked_worker_is_replaced_and_leaves_when_it_wakes_up(run_anchor: Ru
         (silent,) = [each for each in service.status()["workers"] if each["pid"] == before[0]]
         assert silent["state"] == "draining"
         assert silent["silence"] > 2
-        # Clients that come while it wakes up are the new ones'.
         service.release()
         assert hung.answer() is None
+        # Until its loop has read that it is replaced, it may accept one more client, and answers it.
+        with Conversation(service.address) as conversation:
+            assert conversation.say("hello").answer()["pid"] in {before[0], *after.values()}
+        service.wait_for("finished", pid=before[0])
         # What it has accepted, it goes on answering.
         assert hung.say("hello").answer()["pid"] == before[0]
         for _ in range(20):

@@ -159,8 +159,7 @@ class Machine:
                 if self.run("systemctl", "is-system-running", check=False).strip() in ("running", "degraded"):
                     return
             time.sleep(0.02)
-        text = self._console.read_text(errors="replace")[-2000:]
-        raise Unavailable(f"systemd does not come up in namespaces here:\n{text}")
+        raise Unavailable(f"systemd does not come up in namespaces here:\n{self._tell_console()}")
 
     def _folders(self) -> list[str]:
         return list(dict.fromkeys(map(str, (self._shared, PROJECT, sys.prefix, sys.base_prefix))))
@@ -172,8 +171,20 @@ class Machine:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, check=False, timeout=PATIENCE_SECONDS * 2,
         )  # fmt: skip
-        assert result.returncode == 0 or not check, f"{command}: {result.returncode}: {result.stdout}"
+        assert result.returncode == 0 or not check, (
+            f"{command}: {result.returncode}: {result.stdout}{self._how_it_ended()}"
+        )
         return result.stdout
+
+    def _how_it_ended(self) -> str:
+        """Say how systemd itself has ended, where it has: then it is not the command that fails."""
+        status = self._outer.poll()
+        if status is None:
+            return ""
+        return f"systemd (pid {self._pid}) has ended, and so has unshare ({status}):\n{self._tell_console()}"
+
+    def _tell_console(self) -> str:
+        return self._console.read_text(errors="replace")[-2000:]
 
     def systemctl(self, *arguments: str) -> None:
         """Run systemctl, which must not fail."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -120,6 +121,21 @@ def test_it_starts_reloads_and_stops_as_printed(unit: Unit, has_socket: bool, re
     assert (unit.main_pid, unit.show("NRestarts")) == (anchor, "0")
     unit.systemctl("stop")
     assert (unit.show("Result"), unit.show("ExecMainStatus"), unit.show("ActiveState")) == ("success", "0", "inactive")
+
+
+def test_clients_wait_for_the_next_start_where_the_anchor_is_killed(unit: Unit) -> None:
+    """The store keeps the sockets: a worker that has lost its anchor leaves, and refuses nobody."""
+    printed = PrintedUnit(unit, workers=1)
+    unit.systemctl("start")
+    unit.wait_until(lambda: unit.show("ActiveState") == "active")
+    anchor, worker = unit.main_pid, unit.ask("who", printed.address)["pid"]
+    with contextlib.ExitStack() as stack:
+        # systemd would end the worker before that could do anything.
+        with unit.machine.standing_still():
+            unit.machine.kill(anchor, signal.SIGKILL)
+            unit.wait_until(lambda: unit.machine.run("cat", f"/proc/{worker}/stat").split()[2] == "Z")
+            clients = [stack.enter_context(Client(printed.address)).say("who") for _ in range(5)]
+        assert {json.loads(client.hear())["pid"] for client in clients}.isdisjoint({worker})
 
 
 def test_the_watchdog_that_bites_it_and_a_restart_refuse_nobody(unit: Unit) -> None:
