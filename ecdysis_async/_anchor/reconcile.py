@@ -182,7 +182,7 @@ class Reconciler:
             why.value.format(requests=worker.requests, megabytes=(worker.rss or 0) / 1e6),
         )
         if state.config.one_at_a_time:
-            await self._replace_after_end(slot, worker)
+            await self._replace_after_end(slot, worker, _COUNTED[why])
             return
         try:
             error = await replace(state, self._sockets, slot, worker, state.generation, log.restart, self._bypass)
@@ -196,19 +196,21 @@ class Reconciler:
             slot.activity = SlotActivity.NONE
         if error is None:
             state.ledger.note_worker_restart(_COUNTED[why])
+            if (newest := slot.serving_worker) is not None:
+                log.info("worker %d is served by pid %d", slot.index, newest.pid)
         elif not state.is_stopping:
             slot.note_crash(anyio.current_time())
             log.error("worker %d could not be replaced, and goes on: %s", slot.index, summarize(error))
-        elif error is None and (newest := slot.serving_worker) is not None:
-            log.info("worker %d is served by pid %d", slot.index, newest.pid)
         state.changes.announce()
 
-    async def _replace_after_end(self, slot: Slot, worker: Worker) -> None:
+    async def _replace_after_end(self, slot: Slot, worker: Worker, counted: WorkerRestart) -> None:
         try:
             error = await replace_after_end(self._state, slot, worker, self._fill)
         finally:
             slot.activity = SlotActivity.NONE
-        if error is not None and not self._state.is_stopping:
+        if error is None and not self._state.is_stopping:
+            self._state.ledger.note_worker_restart(counted)
+        elif error is not None and not self._state.is_stopping:
             slot.note_crash(anyio.current_time())
             self.log.error("worker %d has ended, and no other one starts in its place: %s", slot.index, error)
         self._state.changes.announce()

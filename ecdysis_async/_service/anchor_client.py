@@ -59,6 +59,10 @@ MAX_TOLD = 10
 # How often it is looked whether the anchor whose link has ended is dead, seconds; that is a matter of milliseconds.
 DEATH_POLL_SECONDS = 0.005
 
+# How long the connections of a worker may last whose anchor has died, where systemd starts the service anew once all
+# workers have gone, seconds. Clients wait until then.
+LAST_SECONDS = 1.0
+
 GONE = "the anchor of this worker is gone, and nobody can restart or stop the service: this worker drains and ends"
 
 
@@ -333,11 +337,16 @@ class AnchorClient(Management):
                 child.note_exit(UNKNOWN_STATUS)
             if self._watch.is_proven:
                 # Workers that served on could not be restarted, stopped or asked, nor be replaced when they crash: all
-                # of that was the anchor's. So the next start gets the addresses at once.
+                # of that was the anchor's. So the next start gets the addresses at once. Where systemd keeps them, they
+                # stay as they are, paths included: who comes until the next start waits for it.
                 self.is_orphaned, self.keeps_sockets = True, self._are_sockets_kept
+                self._plane.registry.owns_paths &= not self._are_sockets_kept
                 self._commands.abandon()
             else:
                 self._commands.stop()
+            if self.is_orphaned and self._are_sockets_kept:
+                await anyio.sleep(LAST_SECONDS)
+                self._plane.tracker.hurry()
             self._tasks.cancel_scope.cancel()
 
     def _find_unkept(self) -> Collection[Entry]:

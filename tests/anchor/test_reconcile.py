@@ -23,6 +23,7 @@ from ecdysis_async._anchor.reconcile import (
 from ecdysis_async._anchor.rollout import make_roll_out
 from ecdysis_async._anchor.state import Life, RollOutStage
 from ecdysis_async._ipc.worker_link import FromAnchor
+from ecdysis_async._management.ledger import WorkerRestart
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import State
 from ecdysis_async.settings import Settings
@@ -219,7 +220,9 @@ async def test_a_worker_is_replaced_by_a_handoff_within_its_generation(caplog: p
                 here.state.changes.announce()
         (slot,) = here.state.pool.slots
         assert (slot.activity, slot.failures) == (SlotActivity.NONE, 0)
+        assert here.state.ledger.worker_restarts[WorkerRestart.MAX_RSS] == 1
     assert "is replaced: it has 2 MB resident (--max-rss)" in caplog.text
+    assert f"worker 0 is served by pid {puppet.worker.pid}" in caplog.text
 
 
 async def test_a_worker_that_cannot_be_replaced_goes_on(caplog: pytest.LogCaptureFixture) -> None:

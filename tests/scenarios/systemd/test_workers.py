@@ -26,3 +26,17 @@ def test_the_watchdog_bites_where_no_worker_turns(unit: Unit) -> None:
     assert set(load.counts.failures) <= LOST
     found = unit.ask("who", printed.address)
     assert found["parent"] == unit.main_pid != worker["parent"]
+
+
+def test_workers_of_a_killed_anchor_do_not_hold_the_next_start_up(unit: Unit) -> None:
+    """Clients wait in the queue that systemd keeps, until the last process has gone, and that does not drain for long."""
+    printed = PrintedUnit(unit, "--drain-timeout=600")
+    # Else systemd itself ends the workers at once.
+    unit.keep_log("KillMode=control-group")
+    unit.systemctl("start")
+    unit.wait_until(lambda: unit.show("ActiveState") == "active")
+    with Load(printed.address[1]) as load:
+        unit.machine.kill(unit.main_pid, signal.SIGKILL)
+        unit.wait_until(lambda: unit.show("NRestarts") == "1" and unit.show("ActiveState") == "active")
+        load.wait_for(1, 30)
+    assert set(load.counts.failures) <= LOST
