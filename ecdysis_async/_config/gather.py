@@ -53,7 +53,7 @@ def gather(given: Mapping[str, Any], environment: Mapping[str, str]) -> Options:
     Raises:
         OptionError: an option that could not work, or that there is none of; the text says where it was read.
     """
-    command_line = _Source(lambda option: f"--{option.key}", given)
+    command_line = _Source(lambda option: option.metavar if option.name == "target" else f"--{option.key}", given)
     variables = _read_environment(environment)
     config = _first((command_line, variables), CONFIG)
     file = _Source(str, {}) if config is _UNSAID else _read_config(config)

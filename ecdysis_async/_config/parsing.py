@@ -148,7 +148,7 @@ def parse_size(value: Any) -> int:
     """Read a size in bytes, such as ``512M``; a unit is a power of 1024."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", str(value), re.IGNORECASE)
-    if found is None or isinstance(value, bool) or float(found[1]) == 0:
+    if found is None or isinstance(value, bool) or not 0 < float(found[1]) < math.inf:
         raise ValueError(f"a size is needed, such as 512M or 1G, not {value!r}")
     return int(float(found[1]) * units[found[2].upper()])
 
@@ -257,8 +257,11 @@ def parse_settings(value: Any) -> Mapping[str, Any]:
     """Read NAME=VALUE, several of them, or a table."""
     if isinstance(value, Mapping):
         return MappingProxyType({name.replace("-", "_"): each for name, each in value.items()})
+    words = shlex.split(value) if isinstance(value, str) else value
+    if not isinstance(words, Sequence):
+        raise ValueError(f"a table, or a list of NAME=VALUE, is needed, not {value!r}")  # noqa: TRY004 - as above
     settings = {}
-    for each in shlex.split(value) if isinstance(value, str) else value:
+    for each in words:
         name, equals, text = str(each).partition("=")
         if not name or not equals:
             # What it is may be a password.

@@ -20,6 +20,10 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+# The end of the year 9999, seconds since the epoch: what is later cannot be written as a date.
+MAX_TIME = 253402300799
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One line.
@@ -106,6 +110,8 @@ def _parse(lines: Iterator[bytes]) -> Iterator[Record]:
             if int(facts.pop("v")) != VERSION:
                 continue
             at, clock, pid = float(facts.pop("at")), float(facts.pop("clock")), int(facts.pop("pid"))
+            if not 0 <= at <= MAX_TIME or not math.isfinite(clock):
+                continue
             yield Record(at, clock, pid, Note(facts.pop("kind")), facts)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             continue

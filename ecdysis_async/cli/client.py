@@ -14,6 +14,7 @@ import os
 import re
 import select
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -493,7 +494,8 @@ def _ask(path: str, request: Event, timeout: float, on_event: Callable[[Event], 
         NoAnswer: the connection ended, or the service was silent.
     """
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(timeout)
+        # Where the queue is full, connect() waits by this limit, and not by Python's (unix(7), connect(2)).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *_split_seconds(timeout)))
         try:
             sock.connect(path)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
@@ -503,10 +505,11 @@ def _ask(path: str, request: Event, timeout: float, on_event: Callable[[Event], 
                 f"the control socket {path} may not be used by uid {os.geteuid()}: ask as the service's user or root",
                 Exit.PERMISSION,
             ) from error
-        except TimeoutError as error:
+        except BlockingIOError as error:
             raise NoAnswer(f"its queue has been full for {timeout:.0f} seconds") from error
         except OSError as error:
             raise CommandFailed(f"{path} is no control socket: {error.strerror or error}", Exit.USAGE) from error
+        sock.settimeout(timeout)
         # Refused before it was heard: what the service has said to that is there to be read.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(json.dumps(request).encode() + b"\n")
@@ -528,6 +531,11 @@ def _ask(path: str, request: Event, timeout: float, on_event: Callable[[Event], 
                 if not line.endswith(b"\n"):
                     raise ConnectionLost("the connection ended")
                 yield _read_event(line, path)
+
+
+def _split_seconds(seconds: float) -> tuple[int, int]:
+    """Return seconds and microseconds, one at least: nothing would mean no limit."""
+    return divmod(max(1, round(seconds * 1e6)), 1_000_000)
 
 
 def _read_event(line: bytes, path: str) -> Event:

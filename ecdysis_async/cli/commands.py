@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -109,6 +110,14 @@ class _Commands(click.Group):
             return found
         return super().get_command(ctx, cmd_name)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # click would end with 1, which is a verdict here.
+            click.echo("\necdysis: interrupted", err=True)
+            sys.exit(Exit.INTERRUPTED)
+
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=CODES)
 @click.version_option(package_name="ecdysis_async")
@@ -183,6 +192,8 @@ def check_command(arguments: tuple[str, ...], timeout: float, as_json: bool) -> 
     """
     from . import check as preflight  # anyio, and what starts a process: nothing else here needs them
 
+    if not 0 < timeout < math.inf:
+        raise CommandFailed(f"--timeout: a number of seconds above 0 is needed, not {timeout:g}", Exit.USAGE)
     checked = preflight.check(arguments, timeout)
     if as_json:
         print_json({"event": "checked", "comparison": checked})

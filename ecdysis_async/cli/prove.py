@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -39,6 +40,9 @@ service to be proved; 130 interrupted."""
 def _prove(arguments: tuple[str, ...], *, as_json: bool, html: str | None, **given: Any) -> None:
     try:
         plan = _make_plan(arguments, given)
+        for path in (html, plan.log):
+            if path is not None:
+                _require_writable(path)
         check_extra()
         from ecdysis_async._proving import campaign, page
         from ecdysis_async._proving.service import ServiceFailed
@@ -47,8 +51,6 @@ def _prove(arguments: tuple[str, ...], *, as_json: bool, html: str | None, **giv
             verdict = campaign.prove(plan, lambda line: click.echo(line, err=as_json))
         except ServiceFailed as error:
             raise PlanError(str(error)) from error
-        if html is not None:
-            Path(html).write_text(page.write(verdict, _name_subject(plan)), encoding="utf-8")
     except (PlanError, CommandFailed, OSError) as error:
         _fail(str(error), as_json=as_json)
     except KeyboardInterrupt:
@@ -58,7 +60,40 @@ def _prove(arguments: tuple[str, ...], *, as_json: bool, html: str | None, **giv
         click.echo(json.dumps(verdict.to_json()))
     else:
         click.echo(str(verdict))
+    if html is not None:
+        try:
+            Path(html).write_text(page.write(verdict, _name_subject(plan)), encoding="utf-8")
+        except OSError as error:
+            # The disk is full, say. The verdict stands all the same.
+            click.echo(f"ecdysis: there is no page: {error}", err=True)
     sys.exit(Exit.DONE if verdict.is_good else Exit.FAILED)
+
+
+def _require_writable(path: str) -> None:
+    """See that a file can be written, before minutes are spent on what is to be in it.
+
+    Raises:
+        PlanError: it cannot.
+    """
+    directory = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise PlanError(f"{path} is a directory: name a file in it")
+    if not os.path.isdir(directory):
+        raise PlanError(f"{path} cannot be written: there is no directory {directory}")
+    if not os.access(path if os.path.exists(path) else directory, os.W_OK):
+        raise PlanError(f"{path} cannot be written by uid {os.geteuid()}")
+
+
+def _split(option: str, words: str | None) -> tuple[str, ...]:
+    """Take a command line apart as a shell would.
+
+    Raises:
+        PlanError: a quotation does not end.
+    """
+    try:
+        return tuple(shlex.split(words or ""))
+    except ValueError as error:
+        raise PlanError(f"{option} {words}: {error}") from None
 
 
 def _name_subject(plan: Plan) -> str:
@@ -100,8 +135,8 @@ def _make_plan(arguments: tuple[str, ...], given: dict[str, Any]) -> Plan:
         target=target or None,
         run_options=tuple(options),
         control=find(control) if control is not None else None,
-        command=tuple(shlex.split(command or "")),
-        restart_command=tuple(shlex.split(restart_command or "")),
+        command=_split("--command", command),
+        restart_command=_split("--restart-command", restart_command),
         url=Url.parse(given["url"]) if given["url"] is not None else None,
         identify_by=given["identify_by"],
         between=given["between"],
@@ -113,7 +148,12 @@ def _make_plan(arguments: tuple[str, ...], given: dict[str, Any]) -> Plan:
 
 def _make_requests(given: dict[str, Any]) -> tuple[Shape, ...]:
     if given["requests"] is not None:
-        return read_requests(Path(given["requests"]).read_text(encoding="utf-8"), given["requests"])
+        try:
+            return read_requests(Path(given["requests"]).read_text(encoding="utf-8"), given["requests"])
+        except UnicodeDecodeError as error:
+            raise PlanError(f"--requests {given['requests']}: this is no TOML file: {error}") from None
+    if given["connections"] < 1:
+        raise PlanError(f"--connections {given['connections']}: at least one is needed")
     path = Url.parse(given["url"]).path if given["url"] is not None else "/"
     headers = []
     for line in given["header"]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -104,6 +106,50 @@ def test_who_says_that_it_has_stopped_and_has_not_is_told_of(tmp_path: Path) -> 
     assert ended.returncode == 6
     assert f"pid {os.getpid()}" in ended.stderr
     assert "still there" in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "reopen-logs", "restart --check"])
+def test_an_interrupted_question_is_no_verdict(command: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "control")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        listener.settimeout(60)
+        process = subprocess.Popen(
+            [*COMMAND, *command.split(), "--control", path],
+            stderr=subprocess.PIPE,
+            text=True,
+            stdout=subprocess.DEVNULL,
+        )
+        client, _ = listener.accept()
+        with client:
+            assert client.recv(65536).endswith(b"\n")
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "\necdysis: interrupted\n")
+
+
+def test_a_service_whose_queue_is_full_is_told_of(tmp_path: Path) -> None:
+    path = str(tmp_path / "control")
+    program = "from ecdysis_async.cli import client, main; client.status.__defaults__ = (0.2,); main()"
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(path)
+        listener.listen(0)
+        while True:
+            waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.setblocking(False)
+            if waiting.connect_ex(path) == errno.EAGAIN:
+                break
+        ended = subprocess.run(
+            [sys.executable, "-c", program, "status", "--control", path],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert ended.returncode == 6
+    assert "its queue has been full" in ended.stderr
 
 
 def test_who_may_not_is_told_so_by_a_code_of_its_own(tmp_path: Path) -> None:

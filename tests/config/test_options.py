@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ecdysis_async._config.gather import gather
-from ecdysis_async._config.options import OptionError, Options, command_line_options
+from ecdysis_async._config.options import (
+    OPTIONS,
+    SHORTHANDS,
+    Option,
+    OptionError,
+    Options,
+    command_line_options,
+)
 from ecdysis_async._sockets.addresses import Internet, Unix
 
 
@@ -34,6 +43,19 @@ def test_options_made_by_a_program_are_checked_as_well() -> None:
     with pytest.raises(OptionError, match="workers: a number of workers is needed"):
         Options("a:b", workers=0)
     assert Options("a:b", bind=("unix:/a",)).bind == (Unix("/a"),)  # type: ignore[arg-type]
+
+
+# What TOML holds, and what a user types.
+NUMBERS = (5, -1, 1.5, float("nan"), float("inf"), True)
+TEXTS = ("", "'", "\0", "\n", "nan", "9" * 400)
+STRANGE: tuple[Any, ...] = (*NUMBERS, *TEXTS, None, [], [5], ["'"], [[]], {}, {"a": 5})
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, *SHORTHANDS], ids=lambda option: option.name)
+def test_whatever_a_file_says_is_read_or_refused_in_words(option: Option) -> None:
+    for value in STRANGE:
+        with contextlib.suppress(ValueError):
+            option.parse(value)
 
 
 def test_each_service_has_a_control_socket_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def test_what_is_read_is_read_again_as_it_is(parse: Callable[[Any], Any], value:
         (number_of(1, "workers"), 1.5, "a number of workers is needed, 1 or more, not 1.5"),
         (one_of("uvloop", "trio"), "uvlop", "it is one of uvloop, trio, and not 'uvlop': did you mean 'uvloop'?"),
         (several(parse_seconds), 3, "a list is needed, not 3"),
+        (parse_settings, 3, "a table, or a list of NAME=VALUE, is needed, not 3"),
+        (parse_size, "9" * 400, "a size is needed"),
         (parse_target, "main", "did you mean main:app"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def test_what_is_torn_or_unknown_is_left_out(tmp_path: Path) -> None:
         file.write(json.dumps(line(3, 11, "kind of a later release")) + "\n")
         file.write(json.dumps({**line(4, 11, "begun"), "v": 2}) + "\n")
         file.write("[" * 100_000 + "\n")
+        file.writelines(json.dumps(line(at, 11, "begun")) + "\n" for at in (math.nan, math.inf, -1e300, 1e300))
+        file.write(json.dumps({**line(5, 11, "begun"), "clock": math.inf}) + "\n")
     assert len(read(path)) == 1
 
 

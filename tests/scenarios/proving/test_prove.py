@@ -217,7 +217,12 @@ def test_it_is_interrupted() -> None:
         (("asgi_app:app", "--app-dir", "examples", "--websocket-path", "/ws"), "websocket /ws: "),
         (("asgi_app:app", "--app-dir", "examples", "--bind", "unix:/tmp/nobody.sock"), "listens on no TCP address"),
         (("asgi_app:app", "--requests", "README.md"), "README.md: "),
+        (("asgi_app:app", "--requests", sys.executable), "this is no TOML file"),
         (("asgi_app:app", "--header", "nonsense"), "write NAME: VALUE"),
+        (("asgi_app:app", "--html", "/nowhere/page.html"), "there is no directory /nowhere"),
+        (("asgi_app:app", "--log", "/"), "/ is a directory"),
+        (("asgi_app:app", "--connections", "-1"), "at least one is needed"),
+        (("--command", "a 'b", "--restart-command", "true", "--url", "http://127.0.0.1:9/"), "No closing quotation"),
         (("websocket_echo:app", "--app-dir", "examples"), "status 500: say by --path what the service answers"),
         (
             ("--command", "no-such-program", "--restart-command", "true", "--url", "http://127.0.0.1:9/"),
