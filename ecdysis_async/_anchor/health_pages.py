@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Awaitable, Callable
 
 from ecdysis_async._management import status_page
@@ -50,7 +49,4 @@ def _add_up(directory: str) -> str:
 
 
 async def _show_status(state: AnchorState, sockets: HeldSockets) -> Page:
-    described = status.describe_status(state, sockets.service.entries)
-    shown = {name: described[name] for name in status_page.SHOWN}
-    text = json.dumps({**shown, "restarts": state.ledger.recent})
-    return Page("application/json", text)
+    return status_page.describe(status.describe_status(state, sockets.service.entries), state.ledger.recent)

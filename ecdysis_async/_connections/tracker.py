@@ -450,9 +450,12 @@ class Tracker:
                 end_sweep()
 
     def _note_end(self, connection: Connection) -> None:
+        if connection.moved:
+            # Counted already. It may have been told to close while it was on its way.
+            return
         if connection.silent:
             self.count.silent += 1
-        elif not connection.moved:
+        else:
             self.count.drained += 1
 
     def _finish_some(

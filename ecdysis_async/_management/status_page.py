@@ -8,12 +8,15 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .health import Page
 
-__all__ = ["SHOWN", "show"]
+__all__ = ["SHOWN", "describe", "show"]
 
 # What of a service's status the page may know.
 SHOWN = (
@@ -28,6 +31,36 @@ SHOWN = (
     "draining",
     "workers",
 )
+
+
+# What of each process among them: the requests that it has are none of it.
+SHOWN_OF_PROCESS = (
+    "slot",
+    "generation",
+    "pid",
+    "state",
+    "uptime",
+    "connections",
+    "jobs",
+    "ends_in",
+    "requests",
+    "rss",
+    "silence",
+)
+
+
+def describe(status: Mapping[str, Any], restarts: Sequence[Mapping[str, Any]]) -> Page:
+    """Return what the page asks for each second.
+
+    Args:
+        status: of the service, all of it.
+        restarts: the last ones in short (``Ledger.recent``).
+    """
+    shown = {name: status[name] for name in SHOWN}
+    for name in ("draining", "workers"):
+        if shown[name] is not None:
+            shown[name] = [{key: each[key] for key in SHOWN_OF_PROCESS if key in each} for each in shown[name]]
+    return Page("application/json", json.dumps({**shown, "restarts": restarts}))
 
 
 async def show() -> Page:

@@ -5,7 +5,6 @@ The generation answers that accepts, from its readiness to its end.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -97,9 +96,7 @@ class Health:
 
     async def show_status(self) -> Page:
         """Return what the page for people shows."""
-        described = {"workers": None, **self._description.status()}
-        shown = {name: described[name] for name in status_page.SHOWN}
-        return Page("application/json", json.dumps({**shown, "restarts": self._counting.ledger.recent}))
+        return status_page.describe({"workers": None, **self._description.status()}, self._counting.ledger.recent)
 
 
 def describe_metrics(life: Life, counting: Counting) -> list[Family]:

@@ -107,6 +107,24 @@ async def test_a_silent_connection_is_told_shortly_before_the_deadline(early_far
         assert tracker.count == DrainCount(silent=1)
 
 
+async def test_a_connection_that_moves_while_it_is_told_to_close_is_counted_once(
+    early_farewell: float,
+) -> None:
+    tracker = Tracker()
+
+    class OnItsWay(Connection):
+        def interrupt(self) -> None:
+            super().interrupt()
+            self.silent = True
+            # The successor's answer comes only now.
+            tracker.note_moved(self)
+            tracker.close(self)
+
+    tracker.open(OnItsWay())
+    await tracker.drain(early_farewell)
+    assert tracker.count == DrainCount(transferred=1)
+
+
 async def test_a_busy_connection_is_cancelled_at_the_deadline() -> None:
     seen: list[str] = []
 

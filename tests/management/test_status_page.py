@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -18,6 +19,14 @@ async def test_it_allows_nothing_but_itself() -> None:
     assert not re.search(r"""(src|href)="(?!data:)|@import|url\(|\son\w+=|style=""", page.text)
     # The one address in it is a name, of the elements of SVG.
     assert set(re.findall(r"https?://[^\"' ]*", page.text)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_it_is_told_of_no_request() -> None:
+    process = {"slot": 0, "pid": 7, "generation": 1, "state": "draining", "connections": 1, "serving": ["GET /hunter2"]}
+    status = {**dict.fromkeys(status_page.SHOWN), "draining": [process], "workers": [process]}
+    page = status_page.describe(status, [])
+    assert "hunter2" not in page.text
+    assert json.loads(page.text)["workers"][0]["connections"] == 1
 
 
 def test_it_may_know_nothing_that_could_be_secret() -> None:
