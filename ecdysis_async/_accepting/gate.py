@@ -60,6 +60,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.state = GateState.CLOSED
+        self._is_forbidden = False
         self._acceptors: list[Acceptor] = []
         self._open: set[Acceptor] = set()
         # The acceptors whose `open` runs at this moment, in any task. A pause waits for them: an acceptor that it
@@ -106,7 +107,7 @@ class Gate:
 
         Accepting that is over for good stays over.
         """
-        if self.state is GateState.ENDED:
+        if self.state is GateState.ENDED or self._is_forbidden:
             return
         self.state = GateState.OPEN
         for acceptor in self.acceptors:
@@ -122,6 +123,10 @@ class Gate:
             await self._wait_opened(acceptor)
             if spare is None or not spare(acceptor.entry):
                 await self._pause_open(acceptor)
+
+    def forbid(self) -> None:
+        """Let :meth:`open` do nothing any more, for good; what is open stays so until :meth:`end`."""
+        self._is_forbidden = True
 
     async def end(self, *, spare: Callable[[Entry], bool] | None = None) -> None:
         """Pause, and let go of every acceptor that ``spare`` does not name; of all of them at the last call."""

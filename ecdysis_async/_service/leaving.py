@@ -112,6 +112,8 @@ class Leaving:
         life = self._life
         life.is_superseded = True
         life.stop = Stop.TOLD
+        # A restart of its own that is called off would accept again.
+        life.plane.gate.forbid()
         if life.handover is not None and not life.handover.state.final:
             life.handover.post(PredecessorEvent.CANCELLED, RestartError("this worker has been replaced without it"))
         life.generation.log.warning("this worker did not answer, and was replaced: it answers what it has accepted")

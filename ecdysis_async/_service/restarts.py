@@ -178,6 +178,9 @@ class Restarts:
             life.counting.note_rolled_back(*handover.successor_work)
             handover.successor_work = (0, 0)
         match handover.state:
+            case _ if life.is_leaving:
+                # It does not come back, whatever becomes of its restart: another process has its place.
+                pass
             case PredecessorState.STOPPING | PredecessorState.SETTLED | PredecessorState.STOPPED:
                 self._leaving.begin()
             case (

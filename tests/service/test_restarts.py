@@ -7,6 +7,7 @@ import os
 import anyio
 import pytest
 
+from ecdysis_async._accepting.gate import GateState
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState
 from ecdysis_async._service.leaving import Leaving
@@ -105,6 +106,26 @@ async def test_what_a_change_of_the_handoff_means(backend: str, state: Predecess
         is_over_and_stopped = state.final and stop is not Stop.NOT_ASKED
         assert life.state is (State.DRAINING if is_over_and_stopped else MEANINGS[state])
         assert management.told[-1] == f"restart {state.value}"
+
+
+@pytest.mark.backends("asyncio")
+@pytest.mark.parametrize("state", PredecessorState)
+async def test_a_generation_whose_place_another_process_has_does_not_come_back(
+    backend: str, state: PredecessorState
+) -> None:
+    async with a_life() as (life, _):
+        life.state = State.SERVING
+        leaving = Leaving(life)
+        handover = PredecessorSide(life.generation, lambda handover: None)
+        life.handover = handover
+        await life.plane.gate.open()
+        await life.generation.host.pause(lambda entry: False)
+        leaving.leave_place()
+        handover.state = state
+        Restarts(life, leaving)._on_handover(handover)
+        assert life.state is State.DRAINING
+        await life.generation.host.resume()
+        assert life.plane.gate.state is GateState.CLOSED
 
 
 async def test_waiting_for_a_restart_says_what_became_of_it(backend: str) -> None:
