@@ -6,6 +6,8 @@ code of today.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from ecdysis_async._config.options import Option, Options, Shape, command_line_o
 from ecdysis_async._management.ledger import Closed, Reason, WorkerRestart
 from ecdysis_async.cli.client import ERRORS, Exit
 from ecdysis_async.cli.commands import command
+from ecdysis_async.report import RestartReport
 
 HERE = Path(__file__).parent
 WIDTH = 100
@@ -132,8 +135,18 @@ def write_reasons() -> str:
     return "\n\n".join(parts)
 
 
+def write_report() -> str:
+    """Write the table of what a report has, from the docstring that says it."""
+    _, _, attributes = (inspect.getdoc(RestartReport) or "").partition("Attributes:\n")
+    found = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", attributes, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in found] == [each.name for each in dataclasses.fields(RestartReport)]
+    rows = [f"| `{name}` | {_escape(' '.join(text.replace('``', '`').split()))} |" for name, text in found]
+    return "\n".join(["| key | meaning |", "|---|---|", *rows])
+
+
 PAGES = {
     "command.md": {"options": write_options, "commands": write_commands},
+    "json.md": {"report": write_report},
     "exit-codes.md": {"exit codes": write_exit_codes, "reasons": write_reasons},
 }
 

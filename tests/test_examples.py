@@ -183,7 +183,11 @@ def subreaper() -> Iterator[None]:
 
 
 def test_every_example_has_a_test() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {name for name, _ in (*STREAMS, *DATAGRAMS)} | ELSEWHERE
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        *(name for name, _ in (*STREAMS, *DATAGRAMS)),
+        *ELSEWHERE,
+        "moving_counter",
+    }
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -268,6 +272,22 @@ def test_datagrams(name: str, loop: str, tmp_path: Path) -> None:
         assert service.exit_status(second) == 0
         service.require_clean_end()
         assert re.search(r"generation 3, pid \d+(, restart \w+)?\] this generation ends", service.log)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_connection_moves_with_its_number(loop: str, tmp_path: Path) -> None:
+    with Service(EXAMPLES / "moving_counter.py", loop=loop, directory=tmp_path) as service:
+        first = service.wait_for_generation(1)
+        with closing(connect_tcp(service.port())) as client:
+            assert client.ask(b"a") == b"1 from generation 1\n"
+            os.kill(first, signal.SIGHUP)
+            second = service.wait_for_generation(2)
+            # The first generation has ended once nothing is left to it.
+            assert service.exit_status(first) == 0
+            assert client.ask(b"b") == b"2 from generation 2\n"
+        os.kill(second, signal.SIGTERM)
+        assert service.exit_status(second) == 0
+        service.require_clean_end()
 
 
 def test_admin_endpoint_tells_why_a_restart_failed(tmp_path: Path) -> None:

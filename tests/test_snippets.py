@@ -1,0 +1,182 @@
+"""The programs and configurations that the pages of docs/ show do what is said beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.scenarios.run.harness import PROJECT, Run, running
+from tests.scenarios.servers import programs
+
+pytestmark = pytest.mark.newest_python_only
+
+SNIPPETS = PROJECT / "docs" / "snippets"
+PATIENCE_SECONDS = 60
+
+
+@asynccontextmanager
+async def serving(directory: Path, target: str, *options: str) -> AsyncIterator[tuple[Run, aiohttp.ClientSession]]:
+    """Serve a program of the pages as they say, for a client that has one connection at a time."""
+    async with running(directory, target, "--app-dir", str(SNIPPETS), "--port", "0", *options) as run:
+        url = f"http://127.0.0.1:{await run.find_port()}"
+        async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=1)) as client:
+            yield run, client
+
+
+async def get(client: aiohttp.ClientSession, path: str = "/") -> str:
+    async with client.get(path) as answer:
+        assert answer.status == 200
+        return await answer.text()
+
+
+async def restart(run: Run) -> None:
+    code, output = await run.restart("--until", "drained")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("path", sorted(SNIPPETS.rglob("*.py")), ids=lambda path: path.stem)
+def test_a_program_is_shown_in_a_page_and_compiles(path: Path) -> None:
+    compile(path.read_text(), path, "exec")
+    pages = "\n".join(page.read_text() for page in (PROJECT / "docs").glob("*.md"))
+    assert f"{{literalinclude}} snippets/{path.relative_to(SNIPPETS)}" in pages
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("first_app:app", ("--workers", "2")),
+        ("django_app:application", ()),
+        ("litestar_app:app", ()),
+        ("aiohttp_app:create_app", ("--factory",)),
+    ],
+)
+def test_a_kept_connection_goes_on_in_the_next_process(target: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving(tmp_path, target, *options) as (run, client):
+            async with client.get("/") as answer:
+                before = await answer.text()
+                assert answer.headers.get("connection") != "close"
+            await restart(run)
+            assert await get(client) != before
+
+    asyncio.run(test())
+
+
+def test_events_end_and_the_client_is_told_to_come_back(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving(tmp_path, "fastapi_sse:app") as (run, client), client.get("/events") as answer:
+            assert (await answer.content.readline()).startswith(b"data: process")
+            await restart(run)
+            assert (await answer.content.read()).endswith(b"retry: 100\n\n")
+
+    asyncio.run(test())
+
+
+def test_a_websocket_moves_with_its_counter(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving(tmp_path, "fastapi_websocket:app", "--ws", "websockets-sansio") as (run, client):
+            async with client.ws_connect("/count") as websocket:
+                await websocket.send_str("a")
+                first = await websocket.receive_str()
+                await restart(run)
+                await websocket.send_str("b")
+                second = await websocket.receive_str()
+            assert (first[:2], second[:2]) == ("1 ", "2 ")
+            assert first.split()[2] != second.split()[2]
+
+    asyncio.run(test())
+
+
+def test_a_restart_waits_for_background_work(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving(tmp_path, "fastapi_background:app") as (run, client):
+            for path in ("/background", "/task"):
+                assert await get(client, path) == '"queued"'
+            await restart(run)
+            sent = [line.split()[0] for line in (tmp_path / "sent.log").read_text().splitlines()]
+            assert sorted(sent) == ["background", "task"]
+
+    asyncio.run(test())
+
+
+def test_the_scheduler_is_passed_on(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving(tmp_path, "fastapi_scheduler:app", "--workers", "2") as (run, _):
+            holders = await wait_for_jobs(tmp_path / "jobs.log", 1)
+            await restart(run)
+            assert await wait_for_jobs(tmp_path / "jobs.log", 2) != holders
+
+    asyncio.run(test())
+
+
+async def wait_for_jobs(log: Path, processes: int) -> set[str]:
+    """Wait until so many processes have done a job, one after the other; return them."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            lines = log.read_text().splitlines() if log.exists() else []
+            if len(found := set(lines)) >= processes:
+                return found
+            await asyncio.sleep(0.05)
+
+
+def test_a_client_of_socket_io_connects_anew(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serving(tmp_path, "socketio_app:app") as (run, client):
+            path = "/socket.io/?EIO=4&transport=polling"
+            opened = json.loads((await get(client, path))[1:])
+            poll = asyncio.create_task(get(client, f"{path}&sid={opened['sid']}"))
+            await restart(run)
+            await poll
+            assert json.loads((await get(client, path))[1:])["sid"] != opened["sid"]
+
+    asyncio.run(test())
+
+
+def test_a_test_of_an_application_passes(tmp_path: Path) -> None:
+    # The other one restarts a service under load; tests of the fixture do that.
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, "-k", "first_page"]
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}:{SNIPPETS}"}
+    run_check([*command, str(SNIPPETS / "fastapi_test.py")], tmp_path, environment)
+
+
+@pytest.mark.parametrize("name", ["nginx.conf", "nginx-two-versions.conf"])
+def test_nginx_takes_the_configuration(name: str, tmp_path: Path) -> None:
+    own_paths = "".join(f"{kind}_temp_path {kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    text = (SNIPPETS / name).read_text().replace("http {", f"pid nginx.pid;\nhttp {{ access_log off; {own_paths}", 1)
+    (tmp_path / "nginx.conf").write_text(text)
+    run_check([programs.find("nginx"), "-t", "-p", str(tmp_path), "-e", "stderr", "-c", "nginx.conf"], tmp_path)
+
+
+def test_haproxy_takes_the_configuration(tmp_path: Path) -> None:
+    run_check([programs.find("haproxy"), "-c", "-q", "-f", str(SNIPPETS / "haproxy.cfg")], tmp_path)
+
+
+def run_check(command: list[str], directory: Path, environment: dict[str, str] | None = None) -> None:
+    done = subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warn" not in done.stderr.lower(), done.stderr
+
+
+@pytest.mark.parametrize("name", ["deploy.sh", "renew.sh"])
+def test_a_shell_takes_the_script(name: str, tmp_path: Path) -> None:
+    run_check(["sh", "-n", str(SNIPPETS / name)], tmp_path)
+
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    # The programs that it names are not there.
+    text = (SNIPPETS / "shop.service").read_text()
+    text = text.replace("/srv/shop/current/.venv/bin/ecdysis", sys.executable).replace("User=shop", "User=root")
+    unit = tmp_path / "shop.service"
+    unit.write_text(text.replace("www-data", "root"))
+    run_check([programs.find("systemd-analyze"), "verify", "--man=no", str(unit)], tmp_path)
