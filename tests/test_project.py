@@ -73,7 +73,6 @@ TESTED_ELSEWHERE = {
     "cli/prove.py": "tests/scenarios/proving runs the command as a whole",
     "cli/explain.py": "tests/scenarios/explaining runs the command as a whole",
     "_proving/campaign.py": "as cli/prove.py",
-    "_proving/http_client.py": "tests/proving/test_load.py has it ask a server that makes mistakes on purpose",
     "_proving/records.py": "data only: test_rules.py is about what they mean",
     "_proving/settings.py": "names only",
 }

@@ -48,7 +48,7 @@ def prove(plan: Plan, tell: Tell = lambda line: None) -> Verdict:
 
 
 async def _prove(plan: Plan, tell: Tell) -> Verdict:
-    history = History()
+    history = History(patience=plan.patience)
     with choose_service(plan) as service:
         try:
             await service.start()

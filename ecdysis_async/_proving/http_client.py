@@ -71,6 +71,10 @@ class HttpConnection(asyncio.Protocol):
         except OSError as error:
             self.record.ended = self._clock()
             raise RequestFailed(_fault_of(error), str(error)) from None
+        except asyncio.CancelledError:
+            # uvloop closes a connection that was made in that very moment, and tells the protocol nothing of it.
+            self._lost.set()
+            raise
 
     async def ask(self, exchange: Exchange, shape: Shape, url: Url) -> Answer:
         """Send one request, in pieces where that is its kind, and wait for the answer.

@@ -25,7 +25,11 @@ __all__ = ["Load"]
 FAILURE_PAUSE_SECONDS = 0.1
 
 MAX_REQUESTS = 200_000
+# So many clients ask at once at the most: the next ones wait, and their latency counts from when they were due.
 MAX_IN_FLIGHT = 500
+
+# An answer that takes longer than the patience is late; one that takes so many times as long is lost.
+LOST_FACTOR = 6
 
 # A second answer to the same request follows the first at once: so long it is waited for.
 LINGER_SECONDS = 0.01
@@ -42,7 +46,7 @@ class Load:
         url: where the service listens.
         shapes: what is asked.
         history: where everything is noted.
-        patience: how long an answer may take, in seconds.
+        patience: how long an answer may take, in seconds; it is awaited ``LOST_FACTOR`` times as long.
         identify_by: a header of the application's own.
     """
 
@@ -52,13 +56,13 @@ class Load:
         self._url = url
         self._shapes = list(shapes)
         self._history = history
-        self._patience = patience
+        self._limit = patience * LOST_FACTOR
         self._identify_by = identify_by
         self._random = random.Random()  # noqa: S311 - no secret
         self._ids = itertools.count(1)
         self._begun = time.monotonic()
         self._echoed: dict[str, bool] = {}
-        self._in_flight = 0
+        self._room = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._over = asyncio.Event()
 
     def clock(self) -> float:
@@ -117,11 +121,8 @@ class Load:
             due += self._random.expovariate(shape.rate)
             if await self._is_over_before(due):
                 return
-            if self._in_flight >= MAX_IN_FLIGHT:
-                exchange = self._begin(shape, due)
-                exchange.fault, exchange.ended = Fault.OVERLOAD, self.clock()
-                continue
-            clients.create_task(self._visit(shape, due))
+            await self._room.acquire()
+            clients.create_task(self._visit(shape, due)).add_done_callback(lambda _: self._room.release())
 
     async def _visit(self, shape: Shape, due: float) -> Exchange:
         """Ask once, on a connection of its own."""
@@ -194,18 +195,15 @@ class Load:
 
     @contextlib.asynccontextmanager
     async def _noting_failures(self, exchange: Exchange) -> AsyncIterator[None]:
-        self._in_flight += 1
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._limit):
                 yield
         except TimeoutError:
-            exchange.fault, exchange.detail = Fault.TIMEOUT, f"none within {self._patience:g} seconds"
+            exchange.fault, exchange.detail = Fault.TIMEOUT, f"none within {self._limit:g} seconds"
             exchange.ended = self.clock()
         except RequestFailed as error:
             exchange.fault, exchange.detail = error.fault, error.detail
             exchange.ended = exchange.ended or self.clock()
-        finally:
-            self._in_flight -= 1
 
     def _begin(self, shape: Shape, due: float) -> Exchange:
         exchange = Exchange(next(self._ids), shape.kind, str(shape).partition(" ")[2], due)

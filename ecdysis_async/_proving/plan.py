@@ -172,7 +172,7 @@ class Plan:
         url: where it listens; None: as the service says.
         identify_by: a header by which the application names the process or release that has answered.
         between: how long the service is left alone before, between and after the steps.
-        patience: how long an answer may take.
+        patience: after how long an answer is late; it is lost after six times as long.
         restart_timeout: how long a restart may take.
         max_slowdown: how many times slower than the first generation a later one may be.
         log: a file for what the service writes; None: it is kept for errors only.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ class Fault(enum.StrEnum):
     IDLE_CLOSED = "idle connection closed without notice"
     RESTART = "restart with the wrong outcome"
     SLOWER = "slower generation"
-    OVERLOAD = "more requests at once than a proof may have"
+    LATE = "answered late"
 
 
 class Ending(enum.StrEnum):
@@ -207,6 +208,7 @@ class History:
         processes: those of the service.
         memory: of the service, from time to time.
         generation: the one that served when it began; None where nobody says.
+        patience: for how long an answer may be awaited; one that takes longer is late.
         notes: what a reader of the verdict should know.
         began_at: when it began, in seconds since the epoch.
         ended: when the load was over.
@@ -218,6 +220,7 @@ class History:
     processes: list[Process] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
     generation: int | None = None
+    patience: float = math.inf
     notes: list[str] = field(default_factory=list)
     began_at: float = 0.0
     ended: float = 0.0

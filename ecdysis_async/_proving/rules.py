@@ -19,10 +19,10 @@ __all__ = ["STEADY", "Finding", "check", "name_phase", "name_restart", "percenti
 STEADY = "steady"
 
 # A connection of a process that was killed on purpose has ended within this time, seconds.
-KILL_SECONDS = 1.0
+KILL_SECONDS = 10.0
 
 # Between what a client sees and what the service says lie two clocks' worth of scheduling, seconds.
-LEEWAY_SECONDS = 0.25
+LEEWAY_SECONDS = 1.0
 
 # Of fewer answers nothing is concluded about a generation's speed.
 ENOUGH_ANSWERS = 20
@@ -81,12 +81,16 @@ def check_exchanges(history: History) -> Iterator[Finding]:
         fault, detail = exchange.fault, exchange.detail
         if fault is None and exchange.answer is None:
             fault, detail = Fault.UNANSWERED, "the load was over before it had an answer"
+        what = f"request {exchange.id} ({exchange.kind} {exchange.what}): {fault or Fault.LATE}"
         if fault is None:
+            if exchange.ended is not None and exchange.latency > history.patience:
+                phase = name_phase(history, exchange.due, exchange.ended)
+                text = f"{what}: after {exchange.latency:.1f} s"
+                yield Finding(Fault.LATE, exchange.ended, phase, text, exchange.id, "it was answered")
             continue
         at = exchange.ended if exchange.ended is not None else exchange.due
         connection = connections.get(exchange.connection) if exchange.connection is not None else None
         excuse = _excuse(history, connection, at) if fault in _BY_A_KILL else None
-        what = f"request {exchange.id} ({exchange.kind} {exchange.what}): {fault}"
         text = f"{what}: {detail}" if detail else what
         yield Finding(fault, at, name_phase(history, exchange.due, at), text, exchange.id, excuse)
 

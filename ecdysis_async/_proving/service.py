@@ -47,7 +47,7 @@ ALIASES = {"--bind": ("-b",), "--drain-timeout": ("--graceful-timeout",)}
 WRAPPER = "ecdysis_async._proving.wrapper:release"
 
 POLL_SECONDS = 0.02
-SILENCE_SECONDS = 5.0
+SILENCE_SECONDS = 30.0
 STOP_SECONDS = 30.0
 
 # How long processes of a service that is not restarted by this library may take to be others.

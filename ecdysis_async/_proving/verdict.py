@@ -58,7 +58,12 @@ class Verdict:
     @property
     def excused(self) -> list[Finding]:
         """What a process that was killed on purpose took with it."""
-        return [finding for finding in self.findings if finding.excuse is not None]
+        return [each for each in self.findings if each.excuse is not None and each.fault is not Fault.LATE]
+
+    @property
+    def late(self) -> list[Finding]:
+        """Which answers took longer than the patience: they have come, so nothing is lost."""
+        return [finding for finding in self.findings if finding.fault is Fault.LATE]
 
     @property
     def is_good(self) -> bool:
@@ -92,6 +97,7 @@ class Verdict:
             "kinds": dict(Counter(each.kind.value for each in history.exchanges)),
             "failures": _count(self.failures),
             "excused": _count(self.excused),
+            "late": _count(self.late),
             "examples": [dataclasses.asdict(finding) for finding in _choose(self.findings)],
             "closed_by_server": {
                 ending.name.lower(): endings[ending] for ending in Ending if ending is not Ending.OURS
@@ -199,6 +205,9 @@ def _describe(found: dict[str, Any], verdict: Verdict) -> Iterable[str]:
     yield from (f"note: {note}" for note in found["notes"])
     if found["excused"]:
         yield f"{_total(found['excused'])} lost with the process that was killed on purpose, which nothing could save"
+    if verdict.late:
+        where = ", ".join(f"{each['count']:,} in {each['phase']}" for each in found["late"])
+        yield f"answered late, after more than {verdict.history.patience:g} s (--patience), which is no loss: {where}"
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in found["kinds"].items())
     yield f"{found['requests']:,} requests ({kinds}), {found['answers']:,} answers"
     if verdict.is_good:

@@ -213,7 +213,7 @@ prove = click.Command(
             ["--between"], type=float, default=2, show_default=True, help="Seconds without a restart before each."
         ),
         click.Option(
-            ["--patience"], type=float, default=10, show_default=True, help="Seconds that an answer may take."
+            ["--patience"], type=float, default=10, show_default=True, help="Seconds after which an answer is late; after six times as many, it is lost."
         ),
         click.Option(
             ["--max-slowdown"],

@@ -76,6 +76,20 @@ def test_a_request_that_fails_is_told_with_what_the_service_was_doing(fault: Fau
     assert story.find() == [(fault, STEADY), (fault, "restart 1"), (fault, "2: broken release")]
 
 
+def test_an_answer_that_is_late_is_told_and_no_loss() -> None:
+    story = Story(*RESTARTS)
+    story.history.patience = 3.0
+    story.ask(9.0, answered=12.1)
+    story.ask(1.0, answered=3.9)
+    [finding] = check(story.history)
+    assert (finding.fault, finding.phase, finding.text) == (
+        Fault.LATE,
+        "restart 1",
+        "request 1 (kept GET /): answered late: after 3.1 s",
+    )
+    assert finding.excuse is not None
+
+
 def test_a_request_without_an_end() -> None:
     story = Story()
     story.history.exchanges.append(Exchange(1, Kind.NEW, "GET /", 3.0))
@@ -134,7 +148,7 @@ def test_a_generation_that_was_not_serving(break_rule: Callable[[Story], object]
 def test_a_process_that_cannot_have_answered(step: Step, words: str) -> None:
     code = 0 if step is Step.PREDECESSOR_KILLED else 1
     story = Story(Restart(step, 10.0, 12.0, 13.0, code=code, killed=77, killed_at=10.5))
-    story.ask(11.0 if step is Step.PREDECESSOR_KILLED else 10.2, pid=77)
+    story.ask(11.6 if step is Step.PREDECESSOR_KILLED else 10.2, pid=77)
     [finding] = check(story.history)
     assert words in finding.text
 
@@ -148,7 +162,7 @@ def test_what_a_killed_process_takes_with_it_is_excused() -> None:
     for connection in (its, other, unknown):
         story.fail(10.51, Fault.RESET, connection)
     story.fail(10.51, Fault.REFUSED)  # the socket itself was lost
-    story.fail(12.5, Fault.RESET, story.connect(9.0))  # long after it
+    story.fail(21.0, Fault.RESET, story.connect(9.0))  # long after it
     story.connect(9.0, ended=10.52, ending=Ending.IDLE)
     findings = check(story.history)
     assert [(finding.fault, finding.excuse is not None) for finding in findings] == [

@@ -67,6 +67,17 @@ def test_words_of_a_bad_one() -> None:
     assert text.count("connection refused") == 6
 
 
+def test_words_of_late_answers() -> None:
+    history = make_history()
+    history.patience = 0.09
+    verdict = judge(history, 1000.0)
+    assert (verdict.is_good, verdict.excused) == (True, [])
+    assert verdict.to_json()["late"] == [{"class": "answered late", "phase": "steady", "count": 10}]
+    text = str(verdict)
+    assert "answered late, after more than 0.09 s (--patience), which is no loss: 10 in steady" in text
+    assert text.endswith("verdict: nothing was lost")
+
+
 def test_nothing_is_proved_by_nothing() -> None:
     assert not judge(History(), 2.0).is_good
 

@@ -116,4 +116,12 @@ def test_prometheus_scrapes_through_restarts(tmp_path: Path) -> None:
                 # What is shown at once, at least, has something to show.
                 if "[" not in query:
                     assert ask(port, query), query
+        seen = {
+            "restarts": measure(port, settled),
+            "scrapes": measure(port, "count_over_time(up[1d])"),
+            "scrapes that failed": measure(port, "count_over_time((up == 0)[1d:250ms])") or 0,
+            "requests counted": measure(port, "sum(ecdysis_requests_total)"),
+            "connections closed": measure(port, "sum(ecdysis_connections_closed_total)"),
+        }
+    print({**seen, "answers": len(visitors.answers), "failures": len(visitors.failures)})
     assert visitors.failures == []
