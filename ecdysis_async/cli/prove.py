@@ -213,7 +213,11 @@ prove = click.Command(
             ["--between"], type=float, default=2, show_default=True, help="Seconds without a restart before each."
         ),
         click.Option(
-            ["--patience"], type=float, default=10, show_default=True, help="Seconds after which an answer is late; after six times as many, it is lost."
+            ["--patience"],
+            type=float,
+            default=10,
+            show_default=True,
+            help="Seconds after which an answer is late, which is told; after six times as many, it is lost.",
         ),
         click.Option(
             ["--max-slowdown"],

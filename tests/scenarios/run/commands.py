@@ -23,6 +23,9 @@ ECDYSIS = [sys.executable, "-W", "error", "-m", "ecdysis_async.cli"]
 
 PATIENCE_SECONDS = 60.0
 
+# A command may wait for a service that starts several processes, on a machine that has other work.
+COMMAND_SECONDS = 240.0
+
 APP = """
 async def app(scope, receive, send):
     if scope["type"] == "lifespan":
@@ -51,7 +54,7 @@ def call(*arguments: str, cwd: Path, **environment: str) -> subprocess.Completed
         env=make_environment(cwd, environment),
         capture_output=True,
         text=True,
-        timeout=PATIENCE_SECONDS,
+        timeout=COMMAND_SECONDS,
         check=False,
         stdin=subprocess.DEVNULL,
     )
