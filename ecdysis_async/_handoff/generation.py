@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import anyio
 from ecdysis_async._system.lock_file import LockFile
 from ecdysis_async._system.log_files import reopen_logs, reopen_logs_of_application
 from ecdysis_async._system.own_log import Speaker, let_speak, logger
+from ecdysis_async._system.shared_memory import LastWord
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.settings import Settings
 
@@ -82,8 +84,19 @@ class Generation:
     # Returns what is counted of the service, for a successor; and takes what the predecessor, of a pid, has counted.
     count: Callable[[], dict[str, Any]] = dict
     inherit_counts: Callable[[int, object], None] = lambda pid, body: None
+    # Keeps what is counted for a successor that starts, in case this process is killed before it can say so.
+    last_word: LastWord | None = None
     # Pausing and resuming may be asked for at the same time; they must not interleave within the gate.
     gate_lock: anyio.Lock = field(default_factory=anyio.Lock)
+
+    def keep_counts(self) -> None:
+        """Let a successor that starts know what is counted here, even if this process is killed in the next moment."""
+        if self.last_word is None:
+            return
+        try:
+            self.last_word.write(json.dumps(self.count()).encode())
+        except OSError as error:
+            self.log.warning("what is counted is lost if this process is killed now: %s", error)
 
     async def reopen_logs(self) -> int:
         """Open log files anew that were moved away; return how many. The older generations do so as well."""

@@ -25,6 +25,7 @@ from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.process import Child, Spawner, spawn
 from ecdysis_async._system.release import describe_release
+from ecdysis_async._system.shared_memory import LastWord
 from ecdysis_async._system.signals import catches
 from ecdysis_async._system.stderr import duplicate_stderr
 from ecdysis_async._system.threads import run_in_thread
@@ -193,6 +194,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         # Cancelled as soon as the restart does not need any more what is being made.
         self._making = anyio.CancelScope()
         self._env_file_keys: tuple[str, ...] = ()
+        self._last_word: LastWord | None = None
 
     # What the supervisor asks
 
@@ -567,6 +569,12 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             launch.environment.update(add_resource(launch.environment, **facts))
         self._launch = launch
         self._send_provision(channel, stderr)
+        # Without it the successor of a process that is killed during the start counts from 0.
+        try:
+            self.generation.last_word = self._last_word = LastWord.make()
+        except OSError as error:
+            self.log.debug("nothing keeps what is counted: %s", error)
+        self.generation.keep_counts()
 
     async def _spawn(self, channel: socket.socket, stderr: int) -> Child:
         launch, lock_file = self._launch, self.generation.lock_file
@@ -579,6 +587,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 stderr,
                 is_kept=self.generation.is_supervised,
                 lock_file=lock_file.fileno() if lock_file is not None else -1,
+                last_word=self._last_word.descriptor if self._last_word is not None else -1,
                 restart=self.log.restart,
             )
         )
@@ -782,6 +791,9 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
 
     def _close(self) -> None:
         self._stash.close()
+        if self._last_word is not None:
+            self.generation.last_word = None
+            self._last_word.close()
         if self._successor is not None:
             self._successor.close()
         self.over.set()

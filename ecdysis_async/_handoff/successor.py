@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import logging
 import mmap
 import os
@@ -20,11 +21,12 @@ from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._connections.receiver import make_room
 from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.peer import Death, Peer
+from ecdysis_async._system.claims import take_last_word
 from ecdysis_async._system.descriptors import close_all
 from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.import_times import import_times
 from ecdysis_async._system.release import describe_release
-from ecdysis_async._system.shared_memory import make_memory
+from ecdysis_async._system.shared_memory import LastWord, make_memory
 from ecdysis_async._system.stderr import identity, pass_on
 from ecdysis_async._system.tracebacks import describe_failure
 from ecdysis_async.errors import (
@@ -112,6 +114,9 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         self._stderr = -1
         self._stderr_pipe = identity(2) if is_child else None
         self._stderr_read_end = -1
+        # What the predecessor has told others that it has counted, until it says so itself.
+        descriptor = take_last_word()
+        self._last_word = LastWord(descriptor) if descriptor is not None else None
         # What has taken the place of the pipe, unless the application has pointed stderr elsewhere.
         self._restored: tuple[int, int] | None = None
 
@@ -202,6 +207,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                 item.close()
         if self.predecessor is not None:
             self.predecessor.peer.close()
+        self._forget_last_word()
         for descriptor in (self._stderr, self._stderr_read_end):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -231,6 +237,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                     elif event is SuccessorEvent.COMMIT:
                         self.generation.inherited_stash.receive(item.body["stash"], item.descriptors)
                     if "counts" in item.body:
+                        self._forget_last_word()
                         self.generation.inherit_counts(self.predecessor.pid, item.body["counts"])
                 except (ChannelError, OSError, KeyError, TypeError, ValueError) as error:
                     self.post(SuccessorEvent.BROKEN, as_channel_error(error, item))
@@ -238,6 +245,22 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                     self.post(event, item)
                 finally:
                     item.close()
+
+    def _hear_last_word(self) -> None:
+        """Go on with what a predecessor has counted that was killed before it could say so."""
+        if self._last_word is None or self.predecessor is None:
+            return
+        try:
+            if record := self._last_word.read():
+                self.generation.inherit_counts(self.predecessor.pid, json.loads(record))
+        except (OSError, ValueError) as error:
+            self.log.warning("what the predecessor has counted cannot be read: %r", error)
+        self._forget_last_word()
+
+    def _forget_last_word(self) -> None:
+        if self._last_word is not None:
+            self._last_word.close()
+            self._last_word = None
 
     def _read_settled(self, body: Mapping[str, Any]) -> None:
         # First what matters: another release's idea of a report must not keep the restart from settling.
@@ -273,6 +296,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         if event is SuccessorEvent.DIED:
             self.generation.inherited_stash.expect_no_more()
             self._restore_stderr()
+            self._hear_last_word()
             log.warning("the predecessor (pid %d) died; this generation goes on without it", self.predecessor.pid)
         if self.state is SuccessorState.ABORTED:
             if isinstance(cause, BaseException):

@@ -5,6 +5,7 @@ The generation answers that accepts, from its readiness to its end.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -13,8 +14,10 @@ from ecdysis_async._management import status_page
 from ecdysis_async._management.exposition import CONTENT_TYPE, Family, counter, gauge, write
 from ecdysis_async._management.health import HealthServer, Page
 from ecdysis_async._management.metrics import describe_service
+from ecdysis_async._management.recent import read_recent
 from ecdysis_async._sockets.addresses import Address, Descriptor, resolve
 from ecdysis_async._sockets.entry import Entry, Until
+from ecdysis_async._system.history import history
 from ecdysis_async._system.memory import resident_bytes
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.report import State
@@ -76,6 +79,11 @@ class Health:
             return [registry.claim(address.name, until=Until.EXIT)]
         return [registry.obtain(each, name=NAME, until=Until.EXIT) for each in resolve(address)]  # type: ignore[arg-type] # a Descriptor stays one
 
+    async def remember(self) -> None:
+        """Let the page show the last restarts of a service that has ended here, and has left its history."""
+        if self._settings.status_page and self._life.inheritance is None and history.path is not None:
+            self._counting.ledger.recent = await run_in_thread(functools.partial(read_recent, history.path))
+
     def servers(self) -> list[HealthServer]:
         """Return what answers on each socket."""
         pages: dict[str, Callable[[], Awaitable[Page]]] = {}
@@ -100,7 +108,8 @@ class Health:
 
 
 def describe_metrics(life: Life, counting: Counting) -> list[Family]:
-    """Return the metrics of a service without workers."""
+    """Return the metrics of a service without workers: whoever is told of them never sees a counter fall."""
+    life.generation.keep_counts()
     ancestors = life.generation.lineage.ancestors
     workers = gauge("ecdysis_workers", "Processes that serve, by where they stand.")
     connections = gauge("ecdysis_connections", "Open connections, by where the process stands that has them.")

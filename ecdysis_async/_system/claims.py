@@ -34,6 +34,7 @@ __all__ = [
     "restart_id",
     "take_activation",
     "take_channel",
+    "take_last_word",
     "take_line",
     "take_lock_file",
 ]
@@ -53,6 +54,8 @@ RESTART_KEY = "ECDYSIS_RESTART"
 METRICS_ID_KEY = "ECDYSIS_METRICS_ID"
 # The same for the file of the service's locks (lock_file.py).
 LOCK_FILE_MARKER = "ECDYSIS_LOCK_FILE"
+# The same for the memory with what the predecessor has counted, which it goes on writing until the commit.
+LAST_WORD_MARKER = "ECDYSIS_LAST_WORD"
 # Set for a process that tells over the channel what it is, and ends: it is no generation.
 CHECK_KEY = "ECDYSIS_CHECK"
 # Where the processes of this service write down what happens.
@@ -66,6 +69,7 @@ PRIVATE_KEYS = (
     ANCHOR_MARKER,
     ANCHOR_CHECK_MARKER,
     LOCK_FILE_MARKER,
+    LAST_WORD_MARKER,
     CHECK_KEY,
     RESTART_KEY,
     METRICS_ID_KEY,
@@ -200,6 +204,10 @@ _lock_file = _claim_descriptor(LOCK_FILE_MARKER, stat.S_ISREG)
 if _lock_file is not None:
     os.set_inheritable(_lock_file, False)
 
+_last_word = _claim_descriptor(LAST_WORD_MARKER, stat.S_ISREG)
+if _last_word is not None:
+    os.set_inheritable(_last_word, False)
+
 # A user's variable of this name has no channel with it, over which this process could tell what it is.
 _is_check = os.environ.pop(CHECK_KEY, None) is not None and _channel is not None
 
@@ -245,6 +253,13 @@ def take_lock_file() -> int | None:
     """Return the descriptor of the service's locks, once; None if this process was passed none, or it was taken."""
     global _lock_file
     descriptor, _lock_file = _lock_file, None
+    return descriptor
+
+
+def take_last_word() -> int | None:
+    """Return the descriptor of the predecessor's last word, once; None if there is none, or it was taken."""
+    global _last_word
+    descriptor, _last_word = _last_word, None
     return descriptor
 
 

@@ -20,7 +20,16 @@ import anyio
 
 from ecdysis_async.errors import SpawnFailed
 
-from .claims import HISTORY_KEY, LINE_MARKER, LOCK_FILE_MARKER, MARKER, RESTART_KEY, mark, mark_restart
+from .claims import (
+    HISTORY_KEY,
+    LAST_WORD_MARKER,
+    LINE_MARKER,
+    LOCK_FILE_MARKER,
+    MARKER,
+    RESTART_KEY,
+    mark,
+    mark_restart,
+)
 from .history import history
 from .launch import TRAMPOLINE, Launch, read_first_lines
 from .signals import clean_mask
@@ -253,6 +262,7 @@ def spawn(
     is_kept: bool = False,
     line: socket.socket | None = None,
     lock_file: int = -1,
+    last_word: int = -1,
     restart: str = "",
     trace: str | None = None,
 ) -> Process:
@@ -260,12 +270,13 @@ def spawn(
 
     Args:
         launch: what to run.
-        channel: the successor's end of the channel; with the line and the locks the only descriptor it gets besides
-            0, 1 and 2; stays ours.
+        channel: the successor's end of the channel; with the line, the locks and the last word the only descriptor
+            it gets besides 0, 1 and 2; stays ours.
         stderr: the descriptor that becomes its 2; stays ours.
         is_kept: it shall become a child of systemd later, by :meth:`Process.let_go`.
         line: the worker's end of its line to the anchor, where the anchor starts it; stays ours.
         lock_file: the file of the service's locks; -1 for none; stays ours.
+        last_word: the memory with what is counted here; -1 for none; stays ours.
         restart: the id of the restart that it is started for; empty where it is none.
         trace: the trace context of the process that has asked for it; None: the one of the restart here, if any.
 
@@ -279,6 +290,8 @@ def spawn(
         passed[LINE_MARKER] = line.fileno()
     if lock_file >= 0:
         passed[LOCK_FILE_MARKER] = lock_file
+    if last_word >= 0:
+        passed[LAST_WORD_MARKER] = last_word
     environment = launch.environment | {key: mark(descriptor) for key, descriptor in passed.items()}
     if restart:
         environment[RESTART_KEY] = mark_restart(restart, channel.fileno())

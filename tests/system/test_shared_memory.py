@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from ecdysis_async._system.shared_memory import make_memory
+from ecdysis_async._system.shared_memory import LastWord, make_memory
 
 
 def use(descriptor: int) -> bytes:
@@ -39,3 +39,18 @@ def test_a_lack_of_descriptors_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "memfd_create", deny)
     with pytest.raises(OSError, match="Too many open files"):
         make_memory("ecdysis-test")
+
+
+def test_the_last_word_is_the_last_complete_one() -> None:
+    word = LastWord.make()
+    try:
+        assert word.read() == b""
+        for record in (b"one", b"two, which is longer", b"3"):
+            word.write(record)
+            assert word.read() == record
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            LastWord(-1).write(b"four")
+        assert LastWord(word.descriptor).read() == b"3"
+    finally:
+        word.close()
+        word.close()

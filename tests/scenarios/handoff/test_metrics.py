@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.scenarios.run.commands import PROJECT, get, wait_until
-from tests.scenarios.run.test_metrics import Scraper, scrape, wait_for_number
+from tests.scenarios.run.test_metrics import Scraper, is_counter, scrape, wait_for_number
 
 PROGRAM = """
 import os, pathlib, sys, threading, time, anyio, ecdysis_async
@@ -33,6 +33,10 @@ async def handle(stream):
         await stream.receive()
         await stream.send(b"ok")
 
+# Until it is told to go on, or is not to wait any more.
+while open("broken").read() == "waits in its imports":
+    time.sleep(0.01)
+
 async def main():
     async with Ecdysis(
         pid_file="pid",
@@ -46,6 +50,9 @@ async def main():
         broken = open("broken").read()
         if broken == "at the start":
             raise RuntimeError("no")
+        while open("broken").read() == "waits in its start":
+            pathlib.Path("greeted").touch()
+            await anyio.sleep(0.01)
         if broken == "on probation":
             await ecdysis.ready()
             threading.Thread(target=die).start()
@@ -127,3 +134,33 @@ def test_no_counter_falls(tmp_path: Path, loop: str) -> None:
             assert scrape(health)["ecdysis_requests_total", "slot=0"] >= 8
             assert get(health, "/")[1].startswith("<!doctype html>")
         assert scraper.fallen == []
+
+
+@pytest.mark.newest_python_only
+@pytest.mark.parametrize("where", ["imports", "start"])
+def test_no_counter_falls_where_the_predecessor_is_killed_before_the_commit(tmp_path: Path, where: str) -> None:
+    health, port = find_port(), find_port()
+    with serving(tmp_path, f"127.0.0.1:{health}", str(port), "asyncio") as first:
+        wait_until(lambda: first.poll() is not None or (tmp_path / "pid").exists(), "it does not serve")
+        visit(port)
+        (tmp_path / "broken").write_text(f"waits in its {where}")
+        os.kill(first.pid, signal.SIGHUP)
+        wait_until(lambda: psutil.Process(first.pid).children() != [], "there is no successor")
+        [successor] = psutil.Process(first.pid).children()
+        if where == "start":
+            # It has said who it is, and its predecessor has read that.
+            wait_until((tmp_path / "greeted").exists, "it does not begin")
+        visit(port)
+        visit(port)
+        wait_for_number(health, ("ecdysis_requests_total", "slot=0"), 3)
+        before = scrape(health)
+        first.kill()
+        first.wait()
+        (tmp_path / "broken").write_text("")
+        wait_for_number(health, ("ecdysis_generation",), 2)
+        after = scrape(health)
+        assert int((tmp_path / "pid").read_text()) == successor.pid
+        fallen = [name for name in before if is_counter(name[0]) and after[name] < before[name]]
+        assert fallen == []
+        visit(port)
+        wait_for_number(health, ("ecdysis_requests_total", "slot=0"), 4)
