@@ -27,6 +27,7 @@ from ecdysis_async._management.control_path import make_lock_file
 from ecdysis_async._management.controlled import ControlHandlers
 from ecdysis_async._management.health import HealthServer
 from ecdysis_async._management.management import LEEWAY_SECONDS, OwnManagement
+from ecdysis_async._management.recent import read_recent
 from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import find_systemd
 from ecdysis_async._management.tracing import Tracing
@@ -44,7 +45,7 @@ from ecdysis_async.errors import RestartError
 from ecdysis_async.report import State
 
 from . import reexec, status
-from .config import AnchorConfig
+from .config import AnchorConfig, HealthPage
 from .dispatch import Dispatcher
 from .filling import Filler
 from .hanging import HungWorkers
@@ -309,6 +310,10 @@ class Anchor:
             for entry in opened:
                 registry.give_back(entry)
             raise
+        state, control_path = self._state, self._config.control_path
+        if HealthPage.STATUS in self._config.pages and control_path is not None and not state.ledger.recent:
+            # A service that has ended here has left its history.
+            state.ledger.recent = await run_in_thread(functools.partial(read_recent, control_path + SUFFIX))
         for entry in opened:
             why_not_ready = functools.partial(status.why_not_ready, self._state)
             pages = make_pages(self._state, self._held_sockets)

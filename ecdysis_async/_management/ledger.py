@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ecdysis_async._connections.tracker import Tracker
+from ecdysis_async._system.claims import is_worker
+from ecdysis_async._system.history import Note, history
 from ecdysis_async.errors import (
     ReadyTimeout,
     RestartError,
@@ -175,6 +177,7 @@ class Ledger:
         if Phase.PROBATION in report.phases:
             self.phases[Phase.PROBATION].observe(report.phases[Phase.PROBATION])
         self.recent = [*self.recent, _shorten(report, reason, at)][-RECENT:]
+        _write_down(self.recent[-1])
         # With workers, each process that has died is counted by itself.
         if not report.workers:
             self.closed[Closed.LOST] += report.lost
@@ -184,6 +187,7 @@ class Ledger:
         for index, each in enumerate(self.recent):
             if each["id"] == report.id:
                 self.recent[index] = {**each, **_shorten(report, each["reason"], each["ended_at"])}
+                _write_down(self.recent[index])
         if Phase.DRAIN in report.phases:
             self.phases[Phase.DRAIN].observe(report.phases[Phase.DRAIN])
 
@@ -239,6 +243,12 @@ class Ledger:
         ledger.recent = [dict(each) for each in body.get("recent", [])]
         ledger.requests = {int(slot): int(count) for slot, count in body["requests"]}
         return ledger
+
+
+def _write_down(short: Mapping[str, Any]) -> None:
+    """Let a service that begins here later know of a restart; a worker has its part only, and its anchor the whole."""
+    if not is_worker():
+        history.note(Note.COUNTED, short=short)
 
 
 def _shorten(report: RestartReport, reason: str, at: float) -> dict[str, Any]:

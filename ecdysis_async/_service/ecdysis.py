@@ -367,6 +367,8 @@ class Ecdysis(Listeners):
                 await health.open()
             management.handle_signals()
             self._begin_history()
+            if health is not None:
+                await health.remember()
             await self._task_group.__aenter__()
         except BaseException:
             self._vacate()

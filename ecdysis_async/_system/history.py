@@ -12,6 +12,7 @@ import contextlib
 import enum
 import errno
 import json
+import logging
 import os
 import stat
 import threading
@@ -44,6 +45,19 @@ FLUSH_SECONDS = 0.5
 # Nothing is followed, and nothing waits for a reader, where somebody has put something else in the file's place.
 _FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK
 
+# What can be done about an error.
+_NO_PERMISSION: Final = (
+    "let the user whom the service becomes own the directory of the control socket, such as by RuntimeDirectory= and "
+    "User= of the unit, or choose one of that user's by --control"
+)
+_REMEDIES: Final = {
+    errno.EACCES: _NO_PERMISSION,
+    errno.EPERM: _NO_PERMISSION,
+    errno.EROFS: "choose a directory that can be written by --control",
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room in that quota",
+}
+
 
 class Note(enum.StrEnum):
     """What a line tells of. Each line has ``v``, ``at`` (epoch), ``clock`` (CLOCK_MONOTONIC), ``pid`` and ``kind``."""
@@ -59,6 +73,7 @@ class Note(enum.StrEnum):
     SENT = "sent"  # a message was sent: restart, message, peer
     GOT = "got"  # a message has come: restart, message, peer
     OUTCOME = "outcome"  # what became of a restart: restart, report, phase, stderr
+    COUNTED = "counted"  # what the service remembers of a restart in short, the last time all of it: short
     DRAIN = "drain"  # a drain begins: restart, connections, seconds (until its deadline)
     WAITS = "waits"  # whom the drain waits for: restart, connections, requests
     DRAINED = "drained"  # the drain is over: restart, report
@@ -91,6 +106,7 @@ class History:
         self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
         self._lock = threading.Lock()
         self._writer: threading.Thread | None = None
+        self._has_told = False
 
     @property
     def path(self) -> str | None:
@@ -101,7 +117,7 @@ class History:
         """Write to this file from now on."""
         if self._path is None:
             atexit.register(self.flush)
-        self._path, self._owner = path, os.getpid()
+        self._path, self._owner, self._has_told = path, os.getpid(), False
 
     def write_from_now_on(self) -> None:
         """Write what was kept, and what comes: something happens that somebody may want explained."""
@@ -157,9 +173,25 @@ class History:
                 if not data or path is None:
                     self._writer = None
                     return
-            # No permission, a disk that is full, a directory that is gone: the service goes on, and is not explained.
-            with contextlib.suppress(OSError):
+            # The service goes on, and is not explained.
+            try:
                 append(path, data)
+            except OSError as error:
+                self._tell(path, error)
+
+    def _tell(self, path: str, error: OSError) -> None:
+        """Say once that nothing can be written, where somebody can do something about it."""
+        # A directory that is gone is one of a service that has ended.
+        if self._has_told or error.errno not in _REMEDIES:
+            return
+        self._has_told = True
+        logging.getLogger("ecdysis_async").warning(
+            "what happens in restarts cannot be written to %s, and `ecdysis explain` will lack it: %s (user %d): %s",
+            path,
+            error.strerror,
+            os.geteuid(),
+            _REMEDIES[error.errno],
+        )
 
 
 def append(path: str, data: bytes) -> None:

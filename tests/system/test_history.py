@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -149,3 +150,20 @@ def test_of_a_long_text_its_end_is_kept(history: History, path: Path) -> None:
     history.flush()
     assert read(path)[0]["report"]["error"].endswith("end")
     assert path.stat().st_size < 10_000
+
+
+def test_that_it_may_not_be_written_is_told_once(
+    history: History, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The service has given up its rights, which were those of root."""
+
+    def deny(path: str, data: bytes) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(module, "append", deny)
+    for _ in range(2):
+        history.note(Note.BEGUN)
+        history.flush()
+    [record] = caplog.records
+    assert "`ecdysis explain` will lack it: Permission denied" in record.getMessage()
+    assert "own the directory of the control socket" in record.getMessage()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
-from tests.scenarios.run.commands import PATIENCE_SECONDS, call, running, write_app
+from tests.scenarios.run.commands import PATIENCE_SECONDS, call, get, running, wait_until, write_app
 from tests.scenarios.servers import programs
 
 pytestmark = [pytest.mark.newest_python_only, pytest.mark.backends("asyncio")]
@@ -93,6 +93,37 @@ async def browsing(directory: Path) -> AsyncIterator[Tab]:
 
         async with connect(await asyncio.to_thread(find), max_size=None, proxy=None) as connection:
             yield Tab(connection)
+
+
+def test_the_last_restarts_outlive_the_anchor(tmp_path: Path) -> None:
+    """By the state that an anchor hands on, and by the history of a service that was killed."""
+    write_app(tmp_path / "main.py", "ok")
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        health = sock.getsockname()[1]
+    options = ("--bind", "127.0.0.1:0", "--probation", "0.1", "--status-page", "--health-bind", f"127.0.0.1:{health}")
+
+    def list_restarts() -> list[dict[str, Any]]:
+        status, text = get(health, "/status.json")
+        assert status == 200
+        restarts: list[dict[str, Any]] = json.loads(text)["restarts"]
+        return restarts
+
+    with running(tmp_path, *options) as run:
+        run.find_port()
+        assert list_restarts() == []
+        assert call("restart", "--until", "drained", "--control", run.control, cwd=tmp_path).returncode == 0
+        restarts = list_restarts()
+        assert [(each["outcome"], each["generation"]) for each in restarts] == [("settled", 2)]
+        assert {"start", "initialise", "drain"} <= set(restarts[0]["phases"])
+        assert call("restart", "--anchor", "--control", run.control, cwd=tmp_path).returncode == 0
+        wait_until(lambda: run.status()["anchor"]["upgrades"] == 1, "it is not upgraded")
+        assert list_restarts() == restarts
+        run.process.kill()
+        run.process.wait()
+    (tmp_path / "log").unlink()
+    with running(tmp_path, *options) as run:
+        run.find_port()
+        assert list_restarts() == restarts
 
 
 async def test_it_shows_a_restart_while_it_goes_on(tmp_path: Path) -> None:
