@@ -616,6 +616,7 @@ class Anchor:
         state, sockets = self._state, self._held_sockets
         return ControlHandlers(
             status=lambda: status.describe_status(state, sockets.service.entries),
+            look_up=lambda: status.look_up_status(state),
             waiting_for=lambda: status.describe_wait(state),
             begin_restart=self._restarts.begin_by_command,
             find_report=self._restarts.find_report,

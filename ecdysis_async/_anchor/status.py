@@ -5,6 +5,7 @@ Nothing here changes anything, or waits. Every answer is made of an `AnchorState
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -15,13 +16,22 @@ import anyio
 from ecdysis_async._handoff.preflight import describe_place, describe_place_of
 from ecdysis_async._management.status import counted, describe_failed_restart, describe_listeners, describe_load
 from ecdysis_async._sockets.entry import Entry
-from ecdysis_async._system.launch import describe_following, find_unfollowed_link
+from ecdysis_async._system.launch import look_up_links
+from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.report import State
 
 from .pool import Worker, WorkerPool
 from .state import AnchorState, Life, RollOut, RollOutStage, Turn, TurnState
 
-__all__ = ["describe", "describe_status", "describe_wait", "describe_waits", "describe_workers_place", "why_not_ready"]
+__all__ = [
+    "describe",
+    "describe_status",
+    "describe_wait",
+    "describe_waits",
+    "describe_workers_place",
+    "look_up_status",
+    "why_not_ready",
+]
 
 # A worker that says nothing for so long hangs, seconds: its beat comes each second.
 SILENT_SECONDS = 2.5
@@ -131,7 +141,6 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
     roll_out, pool = state.roll_out, state.pool
     draining = [worker for worker in pool if worker.state in (State.PAUSED, State.DRAINING)]
     now = anyio.current_time()
-    runs = next((worker.launch for worker in pool if worker.serves and worker.launch is not None), None)
     return {
         "generation": state.generation,
         "pid": os.getpid(),
@@ -153,8 +162,6 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
         },
         "last_report": state.last_report.to_json() if state.last_report is not None else None,
         "anchor": {"upgrades": state.upgrades, "error": state.upgrade_error, "missing": dict(state.missing)},
-        "restart_would_run": None if runs is None else describe_following(runs, state.config.settings.command),
-        "unfollowed_link": find_unfollowed_link(),
         "process": {**describe_workers_place(pool), "environment": sorted(pool.environment)},
         "exclusive": [
             {"name": name, "is_held": is_held, "seconds": now - since, "slot": slot.index, "pid": worker.pid}
@@ -193,6 +200,13 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
             for worker in slot.workers
         ],
     }
+
+
+async def look_up_status(state: AnchorState) -> dict[str, Any]:
+    """Return what of the status stands in the file system."""
+    runs = next((worker.launch for worker in state.pool if worker.serves and worker.launch is not None), None)
+    command = state.config.settings.command
+    return await run_in_thread(functools.partial(look_up_links, runs, command), abandon_on_cancel=True)
 
 
 def describe(state: AnchorState) -> str:

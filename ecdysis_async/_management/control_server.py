@@ -67,6 +67,9 @@ NAME = "ecdysis control"
 REQUEST_SECONDS = 10.0
 MAX_CLIENTS = 32
 
+# How long the file system may take over what a status says of it, seconds.
+LOOK_UP_SECONDS = 1.0
+
 # How often a client that waits for a restart, or for the end, hears something at least, seconds. A drain counts down,
 # and silence means that the service hangs.
 HEARTBEAT_SECONDS = 1.0
@@ -241,7 +244,11 @@ class ControlServer:
             return
         match request:
             case {"command": "status"}:
-                await client.send("status", status=self.controlled.status())
+                found: dict[str, Any] = {}
+                # A file system that hangs leaves these questions open, and no other.
+                with anyio.move_on_after(LOOK_UP_SECONDS):
+                    found = await self.controlled.look_up()
+                await client.send("status", status={**self.controlled.status(), **found})
             case {"command": "verdict", "id": str(id)}:
                 report = self.controlled.find_report(id)
                 if report is None:

@@ -44,6 +44,10 @@ def _refuse_takeover(spawner: Spawner, asked_by: str) -> Restart:
     )
 
 
+async def _find_nothing() -> dict[str, Any]:
+    return {}
+
+
 async def _refuse_upgrade() -> Callable[[], None]:
     raise RestartUnsupported(
         "this service has no anchor, which only `ecdysis run` has: restart it without --anchor, and the new generation "
@@ -57,6 +61,7 @@ class ControlHandlers:
 
     Attributes:
         status: tells where it stands, as an object of JSON.
+        look_up: tells what else of its status stands in the file system, which may take its time.
         waiting_for: tells what it waits for, in words; None if for nothing.
         begin_restart: begins a restart, of which it is said in words who asks for it, or raises a ``RestartError``.
         find_report: returns the report of a restart by its id, where it is known here.
@@ -84,6 +89,7 @@ class ControlHandlers:
     reopen_logs: Callable[[], Awaitable[int]]
     check: Callable[[], Awaitable[dict[str, Any]]]
     compare: Callable[[dict[str, Any]], dict[str, Any]]
+    look_up: Callable[[], Awaitable[dict[str, Any]]] = _find_nothing
     begin_takeover: Callable[[Spawner, str], Restart] = _refuse_takeover
     workers: Callable[[], list[dict[str, Any]]] = list
     upgrade: Callable[[], Awaitable[Callable[[], None]]] = _refuse_upgrade

@@ -194,6 +194,7 @@ class Commands:
     def _control_handlers(self, changes: Changes) -> ControlHandlers:
         return ControlHandlers(
             status=self._description.status,
+            look_up=self._description.look_up,
             waiting_for=self._description.waiting_for,
             begin_restart=lambda asked_by: self._begin_restart(asked_by, is_told=True),
             find_report=self._description.find_report,

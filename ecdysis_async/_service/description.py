@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from typing import Any
@@ -20,8 +21,9 @@ from ecdysis_async._management.status import (
     describe_wait,
     report_of,
 )
-from ecdysis_async._system.launch import Launch, describe_following, find_following, find_unfollowed_link
+from ecdysis_async._system.launch import Launch, find_following, look_up_links
 from ecdysis_async._system.release import describe_release
+from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import RestartReport, State
 
@@ -90,11 +92,13 @@ class Description:
             "restart": describe_restart(life.handover, phase_seconds=anyio.current_time() - life.phase_begun),
             "last_report": life.last_report.to_json() if life.last_report is not None else None,
             "draining": [*self._paused(), *describe_ancestors(life.generation.lineage.ancestors)],
-            "restart_would_run": None if self._runs is None else describe_following(self._runs, self._command),
-            "unfollowed_link": find_unfollowed_link(),
             "process": describe_process(),
             "exclusive": life.exclusives.describe() if life.exclusives is not None else [],
         }
+
+    async def look_up(self) -> dict[str, Any]:
+        """Return what of the status stands in the file system."""
+        return await run_in_thread(functools.partial(look_up_links, self._runs, self._command), abandon_on_cancel=True)
 
     def find_report(self, id: str) -> RestartReport | None:
         """Return the report of a restart by its id, where it is known here."""

@@ -12,6 +12,7 @@ import struct
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ecdysis_async.errors import RestartError, RestartUnsupported
 
@@ -27,6 +28,7 @@ __all__ = [
     "find_from_start",
     "find_unfollowed_link",
     "follow_link",
+    "look_up_links",
     "read_env_file",
     "read_first_lines",
 ]
@@ -368,6 +370,19 @@ def find_unfollowed_link() -> str | None:
         except OSError:
             continue
     return None
+
+
+def look_up_links(started: Launch | None, command: Sequence[str] | None) -> dict[str, Any]:
+    """Return what a status says of links: what a restart would run, and the link that it would not follow. It blocks.
+
+    Args:
+        started: what runs, pinned when it was started; None where that is not known.
+        command: as in ``describe_launch``.
+    """
+    return {
+        "restart_would_run": None if started is None else describe_following(started, command),
+        "unfollowed_link": find_unfollowed_link(),
+    }
 
 
 def follow_link(path: str) -> str:

@@ -181,7 +181,8 @@ KEYS = {
 
 
 async def ask(here: Stage) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(status.describe_status(here.state, here.sockets.service.entries)))
+    described = status.describe_status(here.state, here.sockets.service.entries)
+    found: dict[str, Any] = json.loads(json.dumps({**described, **await status.look_up_status(here.state)}))
     return found
 
 
