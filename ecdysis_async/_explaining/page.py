@@ -6,12 +6,12 @@ The page (page.html) draws itself from the JSON that stands in it; here that JSO
 from __future__ import annotations
 
 import dataclasses
-import html
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from ecdysis_async._system.pages import fill
 
 from .now import Wait
 from .story import Story
@@ -19,8 +19,6 @@ from .story import Story
 __all__ = ["describe", "write"]
 
 TEMPLATE = Path(__file__).with_name("page.html")
-PLACE = "/* what was seen */"
-TITLE = "<!-- title -->"
 
 
 def write(stories: Sequence[Story], waits: Iterable[Wait], subject: str) -> str:
@@ -31,11 +29,7 @@ def write(stories: Sequence[Story], waits: Iterable[Wait], subject: str) -> str:
         waits: what the service waits for at this moment.
         subject: which service it is.
     """
-    data = json.dumps(describe(stories, waits, subject), separators=(",", ":"), allow_nan=False)
-    # Nothing in it may end the script that it stands in.
-    data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return template.replace(TITLE, html.escape(f"ecdysis explain: {subject}")).replace(PLACE, data)
+    return fill(TEMPLATE, f"ecdysis explain: {subject}", describe(stories, waits, subject))
 
 
 def describe(stories: Iterable[Story], waits: Iterable[Wait], subject: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ecdysis_async._system.pages import read
+
 from .health import Page
 
 __all__ = ["SHOWN", "describe", "show"]
@@ -70,7 +72,7 @@ async def show() -> Page:
 
 @functools.cache
 def _read() -> Page:
-    text = Path(__file__).with_name("status_page.html").read_text(encoding="utf-8")
+    text = read(Path(__file__).with_name("status_page.html"))
     sources = {
         name: " ".join(_hash(part) for part in re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL))
         for name, tag in (("script-src", "script"), ("style-src", "style"))

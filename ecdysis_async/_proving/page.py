@@ -5,12 +5,11 @@ The page (page.html) draws itself from the JSON that stands in it; here that JSO
 
 from __future__ import annotations
 
-import html
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ecdysis_async._system.pages import fill
 from ecdysis_async.report import Phase
 
 from .records import Exchange, History, Restart
@@ -19,8 +18,6 @@ from .verdict import Verdict
 __all__ = ["write"]
 
 TEMPLATE = Path(__file__).with_name("page.html")
-PLACE = "/* what was seen */"
-TITLE = "<!-- title -->"
 
 # A browser draws so many points at once; of more, the slowest of each moment are kept.
 MAX_POINTS = 4000
@@ -33,11 +30,7 @@ def write(verdict: Verdict, subject: str) -> str:
         verdict: what it tells.
         subject: what was proved, in a few words.
     """
-    data = json.dumps(describe(verdict, subject), separators=(",", ":"), allow_nan=False)
-    # Nothing in it may end the script that it stands in.
-    data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return template.replace(TITLE, html.escape(f"ecdysis prove: {subject}")).replace(PLACE, data)
+    return fill(TEMPLATE, f"ecdysis prove: {subject}", describe(verdict, subject))
 
 
 def describe(verdict: Verdict, subject: str) -> dict[str, Any]:

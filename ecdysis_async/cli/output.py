@@ -66,7 +66,8 @@ def _wrap(stream: TextIO | None, number: int) -> TextIO:
     return Output(
         stream.buffer,
         encoding=stream.encoding,
-        errors=stream.errors,
+        # A path may hold bytes that are no text, and a terminal may know no such characters: neither is an error.
+        errors="backslashreplace" if stream.errors == "strict" else stream.errors,
         line_buffering=True,
         write_through=getattr(stream, "write_through", False),
     )

@@ -23,6 +23,7 @@ from ecdysis_async._proving.plan import (
 )
 
 from .client import CommandFailed, Exit, find
+from .output import let_readers_leave
 
 __all__ = ["prove"]
 
@@ -38,6 +39,7 @@ service to be proved; 130 interrupted."""
 
 
 def _prove(arguments: tuple[str, ...], *, as_json: bool, html: str | None, **given: Any) -> None:
+    let_readers_leave()
     try:
         plan = _make_plan(arguments, given)
         for path in (html, plan.log):

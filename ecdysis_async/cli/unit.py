@@ -30,6 +30,7 @@ from ecdysis_async._sockets.addresses import Descriptor, Internet, Unix
 from ecdysis_async.errors import StartupError
 
 from .client import Exit
+from .output import let_readers_leave
 from .places import find_directory, find_interpreter, find_links, find_places, find_python_path, name_project
 from .run import run
 
@@ -90,6 +91,7 @@ def _unit(name: str | None, user: str | None, *, socket: bool, output: str | Non
     It waits for readiness, reloads without losing a connection and fails the reload where the new release does,
     keeps the listening sockets over a crash, and may do nothing that a web service has no need of.
     """
+    let_readers_leave()
     try:
         given = translate(given)
         # Leave the environment out: the service will not have this one.

@@ -2,7 +2,7 @@
 
 ``hypercorn.asyncio.serve`` does not show its connections, and ends those of HTTP/2 without telling their clients. So
 this module does the same, and knows each connection. Seams, as seen in hypercorn 0.18: ``Lifespan``, ``StatsdLogger``,
-``WorkerContext``, ``TCPServer`` and its ``protocol_send`` and ``_read_data``, and ``wrap_app``.
+``WorkerContext``, ``TCPServer``, and ``wrap_app``. See ``_protocols/hypercorn.py`` for others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from hypercorn.asyncio.statsd import StatsdLogger
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
-from hypercorn.events import Event, Updated
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import wrap_app
 
@@ -32,31 +31,12 @@ from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.goodbye import Goodbye
 from ecdysis_async.servers._common.http2 import Http2Goodbyes
 from ecdysis_async.servers._protocols.http import UnreadOnly
-from ecdysis_async.servers._protocols.hypercorn import HypercornConnections, http_2_of, release_streams
+from ecdysis_async.servers._protocols.hypercorn import HypercornConnections, http_2_of, make_server_class
 
 __all__ = ["serve"]
 
 # How long connections may take to end that are cancelled, seconds.
 CANCEL_SECONDS = 1.0
-
-
-class _TCPServer(TCPServer):
-    """hypercorn's server of one connection.
-
-    Attributes:
-        on_request: called at each request.
-    """
-
-    on_request: Callable[[], None]
-
-    async def protocol_send(self, event: Event) -> None:
-        if isinstance(event, Updated) and not event.idle:
-            self.on_request()
-        await super().protocol_send(event)
-
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        await release_streams(self)
 
 
 async def serve(
@@ -82,7 +62,7 @@ async def serve(
     """
     loop = asyncio.get_running_loop()
     goodbye = Goodbye(ecdysis)
-    connections = HypercornConnections()
+    connections, make_server = HypercornConnections(), make_server_class(TCPServer)
     application = Application(app, goodbye, connections.has_next_request)
     Http2Goodbyes(goodbye, connections.find_http_2)
     wrapped = wrap_app(cast("Any", application), config.wsgi_max_body_size, "asgi")
@@ -101,7 +81,7 @@ async def serve(
         assert isinstance(connection, ServerConnection)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
-        server = _TCPServer(wrapped, loop, config, context, ConnectionState(state), reader, writer)
+        server = make_server(wrapped, loop, config, context, ConnectionState(state), reader, writer)
         served[protocol] = server
         server.on_request = functools.partial(connections.mend_http_2, connection)
         try:

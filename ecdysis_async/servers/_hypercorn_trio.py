@@ -2,7 +2,7 @@
 
 ``hypercorn.trio.serve`` accepts by trio's ``serve_listeners``, which cannot be paused and taken up again. So this
 module does the same on listeners of the ``Ecdysis``. Seams, as seen in hypercorn 0.18: ``Lifespan``, ``WorkerContext``,
-``TCPServer`` and its ``protocol_send`` and ``_read_data``, and ``wrap_app``.
+``TCPServer``, and ``wrap_app``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Event, Updated
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -30,28 +29,9 @@ from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.goodbye import STEP_SECONDS, Goodbye
 from ecdysis_async.servers._common.http2 import Http2Goodbyes
 from ecdysis_async.servers._protocols.frames import FrameFollower
-from ecdysis_async.servers._protocols.hypercorn import HypercornConnections, http_2_of, release_streams
+from ecdysis_async.servers._protocols.hypercorn import HypercornConnections, http_2_of, make_server_class
 
 __all__ = ["serve"]
-
-
-class _TCPServer(TCPServer):
-    """hypercorn's server of one connection.
-
-    Attributes:
-        on_request: called at each request.
-    """
-
-    on_request: Callable[[], None]
-
-    async def protocol_send(self, event: Event) -> None:
-        if isinstance(event, Updated) and not event.idle:
-            self.on_request()
-        await super().protocol_send(event)
-
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        await release_streams(self)
 
 
 class _Stream:
@@ -107,7 +87,7 @@ async def serve(
         insecure: sockets of the ``Ecdysis``, to serve without TLS on.
         startup: told when this server could serve.
     """
-    connections = HypercornConnections()
+    connections, make_server = HypercornConnections(), make_server_class(TCPServer)
 
     async def end_them() -> None:
         # Idle connections end at once, the others after their response.
@@ -142,7 +122,7 @@ async def serve(
         connection = current_connection.get()
         assert isinstance(connection, AcceptedConnection)
         whole: Any = _Stream(stream, context, connection, application.inbound)
-        server = _TCPServer(wrapped, config, context, ConnectionState(state.copy()), whole)
+        server = make_server(wrapped, config, context, ConnectionState(state.copy()), whole)
         server.on_request = functools.partial(connections.mend_http_2, connection)
         try:
             with connections.holding(connection, server):

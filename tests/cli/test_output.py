@@ -48,3 +48,34 @@ def test_closed_streams_change_nothing(closed: str) -> None:
 def test_what_is_read_is_written() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.count("\n"), done.stderr) == (5, 100_000, "more\n")
+
+
+def test_characters_that_a_terminal_does_not_know_are_no_error() -> None:
+    program = PROGRAM.replace('"a line", number', r'"\u2588 \udcff"').replace("100_000", "1")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (5, "\\u2588 \\udcff\n")
+
+
+@pytest.mark.parametrize("command", ["unit", "prove"])
+def test_each_command_is_left_in_peace(command: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ecdysis_async.cli", command, "nobody:app"],
+            stdout=write,
+            stderr=write,
+            stdin=subprocess.DEVNULL,
+            check=False,
+            timeout=60,
+        )
+    finally:
+        os.close(write)
+    # There is no such module, which is what its status says.
+    assert done.returncode == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,28 +12,9 @@ import pytest
 from ecdysis_async._explaining import page
 from ecdysis_async._explaining.now import Wait
 from ecdysis_async._explaining.story import tell_stories
-from tests.scenarios.servers import programs
+from tests.scenarios.servers.programs import browse
 
 from .histories import begin, fail, records, roll_out, settle
-
-
-def browse(file: Path, directory: Path) -> str:
-    """Open a page in a browser that can ask nobody for anything; return the document that it has made."""
-    command = [
-        programs.find("chromium"),
-        "--headless",
-        "--no-sandbox",  # root's browser has none
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--user-data-dir={directory / 'profile'}",
-        "--virtual-time-budget=2000",
-        "--dump-dom",
-        file.as_uri(),
-    ]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=90).stdout
 
 
 @pytest.mark.newest_python_only
@@ -43,7 +23,7 @@ def test_the_page_shows_lanes_arrows_and_the_reason(tmp_path: Path) -> None:
     waits = [Wait(7, "pid 6 waits for pid 7", stack="File </script><b>app.py")]
     file = tmp_path / "page.html"
     file.write_text(page.write(stories, waits, "</title>app.sock"))
-    document = browse(file, tmp_path)
+    document = browse(file, tmp_path, "--dump-dom")
     assert len(re.findall(r'<details class="restart"', document)) == 2
     assert len(re.findall(r'<g class="lane"', document)) == 5 + 2
     assert len(re.findall(r'<line class="arrow"', document)) == 2 * 5 + 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from ecdysis_async._proving.records import (
     Restart,
 )
 from ecdysis_async._proving.verdict import judge
-from tests.scenarios.servers import programs
+from tests.scenarios.servers.programs import browse
 
 FAILURES = 3
 ANSWERS = 200
@@ -66,31 +65,6 @@ def tell_a_story() -> History:
     history.connections.append(killed)
     history.exchanges.append(Exchange(990, Kind.KEPT, "GET /", 6.4, killed.number, ended=6.51, fault=Fault.RESET))
     return history
-
-
-def browse(file: Path, directory: Path, *arguments: str) -> str:
-    """Open a page in a browser that can ask nobody for anything; return what it prints."""
-    command = [
-        programs.find("chromium"),
-        "--headless",
-        "--no-sandbox",  # root's browser has none
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-breakpad",
-        "--enable-logging=stderr",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--user-data-dir={directory / 'browser'}",
-        "--virtual-time-budget=5000",
-        *arguments,
-        file.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, stdin=subprocess.DEVNULL)
-    # What its console says.
-    assert "CONSOLE" not in done.stderr, done.stderr
-    return done.stdout
 
 
 @pytest.fixture

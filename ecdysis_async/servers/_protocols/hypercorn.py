@@ -1,28 +1,53 @@
 """What is seen and changed of hypercorn's connections: the goodbye of HTTP/2, and streams whose client has gone.
 
-Seams, as seen in hypercorn 0.18: of ``TCPServer`` ``protocol`` and ``_initiate_server_close``; ``protocol`` of
-``ProtocolWrapper``; of ``H2Protocol`` ``closed``, ``connection``, ``send``, ``stream_buffers``, ``streams`` and
-``task_group``; of ``H11Protocol`` ``connection``.
+Seams, as seen in hypercorn 0.18: of ``TCPServer`` ``protocol``, ``protocol_send``, ``_read_data`` and
+``_initiate_server_close``; ``protocol`` of ``ProtocolWrapper``; of ``H2Protocol`` ``closed``, ``connection``, ``send``,
+``stream_buffers``, ``streams`` and ``task_group``; of ``H11Protocol`` ``connection``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import DataReceived, Event, RequestReceived
+from h2.events import DataReceived, RequestReceived
+from h2.events import Event as H2Event
 from h2.exceptions import ProtocolError
-from hypercorn.events import RawData
+from hypercorn.events import Event, RawData, Updated
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 
 from ecdysis_async._connections.connection import Connection
 from ecdysis_async.servers._common.http2 import ANY_STREAM, Http2Connection, refuse_and_close, write_goaway
 
-__all__ = ["HypercornConnections", "http_2_of", "release_streams"]
+__all__ = ["HypercornConnections", "http_2_of", "make_server_class", "release_streams"]
+
+
+def make_server_class(kind: type[Any]) -> type[Any]:
+    """Return a class of hypercorn's servers of one connection that tells of each request.
+
+    Its attribute ``on_request`` is to be set: it is called then.
+
+    Args:
+        kind: hypercorn's ``TCPServer``, of any loop.
+    """
+
+    class Telling(kind):  # type: ignore[misc]
+        on_request: Callable[[], None]
+
+        async def protocol_send(self, event: Event) -> None:
+            if isinstance(event, Updated) and not event.idle:
+                self.on_request()
+            await super().protocol_send(event)
+
+        async def _read_data(self) -> None:
+            await super()._read_data()
+            await release_streams(self)
+
+    return Telling
 
 
 def http_2_of(server: Any) -> H2Protocol | None:
@@ -39,7 +64,7 @@ def http_2_of(server: Any) -> H2Protocol | None:
 async def release_streams(server: Any) -> None:
     """Let applications go on that send to a client of HTTP/2 who has gone.
 
-    hypercorn's sending task has ended then, and they would wait for it for ever. Call it when nothing is read any more.
+    hypercorn's sending task has ended then, and they would wait for it for ever. Nothing is read any more.
     """
     protocol = http_2_of(server)
     if protocol is not None:
@@ -159,8 +184,8 @@ def _refuse_above(last: int, connection: H2Connection) -> None:
     """Let hypercorn hear nothing of streams above the last one: their clients may ask again elsewhere."""
     receive = connection.receive_data
 
-    def receive_known(data: bytes) -> list[Event]:
-        known: list[Event] = []
+    def receive_known(data: bytes) -> list[H2Event]:
+        known: list[H2Event] = []
         for event in receive(data):
             stream = getattr(event, "stream_id", None) or 0
             if stream <= last:

@@ -64,20 +64,7 @@ class Tab:
 async def browsing(directory: Path) -> AsyncIterator[Tab]:
     """Run a browser."""
     profile = directory / "browser"
-    command = [
-        programs.find("chromium"),
-        "--headless",
-        "--no-sandbox",  # root's browser has none
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-breakpad",
-        "--remote-debugging-port=0",
-        f"--user-data-dir={profile}",
-        "about:blank",
-    ]
+    command = programs.browser(directory, "about:blank", "--remote-debugging-port=0")
     with programs.running(command, directory):
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not (profile / "DevToolsActivePort").exists():  # noqa: ASYNC110 - nor does a browser

@@ -31,6 +31,40 @@ def find(name: str) -> str:
     pytest.skip(message)
 
 
+def browser(directory: Path, url: str, *arguments: str) -> list[str]:
+    """Return the command of a browser that opens a page, and can ask nobody but this machine for anything.
+
+    Args:
+        directory: for its files, which are in ``browser`` below it.
+        url: of the page.
+        arguments: further ones.
+    """
+    return [
+        find("chromium"),
+        "--headless",
+        "--no-sandbox",  # root's browser has none
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-breakpad",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        f"--user-data-dir={directory / 'browser'}",
+        *arguments,
+        url,
+    ]
+
+
+def browse(file: Path, directory: Path, *arguments: str) -> str:
+    """Open a page that is a file in a browser; return what the browser prints, which has nothing to complain of."""
+    command = browser(directory, file.as_uri(), "--enable-logging=stderr", "--virtual-time-budget=5000", *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, stdin=subprocess.DEVNULL)
+    # What the page's console says.
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
+
+
 @contextlib.contextmanager
 def running(command: Sequence[str], directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program that writes what it has to say to a file of that directory; at the end nothing is left of it."""

@@ -16,24 +16,6 @@ RESTARTS = 3
 SETTINGS = {"probation": 0.05, "drain_timeout": 4}
 
 
-def chromium(directory: Path, url: str) -> list[str]:
-    """Return the command of a browser that knows nothing but this page, and asks nobody else for anything."""
-    return [
-        programs.find("chromium"),
-        "--headless",
-        "--no-sandbox",  # root's browser has none
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-breakpad",
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        f"--user-data-dir={directory / 'browser'}",
-        url,
-    ]
-
-
 @pytest.mark.parametrize("server", ["uvicorn", "hypercorn", "aiohttp"])
 def test_a_page_comes_back_after_each_restart(server: str, tmp_path: Path) -> None:
     programs.find("chromium")
@@ -42,7 +24,7 @@ def test_a_page_comes_back_after_each_restart(server: str, tmp_path: Path) -> No
 
 async def keep_a_page_open(server: str, directory: Path) -> None:
     async with running(server, "uvloop", directory, settings=SETTINGS) as service:
-        with programs.running(chromium(directory, f"http://127.0.0.1:{service.port}/page"), directory):
+        with programs.running(programs.browser(directory, f"http://127.0.0.1:{service.port}/page"), directory):
             notes = [f"{service.generations[-1]} hello"]
             await service.wait_for_notes(len(notes))
             for number in range(RESTARTS):
