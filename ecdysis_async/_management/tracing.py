@@ -6,6 +6,7 @@ whatever provider the application has set; where none is set, to the exporters t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from ecdysis_async._system.trace_context import KEY, trace_contexts
 from ecdysis_async.errors import StartupError
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from opentelemetry.context import Context
     from opentelemetry.trace import Span, Tracer
 
@@ -64,7 +67,8 @@ class Tracing:
         self._start: list[tuple[Note, int, float, dict[str, Any]]] = []
 
     def begin(self) -> None:
-        """Listen from now on."""
+        """Listen from now on. Call it while nothing is served yet: it imports what spans need."""
+        _import_all()
         history.observers.append(self._observe)
         trace_contexts.is_wanted = True
         trace_contexts.find_current = _find_current
@@ -189,20 +193,34 @@ class Tracing:
         return self._tracer
 
 
-def _set_provider() -> None:
-    """Send spans where the environment says, in a process whose application has not said it."""
+def _import_all() -> None:
+    """Import what the first span would: that takes up to a second, and the loop of a service would stand still."""
+    import opentelemetry.sdk.trace.export
+    import opentelemetry.trace.propagation.tracecontext  # noqa: F401 - as the line before
+
+    for exporter in _find_exporters().values():
+        # What is wrong with it is told where it is used: the application may have a provider of its own.
+        with contextlib.suppress(Exception):
+            for each in exporter:
+                each.load()
+
+
+def _find_exporters() -> dict[str, list[EntryPoint]]:
+    """Return what packages bring for each exporter that the environment names."""
     from importlib.metadata import entry_points
 
+    names = [each.strip() for each in os.environ.get("OTEL_TRACES_EXPORTER", "otlp").split(",")]
+    return {name: list(entry_points(group=EXPORTERS, name=name)) for name in names if name not in ("", "none")}
+
+
+def _set_provider() -> None:
+    """Send spans where the environment says, in a process whose application has not said it."""
     from opentelemetry import trace
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     provider = TracerProvider()
-    names = [each.strip() for each in os.environ.get("OTEL_TRACES_EXPORTER", "otlp").split(",")]
-    for name in names:
-        if name in ("", "none"):
-            continue
-        found = list(entry_points(group=EXPORTERS, name=name))
+    for name, found in _find_exporters().items():
         if not found:
             logger.warning(
                 "traces go nowhere: no package brings the exporter %r (OTEL_TRACES_EXPORTER); for otlp: pip install "

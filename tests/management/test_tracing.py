@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,3 +84,27 @@ def test_without_the_package_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_nothing_is_loaded_unless_it_is_asked_for() -> None:
     program = "import sys, ecdysis_async; ecdysis_async.Ecdysis; sys.exit('opentelemetry' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_all_is_imported_before_anything_is_served() -> None:
+    # What the first span needs takes up to a second, in the loop of a process that serves.
+    program = """
+import sys
+from ecdysis_async._management.tracing import Tracing
+from ecdysis_async._system.history import Note, history
+
+Tracing().begin()
+before = set(sys.modules)
+history.note(Note.HANDOFF, restart="r1", generation=2, is_restart=True)
+history.note(Note.OUTCOME, restart="r1", report={"outcome": "failed"}, why="no database")
+print([name for name in set(sys.modules) - before if name.startswith("opentelemetry")])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "OTEL_TRACES_EXPORTER": "console"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[0] == "[]", done
+    assert "no database" in done.stdout
