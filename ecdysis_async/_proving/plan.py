@@ -9,6 +9,7 @@ import enum
 import importlib.util
 import ipaddress
 import math
+import re
 import tomllib
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -140,8 +141,13 @@ class Shape:
     optional: bool = False
 
     def __post_init__(self) -> None:
-        if not self.path.startswith("/") or not self.path.isprintable() or " " in self.path:
-            raise PlanError(f"path {self.path!r}: it begins with / and has no spaces")
+        if not self.path.startswith("/") or not _is_plain(self.path) or " " in self.path:
+            raise PlanError(f"path {self.path!r}: it begins with /, and has no spaces and only ASCII (%C3%BC for ü)")
+        if self.method and not _TOKEN.fullmatch(self.method):
+            raise PlanError(f"method {self.method!r}: a word such as PUT is needed")
+        for name, value in self.headers:
+            if not _TOKEN.fullmatch(name) or not _is_plain(value):
+                raise PlanError(f"header {name!r}: the name is one word, and the value has only ASCII")
         if not 0 < self.rate <= MAX_RATE:
             raise PlanError(f"rate {self.rate:g}: it is above 0, and {MAX_RATE:g} requests a second at the most")
         if not 1 <= self.connections <= MAX_CONNECTIONS:
@@ -345,6 +351,14 @@ def _read_shape(table: Mapping[str, Any]) -> Shape:
     if kind == Kind.UPLOAD:
         known.setdefault("body", UPLOAD_BYTES)
     return Shape(Kind(kind), headers=headers, **known)
+
+
+# What methods and names of headers are (RFC 9110, 5.6.2).
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+
+def _is_plain(text: str) -> bool:
+    return text.isascii() and text.isprintable()
 
 
 def _is_loopback(host: str) -> bool:

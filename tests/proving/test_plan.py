@@ -53,6 +53,11 @@ def test_what_is_no_url(text: str) -> None:
     [
         ({"path": "no/slash"}, "begins with /"),
         ({"path": "/a b"}, "no spaces"),
+        ({"path": "/\u00fc"}, "only ASCII"),
+        ({"method": "GE T"}, "a word such as PUT"),
+        ({"headers": (("A b", "c"),)}, "one word"),
+        ({"headers": (("A", "b\r\nC: d"),)}, "only ASCII"),
+        ({"headers": (("A", "\u00fc"),)}, "only ASCII"),
         ({"rate": 0.0}, "above 0"),
         ({"rate": 1e6}, "at the most"),
         ({"connections": 0}, "from 1"),
