@@ -140,9 +140,17 @@ def find_live() -> list[str]:
     for directory in dict.fromkeys((*default_directories(), *_unit_directories())):
         # A directory that is missing, or cannot be read, holds no service of this user.
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
-            found += sorted(entry.path for entry in entries if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode))
+            found += sorted(entry.path for entry in entries if _is_socket(entry))
     # A lock file lies beside a control socket, and beside no other socket of the service in the same directory.
     return [path for path in found if os.path.exists(path + LOCK_SUFFIX) and is_live(path)]
+
+
+def _is_socket(entry: os.DirEntry[str]) -> bool:
+    try:
+        return stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode)
+    except OSError:
+        # It has gone since: other services come and go in the same directory.
+        return False
 
 
 def is_live(path: str) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,24 @@ def test_live_sockets_are_found(default: Path) -> None:
     with listen(default / "live"), listen(default / "other"), listen(default / "seqpacket", type=socket.SOCK_SEQPACKET):
         assert find_live() == [str(default / "live")]
     assert find_live() == []
+
+
+def test_a_file_that_goes_at_that_moment_hides_no_service(default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    default.mkdir()
+    for name in ("api.lock", "other.draft"):
+        (default / name).touch()
+    scan = os.scandir
+
+    @contextlib.contextmanager
+    def scan_slowly(path: str) -> Iterator[list[os.DirEntry[str]]]:
+        with scan(path) as entries:
+            found = list(entries)
+        (default / "other.draft").unlink(missing_ok=True)
+        yield found
+
+    monkeypatch.setattr(os, "scandir", scan_slowly)
+    with listen(default / "api"):
+        assert find_live() == [str(default / "api")]
 
 
 def test_services_of_units_are_found(home: Path) -> None:
