@@ -82,7 +82,10 @@ def explain_taken(ecdysis: Ecdysis, error: BaseException) -> str | None:
         relatives.append(ecdysis.predecessor_pid)
     if is_worker():
         relatives += find_siblings()
-    return describe_taken(error, relatives) or describe_held(error, relatives)
+    if (taken := describe_taken(error, relatives)) is not None:
+        return taken
+    # A generation that has served had what its start has to lock: words about another lock would mislead.
+    return describe_held(error, relatives) if ecdysis.state in (State.STARTING, State.WAITING) else None
 
 
 def _is_drain_interrupt(error: BaseException | None) -> bool:

@@ -51,6 +51,8 @@ def describe_taken(error: BaseException, relatives: Collection[int]) -> str | No
         One or two sentences; None where the error is another one, or the port is not known.
     """
     candidates = [port for each in _walk(error) if _is_in_use(each) for port in _find_ports(each)]
+    if not candidates:
+        return None
     listening = _find_listening()
     port = next((each for each in candidates if each in listening), None)
     if port is None:

@@ -161,3 +161,25 @@ async def test_two_tasks_may_announce_readiness() -> None:
             task_group.start_soon(ecdysis.ready)
         assert ecdysis.state is State.SERVING
         ecdysis.stop()
+
+
+class Follower(Ecdysis):
+    """A generation that has a predecessor."""
+
+    @property
+    def predecessor_pid(self) -> int:
+        return os.getppid()
+
+
+@pytest.mark.backends("asyncio")
+@pytest.mark.parametrize("has_served", [False, True])
+async def test_a_lock_is_said_to_be_the_old_releases_at_the_start_only(backend: str, *, has_served: bool) -> None:
+    async def fail() -> None:
+        async with Follower(systemd=False) as ecdysis:
+            if has_served:
+                await ecdysis.ready()
+            raise RuntimeError("the lock of a customer")
+
+    with pytest.raises(RuntimeError, match="the lock of a customer") as caught:
+        await fail()
+    assert ("another process of this service" in "".join(getattr(caught.value, "__notes__", ()))) is not has_served
