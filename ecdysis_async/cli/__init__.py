@@ -21,4 +21,7 @@ def main() -> NoReturn:
             raise
         print("ecdysis: the command needs click: pip install 'ecdysis_async[cli]'", file=sys.stderr)  # noqa: T201
         sys.exit(2)
+    except KeyboardInterrupt:
+        # In the middle of the imports. Later, a command says itself what is interrupted.
+        sys.exit(130)
     sys.exit(command(prog_name="ecdysis"))

@@ -79,3 +79,20 @@ def test_each_command_is_left_in_peace(command: str) -> None:
         os.close(write)
     # There is no such module, which is what its status says.
     assert done.returncode == 2
+
+
+def test_who_interrupts_the_imports_sees_no_traceback() -> None:
+    program = """
+import sys
+from ecdysis_async.cli import main
+
+class Interrupted:
+    def find_spec(name, *others):
+        if name == "ecdysis_async.cli.client":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted)
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
