@@ -290,6 +290,41 @@ def test_a_connection_moves_with_its_number(loop: str, tmp_path: Path) -> None:
         service.require_clean_end()
 
 
+def test_the_program_of_the_first_page(tmp_path: Path) -> None:
+    found = re.search(r"^```python\n(.*?)^```", (PROJECT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None
+    script = tmp_path / "echo.py"
+    log = "import logging\n\nlogging.basicConfig(level=logging.INFO)\n"
+    script.write_text(log + found[1].replace('"127.0.0.1", 8000', '"127.0.0.1", 0'))
+    with Service(script, loop="asyncio", directory=tmp_path) as service:
+        first = service.wait_for_generation(1)
+        port = service.port()
+        with closing(connect_tcp(port)) as client:
+            assert client.ask(b"one") == b"one\n"
+            os.kill(first, signal.SIGHUP)
+            second = service.wait_for_generation(2)
+            assert client.ask(b"two") == b"two\n"
+        with closing(connect_tcp(port)) as client:
+            assert client.ask(b"three") == b"three\n"
+        os.kill(second, signal.SIGTERM)
+        assert service.exit_status(first) == 0
+        assert service.exit_status(second) == 0
+        service.require_clean_end()
+
+
+def test_the_socket_of_a_server_of_tornado_is_handed_over(tmp_path: Path) -> None:
+    with Service(PROJECT / "docs" / "snippets" / "tornado_server.py", loop="asyncio", directory=tmp_path) as service:
+        first = service.wait_for_generation(1)
+        port = service.port()
+        assert request(port, "GET") == (200, f"process {first}")
+        os.kill(first, signal.SIGHUP)
+        second = service.wait_for_generation(2)
+        assert request(port, "GET") == (200, f"process {second}")
+        os.kill(second, signal.SIGTERM)
+        assert service.exit_status(first) == 0
+        assert service.exit_status(second) == 0
+
+
 def test_admin_endpoint_tells_why_a_restart_failed(tmp_path: Path) -> None:
     script = Path(shutil.copy(EXAMPLES / "admin_server.py", tmp_path))
     works = script.read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.scenarios.run.harness import PROJECT, Run, running
+from tests.scenarios.run.harness import PROJECT, Run, run_command, running
 from tests.scenarios.servers import programs
 
 pytestmark = pytest.mark.newest_python_only
@@ -126,6 +127,61 @@ async def wait_for_jobs(log: Path, processes: int) -> set[str]:
             if len(found := set(lines)) >= processes:
                 return found
             await asyncio.sleep(0.05)
+
+
+def test_a_consumer_leaves_the_next_job_to_the_next_process(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running(tmp_path, "queue_consumer:main", "--app-dir", str(SNIPPETS)) as run:
+            first = await run.wait_for(r"done job by (\d+)")
+            await restart(run)
+            await run.wait_for(rf"done job by (?!{first}$)\d+")
+            lines = [line.rpartition(" ")[2] for line in run.lines if line.startswith("done job")]
+            # One after the other: the first process has done no job behind one of the second process.
+            assert lines == sorted(lines, key=lambda pid: pid != first)
+
+    asyncio.run(test())
+
+
+def test_a_port_for_metrics_is_passed_on(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+
+    async def test() -> None:
+        target = ("metrics_port:app", "--app-dir", str(SNIPPETS), "--port", "0", "--workers", "2")
+        async with running(tmp_path, *target, METRICS_PORT=str(port)) as run, aiohttp.ClientSession() as client:
+            await run.find_port()
+            for _ in range(2):
+                await wait_for_metrics(client, port)
+                await restart(run)
+            await wait_for_metrics(client, port)
+
+    asyncio.run(test())
+
+
+async def wait_for_metrics(client: aiohttp.ClientSession, port: int) -> None:
+    """Wait until one of the processes has the port."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            try:
+                async with client.get(f"http://127.0.0.1:{port}/metrics") as answer:
+                    assert "python_info" in await answer.text()
+                    return
+            except aiohttp.ClientConnectionError:
+                await asyncio.sleep(0.05)
+
+
+def test_log_files_of_ones_own_are_opened_anew(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text("from audit_log import audit, reopen\nfrom first_app import app\n")
+
+    async def test() -> None:
+        async with running(tmp_path, "app:app", "--port", "0", PYTHONPATH=f"{PROJECT}:{SNIPPETS}") as run:
+            await run.find_port()
+            (tmp_path / "audit.log").rename(tmp_path / "audit.log.1")
+            code, output = await asyncio.to_thread(run_command, "reopen-logs", "--control", str(tmp_path / "control"))
+            assert code == 0, output
+            assert (tmp_path / "audit.log").exists()
+
+    asyncio.run(test())
 
 
 def test_a_client_of_socket_io_connects_anew(tmp_path: Path) -> None:
