@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import trustme
 
 from tests.scenarios.run.harness import PROJECT, Run, run_command, running
 from tests.scenarios.servers import programs
@@ -180,6 +182,39 @@ def test_log_files_of_ones_own_are_opened_anew(tmp_path: Path) -> None:
             code, output = await asyncio.to_thread(run_command, "reopen-logs", "--control", str(tmp_path / "control"))
             assert code == 0, output
             assert (tmp_path / "audit.log").exists()
+
+    asyncio.run(test())
+
+
+def test_a_restart_takes_up_a_renewed_certificate_or_keeps_the_old_one(tmp_path: Path) -> None:
+    pem = tmp_path / "service.pem"
+
+    def renew() -> ssl.SSLContext:
+        authority, context = trustme.CA(), ssl.create_default_context()
+        authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pem))
+        authority.configure_trust(context)
+        return context
+
+    async def test() -> None:
+        first = renew()
+        options = ("--app-dir", str(SNIPPETS), "--certfile", str(pem), "--port", "0")
+        async with running(tmp_path, "first_app:app", *options) as run, aiohttp.ClientSession() as client:
+            url = f"https://127.0.0.1:{await run.find_port()}/"
+
+            async def ask(context: ssl.SSLContext) -> int:
+                async with client.get(url, ssl=context, headers={"Connection": "close"}) as answer:
+                    return answer.status
+
+            assert await ask(first) == 200
+            pem.write_text("no certificate")
+            code, output = await run.restart()
+            assert code == 1, output
+            assert await ask(first) == 200
+            second = renew()
+            await restart(run)
+            assert await ask(second) == 200
+            with pytest.raises(aiohttp.ClientConnectorCertificateError):
+                await ask(first)
 
     asyncio.run(test())
 

@@ -230,7 +230,7 @@ class Ecdysis(Listeners):
 
     @property
     def draining(self) -> anyio.Event:
-        """An event to await: this generation leaves, and each reply from then on should say goodbye.
+        """An event to await, set when this generation leaves; each reply from then on should say goodbye.
 
         Ask ``draining.is_set()`` before the reply is sent, and put the goodbye into it: after a reply without one, the
         client's next request may be on its way.
@@ -239,7 +239,7 @@ class Ecdysis(Listeners):
 
     @property
     def settled(self) -> anyio.Event:
-        """An event to await: this generation is final, and no failure of its own brings the predecessor back.
+        """An event to await, set when this generation is final; no failure of its own brings the predecessor back then.
 
         In the first generation it is set once it serves. Begin there what two generations must not do at a time, or
         what could not be undone. It is never set in a generation that ends before.
