@@ -65,6 +65,32 @@ async def main():
 RUN
 """
 
+# A worker with a provider of its own, whose admin endpoint restarts the service within a span, and tells its spans.
+ADMIN = """
+import ecdysis_async
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+exporter, provider = InMemorySpanExporter(), TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+trace.set_tracer_provider(provider)
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+        return
+    with trace.get_tracer("admin").start_as_current_span("deploy"):
+        await ecdysis_async.current().restart("settled")
+    body = " ".join(span.to_json(indent=None) for span in exporter.get_finished_spans()).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+"""
+
 
 def parse(text: str) -> list[Span]:
     """Return the spans that exporters have written one behind the other, among other lines."""
@@ -122,6 +148,30 @@ def test_an_anchor_its_workers_and_theirs_are_one_tree(tmp_path: Path) -> None:
     assert {each["service.name"] for each in resources} == {"shop"}
     assert len({each["service.instance.id"] for each in resources} - {"mine"}) == 2
     assert sorted((each["ecdysis.slot"], each["ecdysis.generation"]) for each in resources) == [("0", "2"), ("1", "2")]
+
+
+def test_the_admin_endpoint_of_a_worker_is_linked_from_the_span_of_its_anchor(tmp_path: Path) -> None:
+    """The worker's spans come from the SDK's exporter in its memory, those of the anchor from one on its stdout."""
+    (tmp_path / "release.py").write_text(ADMIN)
+
+    async def test() -> tuple[str, list[str]]:
+        variables: dict[str, Any] = {"OTEL_TRACES_EXPORTER": "console", "OTEL_BSP_SCHEDULE_DELAY": "50"}
+        async with running(tmp_path, "release:app", "--port", "0", "--traces", **variables) as run:
+            told = await get(by_tcp(await run.find_port()))
+        return told, run.lines
+
+    told, lines = asyncio.run(test())
+    worker = {span["name"]: span for span in parse(told)}
+    [root] = [span for span in parse("\n".join(lines)) if span["name"] == "ecdysis.restart"]
+    deploy, handoff = worker["deploy"], worker["ecdysis.handoff"]
+    assert (root["parent_id"], deploy["parent_id"]) == (None, None)
+    assert [link["context"] for link in root["links"]] == [deploy["context"]]
+    assert root["attributes"]["process.pid"] != handoff["attributes"]["process.pid"]
+    # What the worker does of the restart belongs to the anchor's tree, and not to the caller's.
+    assert (handoff["context"]["trace_id"], handoff["parent_id"]) == (
+        root["context"]["trace_id"],
+        root["context"]["span_id"],
+    )
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
