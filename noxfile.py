@@ -87,6 +87,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def mutations(session: nox.Session) -> None:
+    """Put one mistake after the other into a copy of the package, and name the test that catches it."""
+    install(session, "test")
+    session.run("python", "-m", "tests.mutations", *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Restart a real service several times under real load, and print what it cost."""
     install(session, "demo")
