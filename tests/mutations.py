@@ -201,7 +201,8 @@ def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
         check=False,
     )
     lines = done.stdout.splitlines()
-    failed = [line.partition("FAILED ")[2].partition(" - ")[0] for line in lines if line.startswith("FAILED ")]
+    # An error is what stands around a test, such as a descriptor that it has left open.
+    failed = [line.split(" - ")[0].split(" ", 1)[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
     return done.returncode, "\n".join(failed or lines[-5:])
 
 
