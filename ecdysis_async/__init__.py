@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ecdysis_async._handoff.stash import InheritedStash
     from ecdysis_async._service.ecdysis import Ecdysis, current
     from ecdysis_async._service.helpers import draining, exclusive, settled, track, until_draining
+    from ecdysis_async._service.worker_exit import WorkerExit, on_worker_exit
     from ecdysis_async._system.log_files import on_reopen_logs
 
 
@@ -58,10 +59,12 @@ __all__ = [
     "State",
     "SuccessorFailed",
     "TakeoverFailed",
+    "WorkerExit",
     "current",
     "draining",
     "exclusive",
     "on_reopen_logs",
+    "on_worker_exit",
     "run",
     "settled",
     "track",
@@ -77,6 +80,7 @@ _MODULES = {
     "InheritedStash": "_handoff.stash",
     "on_reopen_logs": "_system.log_files",
     "run": "_accepting.loops",
+    **dict.fromkeys(("WorkerExit", "on_worker_exit"), "_service.worker_exit"),
     **dict.fromkeys(("draining", "exclusive", "settled", "track", "until_draining"), "_service.helpers"),
 }
 

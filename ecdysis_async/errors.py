@@ -35,6 +35,11 @@ __all__ = [
 ]
 
 
+# How an error is told with what the successor has written: this line, and each of those with a mark in front.
+STDERR_HEAD = "last lines of the successor's stderr:"
+STDERR_MARK = "  | "
+
+
 class EcdysisError(Exception):
     """Base of every error of this library that is an :class:`Exception`."""
 
@@ -55,9 +60,7 @@ class RestartError(EcdysisError):
     def __str__(self) -> str:
         text = str(self.args[0])
         if self.stderr:
-            text += "\nlast lines of the successor's stderr:\n" + "\n".join(
-                "  | " + line for line in self.stderr.splitlines()
-            )
+            text = "\n".join((text, STDERR_HEAD, *(STDERR_MARK + line for line in self.stderr.splitlines())))
         return text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-__all__ = ["DrainCount", "Outcome", "Phase", "RestartReport", "State"]
+__all__ = ["DrainCount", "Outcome", "Phase", "RestartReport", "State", "read_drain"]
 
 
 class State(enum.Enum):
@@ -45,19 +45,37 @@ class Phase(enum.StrEnum):
 
 @dataclass(slots=True)
 class DrainCount:
-    """What became of the connections of a generation that left.
+    """What became of the connections of a generation that left, and of the application's jobs, which have none.
 
     Attributes:
         drained: ended by themselves, or by their handler, before the deadline.
         silent: idle to the end, and closed at a safe point shortly before the deadline.
         transferred: passed on to the successor alive.
         cut: still busy at the deadline: cancelled, then aborted.
+        jobs_done: jobs that ended before the deadline: what runs within ``track()``, or after an answer.
+        jobs_cut: jobs that were cancelled at the deadline.
     """
 
     drained: int = 0
     silent: int = 0
     transferred: int = 0
     cut: int = 0
+    jobs_done: int = 0
+    jobs_cut: int = 0
+
+    def __str__(self) -> str:
+        """Tell it in a few words; jobs only where there were any."""
+        text = f"{self.drained} drained, {self.silent} silent, {self.transferred} transferred, {self.cut} cut"
+        return f"{text}; jobs: {self.jobs_done} done, {self.jobs_cut} cut" if self.jobs_done or self.jobs_cut else text
+
+
+def read_drain(body: Mapping[str, Any]) -> DrainCount:
+    """Read counts that another release may have written: what this one does not know is left out.
+
+    Raises:
+        TypeError, ValueError: these are no counts.
+    """
+    return DrainCount(**{each.name: int(body[each.name]) for each in fields(DrainCount) if each.name in body})
 
 
 @dataclass(slots=True)
@@ -77,7 +95,7 @@ class RestartReport:
         created: names of the sockets that it opened anew.
         unclaimed: names of the sockets that it did not want; they are closed after the restart has settled.
         lost: connections that a successor had accepted and took with it when it was rolled back.
-        drain: what became of the predecessor's connections.
+        drain: what became of the predecessor's connections and jobs.
         unanswered: which workers did not answer, and were replaced without a handoff.
         cut_requests: what was cut at its deadline, in a few words each: ten of them, and how many more.
         hurried: generations whose drain this restart has cut short, because more than ``max_draining`` drained; each
@@ -131,9 +149,7 @@ class RestartReport:
             outcome = Outcome.FAILED if known.get("error") is not None else Outcome.IN_PROGRESS
         known["outcome"] = Outcome(outcome)
         known["phases"] = {phase: float(phases[phase]) for phase in Phase if phase in phases}
-        known["drain"] = DrainCount(
-            **{name.name: int(counts[name.name]) for name in fields(DrainCount) if name.name in counts}
-        )
+        known["drain"] = read_drain(counts)
         for name in ("asked_by", "release"):
             known[name] = str(known.get(name, ""))
         known["unanswered"] = [str(each) for each in known.get("unanswered", ())]
@@ -151,11 +167,7 @@ class RestartReport:
         if self.accept_gap is not None:
             parts.append(f"accept gap {self.accept_gap * 1000:.2f} ms")
         if Phase.DRAIN in self.phases:
-            drain = self.drain
-            parts.append(
-                f"connections: {drain.drained} drained, {drain.silent} silent, {drain.transferred} transferred, "
-                f"{drain.cut} cut"
-            )
+            parts.append(f"connections: {self.drain}")
         if self.cut_requests:
             parts.append(f"cut at the deadline: {', '.join(self.cut_requests)}")
         if self.lost:

@@ -22,6 +22,7 @@ from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._handoff.preflight import check_release, compare
 from ecdysis_async._handoff.protocol import PredecessorEvent
+from ecdysis_async._handoff.verdict import summarize
 from ecdysis_async._ipc.worker_link import FromAnchor
 from ecdysis_async._management.control_path import make_lock_file
 from ecdysis_async._management.controlled import ControlHandlers
@@ -387,7 +388,9 @@ class Anchor:
             remove_directory(self._state.metrics_dir)
 
     async def _tell_failure(self, error: Exception) -> None:
-        self._management.failed(f"the start has failed: {error}", error, STARTUP_FAILED)
+        # The unit's status is one line; all of it stands in the journal.
+        why = summarize(error) if isinstance(error, RestartError) else str(error)
+        self._management.failed(f"the start has failed: {why}", error, STARTUP_FAILED)
         await self._management.systemd.synchronize()
 
     def _keeps_what_is_open(self) -> bool:

@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ from ecdysis_async._system.stderr import duplicate_stderr
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async._system.trace_context import add_resource, trace_contexts
 from ecdysis_async.errors import ChannelClosed, ChannelError, RestartError, SpawnFailed
-from ecdysis_async.report import RestartReport, State
+from ecdysis_async.report import RestartReport, State, read_drain
 
 from .metrics import note_end
 from .metrics_files import MetricsFile, claim_file, drop_gauges, find_removed
@@ -46,6 +47,9 @@ from .sockets import HeldSockets
 from .state import AnchorState, Begin, RollOut
 
 __all__ = ["Dispatcher"]
+
+# How many ends of workers wait until one serves that is told of them.
+MAX_UNTOLD = 100
 
 # How long a worker that has hung up may take to be dead, seconds.
 HUNG_UP_SECONDS = 1.0
@@ -117,6 +121,8 @@ class Dispatcher:
         self._are_sockets_kept = are_sockets_kept
         # The worker and the number of each request for a restart of the service that is not answered yet.
         self._askers: dict[tuple[Worker, int], RollOut] = {}
+        # The ends of workers that no worker was told of yet.
+        self._untold: deque[dict[str, Any]] = deque(maxlen=MAX_UNTOLD)
 
     # Birth
 
@@ -238,6 +244,16 @@ class Dispatcher:
                 worker.pid,
                 describe_exit(status),
             )
+        self._untold.append(
+            {
+                "pid": worker.pid,
+                "worker": slot.index,
+                "generation": worker.generation,
+                "returncode": status,
+                "was_expected": worker.is_told_to_leave or (worker.state is State.DRAINING and not worker.left_unasked),
+            }
+        )
+        self._tell_application()
         for other in self._state.pool:
             if other is worker.starter:
                 other.link.tell(FromAnchor.EXITED, {"pid": worker.process.pid, "status": status})
@@ -248,6 +264,13 @@ class Dispatcher:
         for asker in [asker for asker in self._askers if asker[0] is worker]:
             del self._askers[asker]
         self._state.changes.announce()
+
+    def _tell_application(self) -> None:
+        """Tell a worker that serves which others have ended: the application's code runs there, and not here."""
+        worker = next((each for each in reversed(list(self._state.pool)) if each.serves), None)
+        if worker is not None and not self._state.is_stopping:
+            while self._untold:
+                worker.link.tell(FromAnchor.WORKER_EXITED, self._untold.popleft())
 
     async def _listen(self, slot: Slot, worker: Worker) -> None:
         try:
@@ -369,12 +392,17 @@ class Dispatcher:
         worker.jobs = int(body.get("jobs", 0))
         worker.release = str(body.get("release", ""))
         worker.serving = [str(each) for each in body.get("serving", ())]
+        # A worker of an earlier release counts what becomes of its connections only for its successor.
+        worker.drain = read_drain(body.get("drain", {}))
+        worker.cut_requests = [str(each) for each in body.get("cut_requests", ())]
         ends_in = body.get("ends_in")
         worker.ends_at = anyio.current_time() + float(ends_in) if ends_in is not None else None
         if worker.serves and math.isnan(worker.served_since):
             worker.served_since = anyio.current_time()
             if worker.metrics_file is not None and worker.metrics_file.found:
                 self._begin(self._look_for_removed, slot, worker.metrics_file)
+        if worker.state is State.SERVING and before is not State.SERVING:
+            self._tell_application()
         if worker.state is State.DRAINING and before is not State.DRAINING:
             slot.note_leaving(worker, anyio.current_time())
         has_changed = (worker.state, worker.is_done_accepting) != (before, was_done)

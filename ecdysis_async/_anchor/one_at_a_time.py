@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import anyio
 
 from ecdysis_async._ipc.worker_link import FromAnchor
+from ecdysis_async._management.status import describe_load
 from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.process import require_program
 from ecdysis_async._system.threads import run_in_thread
@@ -20,7 +21,7 @@ from ecdysis_async.errors import RestartError, RolledBack
 from ecdysis_async.report import Outcome, Phase
 
 from .pool import Slot, SlotActivity, Worker
-from .rollout import RollOutRunner
+from .rollout import RollOutRunner, add_up
 from .state import AnchorState, Fill, Filled, Turn, TurnState, wait_until
 
 __all__ = ["OneAtATimeRunner", "replace_after_end"]
@@ -47,6 +48,10 @@ class OneAtATimeRunner(RollOutRunner):
     # What the former workers were run by; None before they were told to leave.
     _former: Launch | None = None
     _has_ended_former = False
+    # The workers of the former release, which tell the anchor what becomes of their connections, and how long that
+    # took, seconds.
+    _leaving: Sequence[Worker] = ()
+    _drain_seconds: float | None = None
 
     async def _replace_all(self) -> RestartError | None:
         state, turns = self._state, self._roll_out.turns
@@ -60,12 +65,14 @@ class OneAtATimeRunner(RollOutRunner):
             return error
         old = list(state.pool)
         self._former = next((each.launch for each in reversed(old) if each.serves), state.former_release)
-        self._has_ended_former = True
+        self._has_ended_former, self._leaving = True, old
+        begun = anyio.current_time()
         for turn in turns:
             turn.state, turn.old = TurnState.UNDER_WAY, turn.slot.serving_worker
             turn.slot.activity = SlotActivity.REPLACING
         try:
             await self._end(old)
+            self._drain_seconds = anyio.current_time() - begun
             if self._is_unwanted():
                 return self._roll_out.called_off
             state.former_release = None
@@ -75,14 +82,27 @@ class OneAtATimeRunner(RollOutRunner):
                 turn.slot.activity = SlotActivity.NONE
             self._sum_up()
 
+    def _sum_up(self) -> bool:
+        super()._sum_up()
+        report = self._roll_out.report
+        if self._drain_seconds is not None:
+            report.phases[Phase.DRAIN] = self._drain_seconds
+        report.drain = add_up(worker.drain for worker in self._leaving)
+        report.cut_requests = [each for worker in self._leaving for each in worker.cut_requests]
+        return False
+
     def _is_unwanted(self) -> bool:
         return self._state.is_stopping or self._roll_out.called_off is not None
 
     async def _end(self, workers: Sequence[Worker]) -> None:
         """Let workers leave, and wait until they have; those that do not end in time are killed elsewhere."""
-        connections = sum(worker.connections for worker in workers)
+        if not workers:
+            return
+        jobs = sum(worker.jobs for worker in workers)
         self.log.info(
-            "%d workers leave first (--one-at-a-time), with %d connections; new clients wait", len(workers), connections
+            "%s first (--one-at-a-time), with %s; new clients wait",
+            "1 worker leaves" if len(workers) == 1 else f"{len(workers)} workers leave",
+            describe_load(sum(worker.connections for worker in workers) - jobs, jobs),
         )
         for worker in workers:
             _let_leave(worker)

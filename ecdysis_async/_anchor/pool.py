@@ -17,7 +17,7 @@ from ecdysis_async._management.ledger import Closed
 from ecdysis_async._system.launch import Launch
 from ecdysis_async._system.process import Process
 from ecdysis_async.errors import RestartError
-from ecdysis_async.report import RestartReport, State
+from ecdysis_async.report import DrainCount, RestartReport, State
 
 from .metrics_files import MetricsFile
 
@@ -83,6 +83,8 @@ class Worker:
         requests: how many requests it has served, or connections where its server counts no requests.
         rss: how many bytes of it are resident; None where it cannot tell.
         closed: how its connections have ended, as far as it has said so.
+        drain: what has become of its connections since it has begun to leave, as far as it has said so.
+        cut_requests: what it has cut at the deadline, in a few words each.
         request_limit: after how many requests it is replaced.
         silence: for how many seconds it has said nothing. Seconds in which the anchor did not listen do not count.
         leaving: for how many seconds it has been leaving, counted like the silence.
@@ -122,6 +124,8 @@ class Worker:
     requests: int = 0
     rss: int | None = None
     closed: Mapping[Closed, int] = field(default_factory=dict)
+    drain: DrainCount = field(default_factory=DrainCount)
+    cut_requests: list[str] = field(default_factory=list)
     request_limit: float = math.inf
     silence: float = 0.0
     leaving: float = 0.0

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import fields
 
 import anyio
 
@@ -30,7 +31,7 @@ from .pool import HandoffStatus, Slot, SlotActivity, Worker
 from .sockets import HeldSockets
 from .state import AnchorState, Fill, Life, RollOut, RollOutStage, Turn, TurnState, wait_until
 
-__all__ = ["RollOutRunner", "call_off", "end_probation", "make_roll_out", "replace", "settle", "sum_up"]
+__all__ = ["RollOutRunner", "add_up", "call_off", "end_probation", "make_roll_out", "replace", "settle", "sum_up"]
 
 # What a worker may take over its handoff besides its successor's start, seconds; its own limits are below that.
 HANDOFF_SECONDS = 60.0
@@ -487,7 +488,11 @@ class RollOutRunner:
             handoff: HandoffStatus | None = turn.old.handoff if turn.old is not None else None
             if handoff is not None and handoff.report is not None:
                 turn.report = handoff.report
-        sum_up(self._roll_out.report, [turn.report for turn in turns if turn.report is not None])
+        report = self._roll_out.report
+        sum_up(report, [turn.report for turn in turns if turn.report is not None])
+        if any(turn.old is not None and turn.old.is_alive for turn in turns):
+            # Some have drained, and others have not: how long it takes, and what becomes of all, is known at its end.
+            report.phases.pop(Phase.DRAIN, None)
         return False
 
 
@@ -511,9 +516,10 @@ def sum_up(report: RestartReport, workers: Iterable[RestartReport]) -> None:
     report.cut_requests = [request for each in report.workers for request in each.cut_requests]
     report.hurried = [what for each in report.workers for what in each.hurried]
     report.lost = sum(each.lost for each in report.workers)
-    report.drain = DrainCount(
-        drained=sum(each.drain.drained for each in report.workers),
-        silent=sum(each.drain.silent for each in report.workers),
-        transferred=sum(each.drain.transferred for each in report.workers),
-        cut=sum(each.drain.cut for each in report.workers),
-    )
+    report.drain = add_up(each.drain for each in report.workers)
+
+
+def add_up(counts: Iterable[DrainCount]) -> DrainCount:
+    """Return the sum of counts."""
+    counts = list(counts)
+    return DrainCount(**{each.name: sum(getattr(count, each.name) for count in counts) for each in fields(DrainCount)})

@@ -120,6 +120,8 @@ def _wait_of_roll_out(state: AnchorState, roll_out: RollOut) -> str | None:
         return f"the start to end: {state.pool.serving} of {counted(state.pool.target, 'worker')} serving"
     if all(turn.state is TurnState.PENDING for turn in roll_out.turns):
         return "the first worker's turn"
+    if state.config.one_at_a_time and state.former_release is not None:
+        return "the former release to start again (--one-at-a-time)"
     if state.config.one_at_a_time and all(turn.state is TurnState.SERVED for turn in roll_out.turns):
         return f"the probation of generation {roll_out.generation} to begin"
     return "the former workers to take their places again"

@@ -68,6 +68,9 @@ PRUNE_SHARE = 0.02
 SWEEP_SECONDS = 10.0
 SWEEP_SHARE = 0.25
 
+# How many of those that were cut are told by name.
+MAX_CUT_TOLD = 10
+
 # How many connections are asked what they serve, where somebody looks on.
 MAX_DESCRIBED = 1000
 # Which of the shared cells has the requests that were told.
@@ -141,7 +144,7 @@ class Tracker:
 
     Attributes:
         draining: set when this generation leaves.
-        count: how the connections have ended since then.
+        count: how the connections and jobs have ended since then.
         cut: what was cut at the deadline, in a few words each.
         moves: whether connections move to a successor at this time: then no client is told to come back on a new one.
         on_safe_point: told of each connection that reaches a safe point, while connections are sent to a successor.
@@ -290,6 +293,11 @@ class Tracker:
         if others:
             told.append(f"{others} of which no request is known")
         return told
+
+    def describe_cut(self) -> list[str]:
+        """Say what was cut at the deadline: some of it by name, and how much more."""
+        told = self.cut[:MAX_CUT_TOLD]
+        return [*told, f"{len(self.cut) - MAX_CUT_TOLD} more"] if len(self.cut) > MAX_CUT_TOLD else told
 
     def note_moved(self, connection: Connection) -> None:
         """Count a connection that a successor has taken over; it is closed when its last trace here has gone."""
@@ -453,7 +461,9 @@ class Tracker:
         if connection.moved:
             # Counted already. It may have been told to close while it was on its way.
             return
-        if connection.silent:
+        if not connection.is_accepted:
+            self.count.jobs_done += 1
+        elif connection.silent:
             self.count.silent += 1
         else:
             self.count.drained += 1
@@ -504,7 +514,10 @@ class Tracker:
             self.close(connection)
             self._note_end(connection)
             return
-        self.count.cut += 1
+        if connection.is_accepted:
+            self.count.cut += 1
+        else:
+            self.count.jobs_cut += 1
         self.cut += connection.describe()
         for force in (connection.cancel, connection.abort):
             news = connection.news = anyio.Event()

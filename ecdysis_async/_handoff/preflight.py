@@ -20,7 +20,7 @@ import anyio
 from ecdysis_async._ipc.channel import Channel
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._system.claims import CHECK_KEY, PRIVATE_KEYS
-from ecdysis_async._system.launch import Launch, describe_launch
+from ecdysis_async._system.launch import Launch, describe_launch, find_unfollowed_link
 from ecdysis_async._system.process import Process, describe_exit, spawn
 from ecdysis_async._system.stderr import StderrTail
 from ecdysis_async._system.threads import run_in_thread
@@ -260,6 +260,7 @@ def compare(release: Json, entries: Sequence[Entry], environment: Mapping[str, s
         **{name: value for name, value in release.items() if name not in ("environment", "sockets")},
         "pid": os.getpid(),
         "former_process": place if place is not None else describe_place(),
+        "unfollowed_link": find_unfollowed_link(),
         "environment": {
             "added": sorted(digests.keys() - ours.keys()),
             "removed": sorted(ours.keys() - digests.keys()),

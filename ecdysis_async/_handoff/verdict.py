@@ -60,8 +60,4 @@ def describe_drain(report: RestartReport, who: str) -> str:
         report: of the restart for which they have left.
         who: they are, in words, and that they have.
     """
-    drain, seconds = report.drain, report.phases.get(Phase.DRAIN, 0.0)
-    return (
-        f"{who} drained in {seconds:.1f} s: {drain.drained} drained, {drain.silent} silent, "
-        f"{drain.transferred} transferred, {drain.cut} cut"
-    )
+    return f"{who} drained in {report.phases.get(Phase.DRAIN, 0.0):.1f} s: {report.drain}"

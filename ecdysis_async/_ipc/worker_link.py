@@ -45,6 +45,7 @@ class FromAnchor(enum.StrEnum):
     EXITED = "exited"  # how a process ended
     REOPEN_LOGS = "reopen logs"
     VERDICT = "verdict"  # what became of the restart of the service that this worker has asked for
+    WORKER_EXITED = "worker exited"  # how another worker has ended, for the application
 
 
 class FromWorker(enum.StrEnum):

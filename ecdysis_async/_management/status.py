@@ -16,6 +16,7 @@ from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.preflight import describe_place
 from ecdysis_async._handoff.protocol import PredecessorState, SuccessorState
 from ecdysis_async._handoff.successor import SuccessorSide
+from ecdysis_async._handoff.verdict import summarize
 from ecdysis_async._sockets.entry import Entry, Kind
 from ecdysis_async.errors import RestartError
 from ecdysis_async.report import Outcome, RestartReport, State
@@ -58,9 +59,7 @@ def describe_load(connections: int, jobs: int) -> str:
 
 def describe_failed_restart(error: RestartError) -> str:
     """Say in one line why the last restart failed, for `systemctl status`."""
-    # The last line of a traceback, and of what the successor has written, says what happened.
-    lines = [*str(error).splitlines()[:1], *f"{error}\n{error.stderr}".strip().splitlines()[-1:]]
-    return "the last restart failed: " + " … ".join(dict.fromkeys(lines))
+    return f"the last restart failed: {summarize(error)}"
 
 
 def describe_wait(

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import anyio
@@ -22,6 +22,7 @@ from anyio.abc import TaskGroup
 
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import GateState
+from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState
@@ -45,6 +46,7 @@ from ecdysis_async.errors import ChannelError, RestartError, SpawnFailed
 from ecdysis_async.report import RestartReport
 
 from .anchor_watch import DEATH_SECONDS, AnchorWatch
+from .worker_exit import WorkerExit, tell_application
 
 __all__ = ["AnchorClient", "WorkerCommands"]
 
@@ -378,7 +380,17 @@ class AnchorClient(Management):
             "exclusive": self._commands.exclusives(),
             "jobs": self._plane.tracker.jobs,
             "release": describe_release(),
-            "serving": self._plane.tracker.describe(MAX_TOLD) if self._plane.tracker.draining.is_set() else [],
+            **self._describe_drain(self._plane.tracker),
+        }
+
+    @staticmethod
+    def _describe_drain(tracker: Tracker) -> dict[str, Any]:
+        if not tracker.draining.is_set():
+            return {}
+        return {
+            "serving": tracker.describe(MAX_TOLD),
+            "drain": asdict(tracker.count),
+            "cut_requests": tracker.describe_cut(),
         }
 
     def _receive_rest(self) -> Iterator[Frame]:
@@ -457,6 +469,8 @@ class AnchorClient(Management):
                 self._plane.tracker.hurry()
             case FromAnchor.REOPEN_LOGS:
                 self._tasks.start_soon(self._reopen_logs, body["number"])
+            case FromAnchor.WORKER_EXITED:
+                self._tasks.start_soon(tell_application, WorkerExit.from_json(body))
             case FromAnchor.EXITED if (child := self._children.get(body["pid"])) is not None:
                 child.note_exit(int(body["status"]))
             case FromAnchor.SPAWNED | FromAnchor.SPAWN_FAILED | FromAnchor.VERDICT:

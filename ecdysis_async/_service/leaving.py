@@ -270,10 +270,8 @@ class Leaving:
             await gate.end()
         await tracker.drain(min(EXIT_SECONDS, timeout))
         count = tracker.count
-        self._tell("drained: %d by themselves, %d silent, %d cut", count.drained, count.silent, count.cut)
-        cut = tracker.cut[:NAMED_AT_MOST]
-        if len(tracker.cut) > NAMED_AT_MOST:
-            cut.append(f"{len(tracker.cut) - NAMED_AT_MOST} more")
+        self._tell("the drain has ended: %s", count)
+        cut = tracker.describe_cut()
         for each in cut:
             log.warning("cut at the deadline: %s", each)
         if life.handover is not None and life.has_successor:

@@ -46,8 +46,20 @@ UNFOLLOWED = (
     "PWD nor the command line goes through it. Start the service by an absolute path through the link, or set PWD"
 )
 
-# How many entries of a directory are looked at for links.
+# How many entries of a directory are looked at for links, and how many directories above where a service was started.
 MAX_ENTRIES = 1000
+MAX_LEVELS = 3
+
+# Variables in which a file says where it is that unpacks itself into a cache, and executes itself anew out of there, in
+# the order of what was written by hand: the path as it was called, what a shell has called (bash(1)), and where it is
+# without links (PEX).
+SELF_KEYS = ("__PEX_EXE__", "_", "PEX")
+# How the variables begin by which such a file tells itself that it was executed anew.
+SELF_PREFIXES = ("PEX", "_PEX_", "__PEX_")
+# Variables of its user that begin so as well.
+SELF_SETTINGS = "PEX_"
+# Where it keeps PYTHONPATH meanwhile.
+SELF_PYTHON_PATH = "_PEX_PYTHONPATH"
 
 # How the second line begins of a script whose interpreter has a path too long for its first line, as pip and uv write
 # it: a shell executes the interpreter, which takes this line for a string.
@@ -84,7 +96,56 @@ def _read_executed_file() -> str:
         return ""
 
 
-def _find_start_directory(given: Mapping[str, str], executed: str) -> tuple[str | None, str | None]:
+def _find_self_executing_file(given: Mapping[str, str]) -> str | None:
+    """Return the file that has executed itself anew as this process, out of a cache; None where there is none.
+
+    The command line names the cache then, which the next release's file does not use. It is known by a variable of its
+    own, which children of such a process inherit, and by the name that it has given to this program.
+    """
+    if "PEX" not in given or not sys.argv or not _is_same(given["PEX"], sys.argv[0]):
+        return None
+    # A shell that was called by that name, or a `python app.pex`, leaves the path in the command line.
+    if any(_is_same(given["PEX"], word) for word in sys.orig_argv):
+        return None
+    names = (given.get(key, "") for key in SELF_KEYS)
+    return next(os.path.normpath(each) for each in names if os.path.isabs(each) and _is_same(each, given["PEX"]))
+
+
+def _find_own_interpreter(path: str) -> list[str]:
+    """Return by what a self-executing file is run that is not executable: this interpreter, outside the cache."""
+    return [] if os.access(path, os.X_OK) else [os.path.realpath(sys.executable)]
+
+
+def _forget_execution(given: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment as it was before a file has executed itself anew."""
+    kept = {
+        name: value
+        for name, value in given.items()
+        if not name.startswith(SELF_PREFIXES) or name.startswith(SELF_SETTINGS)
+    }
+    if SELF_PYTHON_PATH in given:
+        kept["PYTHONPATH"] = given[SELF_PYTHON_PATH]
+    return kept
+
+
+def _read_words_of_uv(given: Mapping[str, str]) -> list[str]:
+    """Return what was written where `uv run` has started this process, which it hands no path through links.
+
+    It goes into a directory of its options by itself, and does not set PWD.
+    """
+    if "UV_RUN_RECURSION_DEPTH" not in given:
+        return []
+    words = [given.get(name, "") for name in ("UV_WORKING_DIR", "UV_WORKING_DIRECTORY", "UV_PROJECT")]
+    try:
+        with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
+            words += os.fsdecode(file.read()).split("\0")
+    # It has another user.
+    except OSError:
+        pass
+    return words
+
+
+def _find_start_directory(given: Mapping[str, str], executed: str, itself: str | None) -> tuple[str | None, str | None]:
     """Return the directory that this process was started in: as it was written, and without links."""
     try:
         physical = os.getcwd()
@@ -98,16 +159,17 @@ def _find_start_directory(given: Mapping[str, str], executed: str) -> tuple[str 
         return logical, physical
     # A parent without a shell (cwd= of subprocess, systemd) sets no PWD. What else was written may
     # tell: the path of the program, or of an argument, goes through the same link.
-    words = [word.rpartition("=")[2] for word in (executed, *sys.orig_argv, given.get("VIRTUAL_ENV", ""))]
+    words = [itself or "", executed, *sys.orig_argv, given.get("VIRTUAL_ENV", ""), *_read_words_of_uv(given)]
     for word in words:
-        if os.path.isabs(word) and (found := _find_through(word, physical)) is not None:
+        path = word.rpartition("=")[2]
+        if os.path.isabs(path) and (found := _find_through(path, physical)) is not None:
             return found, physical
     return physical, physical
 
 
 def _find_through(path: str, physical: str) -> str | None:
     """Return a directory's name by way of a link that a path goes through; None where the path does not lead there."""
-    prefix = path
+    prefix = os.path.join(path, "")
     while (prefix := os.path.dirname(prefix)) != os.sep:
         real = os.path.realpath(prefix)
         if real != prefix and f"{physical}{os.sep}".startswith(f"{real}{os.sep}"):
@@ -183,11 +245,16 @@ def read_first_lines(path: str) -> tuple[bytes, bytes]:
 # At import, since the application may change all of it later.
 _GIVEN = _read_given_environment()
 _EXECUTED = _read_executed_file()
-_START_DIRECTORY, _PHYSICAL_DIRECTORY = _find_start_directory(_GIVEN, _EXECUTED)
+_ITSELF = _find_self_executing_file(_GIVEN)
+_START_DIRECTORY, _PHYSICAL_DIRECTORY = _find_start_directory(_GIVEN, _EXECUTED, _ITSELF)
 _LINK = _find_link(_START_DIRECTORY, _PHYSICAL_DIRECTORY)
 _SCRIPT = sys.argv[0] if sys.argv else ""
 # Now that it is there: the release of which it is may be pruned before the restart.
-_COMMAND = _find_script(_START_DIRECTORY, _EXECUTED) or sys.orig_argv or [""]
+if _ITSELF is not None:
+    _GIVEN = _forget_execution(_GIVEN)
+    _COMMAND = [*_find_own_interpreter(_ITSELF), _ITSELF, *sys.argv[1:]]
+else:
+    _COMMAND = _find_script(_START_DIRECTORY, _EXECUTED) or sys.orig_argv or [""]
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,16 +427,26 @@ def find_unfollowed_link() -> str | None:
     # A shell in the directory itself has said which one is meant.
     if physical is None or physical != _START_DIRECTORY or physical == _GIVEN.get("PWD"):
         return None
-    above = os.path.dirname(physical)
-    for directory in dict.fromkeys((above, os.path.dirname(above))):
+    directory = physical
+    for _ in range(MAX_LEVELS):
+        directory = os.path.dirname(directory)
         try:
             with os.scandir(directory) as entries:
                 for entry in itertools.islice(entries, MAX_ENTRIES):
-                    if entry.is_symlink() and os.path.realpath(entry.path) == physical:
+                    if entry.is_symlink() and _leads_into(entry.path, physical, directory):
                         return entry.path
         except OSError:
             continue
     return None
+
+
+def _leads_into(link: str, directory: str, below: str) -> bool:
+    """Say whether a link leads to a directory, or to one above it that lies below another one."""
+    real = os.path.realpath(link)
+    # The root has links of its own, such as /bin.
+    if below == os.sep:
+        return real == directory
+    return f"{directory}{os.sep}".startswith(f"{real}{os.sep}") and real.startswith(f"{below}{os.sep}")
 
 
 def look_up_links(started: Launch | None, command: Sequence[str] | None) -> dict[str, Any]:

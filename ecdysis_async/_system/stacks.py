@@ -8,11 +8,13 @@ another bytecode.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
@@ -31,10 +33,14 @@ _NUMBER: int | None = signal.SIGRTMIN + _OFFSET if hasattr(signal, "SIGRTMIN") e
 ANSWER_SECONDS = 1.0
 MORE_SECONDS = 0.15
 
-# How many tasks, and how many frames of each, are told at the most.
+# How many tasks, and how many frames of each, are told at the most: the innermost ones, behind all middleware.
 MAX_TASKS = 20
 MAX_TASKS_SEEN = 200
-MAX_FRAMES = 12
+MAX_FRAMES = 20
+MAX_DEPTH = 500
+
+# Types of what awaits a step of an asynchronous generator.
+STEPS = ("async_generator_asend", "async_generator_athrow", "anext_awaitable")
 
 _descriptor = -1
 
@@ -142,11 +148,11 @@ def _write_tasks(number: int, frame: FrameType | None) -> None:
             # This library's own tasks wait for others, and nobody for them.
             if name.startswith("ecdysis_async."):
                 continue
-            frames = list(_frames_of(coroutine))
+            frames = deque(_frames_of(coroutine), maxlen=MAX_FRAMES)
             if frames and told < MAX_TASKS:
                 told += 1
                 lines.append(f"\nTask {name}:")
-                lines += [f'  File "{code.co_filename}", line {at} in {code.co_name}' for code, at in frames[::-1]]
+                lines += [f'  File "{code.co_filename}", line {at} in {code.co_name}' for code, at in reversed(frames)]
     if lines and _descriptor >= 0:
         with contextlib.suppress(OSError):
             os.write(_descriptor, "\n".join([*lines, ""]).encode(errors="replace"))
@@ -169,11 +175,17 @@ def _find_tasks() -> Iterator[tuple[str, Any]]:
 
 def _frames_of(coroutine: Any) -> Iterator[tuple[CodeType, int]]:
     """Yield where a coroutine stands, and where what it awaits stands, from the outside in."""
-    for _ in range(MAX_FRAMES):
+    for _ in range(MAX_DEPTH):
         kinds = ("cr", "gi", "ag")
         kind = next((each for each in kinds if getattr(coroutine, f"{each}_frame", None) is not None), None)
         if kind is None:
-            return
+            # `async for` and `async with` await a step of an asynchronous generator, which names it nowhere.
+            generator = next((each for each in gc.get_referents(coroutine) if hasattr(each, "ag_frame")), None)
+            if generator is None or type(coroutine).__name__ not in STEPS:
+                return
+            coroutine, kind = generator, "ag"
+            if coroutine.ag_frame is None:
+                return
         at = getattr(coroutine, f"{kind}_frame")
         yield at.f_code, at.f_lineno
         coroutine = getattr(coroutine, "gi_yieldfrom" if kind == "gi" else f"{kind}_await", None)

@@ -6,13 +6,20 @@ import itertools
 import os
 import re
 import sysconfig
+from collections.abc import Iterable, Iterator
 
 __all__ = ["find_place", "leave_application"]
 
 _OWN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
 # Where loops run their tasks.
-_LOOPS = ("asyncio/runners.py", "asyncio/base_events.py", "trio/_core/_run.py")
+_LOOPS = (
+    "asyncio/runners.py",
+    "asyncio/base_events.py",
+    "/selectors.py",
+    "trio/_core/_run.py",
+    "trio/_core/_io_epoll.py",
+)
 
 # What stands above the stack of the thread that was asked, and above each task, and each frame, the innermost first.
 _THREAD = re.compile(r"^Current thread .*\n", re.MULTILINE)
@@ -28,9 +35,7 @@ def find_place(stacks: str) -> str | None:
     """
     thread, tasks = _split(stacks)
     stack = list(_FRAME.finditer(thread))
-    # Below the loop is what has started it, which stands there all the time.
-    above = itertools.takewhile(lambda frame: not frame["file"].endswith(_LOOPS), stack)
-    candidates = (frame for frame in (*above, *_FRAME.finditer(tasks)) if not _is_librarys(frame["file"]))
+    candidates = (frame for frame in (*_above_loop(stack), *_FRAME.finditer(tasks)) if not _is_librarys(frame["file"]))
     frame = next(candidates, stack[0] if stack else None)
     return f"{frame['file']}:{frame['line']} ({frame['name']})" if frame is not None else None
 
@@ -42,7 +47,8 @@ def leave_application(stacks: str) -> str:
         stacks: of the process.
     """
     thread, tasks = _split(stacks)
-    parts = [("Main thread (most recent call first):", thread)]
+    above = "\n".join(frame[0] for frame in _above_loop(_FRAME.finditer(thread)))
+    parts = [("Main thread (most recent call first):", above)]
     heads = list(_TASK.finditer(tasks))
     ends = (*(head.start() for head in heads[1:]), len(tasks))
     parts += [(head[0].strip(), tasks[head.end() : end]) for head, end in zip(heads, ends, strict=False)]
@@ -51,6 +57,11 @@ def leave_application(stacks: str) -> str:
         frames = [frame[0] for frame in _FRAME.finditer(part) if not frame["file"].startswith(("<frozen ", _OWN))]
         lines += [head, *frames] if frames else []
     return "\n".join(lines)
+
+
+def _above_loop(stack: Iterable[re.Match[str]]) -> Iterator[re.Match[str]]:
+    """Return the frames above the loop. Below it is what has started it, which stands there all the time."""
+    return itertools.takewhile(lambda frame: not frame["file"].endswith(_LOOPS), stack)
 
 
 def _split(stacks: str) -> tuple[str, str]:

@@ -162,8 +162,8 @@ def find_all() -> list[str]:
     live = find_live()
     if not live:
         raise CommandFailed(
-            f"no service has its control socket in {', '.join(default_directories())}: "
-            "start it, or say where it is by --control PATH",
+            f"no service has its control socket in {', '.join(default_directories())}, nor in a unit's directory in "
+            "/run: start it (`systemctl status` says why a unit has not started), or say where it is by --control PATH",
             Exit.NO_SERVICE,
         )
     return live

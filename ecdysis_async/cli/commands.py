@@ -16,6 +16,7 @@ from typing import Any, ParamSpec
 
 import click
 
+from ecdysis_async.errors import STDERR_HEAD, STDERR_MARK
 from ecdysis_async.report import RestartReport
 
 from . import client
@@ -71,7 +72,7 @@ def failures_exit(function: Callable[P, None]) -> Callable[P, None]:
             if named.get("as_json"):
                 print_json(error.event or {"event": "error", "message": str(error)})
             else:
-                click.echo(f"ecdysis: {error}", err=True)
+                click.echo(f"ecdysis: {_shorten(str(error)) if _is_reload() else error}", err=True)
             sys.exit(error.code)
 
     return run
@@ -87,9 +88,20 @@ def interruptible(what: str) -> Iterator[None]:
         sys.exit(Exit.INTERRUPTED)
 
 
+def _is_reload() -> bool:
+    """Say whether this is ExecReload= of a unit of systemd, whose journal has what both the service and this write."""
+    return "MAINPID" in os.environ and "INVOCATION_ID" in os.environ
+
+
+def _shorten(text: str) -> str:
+    """Return why something has failed, without what the new process has written to stderr, which was passed on."""
+    lines = text.splitlines()
+    return "\n".join(each for each in lines if each != STDERR_HEAD and not each.startswith(STDERR_MARK))
+
+
 def end_as_reload() -> None:
     """As ExecReload= of a unit, end well when the unit is stopped: else it would be left as failed, by our signal."""
-    if "MAINPID" in os.environ and "INVOCATION_ID" in os.environ:
+    if _is_reload():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
 
 
@@ -158,7 +170,10 @@ def restart(until: str, anchor: bool, check: bool, as_json: bool, control: str |
             click.echo(f"ecdysis: it goes on without {what}, which it tries again: {why}", err=True)
         return
     if check:
-        checked = client.check(path)
+        try:
+            checked = client.check(path)
+        except CommandFailed as error:
+            raise CommandFailed(f"{error}\nnothing was restarted", error.code, error.event) from error
         if as_json:
             print_json({"event": "checked", "comparison": checked})
         else:

@@ -208,11 +208,7 @@ def describe_outcome(report: RestartReport) -> str:
     if report.accept_gap is not None:
         text += f", accept gap {report.accept_gap * 1000:.2f} ms"
     if Phase.DRAIN in report.phases:
-        drain = report.drain
-        text += (
-            f"; connections: {drain.drained} drained, {drain.silent} silent, {drain.transferred} transferred, "
-            f"{drain.cut} cut"
-        )
+        text += f"; connections: {report.drain}"
     cut = (f"cut at the deadline: {each}" for each in report.cut_requests)
     hurried = (f"cut short, because too many releases drain (--max-draining): {each}" for each in report.hurried)
     return "\n".join([text, *cut, *hurried, *report.unanswered])
@@ -231,6 +227,7 @@ def describe_check(checked: dict[str, Any]) -> str:
         if former is not None:
             text += "\nas now" if describe(former) == text else f"\nnow {describe(former)}"
         rows.append((name, text))
+    rows += _describe_unfollowed(checked)
     if former is not None:
         rows.append(("environment", _describe_changes(checked["environment"], "as now")))
     if checked["sockets"] is None:
@@ -365,9 +362,13 @@ def _describe_following(status: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("a restart", f"would fail: {following['error']}"))
         else:
             rows.append(("a restart", f"would run {following['program']}\nin {following['directory']}"))
-    if isinstance(link := status.get("unfollowed_link"), str):
-        rows.append(("the link", f"{link} is not followed when it moves: start the service by it, or set PWD to it"))
-    return rows
+    return rows + _describe_unfollowed(status)
+
+
+def _describe_unfollowed(found: dict[str, Any]) -> list[tuple[str, str]]:
+    if not isinstance(link := found.get("unfollowed_link"), str):
+        return []
+    return [("the link", f"{link} is not followed when it moves: start the service by it, or set PWD to it")]
 
 
 def fitting_rows(status: dict[str, Any], height: int) -> list[tuple[str, str]]:
@@ -415,15 +416,23 @@ def _is_usual(worker: dict[str, Any], status: dict[str, Any]) -> bool:
 
 def _describe_load(of: dict[str, Any]) -> str:
     jobs = of.get("jobs") or 0
-    return str(of["connections"]) + (f", and {jobs} job{'s' * (jobs != 1)}" if jobs else "")
+    return str(of["connections"]) + (f", and {_counted(jobs, 'job')}" if jobs else "")
+
+
+def _describe_connections(of: dict[str, Any]) -> str:
+    jobs, text = of.get("jobs") or 0, _counted(of["connections"], "connection")
+    return f"{text} and {_counted(jobs, 'job')}" if jobs else text
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _describe_leaving(each: dict[str, Any]) -> str:
     """Tell of a generation, or a worker, that leaves, or may take over again."""
     text = f"generation {each['generation']} (pid {each['pid']})"
     if each["connections"] is not None:
-        jobs = each.get("jobs") or 0
-        text += f": {each['connections']} connections" + (f" and {jobs} job{'s' * (jobs != 1)}" if jobs else "")
+        text += f": {_describe_connections(each)}"
     if each.get("state") == State.PAUSED.value:
         text += ", can take over again"
     if each.get("ends_in") is not None:
@@ -439,8 +448,7 @@ def _describe_worker(worker: dict[str, Any], status: dict[str, Any]) -> str:
     if worker.get("generation") is not None:
         text = f"generation {worker['generation']}, {text}"
     if worker.get("connections") is not None:
-        jobs = worker.get("jobs") or 0
-        text += f", {worker['connections']} connections" + (f" and {jobs} job{'s' * (jobs != 1)}" if jobs else "")
+        text += f", {_describe_connections(worker)}"
     if worker.get("uptime") is not None:
         text += f", up {_duration(worker['uptime'])}"
     if worker.get("release") and worker["release"] != status.get("release"):

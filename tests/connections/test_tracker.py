@@ -439,7 +439,7 @@ async def test_tracked_work_is_waited_for() -> None:
             assert seen == []
             finish.set()
     assert seen == ["worked", "drained"]
-    assert tracker.count == DrainCount(drained=1)
+    assert tracker.count == DrainCount(jobs_done=1)
 
 
 async def test_tracked_work_is_cancelled_at_the_deadline() -> None:
@@ -456,7 +456,7 @@ async def test_tracked_work_is_cancelled_at_the_deadline() -> None:
             task_group.start_soon(work)
             await turn()
             await tracker.drain(0.02)
-    assert tracker.count == DrainCount(cut=1)
+    assert tracker.count == DrainCount(jobs_cut=1)
 
 
 async def test_tracked_work_may_wait_at_a_safe_point(early_farewell: float) -> None:
@@ -472,7 +472,7 @@ async def test_tracked_work_may_wait_at_a_safe_point(early_farewell: float) -> N
             task_group.start_soon(work)
             await turn()
             await tracker.drain(early_farewell)
-    assert tracker.count == DrainCount(silent=1)
+    assert tracker.count == DrainCount(jobs_done=1)
 
 
 async def test_the_counters_can_be_shared() -> None:

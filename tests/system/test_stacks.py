@@ -54,6 +54,29 @@ def test_a_task_that_awaits_is_told(loop: str) -> None:
         assert "in wait_for_the_database" in (ask_for_stacks(pid) or "")
 
 
+def test_what_an_asynchronous_generator_awaits_is_told_also_behind_much_else() -> None:
+    body = """
+    import contextlib
+
+    @contextlib.asynccontextmanager
+    async def lifespan():
+        await wait_for_the_database()
+        yield
+
+    async def behind(middleware):
+        if middleware:
+            await behind(middleware - 1)
+        else:
+            async with lifespan():
+                pass
+
+    sleep = asyncio.sleep; asyncio.run(behind(40))
+    """
+    with standing(body) as pid:
+        stacks = ask_for_stacks(pid) or ""
+        assert stacks.index("in wait_for_the_database") < stacks.index("in lifespan") < stacks.index("in behind")
+
+
 def test_a_blocked_main_thread_is_told_each_time() -> None:
     with standing("block()") as pid:
         for _ in range(2):

@@ -22,6 +22,7 @@ from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gate import GateState
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async._service.helpers import exclusive
+from ecdysis_async._service.worker_exit import on_worker_exit
 from ecdysis_async._system.log_files import on_reopen_logs
 from ecdysis_async.errors import DrainInterrupt
 from ecdysis_async.settings import WebSocketClose
@@ -40,6 +41,7 @@ EXCLUSIVE = "ecdysis.exclusive"
 """The key of what is held by one process of the whole service at a time, by its name."""
 
 ON_REOPEN_LOGS = "ecdysis.on_reopen_logs"
+ON_WORKER_EXIT = "ecdysis.on_worker_exit"
 """The key of what registers a function that opens the application's own log files anew."""
 
 RESTARTING = 1012
@@ -77,6 +79,7 @@ def make_state(ecdysis: Ecdysis) -> Mapping[str, Any]:
         SETTLED: ecdysis.settled,
         EXCLUSIVE: exclusive,
         ON_REOPEN_LOGS: on_reopen_logs,
+        ON_WORKER_EXIT: on_worker_exit,
     }
 
 

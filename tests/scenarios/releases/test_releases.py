@@ -94,3 +94,49 @@ def test_an_anchor_and_its_workers_change_their_release_and_change_it_back(
                 assert former.wait() == 0
                 visitors.wait_for(place)
         assert visitors.failures == []
+
+
+# It wants at its start-up what an anchor of the release before knows nothing of.
+EXCLUSIVE = """
+import ecdysis_async
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        await receive()
+        if hasattr(ecdysis_async, "exclusive"):
+            async with ecdysis_async.exclusive("migration"):
+                pass
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+        return
+    body = b"new" if hasattr(ecdysis_async, "exclusive") else b"old"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"3")]})
+    await send({"type": "http.response.body", "body": body})
+"""
+
+
+def test_exclusive_under_an_anchor_that_does_not_know_it_says_what_to_do(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    (tmp_path / "main.py").write_text(EXCLUSIVE)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    deployment.deploy("former")
+    options = (*QUICK, "--app-dir", str(tmp_path))
+    with running(deployment.link, *options, directory=tmp_path, **environment) as service:
+
+        def restart(*arguments: str) -> tuple[int, str]:
+            done = call("restart", *arguments, "--control", service.control, cwd=deployment.link, **environment)
+            return done.returncode, done.stderr
+
+        with Visitors(service.find_port()) as visitors:
+            visitors.wait_for("old")
+            deployment.deploy("this")
+            code, told = restart()
+            assert code == 1, told
+            assert "exclusive('migration') needs an anchor that knows of it" in told
+            assert "`ecdysis restart --anchor` upgrades it" in told
+            assert restart("--anchor") == (0, "")
+            assert restart()[0] == 0
+            visitors.wait_for("new")
+        assert visitors.failures == []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import re
 import shutil
 import site
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,16 +34,46 @@ async def app(scope, receive, send):
 SCRIPT = "import sys\nfrom ecdysis_async.cli import main\nsys.exit(main())\n"
 
 
+# What executes itself anew out of a cache, as PEX does: variables of its own name the file, the command line the cache.
+SELF_EXECUTING = """#!{python}
+import os, sys
+DONE, ITSELF = "_PEX_SHOULD_EXIT_BOOTSTRAP_REEXEC", "__PEX_EXE__"
+if DONE not in os.environ:
+    cache = os.path.join({cache!r}, "{number}")
+    os.makedirs(cache, exist_ok=True)
+    with open(os.path.join(cache, "__main__.py"), "w") as file:
+        file.write("import os, sys\\nsys.argv[0] = os.environ.pop('__PEX_EXE__')\\n"
+            "os.environ.pop('_PEX_SHOULD_EXIT_BOOTSTRAP_REEXEC')\\n"
+            "from ecdysis_async.cli import main\\nsys.exit(main())\\n")
+    found = {{"PEX": os.path.realpath(__file__), ITSELF: os.path.abspath(__file__), DONE: "1"}}
+    os.execve(sys.executable, [sys.executable, cache, *sys.argv[1:]], {{**os.environ, **found}})
+sys.exit("it takes itself for one that was executed anew")
+"""
+
+
 def make_release(root: Path, number: int, *, is_trampoline: bool = False) -> None:
     """Make a release: its code, its env file, and a virtual environment with a package and a script of its own."""
     release = root / "releases" / str(number)
-    binaries = release / "venv" / "bin"
-    packages = release / "venv" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    make_environment(release / "venv", number, is_trampoline=is_trampoline)
+    # What `uv run` looks for.
+    (release / ".venv").symlink_to("venv")
+    (release / "pyproject.toml").write_text("[project]\nname = 'shop'\nversion = '1'\nrequires-python = '>=3.11'\n")
+    own = release / "venv" / "bin" / "python"
+    (release / "app.pex").write_text(SELF_EXECUTING.format(python=own, cache=str(root / "cache"), number=number))
+    (release / "app.pex").chmod(0o755)
+    (release / "main.py").write_text(f"CODE = {number}\n{APP}")
+    (release / ".env").write_text(f"OF={number}\n" + ("ONLY_ONE=yes\n" if number == 1 else ""))
+
+
+def make_environment(directory: Path, number: int, *, is_trampoline: bool = False) -> None:
+    """Make a virtual environment with a package and a script of its own."""
+    binaries = directory / "bin"
+    packages = directory / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
     binaries.mkdir(parents=True)
     packages.mkdir(parents=True)
     interpreter: str = sys._base_executable  # type: ignore[attr-defined] # what venv(3) takes
     (binaries / "python").symlink_to(interpreter)
-    (release / "venv" / "pyvenv.cfg").write_text(f"home = {Path(interpreter).resolve().parent}\n")
+    (directory / "pyvenv.cfg").write_text(f"home = {Path(interpreter).resolve().parent}\n")
     paths = [str(PROJECT), *site.getsitepackages()]
     lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
     (packages / "shared.pth").write_text("\n".join([*paths, *lines]))
@@ -50,14 +82,21 @@ def make_release(root: Path, number: int, *, is_trampoline: bool = False) -> Non
     first = f"#!/bin/sh\n'''exec' {own} \"$0\" \"$@\"\n' '''\n" if is_trampoline else f"#!{own}\n"
     (binaries / "ecdysis").write_text(first + SCRIPT)
     (binaries / "ecdysis").chmod(0o755)
-    (release / "main.py").write_text(f"CODE = {number}\n{APP}")
-    (release / ".env").write_text(f"OF={number}\n" + ("ONLY_ONE=yes\n" if number == 1 else ""))
 
 
-def move(root: Path, number: int) -> None:
-    """Let `current` lead to a release."""
-    (root / "next").symlink_to(f"releases/{number}")
-    (root / "next").replace(root / "current")
+def make_parts(root: Path, number: int) -> None:
+    """Make a release whose code, environment and env file lie apart, so that each of them may move alone."""
+    for name in "code", "env":
+        (root / name / str(number)).mkdir(parents=True)
+    make_environment(root / "venv" / str(number), number)
+    (root / "code" / str(number) / "main.py").write_text(f"CODE = {number}\n{APP}")
+    (root / "env" / str(number) / "env").write_text(f"OF={number}\n" + ("ONLY_ONE=yes\n" if number == 1 else ""))
+
+
+def move(root: Path, number: int, link: str = "current", target: str = "releases") -> None:
+    """Let a link lead to a release."""
+    (root / "next").symlink_to(f"{target}/{number}")
+    (root / "next").replace(root / link)
 
 
 class Service:
@@ -82,12 +121,14 @@ class Service:
         await asyncio.to_thread(self.run.process.wait)
 
 
-async def start(root: Path, command: list[str], directory: Path, **environment: str | None) -> Service:
+async def start(
+    root: Path, command: list[str], directory: Path, *, env_file: str = ".env", **environment: str | None
+) -> Service:
     """Start a service, and wait until it serves."""
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "PWD")}
     variables |= {name: value for name, value in environment.items() if value is not None}
     control = str(root / "control")
-    options = ("run", "main:app", "--bind", "127.0.0.1:0", *QUICK, "--env-file", ".env", "--control", control)
+    options = ("run", "main:app", "--bind", "127.0.0.1:0", *QUICK, "--env-file", env_file, "--control", control)
     reader, writer = os.pipe()
     with os.fdopen(writer, "wb") as pipe:
         process = subprocess.Popen([*command, *options], cwd=directory, env=variables, stdout=pipe, stderr=pipe)
@@ -100,6 +141,8 @@ async def start(root: Path, command: list[str], directory: Path, **environment: 
     return service
 
 
+UV = shutil.which("uv", path=os.path.dirname(sys.executable)) or shutil.which("uv") or ""
+
 LAUNCHERS = {
     "script by the link": ("{root}/current/venv/bin/ecdysis",),
     "relative script": ("venv/bin/ecdysis",),
@@ -108,25 +151,31 @@ LAUNCHERS = {
     "activated script": ("{root}/releases/1/venv/bin/ecdysis",),
     "activated module": ("{root}/releases/1/venv/bin/python", "-m", "ecdysis_async.cli"),
     "trampoline": ("{root}/current/venv/bin/ecdysis",),
+    "self-executing by the link": ("{root}/current/app.pex",),
+    "relative self-executing": ("./app.pex",),
+    "uv run": (UV, "run", "--offline", "--no-sync", "ecdysis"),
+    "uv run in a directory": (UV, "run", "--offline", "--no-sync", "--directory", "{root}/current", "ecdysis"),
 }
-
-
-@pytest.mark.parametrize(
-    ("launcher", "has_pwd"),
-    [
-        *((name, True) for name in LAUNCHERS),
-        ("script by the link", False),
-        ("module by the link", False),
-        ("trampoline", False),
-    ],
+# How it can be known, without PWD, that a service was started by way of the link: its command line says so.
+KNOWN_WITHOUT_PWD = (
+    "script by the link",
+    "module by the link",
+    "trampoline",
+    "self-executing by the link",
+    "uv run in a directory",
 )
-async def test_code_environment_and_env_file_follow_the_link(tmp_path: Path, launcher: str, has_pwd: bool) -> None:
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+async def test_code_environment_and_env_file_follow_the_link(tmp_path: Path, launcher: str) -> None:
+    if launcher.startswith("uv") and not UV:
+        pytest.skip("uv is not installed")
     for number in 1, 2, 3:
         make_release(tmp_path, number, is_trampoline=launcher == "trampoline")
     move(tmp_path, 1)
     current = tmp_path / "current"
     command = [each.format(root=tmp_path) for each in LAUNCHERS[launcher]]
-    service = await start(tmp_path, command, current, PWD=str(current) if has_pwd else None)
+    service = await start(tmp_path, command, current, PWD=None if launcher in KNOWN_WITHOUT_PWD else str(current))
     try:
         assert await service.find_answer() == "1 1 1 yes"
         move(tmp_path, 2)
@@ -151,6 +200,70 @@ async def test_code_environment_and_env_file_follow_the_link(tmp_path: Path, lau
         await service.stop()
 
 
+@dataclasses.dataclass
+class Step:
+    """What is deployed, and how it is brought into effect.
+
+    Attributes:
+        moved: the links that move on.
+        is_pruned: whether the release is deleted to which they have led.
+        is_upgraded: whether the anchor is upgraded before.
+    """
+
+    moved: tuple[str, ...]
+    is_pruned: bool
+    is_upgraded: bool
+
+
+APART = {
+    "script": ("{root}/py/bin/ecdysis",),
+    "relative script": ("../../py/bin/ecdysis",),
+    "module": ("{root}/py/bin/python", "-m", "ecdysis_async.cli"),
+    "relative module": ("../../py/bin/python", "-m", "ecdysis_async.cli"),
+}
+LINKS = {"app": "code", "py": "venv", "settings": "env"}
+
+
+async def walk(root: Path, launcher: str, steps: Sequence[Step], *, has_pwd: bool) -> None:
+    """Take steps, one after the other, with one service; see after each that what was deployed runs."""
+    for number in range(1, len(steps) + 2):
+        make_parts(root, number)
+    leads_to = dict.fromkeys(LINKS, 1)
+    for link, target in LINKS.items():
+        move(root, 1, link, target)
+    command = [each.format(root=root) for each in APART[launcher]]
+    service = await start(
+        root, command, root / "app", env_file="../../settings/env", PWD=str(root / "app") if has_pwd else None
+    )
+    try:
+        for number, step in enumerate(steps, 2):
+            for link in step.moved:
+                former, leads_to[link] = leads_to[link], number
+                move(root, number, link, LINKS[link])
+                if step.is_pruned:
+                    shutil.rmtree(root / LINKS[link] / str(former))
+            for arguments in (("--anchor",), ()) if step.is_upgraded else ((),):
+                code, answer = await service.run.restart(*arguments)
+                assert code == 0, (step, answer)
+            expected = "{app} {py} {settings}".format_map(leads_to)
+            assert (await service.find_answer()).startswith(f"{expected} "), step
+    finally:
+        await service.stop()
+
+
+@pytest.mark.parametrize(("launcher", "has_pwd"), [("script", True), ("relative module", True), ("module", False)])
+async def test_code_environment_and_env_file_move_apart(tmp_path: Path, launcher: str, has_pwd: bool) -> None:
+    # Without PWD nothing says by which link the code was reached: that is told, see below.
+    code = ("app",) if has_pwd else ()
+    steps = [
+        Step(("py",), is_pruned=True, is_upgraded=False),
+        Step((*code, "py"), is_pruned=True, is_upgraded=True),
+        Step(("settings",), is_pruned=True, is_upgraded=False),
+        Step((*code, "settings"), is_pruned=False, is_upgraded=True),
+    ]
+    await walk(tmp_path, launcher, steps, has_pwd=has_pwd)
+
+
 async def test_a_link_that_cannot_be_followed_is_named(tmp_path: Path) -> None:
     for number in 1, 2:
         make_release(tmp_path, number)
@@ -159,8 +272,10 @@ async def test_a_link_that_cannot_be_followed_is_named(tmp_path: Path) -> None:
     service = await start(tmp_path, ["venv/bin/ecdysis"], tmp_path / "current")
     try:
         await service.run.wait_for(f"the link {tmp_path}/current leads to")
-        status = (await asyncio.to_thread(run_command, "status", "--control", str(tmp_path / "control")))[1]
-        assert f"{tmp_path}/current is not followed when it moves" in status
+        control = str(tmp_path / "control")
+        for command in ("status",), ("check", "main:app", "--app-dir", str(tmp_path / "current")):
+            told = (await asyncio.to_thread(run_command, *command, "--control", control))[1]
+            assert f"{tmp_path}/current is not followed when it moves" in told, told
     finally:
         await service.stop()
 

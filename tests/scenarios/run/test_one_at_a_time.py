@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenarios.run.commands import Visitors, call, running, wait_until, write_app
+from tests.scenarios.run.commands import Visitors, call, running, taking_over, wait_until, write_app
 
 pytestmark = pytest.mark.newest_python_only
 
@@ -51,7 +52,12 @@ def test_an_old_release_leaves_first_and_comes_back_where_the_new_one_fails(tmp_
                 return done.returncode, done.stdout + done.stderr
 
             release(tmp_path, "2", "two")
-            assert restart()[0] == 0
+            # Someone is connected, and has nothing to say: the workers that have left tell what became of it.
+            with socket.create_connection(("127.0.0.1", run.find_port())):
+                status, told = restart()
+            assert status == 0, told
+            assert re.search(r"; connections: \d+ drained, [1-9]\d* silent, 0 transferred, 0 cut$", told, re.MULTILINE)
+            assert "1 worker leaves first (--one-at-a-time), with " in run.log
             visitors.wait_for("two")
             # It does not start; and what was deployed before serves again, though the link has moved.
             release(tmp_path, "3", "three", ONLY_ONE + "import missing_module\n")
@@ -147,3 +153,26 @@ def test_a_port_that_the_old_release_has_is_told_with_the_remedy(tmp_path: Path,
         assert "of this service" in done.stderr
         assert "--one-at-a-time" in done.stderr
         assert "ecdysis_async.exclusive" in done.stderr
+
+
+def test_a_takeover_and_a_saved_file_let_the_old_release_end_first(tmp_path: Path) -> None:
+    """What only one may have open is never open twice, whoever starts the new release."""
+    path, database = tmp_path / "main.py", str(tmp_path / "database")
+    write_app(path, "one", ONLY_ONE)
+    options = (*QUICK, "--one-at-a-time")
+    with running(tmp_path, *options, DATABASE=database) as former, Visitors(former.find_port()) as visitors:
+        visitors.wait_for("one")
+        write_app(path, "two", ONLY_ONE)
+        log = tmp_path / "newcomer"
+        log.mkdir()
+        with taking_over(former, tmp_path, *options, "--reload", directory=log, DATABASE=database) as newcomer:
+            assert former.wait() == 0
+            visitors.wait_for("two")
+            newcomer.wait_for("watching ")
+            write_app(path, "three", ONLY_ONE)
+            visitors.wait_for("three")
+            write_app(path, "broken", ONLY_ONE + "import missing_module\n")
+            newcomer.wait_for("the former release was started again")
+            visitors.wait_for("three")
+            assert visitors.failures == []
+            assert "BlockingIOError" not in former.log + newcomer.log
