@@ -205,7 +205,8 @@ class RollOutRunner:
                 await self._begin()
                 error = await self._replace_all() or await self._watch_probation()
                 if self._state.is_stopping:
-                    self._fail(RestartWhileDraining("the service was stopped while it restarted"), Outcome.STOPPED)
+                    what = "was stopped while it restarted" if self._state.has_served else "has ended before it served"
+                    self._fail(RestartWhileDraining(f"the service {what}: its log says why"), Outcome.STOPPED)
                 elif error is not None:
                     await self._undo(error)
                 else:

@@ -499,7 +499,11 @@ def _ask(path: str, request: Event, timeout: float, on_event: Callable[[Event], 
         try:
             sock.connect(path)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
-            raise CommandFailed(f"no service has the control socket {path}", Exit.NO_SERVICE) from error
+            raise CommandFailed(
+                f"no service has the control socket {path}: it has ended, or was not started. Without --control and "
+                "ECDYSIS_CONTROL, `ecdysis status` finds the services that run",
+                Exit.NO_SERVICE,
+            ) from error
         except PermissionError as error:
             raise CommandFailed(
                 f"the control socket {path} may not be used by uid {os.geteuid()}: ask as the service's user or root",

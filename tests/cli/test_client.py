@@ -118,10 +118,8 @@ def test_no_service(command: str, environment: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (NO_SERVICE, "")
     assert f"no service has its control socket in {environment}, " in done.stderr
     done = call(command, "--control", "api")
-    assert (done.returncode, done.stderr) == (
-        NO_SERVICE,
-        f"ecdysis: no service has the control socket {environment}/api\n",
-    )
+    assert done.returncode == NO_SERVICE
+    assert done.stderr.startswith(f"ecdysis: no service has the control socket {environment}/api: it has ended, or ")
     # What a killed one has left.
     path = tmp_path / "stale"
     with socket.socket(socket.AF_UNIX) as sock:
