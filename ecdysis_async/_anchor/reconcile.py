@@ -242,8 +242,9 @@ class Reconciler:
                 worker.leaving = -math.inf
                 self._begin(self._end_lingering, worker, limit)
         for worker in tuple(self._state.pool):
-            # A worker that is starting may block for as long as ready_timeout allows.
-            if worker.state in (State.SERVING, State.PAUSED, State.DRAINING):
+            # A worker that is starting may block for as long as ready_timeout allows; one that has drained, and whose
+            # application shuts down, for as long as exit_timeout.
+            if worker.state in (State.SERVING, State.PAUSED) or (worker.state is State.DRAINING and worker.connections):
                 worker.silence += elapsed
                 if hang is not None and worker.silence > hang:
                     worker.silence = -math.inf

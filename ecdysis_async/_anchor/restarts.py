@@ -82,7 +82,7 @@ class Restarts:
         """
         state = self._state
         if state.is_leaving:
-            raise RestartWhileDraining("the service is being stopped")
+            raise RestartWhileDraining("the service is being stopped: start it again once it has ended")
         before = state.roll_out if state.is_rolling else None
         if before is not None and before.stage < RollOutStage.PROBATION:
             raise RestartInProgress(f"restart {before.report.id} is in progress; await that one")

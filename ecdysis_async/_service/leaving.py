@@ -271,6 +271,7 @@ class Leaving:
         await tracker.drain(min(EXIT_SECONDS, timeout))
         count = tracker.count
         self._tell("the drain has ended: %s", count)
+        life.management.changed()
         cut = tracker.describe_cut()
         for each in cut:
             log.warning("cut at the deadline: %s", each)

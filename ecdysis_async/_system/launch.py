@@ -28,6 +28,7 @@ __all__ = [
     "find_from_start",
     "find_unfollowed_link",
     "follow_link",
+    "leave_debugger",
     "look_up_links",
     "read_env_file",
     "read_first_lines",
@@ -36,6 +37,9 @@ __all__ = [
 
 # AT_EXECFN of getauxval(3): the address of the path that was given to execve(2).
 EXECUTED_FILE = 31
+
+# How many words an interpreter may have before its program, such as -X and -W with their values.
+MAX_INTERPRETER_WORDS = 10
 
 # The longest path, PATH_MAX of limits.h.
 MAX_PATH = 4096
@@ -233,6 +237,24 @@ def _is_executed(word: str, path: str, before: Sequence[str], directory: str | N
     return word == executed if executed else first[2:].split(None, 1) == [os.fsencode(each) for each in before]
 
 
+def leave_debugger(command: Sequence[str]) -> list[str]:
+    """Return a command line without debugpy in front, which has its port already, and attaches to children by itself.
+
+    Args:
+        command: with the interpreter as its first word, as `python -m debugpy --listen 5678 -m app`.
+    """
+    words = list(command)
+    for index, word in enumerate(words[1:MAX_INTERPRETER_WORDS], 1):
+        is_module = word == "debugpy" and words[index - 1] == "-m"
+        if not is_module and not (os.path.basename(word) == "debugpy" and os.path.isdir(word)):
+            continue
+        rest = range(index + 1, len(words))
+        # Its own options, some with a value, come before what it debugs.
+        begin = next((each for each in rest if words[each] in ("-m", "-c") or words[each].endswith(".py")), None)
+        return [*words[: index - is_module], *words[begin:]] if begin is not None else words
+    return words
+
+
 def read_first_lines(path: str) -> tuple[bytes, bytes]:
     """Return the first two lines of a file; they are empty where it has none, or may not be read."""
     try:
@@ -254,7 +276,7 @@ if _ITSELF is not None:
     _GIVEN = _forget_execution(_GIVEN)
     _COMMAND = [*_find_own_interpreter(_ITSELF), _ITSELF, *sys.argv[1:]]
 else:
-    _COMMAND = _find_script(_START_DIRECTORY, _EXECUTED) or sys.orig_argv or [""]
+    _COMMAND = _find_script(_START_DIRECTORY, _EXECUTED) or leave_debugger(sys.orig_argv) or [""]
 
 
 @dataclass(frozen=True, slots=True)

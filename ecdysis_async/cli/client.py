@@ -379,7 +379,9 @@ def stop(path: str, on_event: Callable[[Event], None]) -> None:
         # A process that is killed while it stops has stopped as well.
         if _wait_for_death(pidfd) or not is_live(path):
             return
-        raise CommandFailed(f"the service at {path} does not say that it stops: {error}", Exit.UNKNOWN) from error
+        raise CommandFailed(
+            f"the service at {path} does not say that it stops ({error}): see `ecdysis status`", Exit.UNKNOWN
+        ) from error
     finally:
         if pidfd >= 0:
             os.close(pidfd)
@@ -526,7 +528,7 @@ def _ask(path: str, request: Event, timeout: float, on_event: Callable[[Event], 
                     line = lines.readline(MAX_ANSWER_BYTES)
                 except TimeoutError as error:
                     raise NoAnswer(
-                        f"it has said nothing for {timeout:.0f} seconds; is it stopped (SIGSTOP)?"
+                        f"it has said nothing for {timeout:.0f} seconds; is it stopped? `kill -CONT` lets it go on"
                     ) from error
                 except OSError as error:
                     raise ConnectionLost(f"the connection broke: {error.strerror}") from error

@@ -245,7 +245,11 @@ async def test_a_worker_that_cannot_be_replaced_goes_on(caplog: pytest.LogCaptur
 def test_a_worker_that_is_silent_for_too_long_hangs() -> None:
     with stage(hang_timeout=2) as here:
         for state in State:
-            here.add_slot(state=state)
+            puppet = here.add_slot(state=state)
+            assert puppet is not None
+            puppet.worker.connections = 1
+        # It has drained, and its application shuts down.
+        here.add_slot(state=State.DRAINING)
         reconciler = make_reconciler(here)
         for _ in range(4):
             reconciler.note_silence(0.5)
@@ -262,9 +266,9 @@ def test_a_worker_that_is_silent_for_too_long_hangs() -> None:
         reconciler.note_silence(1000)
         # What leaves, and has not ended by then, is ended once as well.
         lingering: list[Any] = [arguments[0] for _, arguments in here.begun.calls[3:]]
-        assert [worker.state for worker in lingering] == [State.DRAINING, State.ENDED]
+        assert [worker.state for worker in lingering] == [State.DRAINING, State.ENDED, State.DRAINING]
         reconciler.note_silence(1000)
-        assert len(here.begun.calls) == 5
+        assert len(here.begun.calls) == 6
 
 
 async def test_a_worker_that_leaves_for_too_long_is_killed(caplog: pytest.LogCaptureFixture) -> None:

@@ -418,3 +418,18 @@ def test_a_script_behind_a_long_path_is_pinned_with_the_interpreter_of_its_secon
     current.symlink_to("1")
     pinned = Launch((f"{current}/serve",), None, {}).pin()
     assert pinned.arguments == (f"{real}/python", f"{real}/serve")
+
+
+@pytest.mark.parametrize(
+    ("options", "program"),
+    [
+        ("-m debugpy --listen 5678", "-m ecdysis_async.cli run main:app"),
+        ("-m debugpy --listen 127.0.0.1:5678 --wait-for-client --configure-subProcess true", "main.py run"),
+        ("-m debugpy --connect 5678", "-c pass"),
+        ("", "-m ecdysis_async.cli run main:app -m debugpy"),
+        ("", "main.py debugpy"),
+    ],
+)
+def test_a_debugger_in_front_is_left_to_the_first_process(options: str, program: str) -> None:
+    command = ["python", "-X", "frozen_modules=off", *options.split(), *program.split()]
+    assert launch.leave_debugger(command) == ["python", "-X", "frozen_modules=off", *program.split()]

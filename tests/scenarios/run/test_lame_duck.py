@@ -55,7 +55,10 @@ def test_it_serves_on_and_is_not_ready(tmp_path: Path, health: int) -> None:
             status = run.status()
             assert (status["state"], status["waiting_for"][:14]) == ("serving", "load balancers")
             refused = call("restart", "--control", run.control, cwd=tmp_path)
-            assert (refused.returncode, refused.stderr) == (3, "ecdysis: the service is being stopped\n")
+            assert (refused.returncode, refused.stderr) == (
+                3,
+                "ecdysis: the service is being stopped: start it again once it has ended\n",
+            )
             # And the probation goes on as it did.
             assert run.status()["restart"]["id"] == status["restart"]["id"]
             visitors.wait_for("ok")
