@@ -36,6 +36,7 @@ __all__ = [
     "digest_environment",
     "preflight",
     "tell",
+    "with_link",
 ]
 
 CHECKED: Final = "checked"
@@ -237,7 +238,13 @@ async def check_release(
     launch, _ = await run_in_thread(
         lambda: describe_launch(settings.command, settings.environment, settings.env_file, stale_keys)
     )
-    return compare(await preflight(launch, settings.ready_timeout), entries, environment, place)
+    release = await preflight(launch, settings.ready_timeout)
+    return await with_link(compare(release, entries, environment, place))
+
+
+async def with_link(comparison: Json) -> Json:
+    """Return a comparison, and which link a restart of this process would not follow."""
+    return {**comparison, "unfollowed_link": await run_in_thread(find_unfollowed_link)}
 
 
 def compare(release: Json, entries: Sequence[Entry], environment: Mapping[str, str], place: Json | None = None) -> Json:
@@ -260,7 +267,6 @@ def compare(release: Json, entries: Sequence[Entry], environment: Mapping[str, s
         **{name: value for name, value in release.items() if name not in ("environment", "sockets")},
         "pid": os.getpid(),
         "former_process": place if place is not None else describe_place(),
-        "unfollowed_link": find_unfollowed_link(),
         "environment": {
             "added": sorted(digests.keys() - ours.keys()),
             "removed": sorted(ours.keys() - digests.keys()),

@@ -41,6 +41,7 @@ import anyio.to_thread
 
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gated_socket import AcceptingEnded, GatedSocket, accept_connection
+from ecdysis_async._handoff.preflight import with_link
 from ecdysis_async._sockets.addresses import Unix
 from ecdysis_async._sockets.entry import Entry, Until
 from ecdysis_async._sockets.registry import Registry
@@ -267,7 +268,7 @@ class ControlServer:
                 except (AttributeError, KeyError, TypeError, ValueError) as error:
                     await client.send("error", message=f"this does not describe a release: {error!r}")
                 else:
-                    await client.send("checked", comparison=comparison)
+                    await client.send("checked", comparison=await with_link(comparison))
             case {"command": "upgrade"}:
                 await self._upgrade(client)
             case {"command": "takeover"} if not ControlAccess().admits(client.sock):
