@@ -399,7 +399,7 @@ def _own_command() -> tuple[str, ...]:
         # environment is found by the name it was called by.
         program = sys.executable
     elif _START_DIRECTORY is not None:
-        program = os.path.join(_START_DIRECTORY, program)
+        program = _leave_parents(os.path.join(_START_DIRECTORY, program))
     program = follow_link(program)
     if not program:
         raise RestartUnsupported("it is not known how this process was started: set command=", phase="start")
@@ -410,6 +410,15 @@ def _own_command() -> tuple[str, ...]:
             phase="start",
         )
     return program, *arguments
+
+
+def _leave_parents(path: str) -> str:
+    """Return a path without `..` in it, which leads from where a link leads now.
+
+    An interpreter finds its environment by its path, and takes `current/..` for the directory in which the link lies.
+    """
+    before, parents, after = path.rpartition(f"{os.sep}..{os.sep}")
+    return os.path.join(os.path.realpath(f"{before}{parents}"), after) if parents else path
 
 
 def find_following(command: Sequence[str] | None) -> Launch:

@@ -186,7 +186,8 @@ def make_config(options: Options, control_path: str | None) -> AnchorConfig:
         reload=_find_watched(options),
         takeover=locate(options.takeover) if options.takeover is not None else None,
         one_at_a_time=options.one_at_a_time,
-        is_checked_first=True,
+        # An import may open what the running release still has open.
+        is_checked_first=not options.one_at_a_time,
     )
 
 

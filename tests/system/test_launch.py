@@ -420,6 +420,17 @@ def test_a_script_behind_a_long_path_is_pinned_with_the_interpreter_of_its_secon
     assert pinned.arguments == (f"{real}/python", f"{real}/serve")
 
 
+def test_a_program_is_found_beside_where_a_link_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter takes `current/..` for the directory in which the link lies."""
+    (tmp_path / "code" / "2").mkdir(parents=True)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "current").symlink_to(tmp_path / "code" / "2")
+    monkeypatch.setattr(launch, "_START_DIRECTORY", str(tmp_path / "links" / "current"))
+    monkeypatch.setattr(launch, "_COMMAND", ["../venv/bin/python", "-m", "app"])
+    found, _ = launch.describe_launch(None, {}, None)
+    assert found.arguments == (str(tmp_path / "code" / "venv" / "bin" / "python"), "-m", "app")
+
+
 @pytest.mark.parametrize(
     ("options", "program"),
     [
