@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.scenarios.servers.harness import PATIENCE_SECONDS, PROJECT
+from tests.scenarios.servers.one_client import run_program
 
 pytestmark = pytest.mark.newest_python_only
 
 # One client asks for /wait and two more, and for a fourth thing once the drain has begun. Another one has sent half of
 # a head. A third one asks for /wait and sends no more. Then /wait is answered.
 PROGRAM = """
-import asyncio, functools, socket, sys, threading
+import socket, sys, threading
 import anyio
-import ecdysis_async
+from tests.scenarios.servers.one_client import live, run
 
-begun, released = [], None
+begun, released = [], anyio.Event()
 
 async def respond(path):
     if path == "/wait":
@@ -29,35 +25,14 @@ async def respond(path):
 
 async def app(scope, receive, send):
     if scope["type"] == "lifespan":
-        while True:
-            message = await receive()
-            await send({"type": message["type"] + ".complete"})
-            if message["type"] == "lifespan.shutdown":
-                return
+        return await live(receive, send)
     body = await respond(scope["path"])
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
 
-async def serve(kind, ecdysis, sock):
-    if kind.startswith("uvicorn"):
-        import uvicorn
-        from ecdysis_async.servers.uvicorn import serve
-        config = uvicorn.Config(app, http=kind.partition(" ")[2], log_config=None)
-        await serve(ecdysis, config, [sock])
-    elif kind == "hypercorn":
-        from hypercorn.config import Config
-        from ecdysis_async.servers.hypercorn import serve
-        config = Config()
-        config.errorlog = None
-        await serve(ecdysis, app, config, [sock])
-    else:
-        from aiohttp import web
-        from ecdysis_async.servers.aiohttp import serve
-        async def answer(request):
-            return web.Response(body=await respond(request.path))
-        application = web.Application()
-        application.router.add_get("/{path}", answer)
-        await serve(ecdysis, application, sock=sock, access_log=None)
+async def answer(request):
+    from aiohttp import web
+    return web.Response(body=await respond(request.path))
 
 def get(path):
     return b"GET %s HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n" % path
@@ -94,33 +69,7 @@ def client(port, call, ecdysis):
     if sys.argv[3] == "answered":
         print("closed", [body for body, _ in read_all(closed)])
 
-async def main(kind):
-    global released
-    released = anyio.Event()
-    async with ecdysis_async.Ecdysis(drain_timeout=30) as ecdysis:
-        sock = ecdysis.listen_tcp("127.0.0.1", 0)
-        call = by_loop()
-        def begin_when_serving():
-            while ecdysis.state is not ecdysis_async.State.SERVING:
-                threading.Event().wait(0.01)
-            try:
-                client(sock.getsockname()[1], call, ecdysis)
-            finally:
-                call(ecdysis.stop)
-        threading.Thread(target=begin_when_serving, daemon=True).start()
-        await serve(kind, ecdysis, sock)
-
-def by_loop():
-    if sys.argv[1] == "trio":
-        import trio
-        return trio.lowlevel.current_trio_token().run_sync_soon
-    return asyncio.get_running_loop().call_soon_threadsafe
-
-if sys.argv[1] == "trio":
-    import trio
-    trio.run(main, sys.argv[2])
-else:
-    ecdysis_async.run(functools.partial(main, sys.argv[2]), loop=sys.argv[1])
+run(*sys.argv[1:3], client, asgi=app, aiohttp=answer)
 """
 
 
@@ -128,8 +77,8 @@ else:
 @pytest.mark.parametrize(
     ("loop", "kind", "half_closed"),
     [
-        ("asyncio", "uvicorn h11", "left alone"),
-        ("uvloop", "uvicorn httptools", "left alone"),
+        ("asyncio", "uvicorn http=h11", "left alone"),
+        ("uvloop", "uvicorn http=httptools", "left alone"),
         ("asyncio", "hypercorn", "answered"),
         ("uvloop", "hypercorn", "answered"),
         ("trio", "hypercorn", "answered"),
@@ -138,14 +87,7 @@ else:
     ],
 )
 def test_whatever_was_sent_when_the_drain_begins_is_answered(loop: str, kind: str, half_closed: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM, loop, kind, half_closed],
-        env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-        check=False,
-    )
+    done = run_program(PROGRAM, loop, kind, half_closed)
     said = [
         "half ('/half', 'close')",
         "pipelined ('/wait', '') ('/1', '') ('/2', '') ('/3', 'close')",
