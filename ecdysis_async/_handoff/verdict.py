@@ -8,7 +8,7 @@ from __future__ import annotations
 from ecdysis_async.errors import ReadyTimeout, RestartError
 from ecdysis_async.report import Outcome, Phase, RestartReport
 
-__all__ = ["describe_drain", "describe_verdict", "summarize"]
+__all__ = ["describe_drain", "describe_verdict", "name_successors", "summarize"]
 
 
 def summarize(error: RestartError) -> str:
@@ -22,6 +22,14 @@ def summarize(error: RestartError) -> str:
     return f"{what} … {words[-1]}" if words and words[-1] not in what else what
 
 
+def name_successors(report: RestartReport) -> str:
+    """Name the process that came, or say how many came."""
+    if len(report.workers) > 1:
+        return f"{len(report.workers)} workers"
+    # Of a service with workers, the report itself names the anchor, which stays.
+    return f"pid {(report.workers or [report])[0].successor_pid}"
+
+
 def describe_verdict(report: RestartReport, error: RestartError | None, former: int) -> str:
     """Say in one line how a restart has ended, for the log of who was asked for it.
 
@@ -30,8 +38,7 @@ def describe_verdict(report: RestartReport, error: RestartError | None, former: 
         error: why it failed.
         former: the number of the generation that was asked.
     """
-    newest = report.workers[0] if report.workers else report
-    who = f"{len(report.workers)} workers" if len(report.workers) > 1 else f"pid {newest.successor_pid}"
+    who = name_successors(report)
     release = f", {report.release}" if report.release else ""
     match report.outcome:
         case Outcome.SETTLED:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from ecdysis_async._handoff.verdict import name_successors
 from ecdysis_async.report import Outcome, Phase, RestartReport, State
 
 __all__ = [
@@ -203,8 +204,7 @@ def _wait_line(name: str, text: str) -> str:
 
 def describe_outcome(report: RestartReport) -> str:
     """Tell in one line what a restart has led to, whose phases have been told."""
-    who = f"{len(report.workers)} workers" if len(report.workers) > 1 else f"pid {report.successor_pid}"
-    text = f"generation {report.generation} ({who}) serves: {report.outcome}"
+    text = f"generation {report.generation} ({name_successors(report)}) serves: {report.outcome}"
     if report.accept_gap is not None:
         text += f", accept gap {report.accept_gap * 1000:.2f} ms"
     if Phase.DRAIN in report.phases:

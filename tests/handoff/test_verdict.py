@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ecdysis_async._handoff.verdict import describe_drain, describe_verdict, summarize
+from ecdysis_async._handoff.verdict import describe_drain, describe_verdict, name_successors, summarize
+from ecdysis_async.cli.progress import describe_outcome
 from ecdysis_async.errors import RestartError, SuccessorFailed
 from ecdysis_async.report import DrainCount, Outcome, Phase, RestartReport
 
@@ -48,6 +49,13 @@ def make_report(outcome: Outcome, **facts: object) -> RestartReport:
 )
 def test_the_end_of_a_restart_in_one_line(report: RestartReport, error: RestartError | None, expected: str) -> None:
     assert describe_verdict(report, error, 1) == expected
+
+
+def test_a_worker_is_named_and_not_the_anchor() -> None:
+    alone, anchored = make_report(Outcome.SETTLED), make_report(Outcome.SETTLED)
+    anchored.workers = [make_report(Outcome.SETTLED, successor_pid=12)]
+    assert (name_successors(alone), name_successors(anchored)) == ("pid 11", "pid 12")
+    assert describe_outcome(anchored) == "generation 2 (pid 12) serves: settled"
 
 
 def test_a_reason_is_not_said_twice() -> None:
