@@ -31,7 +31,7 @@ def note_end(state: AnchorState, slot: Slot, worker: Worker) -> None:
     """Count what a worker has done that has ended, and its end where it should have served on."""
     closed = dict(worker.closed)
     # What it had at its last word went with it. A worker that has drained has said that nothing is left.
-    closed[Closed.LOST] = closed.get(Closed.LOST, 0) + worker.connections
+    closed[Closed.LOST] = closed.get(Closed.LOST, 0) + worker.connections - worker.jobs
     state.ledger.note_end(slot.index, worker.requests, closed)
     if worker.is_hung:
         state.ledger.note_worker_restart(WorkerRestart.HUNG)
@@ -62,7 +62,7 @@ def _describe_workers(state: AnchorState) -> list[Family]:
     for each in _STATES:
         alike = [worker for worker in pool if worker.state is each]
         workers.add(len(alike), state=each.value)
-        connections.add(sum(worker.connections for worker in alike), state=each.value)
+        connections.add(sum(worker.connections - worker.jobs for worker in alike), state=each.value)
     restarts = counter(
         "ecdysis_worker_restarts_total", "Workers that were started anew by themselves, outside of restarts."
     )

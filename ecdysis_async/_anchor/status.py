@@ -215,7 +215,8 @@ def describe(state: AnchorState) -> str:
     """Say in one line what `systemctl status` shows."""
     pool = state.pool
     serving = f"{pool.serving} of {counted(len(pool.slots), 'worker')} serving"
-    parts = [f"generation {state.generation}: {serving}, {counted(pool.connections, 'connection')}"]
+    jobs = sum(worker.jobs for worker in pool)
+    parts = [f"generation {state.generation}: {serving}, {describe_load(pool.connections - jobs, jobs)}"]
     if (roll_out := state.roll_out) is not None and not roll_out.is_over:
         parts.append(f"rolling out generation {roll_out.generation}")
     elif roll_out is not None and roll_out.error is not None:
@@ -253,7 +254,8 @@ def _wait_of(turn: Turn) -> str | None:
         case TurnState.SERVED:
             return "the end of its probation"
         case TurnState.SETTLED if old is not None and old.is_alive:
-            return f"{counted(old.connections, 'connection')} of pid {old.pid}" if old.connections else "its end"
+            load = describe_load(old.connections - old.jobs, old.jobs)
+            return f"{load} of pid {old.pid}" if old.connections else "its end"
     return None
 
 

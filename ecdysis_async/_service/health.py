@@ -110,13 +110,13 @@ class Health:
 def describe_metrics(life: Life, counting: Counting) -> list[Family]:
     """Return the metrics of a service without workers: whoever is told of them never sees a counter fall."""
     life.generation.keep_counts()
-    ancestors = life.generation.lineage.ancestors
+    ancestors, tracker = life.generation.lineage.ancestors, life.plane.tracker
     workers = gauge("ecdysis_workers", "Processes that serve, by where they stand.")
     connections = gauge("ecdysis_connections", "Open connections, by where the process stands that has them.")
     for each in _STATES:
         is_own, older = life.state is each, ancestors if each is State.DRAINING else ()
         workers.add(is_own + len(older), state=each.value)
-        count = len(life.plane.tracker) * is_own + sum(ancestor.connections or 0 for ancestor in older)
+        count = (len(tracker) - tracker.jobs) * is_own + sum(ancestor.connections or 0 for ancestor in older)
         connections.add(count, state=each.value)
     requests = counter("ecdysis_requests_total", "Requests, or connections where a server counts none, by slot.")
     requests.add(counting.requests, slot=SLOT)

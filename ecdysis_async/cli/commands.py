@@ -192,6 +192,7 @@ def restart(until: str, anchor: bool, check: bool, as_json: bool, control: str |
 
 @command.command(
     "check",
+    short_help="See whether a release loads, and what a restart would change.",
     context_settings={"ignore_unknown_options": True},
     epilog="Exit codes: 0 the release passes; 1 it does not; 2 usage.",
 )
@@ -216,7 +217,7 @@ def check_command(arguments: tuple[str, ...], timeout: float, as_json: bool) -> 
         click.echo(describe_check(checked))
 
 
-@command.command()
+@command.command(short_help="Stop the service, and wait until it has ended.")
 @json_option
 @control_option
 @failures_exit
@@ -233,7 +234,7 @@ def stop(as_json: bool, control: str | None) -> None:  # noqa: FBT001 - click pa
     click.echo("stopped")
 
 
-@command.command()
+@command.command(short_help="Show what serves, what restarts, and what still drains.")
 @json_option
 @click.option("--watch", is_flag=True, help="Look again each second, until Ctrl-C or the end of the service.")
 @control_option
@@ -283,7 +284,7 @@ def _show_services(paths: list[str], *, as_json: bool) -> None:
         click.echo(describe_services(found))
 
 
-@command.command("reopen-logs")
+@command.command("reopen-logs", short_help="Let the service open its log files anew, for logrotate.")
 @json_option
 @control_option
 @failures_exit

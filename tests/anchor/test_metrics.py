@@ -50,7 +50,8 @@ def bury(here: Stage, index: int) -> None:
 def test_what_the_workers_say_is_shown() -> None:
     with stage(2) as here, socket.create_server(("127.0.0.1", 0)) as sock:
         first, second = here.state.pool
-        first.requests, first.connections, first.rss = 10, 3, 1000
+        # A job has no connection.
+        first.requests, first.connections, first.jobs, first.rss = 10, 4, 1, 1000
         second.requests, second.connections, second.state = 5, 1, State.DRAINING
         first.closed = {Closed.ENDED: 4}
         second.closed = {Closed.ENDED: 2, Closed.CUT: 1}

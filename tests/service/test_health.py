@@ -34,12 +34,12 @@ async def test_the_socket_serves_to_the_exit() -> None:
 async def test_its_own_numbers_are_shown() -> None:
     async with a_life() as (life, _):
         life.state = State.SERVING
-        numbers = {
-            (family.name, *labels.values()): value
-            for family in describe_metrics(life, life.counting)
-            for _, labels, value in family.samples
-        }
+        async with life.plane.tracker.track():
+            families = describe_metrics(life, life.counting)
+        numbers = {(family.name, *labels.values()): value for family in families for _, labels, value in family.samples}
         assert numbers["ecdysis_workers", "serving"] == 1
+        # A job has no connection.
+        assert numbers["ecdysis_connections", "serving"] == 0
         assert numbers["ecdysis_generation",] == 1
         assert numbers["ecdysis_requests_total", "0"] == 0
         assert numbers["ecdysis_worker_memory_bytes", "0"] > 0

@@ -76,7 +76,7 @@ def _complete_event_streams(kind: Any) -> None:
     for task in all_tasks():
         for variables in _find_variables(task, "_stream_response"):
             response = variables.get("self")
-            if isinstance(response, kind) and "send" in variables:
+            if isinstance(response, kind) and hasattr(response, "active") and "send" in variables:
                 response.background = functools.partial(_complete, response, variables["send"], response.background)
 
 
