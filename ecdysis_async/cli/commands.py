@@ -194,7 +194,7 @@ def restart(until: str, anchor: bool, check: bool, as_json: bool, control: str |
     "check",
     short_help="See whether a release loads, and what a restart would change.",
     context_settings={"ignore_unknown_options": True},
-    epilog="Exit codes: 0 the release passes; 1 it does not; 2 usage.",
+    epilog="Exit codes: 0 the release passes; 1 it does not; 2 usage; 130 interrupted.",
 )
 @click.option("--timeout", type=float, default=60, show_default=True, help="Seconds that it may take.")
 @json_option

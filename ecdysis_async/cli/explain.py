@@ -34,7 +34,7 @@ Without an ID it is the last one, after what the service waits for at this momen
 is enough. What is told was written down beside the control socket, so that it can be told after the service's death."""
 
 CODES = """Exit codes: 0 explained; 2 usage, or there is no such restart; 3 no service has left anything there; 7 you
-may not read it."""
+may not read it; 130 interrupted."""
 
 
 def _explain(id: str | None, *, control: str | None, last: int, as_json: bool, **files: str | None) -> None:
