@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
@@ -15,6 +14,8 @@ import pytest
 
 from ecdysis_async._system import history as module
 from ecdysis_async._system.history import FORMER_SUFFIX, SUFFIX, History, Note, append
+
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -152,18 +153,29 @@ def test_of_a_long_text_its_end_is_kept(history: History, path: Path) -> None:
     assert path.stat().st_size < 10_000
 
 
-def test_that_it_may_not_be_written_is_told_once(
-    history: History, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The service has given up its rights, which were those of root."""
+# It may write, and then gives up its rights, as a service does that was started by root.
+DROPS = f"""
+import logging, os, sys
+from ecdysis_async._system.history import History, Note
+logging.basicConfig()
+history = History()
+history.open(sys.argv[1])
+history.write_from_now_on()
+if os.geteuid() == 0:
+    os.setuid({NOBODY})
+for _ in range(2):
+    history.note(Note.BEGUN)
+    history.flush()
+"""
 
-    def deny(path: str, data: bytes) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr(module, "append", deny)
-    for _ in range(2):
-        history.note(Note.BEGUN)
-        history.flush()
-    [record] = caplog.records
-    assert "`ecdysis explain` will lack it: Permission denied" in record.getMessage()
-    assert "own the directory of the control socket" in record.getMessage()
+def test_that_it_may_not_be_written_any_more_is_told_once(path: Path) -> None:
+    path.parent.chmod(0o500)
+    done = subprocess.run(
+        [sys.executable, "-c", DROPS, str(path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    path.parent.chmod(0o700)
+    [line] = done.stderr.splitlines()
+    assert f"cannot be written to {path}, and `ecdysis explain` will lack it: Permission denied (user " in line
+    assert "own the directory of the control socket" in line
+    assert not path.exists()

@@ -11,7 +11,7 @@ from typing import Any
 from ecdysis_async import Ecdysis
 
 LOSS = 100
-SLOW_SECONDS = 0.25
+SLOW_SECONDS = 0.6
 
 
 async def answer(send: Any, status: int = 200, body: bytes = b"ok") -> None:

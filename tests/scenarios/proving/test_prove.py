@@ -135,7 +135,7 @@ def test_a_service_that_closes_idle_connections_at_a_restart() -> None:
 
 def test_a_service_whose_second_generation_is_slower(tmp_path: Path) -> None:
     first = str(tmp_path / "first")
-    arguments = (*ONE, "--between", "2", "--rate", "80", f"{APPS}:make_slower", *IN_PROJECT, "--factory")
+    arguments = (*ONE, "--between", "3", "--rate", "80", f"{APPS}:make_slower", *IN_PROJECT, "--factory")
     code, verdict, output = judge(*arguments, FIRST=first)
     assert code == BAD, output
     assert {failure["class"] for failure in verdict["failures"]} == {"slower generation"}
