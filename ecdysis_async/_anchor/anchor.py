@@ -11,7 +11,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import anyio
@@ -32,6 +32,7 @@ from ecdysis_async._management.recent import read_recent
 from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import find_systemd
 from ecdysis_async._management.tracing import Tracing
+from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._sockets.registry import Registry, listen
 from ecdysis_async._system.history import SUFFIX, Note, history
 from ecdysis_async._system.launch import UNFOLLOWED, find_unfollowed_link
@@ -144,7 +145,13 @@ class Anchor:
             stop=self._stop,
             are_sockets_kept=lambda: self._management.keeps_sockets,
         )
-        self._filler = Filler(self._state, self._held_sockets.service, self.log, self._dispatcher.make_spawner)
+        self._filler = Filler(
+            self._state,
+            self._held_sockets.service,
+            self.log,
+            self._dispatcher.make_spawner,
+            self._publish_before_first,
+        )
         self._reconciler = Reconciler(
             self._state,
             self._held_sockets,
@@ -184,6 +191,8 @@ class Anchor:
         pid_file = config.settings.pid_file
         self._pid_file_need = Need(f"the pid file {pid_file}", self._open_pid_file) if pid_file is not None else None
         self._needs = Needs(self._list_needs(), self._state, self.log, self._begin)
+        # Ends the answers at the health address of former code, once this code's own one is open.
+        self._former_health: anyio.CancelScope | None = None
         # The number of each request to open log files anew.
         self._numbers = itertools.count(1)
         self._stop_signals = 0
@@ -271,12 +280,15 @@ class Anchor:
             await self._needs.open_all()
         # Those of a former anchor may have been elsewhere.
         sockets.control.close_unclaimed(unlink=True)
-        sockets.health.close_unclaimed(unlink=True)
+        if self._former_health is None:
+            sockets.health.close_unclaimed(unlink=True)
 
     def _list_needs(self) -> list[Need]:
         """Return what has to be open, in the order in which it is opened."""
         config = self._config
         needs = []
+        if config.set_up_logging is not None:
+            needs.append(Need("the logging of --log-config", self._set_up_logging))
         if config.metrics_dir is not None:
             needs.append(Need(f"the directory of metrics {config.metrics_dir}", self._prepare_metrics_dir))
         if config.health is not None:
@@ -294,8 +306,19 @@ class Anchor:
             needs.insert(place, Need(f"the control socket {config.control_path}", self._open_control))
         return needs
 
+    async def _set_up_logging(self) -> None:
+        assert self._config.set_up_logging is not None
+        await run_in_thread(self._config.set_up_logging)
+
     async def _open_control(self) -> None:
-        await self._management.open_control()
+        try:
+            await self._management.open_control()
+        except OPENING_ERRORS:
+            if self._is_follower:
+                await self._management.open_former_control()
+                self._held_sockets.control.start_listening()
+            raise
+        await self._management.close_former_control()
         self._held_sockets.control.start_listening()
         self._tasks.start_soon(self._management.serve_control)
         self._begin(self._management.keep_control)
@@ -303,7 +326,14 @@ class Anchor:
     async def _open_health(self) -> None:
         assert self._config.health is not None
         registry = self._held_sockets.health
-        opened = await run_in_thread(functools.partial(listen, registry, self._config.health))
+        try:
+            opened = await run_in_thread(functools.partial(listen, registry, self._config.health))
+        except OPENING_ERRORS:
+            if self._is_follower and self._former_health is None:
+                # Load balancers ask where former code has answered, until this code can answer elsewhere.
+                self._former_health = anyio.CancelScope()
+                self._tasks.start_soon(self._serve_former_health, self._former_health)
+            raise
         try:
             for entry in opened:
                 entry.start_listening()
@@ -315,10 +345,22 @@ class Anchor:
         if HealthPage.STATUS in self._config.pages and control_path is not None and not state.ledger.recent:
             # A service that has ended here has left its history.
             state.ledger.recent = await run_in_thread(functools.partial(read_recent, control_path + SUFFIX))
+        if self._former_health is not None:
+            self._former_health.cancel()
+        for entry in set(registry.entries) - set(opened):
+            registry.release(entry, unlink=True)
         for entry in opened:
-            why_not_ready = functools.partial(status.why_not_ready, self._state)
-            pages = make_pages(self._state, self._held_sockets)
-            self._tasks.start_soon(HealthServer(entry.sock, why_not_ready, pages).run)
+            self._tasks.start_soon(self._serve_health, entry)
+
+    async def _serve_former_health(self, scope: anyio.CancelScope) -> None:
+        with scope:
+            async with anyio.create_task_group() as task_group:
+                for entry in self._held_sockets.health.entries:
+                    task_group.start_soon(self._serve_health, entry)
+
+    async def _serve_health(self, entry: Entry) -> None:
+        why_not_ready = functools.partial(status.why_not_ready, self._state)
+        await HealthServer(entry.sock, why_not_ready, make_pages(self._state, self._held_sockets)).run()
 
     async def _prepare_metrics_dir(self) -> None:
         state, wanted = self._state, self._config.metrics_dir
@@ -332,6 +374,13 @@ class Anchor:
             await self._management.publish()
         else:
             await self._management.prepare(lambda: self._state.description)
+
+    async def _publish_before_first(self) -> None:
+        """Let the pid file name this process before the first worker answers: whoever has an answer may look for it."""
+        if not self._state.has_served:
+            # It is tried again, and told, once the service serves.
+            with suppress(OSError):
+                await self._management.publish()
 
     async def _open_sockets(self, open_sockets: Callable[[Registry], object]) -> None:
         service = self._held_sockets.service

@@ -52,6 +52,7 @@ class AnchorConfig:
         reload: the files and directories whose changes restart the service, if any do.
         takeover: the control socket of the anchor to take the place of.
         one_at_a_time: whether the workers of a release have ended before those of the next one start.
+        set_up_logging: sets logging up, where that has failed at the start of new code; None where it is set up.
         is_checked_first: whether the command line has a check mode, in which it is run before a takeover.
     """
 
@@ -73,6 +74,7 @@ class AnchorConfig:
     reload: Watched | None = None
     takeover: str | None = None
     one_at_a_time: bool = False
+    set_up_logging: Callable[[], None] | None = None
     is_checked_first: bool = False
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 
@@ -36,14 +36,14 @@ class _AnchorHost:
 
     connections = 0
 
-    def __init__(self, registry: Registry, before_commit: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(self, registry: Registry, before_commit: Sequence[Callable[[], Awaitable[None]]]) -> None:
         self.registry = registry
         self._before_commit = before_commit
 
     async def pause(self, spare: Callable[[Entry], bool]) -> None:
         """Accept nothing, as ever; where somebody else in this slot may, let that end."""
-        if self._before_commit is not None:
-            await self._before_commit()
+        for each in self._before_commit:
+            await each()
 
     async def resume(self) -> None:
         """Do nothing: an anchor has nothing to accept again."""
@@ -60,6 +60,7 @@ class Filler:
         registry: the sockets that workers inherit.
         log: the anchor's log.
         make_spawner: returns what starts a process of a generation in a slot, for the restart whose id is given.
+        before_commit: is awaited before a worker accepts.
     """
 
     def __init__(
@@ -68,11 +69,13 @@ class Filler:
         registry: Registry,
         log: GenerationLog,
         make_spawner: Callable[[Slot, int, str], Spawner],
+        before_commit: Callable[[], Awaitable[None]],
     ) -> None:
         self._state = state
         self._registry = registry
         self.log = log
         self._make_spawner = make_spawner
+        self._before_commit = before_commit
 
     async def fill(self, slot: Slot, generation: int) -> Filled:
         """Start a worker where there is none, or none that answers; return once it serves, or has failed."""
@@ -84,7 +87,9 @@ class Filler:
             settings = dataclasses.replace(state.config.settings, probation=0, pid_file=None)
             hung = slot.bypassed
             restart = self._find_restart()
-            before_commit = functools.partial(self._send_away, hung) if hung is not None else None
+            before_commit = [self._before_commit]
+            if hung is not None:
+                before_commit.append(functools.partial(self._send_away, hung))
             handoff = PredecessorSide(
                 Generation(generation - 1, settings, _AnchorHost(self._registry, before_commit), self.log),
                 lambda handoff: state.changes.announce(),

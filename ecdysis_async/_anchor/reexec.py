@@ -30,14 +30,19 @@ from .state import AnchorState
 
 __all__ = [
     "FORMAT",
+    "OPTIONS_KEY",
     "ReceivedState",
     "UpgradeFailed",
     "blocked_signals",
     "check",
     "claim",
     "execute",
+    "find_control_path",
+    "find_options",
+    "is_next_code",
     "repeat_signals",
     "seal",
+    "tell_options",
     "try_state",
     "unblock_signals",
 ]
@@ -62,6 +67,11 @@ SIGNALS: Final = frozenset(
 
 # How much of what failing new code has written is passed on.
 ERROR_CHARACTERS = 4096
+
+# Before the options that new code has tried in its check, in a line of their own on its stdout.
+OPTIONS_PREFIX = "ecdysis-options "
+# Where they stand in the state that the new code is executed with.
+OPTIONS_KEY = "options"
 
 
 class UpgradeFailed(RestartError):
@@ -130,6 +140,56 @@ def claim() -> ReceivedState | None:
     return None
 
 
+def is_next_code() -> bool:
+    """Say whether this process was executed by a former anchor, and has not claimed the state yet."""
+    marker = os.environ.get(ANCHOR_MARKER)
+    return marker is not None and _find_memory(marker) is not None
+
+
+def tell_options(options: str, control_path: str | None) -> None:
+    """Tell the former code, as the child that tries the state, what was tried; the last word of a check.
+
+    Args:
+        options: what :func:`find_options` returns in the process that goes on.
+        control_path: where commands will reach the service.
+    """
+    told = json.dumps({"options": options, "control": control_path})
+    sys.stdout.write(f"\n{OPTIONS_PREFIX}{told}\n")
+    sys.stdout.flush()
+
+
+def find_control_path(tried: str | None) -> str | None:
+    """Return where commands will reach the new code, by what its check has told; None where it has not said."""
+    found = _read_tried(tried).get("control")
+    return found if isinstance(found, str) else None
+
+
+def find_options() -> str | None:
+    """Return the options that were tried before this process was executed; None where a former release knew none.
+
+    The files that they came from may have changed since, or be gone.
+    """
+    marker = os.environ.get(ANCHOR_MARKER)
+    memory = _find_memory(marker) if marker is not None else None
+    if memory is None:
+        return None
+    try:
+        tried = json.loads(os.pread(memory, os.fstat(memory).st_size, 0)).get(OPTIONS_KEY)
+    except (AttributeError, OSError, ValueError):
+        # The claim, which comes next, says what is wrong with it.
+        return None
+    found = _read_tried(tried).get("options")
+    return found if isinstance(found, str) else None
+
+
+def _read_tried(tried: str | None) -> Mapping[str, Any]:
+    try:
+        found = json.loads(tried) if tried is not None else None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _find_memory(marker: str) -> int | None:
     """Return the descriptor that a marker names; None if something else, or nothing, is open under its number."""
     try:
@@ -141,8 +201,11 @@ def _find_memory(marker: str) -> int | None:
     return descriptor if is_meant else None
 
 
-def check(launch: Launch, memory: int, timeout: float) -> None:
+def check(launch: Launch, memory: int, timeout: float) -> str | None:
     """Run the new code on a state, as a child that only says whether it can read the state. It blocks.
+
+    Returns:
+        What it tells of the options that it has tried; None where it is of a release that does not tell them.
 
     Raises:
         UpgradeFailed: the new code cannot read it, or does not start; with what it has written.
@@ -163,15 +226,19 @@ def check(launch: Launch, memory: int, timeout: float) -> None:
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise UpgradeFailed(f"the new anchor could not be tried: {error}", phase="check") from error
+    # They may hold a password, and so never stand in an error.
+    lines = [line for line in result.stdout.splitlines() if not line.startswith(OPTIONS_PREFIX)]
     if result.returncode != 0:
-        complaints = [line for line in result.stdout.splitlines() if line.startswith(PREFIX)]
+        complaints = [line for line in lines if line.startswith(PREFIX)]
         if complaints:
             raise UpgradeFailed(complaints[-1].removeprefix(PREFIX), phase="check")
         raise UpgradeFailed(
             f"the new anchor does not take over: exit status {result.returncode}",
             phase="check",
-            stderr=result.stdout[-ERROR_CHARACTERS:].strip(),
+            stderr="\n".join(lines)[-ERROR_CHARACTERS:].strip(),
         )
+    told = [line for line in result.stdout.splitlines() if line.startswith(OPTIONS_PREFIX)]
+    return told[-1].removeprefix(OPTIONS_PREFIX) if told else None
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import anyio
 
 from ecdysis_async._handoff.generation import GenerationLog
+from ecdysis_async._management.controlled import ReadyUpgrade
 from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.process import require_program
 from ecdysis_async._system.threads import run_in_thread
@@ -95,7 +96,7 @@ class Upgrade:
         self._describe = describe
         self._is_bound = is_bound
 
-    async def upgrade(self) -> Callable[[], None]:
+    async def upgrade(self) -> ReadyUpgrade:
         """See that the new code takes over from this one; return what then makes it do so.
 
         Raises:
@@ -118,7 +119,7 @@ class Upgrade:
                 memory = reexec.seal(body)
                 try:
                     timeout = state.config.settings.ready_timeout
-                    await run_in_thread(functools.partial(reexec.check, launch, memory, timeout))
+                    options = await run_in_thread(functools.partial(reexec.check, launch, memory, timeout))
                 finally:
                     os.close(memory)
         except BaseException as error:
@@ -128,10 +129,17 @@ class Upgrade:
             raise
         finally:
             state.changes.announce()
-        return functools.partial(self._begin, self._execute, launch)
+        return ReadyUpgrade(
+            functools.partial(self._begin, self._execute, launch, options), reexec.find_control_path(options)
+        )
 
-    async def _execute(self, launch: Launch) -> None:
-        """Become the new code, in the first moment in which nothing is under way."""
+    async def _execute(self, launch: Launch, options: str | None) -> None:
+        """Become the new code, in the first moment in which nothing is under way.
+
+        Args:
+            launch: what to run.
+            options: what the new code was tried with. It goes on with them, whatever becomes of their files meanwhile.
+        """
         state = self._state
         # Its arguments may hold a password.
         self.log.info("upgrading: executing %s anew", launch.arguments[0])
@@ -143,7 +151,7 @@ class Upgrade:
                     if self._is_at_rest():
                         try:
                             body, descriptors = self._describe()
-                            memory = reexec.seal(body)
+                            memory = reexec.seal({**body, reexec.OPTIONS_KEY: options})
                             try:
                                 reexec.execute(launch, memory, descriptors)
                             finally:

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 from ecdysis_async._management.control_access import ControlAccess
 from ecdysis_async._management.control_path import default_directories, locate
@@ -434,6 +434,26 @@ class Options:
                 raise OptionError(f"{name} needs health_bind: the address where {page}, such as 127.0.0.1:9000")
         if self.max_requests_jitter and self.max_requests is None:
             raise OptionError("max_requests_jitter needs max_requests, which it adds to")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The value of each option by its name; mappings are plain ones."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+    @classmethod
+    def restore(cls, values: Mapping[str, Any]) -> Self:
+        """Return options that have been checked before; the files that they name may be gone since then.
+
+        Raises:
+            ValueError: they are another release's.
+        """
+        if set(values) != {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError("there are other options by now")
+        options = cls.__new__(cls)
+        for name, value in values.items():
+            object.__setattr__(options, name, value)
+        return options
 
     @property
     def control_path(self) -> str | None:

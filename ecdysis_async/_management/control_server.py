@@ -16,8 +16,9 @@ One request a connection, each message one line of JSON::
     {"command": "check"}                         {"event": "phase", …} …, {"event": "checked", "comparison": {…}}, or
                                                  {"event": "failed", "error": …, …}
     {"command": "compare", "release": {…}}       {"event": "checked", "comparison": {…}}
-    {"command": "upgrade"}                       {"event": "phase", …} …, {"event": "accepted", "upgrades": …}, or
-                                                 {"event": "failed", …}; then the "anchor" of the status tells
+    {"command": "upgrade"}                       {"event": "phase", …} …, {"event": "accepted", "upgrades": …,
+                                                 "control": where the next code is asked}, or {"event": "failed", …};
+                                                 then the "anchor" of the status tells
     {"command": "takeover"}                      {"event": "accepted", "id": …, "pid": …}, with the successor's end of a
                                                  channel as its descriptor; or {"event": "failed", "error": …, …}
 
@@ -53,7 +54,7 @@ from ecdysis_async.report import RestartReport
 from .control_access import ControlAccess
 from .control_connection import ClientGone, ControlConnection
 from .control_path import ControlLock, prepare_directory
-from .controlled import ControlHandlers
+from .controlled import ControlHandlers, ReadyUpgrade
 
 __all__ = ["NAME", "ControlServer", "obtain_control_socket"]
 
@@ -179,6 +180,14 @@ class ControlServer:
             # A socket that cannot be seen may well be there.
             return isinstance(error, FileNotFoundError)
         return (found.st_dev, found.st_ino) != self._entry.inode
+
+    async def retire(self) -> None:
+        """Answer nobody who comes from now on, and take the socket away: commands find the service elsewhere."""
+        # The path of a file system that is read-only by now stays; nobody listens there.
+        with contextlib.suppress(OSError):
+            self._entry.refuse_newcomers()
+        await self._listener.aclose()
+        self._lock.release()
 
     async def finish(self) -> None:
         """Tell the clients that wait for the end. They get a moment to read it, and no more."""
@@ -363,23 +372,24 @@ class ControlServer:
                 await client.send("failed", **_describe(error), report=None)
 
     async def _upgrade(self, client: ControlConnection) -> None:
-        begin: Callable[[], None] | None = None
+        ready: ReadyUpgrade | None = None
 
         async def wait() -> None:
-            nonlocal begin
-            begin = await self.controlled.upgrade()
+            nonlocal ready
+            ready = await self.controlled.upgrade()
 
         upgrades = self.controlled.status().get("anchor", {}).get("upgrades", 0)
         try:
             await self._accompany(client, wait, None)
             # The connection ends with the exec. The status tells what has become of the upgrade.
-            await client.send("accepted", pid=os.getpid(), upgrades=upgrades)
+            control = ready.control_path if ready is not None else None
+            await client.send("accepted", pid=os.getpid(), upgrades=upgrades, control=control)
         except RestartError as error:
             await client.send("failed", **_describe(error), report=None)
         finally:
             # As with a restart, it begins whether or not the client is still there to hear of it.
-            if begin is not None:
-                begin()
+            if ready is not None:
+                ready.begin()
 
     async def _stop(self, client: ControlConnection) -> None:
         with self._until_told():

@@ -13,7 +13,7 @@ from ecdysis_async.report import RestartReport
 
 from .changes import Changes
 
-__all__ = ["ControlHandlers", "Restart"]
+__all__ = ["ControlHandlers", "ReadyUpgrade", "Restart"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,19 @@ class Restart:
 
     report: RestartReport
     wait: Callable[[str], Awaitable[RestartReport]]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyUpgrade:
+    """An upgrade of an anchor whose new code was tried.
+
+    Attributes:
+        begin: makes the new code take over, as soon as nothing is under way.
+        control_path: where commands will reach the new code; None where they will not, or it has not said.
+    """
+
+    begin: Callable[[], None]
+    control_path: str | None
 
 
 async def _refuse_anchor(channel: socket.socket, accept: Callable[[], None]) -> None:
@@ -48,7 +61,7 @@ async def _find_nothing() -> dict[str, Any]:
     return {}
 
 
-async def _refuse_upgrade() -> Callable[[], None]:
+async def _refuse_upgrade() -> ReadyUpgrade:
     raise RestartUnsupported(
         "this service has no anchor, which only `ecdysis run` has: restart it without --anchor, and the new generation "
         "runs the new code"
@@ -92,5 +105,5 @@ class ControlHandlers:
     look_up: Callable[[], Awaitable[dict[str, Any]]] = _find_nothing
     begin_takeover: Callable[[Spawner, str], Restart] = _refuse_takeover
     workers: Callable[[], list[dict[str, Any]]] = list
-    upgrade: Callable[[], Awaitable[Callable[[], None]]] = _refuse_upgrade
+    upgrade: Callable[[], Awaitable[ReadyUpgrade]] = _refuse_upgrade
     pass_all_on: Callable[[socket.socket, Callable[[], None]], Awaitable[None]] = _refuse_anchor

@@ -36,6 +36,7 @@ from ecdysis_async.errors import ChannelError, RestartUnsupported
 from ecdysis_async.report import RestartReport
 
 from .control_access import ControlAccess
+from .control_server import NAME as CONTROL_NAME
 from .control_server import ControlServer
 from .controlled import ControlHandlers
 from .descriptor_store import DescriptorStore
@@ -364,8 +365,14 @@ class OwnManagement(Management):
         # The server of the control socket, and the same once its socket is open.
         self._control_server: ControlServer | None = None
         self._control: ControlServer | None = None
+        # The same at the path that former code had, as long as the path of this one cannot be served.
+        self._former_control: ControlServer | None = None
         if control_path is not None and plane is not None:
-            self._control_server = ControlServer(control_path, plane, control, control_access)
+            self._make_control_server = functools.partial(
+                ControlServer, plane=plane, controlled=control, access=control_access
+            )
+            self._control_plane = plane
+            self._control_server = self._make_control_server(control_path)
             self._resources.callback(self._control_server.close)
         self._has_predecessor = False
         # Why a restart would end the systemd unit that this process is in, if it would.
@@ -402,6 +409,29 @@ class OwnManagement(Management):
         if self._control_server is not None:
             await self._control_server.open()
             self._control = self._control_server
+
+    async def open_former_control(self) -> None:
+        """Open the control socket where former code had it, until this one's can be opened.
+
+        Raises:
+            OSError: it cannot be opened either.
+        """
+        if self._former_control is not None:
+            return
+        for entry in self._control_plane.registry.entries:
+            if entry.name == CONTROL_NAME and entry.address != self.control_path and entry.is_at_its_path():
+                former = self._make_control_server(entry.address)
+                self._resources.callback(former.close)
+                await former.open()
+                self._former_control = former
+                self._task_group.start_soon(former.run)
+                return
+
+    async def close_former_control(self) -> None:
+        """Serve no more where former code has had its control socket: commands reach this one at its own."""
+        if self._former_control is not None:
+            former, self._former_control = self._former_control, None
+            await former.retire()
 
     async def serve_control(self) -> None:
         """Answer on a control socket that was opened after :meth:`start`."""

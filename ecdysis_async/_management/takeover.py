@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import stat
 import time
@@ -17,11 +18,59 @@ from typing import Any
 from ecdysis_async._system.descriptors import read_credentials
 from ecdysis_async.errors import TakeoverFailed
 
-__all__ = ["ask_for_channel"]
+__all__ = ["FormerService", "ask_for_channel"]
 
 # How long the running service may take to answer, seconds.
 ANSWER_SECONDS = 15.0
 MAX_ANSWER_BYTES = 64 * 1024
+
+# The connections of a dying process end a moment before its pidfd is readable, milliseconds.
+DEATH_GRACE_MILLISECONDS = 1000
+
+
+class FormerService:
+    """Watches the process that listens on a control socket, from before it is asked for anything.
+
+    Args:
+        path: the control socket.
+
+    Raises:
+        TakeoverFailed: nobody listens there.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(ANSWER_SECONDS)
+            _connect(sock, path)
+            self.pid = read_credentials(sock).pid
+        self._pidfd = -1
+        # Processes of another namespace have no pid here; such a service is asked, and cannot be watched.
+        with contextlib.suppress(OSError):
+            self._pidfd = os.pidfd_open(self.pid) if self.pid > 0 else -1
+
+    def has_died(self) -> bool:
+        """Say whether the process was ended by force. One that was stopped has taken its control socket away."""
+        if self._pidfd < 0 or not os.path.exists(self._path):
+            return False
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(DEATH_GRACE_MILLISECONDS))
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+
+
+def _connect(sock: socket.socket, path: str) -> None:
+    try:
+        sock.connect(path)
+    except OSError as error:
+        raise TakeoverFailed(
+            f"there is no service to take over: {path}: {error.strerror or error}. Start this one without "
+            "takeover, or name the control socket of the running one"
+        ) from error
 
 
 def ask_for_channel(path: str, *, anchor: int | None = None) -> socket.socket:
@@ -36,13 +85,7 @@ def ask_for_channel(path: str, *, anchor: int | None = None) -> socket.socket:
     """
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(ANSWER_SECONDS)
-        try:
-            sock.connect(path)
-        except OSError as error:
-            raise TakeoverFailed(
-                f"there is no service to take over: {path}: {error.strerror or error}. Start this one without "
-                "takeover, or name the control socket of the running one"
-            ) from error
+        _connect(sock, path)
         if (uid := read_credentials(sock).uid) not in (0, os.geteuid()):
             raise TakeoverFailed(
                 f"what listens on {path} belongs to uid {uid}: this process takes over from root and from its own "

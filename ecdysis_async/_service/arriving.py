@@ -104,6 +104,8 @@ class Arriving:
     async def _open(self, describe: Callable[[], str]) -> None:
         """Accept, as a generation that follows nobody."""
         life, registry, log = self._life, self._life.plane.registry, self._life.generation.log
+        # Whoever has an answer may look for the pid file.
+        await life.management.publish()
         async with life.generation.gate_lock:
             # A socket listens also where the task that will accept has not had its turn yet, which on trio is a matter
             # of chance: who hears "ready" connects at once, and was refused.
@@ -111,11 +113,10 @@ class Arriving:
             # A stop at this moment, which cancels the body, does not cut this short: the drain begins where it ends.
             with anyio.CancelScope(shield=True):
                 await life.plane.gate.open()
-        # The pid file comes later, because it takes a thread: who waited in the queue may ask for a restart by now.
+        # It is told at once: who waited in the queue may ask for a restart by now.
         if life.state is State.STARTING:
             life.state = State.SERVING
             life.management.changed()
-        await life.management.publish()
         life.management.announce(describe())
         if (link := await run_in_thread(find_unfollowed_link)) is not None:
             log.warning(UNFOLLOWED, link)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import dataclasses
 import functools
+import logging
 import os
-from collections.abc import Mapping
+import pickle
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +26,11 @@ from ecdysis_async._anchor.takeover import UNREADABLE, ask_for_service
 from ecdysis_async._config.gather import find_control_path
 from ecdysis_async._config.logging import configure_logging
 from ecdysis_async._config.options import DEFAULT_BIND, OptionError, Options
+from ecdysis_async._config.parsing import OFF
 from ecdysis_async._config.prometheus import require_prometheus_client
 from ecdysis_async._handoff.preflight import preflight
 from ecdysis_async._management.control_path import locate
+from ecdysis_async._management.takeover import FormerService
 from ecdysis_async._management.tracing import require_opentelemetry
 from ecdysis_async._sockets.registry import listen
 from ecdysis_async._system.launch import describe_launch, find_from_start
@@ -33,9 +41,15 @@ from ecdysis_async._system.wording import speak_of_options
 from ecdysis_async.errors import RestartError, StartupError, TakeoverFailed
 from ecdysis_async.settings import Settings
 
-__all__ = ["make_config", "run", "serve"]
+__all__ = ["find_tried_options", "make_config", "run", "serve"]
 
 USAGE = 2
+
+logger = logging.getLogger("ecdysis_async")
+
+# How long the workers of an anchor that has died may take to close their addresses, and between two looks, seconds.
+ADDRESSES_SECONDS = 5.0
+ADDRESSES_PAUSE_SECONDS = 0.05
 
 # With --reload, the longest probation, seconds: a developer who saves a file again does not want to wait.
 RELOAD_PROBATION_SECONDS = 0.2
@@ -43,39 +57,62 @@ RELOAD_PROBATION_SECONDS = 0.2
 
 def run(options: Options) -> int:
     """Run the service of `ecdysis run` until it is stopped; return the exit status."""
+    is_next_code = reexec.is_next_code()
+    set_up_logging = None
     try:
         configure_logging(options)
     except OptionError as error:
-        say(str(error))
-        return USAGE
+        if not is_next_code:
+            say(str(error))
+            return USAGE
+        # Workers serve, and nobody else would look after them.
+        set_up_logging = functools.partial(configure_logging, options)
+        configure_logging(Options.restore({**options.values, "log_config": None}))
     control_path = find_control_path(options)
-    if options.reload:
+    for name, without, require in (
+        ("reload", False, require_watchfiles),
+        ("metrics_dir", None, require_prometheus_client),
+        ("traces", False, require_opentelemetry),
+    ):
         try:
-            require_watchfiles()
+            if getattr(options, name):
+                require()
         except StartupError as error:
-            say(str(error))
-            return STARTUP_FAILED
-        if control_path is None:
-            say("--reload restarts the service by its control socket: give it one (--control PATH)")
-            return STARTUP_FAILED
-
-    if options.metrics_dir is not None:
-        try:
-            require_prometheus_client()
-        except StartupError as error:
-            say(str(error))
-            return STARTUP_FAILED
-    if options.traces:
-        try:
-            require_opentelemetry()
-        except StartupError as error:
-            say(str(error))
-            return STARTUP_FAILED
-    return serve(make_config(options, control_path))
+            if not is_next_code:
+                say(str(error))
+                return STARTUP_FAILED
+            logger.error("the service goes on without --%s: %s", name.replace("_", "-"), error)  # noqa: TRY400
+            options = Options.restore({**options.values, name: without})
+    if options.reload and control_path is None and not is_next_code:
+        say("--reload restarts the service by its control socket: give it one (--control PATH)")
+        return STARTUP_FAILED
+    config = dataclasses.replace(make_config(options, control_path), set_up_logging=set_up_logging)
+    tried = {**options.values, "control": control_path if control_path is not None else OFF[0]}
+    return serve(config, lambda: reexec.tell_options(base64.b64encode(pickle.dumps(tried)).decode(), control_path))
 
 
-def serve(config: AnchorConfig) -> int:
-    """Run a service until it is stopped; return the exit status of this process."""
+def find_tried_options() -> Options | None:
+    """Return the options that a check has tried before this process was executed as the new code of an anchor.
+
+    None where there was no such check, or by another release than the one that is installed by now.
+    """
+    text = reexec.find_options()
+    try:
+        # The sealed memory is this process' own, from before its exec.
+        return Options.restore(pickle.loads(base64.b64decode(text))) if text is not None else None  # noqa: S301
+    except Exception:
+        # What another release has written may raise anything.
+        logger.exception("the options that were tried are of another release, and are read anew")
+        return None
+
+
+def serve(config: AnchorConfig, tell_tried: Callable[[], None] | None = None) -> int:
+    """Run a service until it is stopped; return the exit status of this process.
+
+    Args:
+        config: what it runs.
+        tell_tried: where this process only tries that, tells the process that asked what was tried.
+    """
     speak_of_options()
     found = None
     try:
@@ -83,7 +120,10 @@ def serve(config: AnchorConfig) -> int:
         if found is not None and found.is_check:
             reexec.try_state(config, found.state)
             # This process is a child of the one that is to run the new code.
-            return _rehearse(config, found.state, os.getppid())
+            status = _rehearse(config, found.state, os.getppid())
+            if status == 0 and tell_tried is not None:
+                tell_tried()
+            return status
         if found is None:
             unblock_all_signals()
             if (missing := find_missing()) is not None:
@@ -117,21 +157,19 @@ def _rehearse(config: AnchorConfig, state: Mapping[str, Any], pid: int) -> int:
 def _take_over(config: AnchorConfig, path: str) -> int:
     """Go on with the service of another anchor, and then replace its workers."""
     try:
-        if config.is_checked_first:
-            # The check comes before anything has moved. Where it fails, new workers would not start either.
-            settings = config.settings
-            launch, _ = describe_launch(
-                settings.command, settings.environment, settings.env_file, is_bound_to_directory=True
-            )
-            anyio.run(functools.partial(preflight, launch, settings.ready_timeout))
-        takeover = ask_for_service(path)
-        if (status := _rehearse(config, takeover.state, os.getpid())) != 0:
-            return status
-        try:
-            anchor = Anchor(config, takeover.state, takeover.former_pid)
-        except (OSError, *UNREADABLE) as error:
-            raise TakeoverFailed(f"what the service at {path} hands over cannot be read: {error!r}") from error
-        takeover.confirm()
+        with contextlib.closing(FormerService(path)) as former:
+            try:
+                anchor = _receive_service(config, path)
+            except TakeoverFailed:
+                if not former.has_died():
+                    raise
+                logger.warning(
+                    "the service at %s (pid %d) has died before it handed over: this one starts in its place",
+                    path,
+                    former.pid,
+                )
+                _wait_for_addresses(config)
+                anchor = Anchor(config)
     except TakeoverFailed as error:
         say(str(error))
         return STARTUP_FAILED
@@ -139,7 +177,51 @@ def _take_over(config: AnchorConfig, path: str) -> int:
         # What the new release has written stands above.
         say(str(error.args[0]))
         return STARTUP_FAILED
+    except _NotRehearsed:
+        return STARTUP_FAILED
     return anyio.run(anchor.run)
+
+
+class _NotRehearsed(Exception):
+    """Something that is needed cannot be opened, which was said."""
+
+
+def _receive_service(config: AnchorConfig, path: str) -> Anchor:
+    """Take the place of another anchor.
+
+    Raises:
+        RestartError: the new release does not start, or the former anchor goes on, or has died.
+    """
+    if config.is_checked_first:
+        # The check comes before anything has moved. Where it fails, new workers would not start either.
+        settings = config.settings
+        launch, _ = describe_launch(
+            settings.command, settings.environment, settings.env_file, is_bound_to_directory=True
+        )
+        anyio.run(functools.partial(preflight, launch, settings.ready_timeout))
+    takeover = ask_for_service(path)
+    if _rehearse(config, takeover.state, os.getpid()) != 0:
+        raise _NotRehearsed
+    try:
+        anchor = Anchor(config, takeover.state, takeover.former_pid)
+    except (OSError, *UNREADABLE) as error:
+        raise TakeoverFailed(f"what the service at {path} hands over cannot be read: {error!r}") from error
+    takeover.confirm()
+    return anchor
+
+
+def _wait_for_addresses(config: AnchorConfig) -> None:
+    """Wait until the workers of an anchor that has died have closed their addresses, which they do at its death."""
+    nothing: dict[str, Any] = {name: {"descriptions": [], "kinds": []} for name in ("service", "control", "health")}
+    deadline = time.monotonic() + ADDRESSES_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            rehearse(config, nothing, os.getpid())
+        except OPENING_ERRORS:
+            # What else is wrong the start says.
+            time.sleep(ADDRESSES_PAUSE_SECONDS)
+        else:
+            return
 
 
 def make_config(options: Options, control_path: str | None) -> AnchorConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ecdysis_async._management.control_path import default_directories, find_live, is_live, locate
@@ -172,11 +173,14 @@ def find_all() -> list[str]:
 def upgrade(path: str, on_event: Callable[[Event], None]) -> Event:
     """Upgrade the anchor of a service in place; return its status afterwards.
 
+    Where its control socket is elsewhere by now, the status has that path as "control".
+
     Raises:
         CommandFailed: it goes on as it is, or nobody is there.
     """
     before: Event | None = None
     pid = pidfd = -1
+    paths = [path]
     try:
         for event in _ask(path, {"command": "upgrade"}, SILENCE_SECONDS):
             with understanding(path):
@@ -190,12 +194,15 @@ def upgrade(path: str, on_event: Callable[[Event], None]) -> Event:
                 with understanding(path):
                     before = {"upgrades": int(event["upgrades"])}
                     pid = int(event["pid"])
+                    # The new code may have another one. Where it cannot be opened, the former one stays.
+                    if (moved := event.get("control")) is not None and moved != path:
+                        paths.append(str(moved))
                 pidfd = _open_pidfd(pid)
     except NoAnswer as error:
         if before is None:
             raise CommandFailed(f"the service at {path} does not answer: {error}", Exit.UNKNOWN) from error
     try:
-        return _await_upgrade(path, before["upgrades"] if before is not None else 0, pidfd)
+        return _await_upgrade(paths, before["upgrades"] if before is not None else 0, pidfd)
     except NoAnswer as error:
         raise CommandFailed(
             f"the anchor (pid {pid}) has not said what became of its upgrade ({error}): see `ecdysis status`",
@@ -206,11 +213,11 @@ def upgrade(path: str, on_event: Callable[[Event], None]) -> Event:
             os.close(pidfd)
 
 
-def _await_upgrade(path: str, upgrades: int, pidfd: int) -> Event:
+def _await_upgrade(paths: Sequence[str], upgrades: int, pidfd: int) -> Event:
     """Return the status of an anchor once new code runs it.
 
     Args:
-        path: its control socket.
+        paths: its control socket, and another one where the new code may have it.
         upgrades: how often it had been upgraded.
         pidfd: of the process; -1 where it cannot be watched.
 
@@ -219,7 +226,9 @@ def _await_upgrade(path: str, upgrades: int, pidfd: int) -> Event:
     """
     deadline = time.monotonic() + UPGRADE_SECONDS
     silence: Exception | None = None
-    while time.monotonic() < deadline:
+    for path in itertools.cycle(paths):
+        if time.monotonic() >= deadline:
+            break
         try:
             answer = _ask_once(path, {"command": "status"}, SILENCE_SECONDS)
         except NoAnswer as error:  # in the moment of the exec
@@ -233,7 +242,7 @@ def _await_upgrade(path: str, upgrades: int, pidfd: int) -> Event:
             with understanding(path):
                 found: Event = answer["status"]
                 if found["anchor"]["upgrades"] > upgrades:
-                    return found
+                    return found if path == paths[0] else {**found, "control": path}
                 failure = found["anchor"]["error"]
             if failure is not None:
                 raise CommandFailed(f"the anchor goes on as it is: {failure}", Exit.FAILED)

@@ -165,7 +165,8 @@ def restart(until: str, anchor: bool, check: bool, as_json: bool, control: str |
         if as_json:
             print_json({"event": "done", "status": found})
         else:
-            click.echo(f"the anchor (pid {found['pid']}) is upgraded, and its workers serve on")
+            moved = f"; its control socket is {found['control']} now" if "control" in found else ""
+            click.echo(f"the anchor (pid {found['pid']}) is upgraded, and its workers serve on{moved}")
         for what, why in find_missing(found).items():
             click.echo(f"ecdysis: it goes on without {what}, which it tries again: {why}", err=True)
         return

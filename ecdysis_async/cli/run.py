@@ -13,7 +13,7 @@ import click
 from ecdysis_async._config.foreign import FOREIGN, Foreign, translate
 from ecdysis_async._config.gather import gather
 from ecdysis_async._config.options import Option, OptionError, Options, Shape, command_line_options
-from ecdysis_async._system.claims import is_check, is_worker
+from ecdysis_async._system.claims import ANCHOR_MARKER, is_check, is_worker
 from ecdysis_async._system.descriptors import occupy_standard_descriptors
 
 from .client import Exit
@@ -57,11 +57,20 @@ def _run(**given: Any) -> None:
     and Ctrl-C stop it, and a second one hurries.
     """
     try:
-        options = gather(translate(given), os.environ)
+        options = _find_tried() or gather(translate(given), os.environ)
     except OptionError as error:
         click.echo(f"ecdysis: {error}", err=True)
         sys.exit(Exit.USAGE)
     sys.exit(serve(options))
+
+
+def _find_tried() -> Options | None:
+    """Return the options that new code of an anchor was tried with: their files may have changed since, or be gone."""
+    if ANCHOR_MARKER not in os.environ:
+        return None
+    from . import anchor as start
+
+    return start.find_tried_options()
 
 
 def _parameter(option: Option, defaults: Mapping[str, Any]) -> click.Option:

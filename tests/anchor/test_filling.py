@@ -59,7 +59,13 @@ async def fill(here: Stage, program: str) -> Filled:
         stop=refuse,
     )
     slot = state.pool.enlarge()
-    filler = Filler(state, here.sockets.service, here.log, dispatcher.make_spawner)
+    commits: list[int] = []
+
+    async def note() -> None:
+        assert not any(worker.serves for worker in slot.workers)
+        commits.append(slot.index)
+
+    filler = Filler(state, here.sockets.service, here.log, dispatcher.make_spawner, note)
     with anyio.fail_after(120):
         async with anyio.create_task_group() as task_group:
             filled = await filler.fill(slot, 3)
@@ -67,6 +73,7 @@ async def fill(here: Stage, program: str) -> Filled:
             assert state.fillings == {}
             serves = filled.report.outcome is Outcome.SETTLED
             assert any(worker.serves for worker in slot.workers) == serves
+            assert commits == ([slot.index] if serves else [])
             for worker in slot.workers:
                 assert worker.generation == 3
                 worker.link.tell(FromAnchor.STOP, {})

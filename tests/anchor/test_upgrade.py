@@ -134,10 +134,10 @@ async def test_new_code_is_not_executed_where_the_moment_does_not_come(
     why: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_instead(monkeypatch, "")
-    begin = await bench.upgrade.upgrade()
+    ready = await bench.upgrade.upgrade()
     state = bench.here.state
     assert state.life is Life.UPGRADING
-    begin()
+    ready.begin()
     # Something was said to a worker that is not sent yet, or the service was told to stop.
     state.pool.slots[0].workers[0].link.tell("word", {})
     if why == "stop":
@@ -152,13 +152,13 @@ async def test_new_code_is_not_executed_where_the_moment_does_not_come(
 
 async def test_code_that_cannot_be_executed_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     run_instead(monkeypatch, "")
-    begin = await bench.upgrade.upgrade()
+    ready = await bench.upgrade.upgrade()
 
     def execute(*arguments: object) -> None:
         raise reexec.UpgradeFailed("it is gone")
 
     monkeypatch.setattr(reexec, "execute", execute)
-    begin()
+    ready.begin()
     await bench.here.begun.run()
     assert bench.here.state.upgrade_error == "it is gone"
     assert bench.here.state.life is Life.SERVING

@@ -21,11 +21,20 @@ async def test_a_first_generation_accepts_before_it_says_so(backend: str) -> Non
             listens = entry.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             return f"{life.state.value}, {'listens' if listens else 'does not listen'}"
 
+        publish = management.publish
+
+        async def publish_and_tell() -> None:
+            await publish()
+            management.told.append(f"published: {describe()}")
+
+        # Whoever has an answer may look for the pid file.
+        management.publish = publish_and_tell  # type: ignore[method-assign]
         with anyio.fail_after(60):
             await Arriving(life).serve(describe)
         assert management.told == [
             "prepare: starting, does not listen",
             "publish",
+            "published: starting, does not listen",
             "announce: serving, listens",
             "park",
             "serving",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import base64
+import contextlib
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,9 +114,10 @@ class WebSocketState:
         """
         match release.state:
             case [str(request), [list(_), list(_)] as settled, str(window), state, *_]:
-                return cls(request.encode("latin-1"), settled, base64.b64decode(window), state)
-            case _:
-                raise Refused("this release does not understand what the WebSocket brings along")
+                # No text in latin-1, or none in base64.
+                with contextlib.suppress(ValueError):
+                    return cls(request.encode("latin-1"), settled, base64.b64decode(window), state)
+        raise Refused("this release does not understand what the WebSocket brings along")
 
 
 class MutedTransport:

@@ -68,7 +68,9 @@ def test_an_anchor_and_its_workers_change_their_release_and_change_it_back(
         directory.mkdir()
     place = deployment.deploy("former")
     with contextlib.ExitStack() as stack:
-        service = stack.enter_context(running(deployment.link, *options, directory=tmp_path, **environment))
+        service = stack.enter_context(
+            running(deployment.link, *options, directory=tmp_path, says_control=True, **environment)
+        )
         services = [service]
 
         def command(*arguments: str) -> None:

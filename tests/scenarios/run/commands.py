@@ -89,12 +89,14 @@ class Running:
         control: its control socket.
     """
 
-    def __init__(self, cwd: Path, log: Path, control: str, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self, cwd: Path, log: Path, control: str, *arguments: str, says_control: bool = True, **environment: str
+    ) -> None:
         self.control = control
         self._log = log
         with log.open("ab") as stream:
             self.process = subprocess.Popen(
-                [*ECDYSIS, "run", "main:app", "--no-access-log", *arguments, "--control", control],
+                [*ECDYSIS, "run", "main:app", "--no-access-log", *arguments, *(("--control", control) * says_control)],
                 cwd=cwd,
                 env=make_environment(cwd, environment),
                 stdin=subprocess.DEVNULL,
@@ -123,10 +125,16 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(cwd: Path, *arguments: str, directory: Path | None = None, **environment: str) -> Iterator[Running]:
-    """Run ``main:app`` of a directory; stop it, unless that is done."""
+def running(
+    cwd: Path, *arguments: str, directory: Path | None = None, says_control: bool = True, **environment: str
+) -> Iterator[Running]:
+    """Run ``main:app`` of a directory; stop it, unless that is done.
+
+    Where its command line does not say where its control socket is, its configuration has to.
+    """
     directory = directory or cwd
-    run = Running(cwd, directory / "log", str(directory / "control"), *arguments, **environment)
+    control = str(directory / "control")
+    run = Running(cwd, directory / "log", control, *arguments, says_control=says_control, **environment)
     try:
         yield run
         if run.process.poll() is None:
@@ -149,7 +157,8 @@ def taking_over(
 ) -> Iterator[Running]:
     """Run a newcomer, with the control socket of the one that it takes over."""
     log = (directory or cwd) / "log"
-    newcomer = Running(cwd, log, former.control, "--takeover", former.control, *arguments, **environment)
+    given = ("--takeover", former.control, *arguments)
+    newcomer = Running(cwd, log, former.control, *given, says_control=True, **environment)
     try:
         yield newcomer
         if newcomer.process.poll() is None:

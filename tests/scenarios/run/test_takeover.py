@@ -86,6 +86,30 @@ def test_a_release_that_does_not_start_changes_nothing(places: tuple[Path, Path]
         assert former.status()["pid"] == former.process.pid
 
 
+def test_a_service_that_dies_before_it_hands_over_is_followed(places: tuple[Path, Path]) -> None:
+    """It is killed while the newcomer still tries its release: the newcomer starts in its place."""
+    one, two = places
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ("--bind", f"127.0.0.1:{port}", *QUICK[2:])
+    gate = two / "gate"
+    os.mkfifo(gate)
+    # The check imports it, and waits.
+    write_app(two / "main.py", "two", f"import os\nif os.path.exists({str(gate)!r}): open({str(gate)!r}).read()")
+    with running(one, *options) as former:
+        former.find_port()
+        with taking_over(former, two, *options) as newcomer:
+            # It is opened once the newcomer's check reads it, which goes on when it is closed.
+            with gate.open("w", encoding="ascii"):
+                former.process.kill()
+                former.process.wait()
+                gate.unlink()
+            newcomer.wait_for("has died before it handed over: this one starts in its place")
+            newcomer.wait_for("serving on")
+            assert get(port) == (200, "two")
+            assert newcomer.status()["pid"] == newcomer.process.pid
+
+
 def test_who_dies_with_the_state_in_hand_is_not_waited_for(places: tuple[Path, Path]) -> None:
     one, _ = places
     with running(one, *QUICK) as former:

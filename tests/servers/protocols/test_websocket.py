@@ -53,7 +53,17 @@ def test_luggage_arrives_as_it_was_packed() -> None:
     assert WebSocketState.unpack(luggage.release()) == luggage
 
 
-@pytest.mark.parametrize("state", [None, [], ["request", [[], []], "", 1][:3], ["request", [[]], "", 1]])
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        [],
+        ["request", [[], []], "", 1][:3],
+        ["request", [[]], "", 1],
+        ["no latin-1: \u20ac", [[], []], "", 1],
+        ["request", [[], []], "A", 1],
+    ],
+)
 def test_what_is_no_luggage_is_refused(state: object) -> None:
     with pytest.raises(Refused):
         WebSocketState.unpack(Release(state))
