@@ -127,6 +127,7 @@ def _run(options: Options, main: Main) -> int:
 def _load(options: Options) -> _Loaded:
     """Import the target, before there is a loop; an error is kept for those who are to hear of it."""
     before = (dict(os.environ), time.monotonic(), options.control_path)
+    pid = os.getpid()
     with contextlib.ExitStack() as resources:
         resources.enter_context(_ending_with_anchor(options))
         if options.loop != "trio":
@@ -136,10 +137,35 @@ def _load(options: Options) -> _Loaded:
             resources.enter_context(refusing_servers(options.target, options.loop))  # type: ignore[arg-type]
         try:
             found = load(options.target, app_dir=options.app_dir)
+            _require_own_process(options.target, pid)
             note_application(options.target.partition(":")[0])
             return _Loaded(*before, found)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it is raised where it can be told
             return _Loaded(*before, failure=error)
+
+
+def _require_own_process(target: str, pid: int) -> None:
+    """See that this is still the process that was started, and has what it was started with; if not, end it.
+
+    Nothing is closed on the way out: by these numbers there may be other descriptors now, or the other process'.
+    """
+    if os.getpid() != pid:
+        complaint = "goes into the background while it is imported (os.fork): a service manager, or `&`, does that for "
+        complaint += "`ecdysis run`"
+    elif (line := find_line()) is not None and not _is_open(line.fileno()):
+        complaint = "closes descriptors while it is imported that are not its own (os.closerange)"
+    else:
+        return
+    say(f"{target} {complaint}: take that out")
+    os._exit(STARTUP_FAILED)
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -158,3 +158,18 @@ def test_the_death_of_the_anchor_ends_an_import(tmp_path: Path) -> None:
             assert select.select([pidfd], [], [], PATIENCE_SECONDS)[0], f"worker {worker} is still there"
         finally:
             os.close(pidfd)
+
+
+@pytest.mark.parametrize(
+    ("before", "complaint"),
+    [
+        ("os.closerange(3, 4096)", "closes descriptors while it is imported that are not its own"),
+        ("if os.fork(): os.wait(), os._exit(0)", "goes into the background while it is imported"),
+    ],
+    ids=["closes all", "forks"],
+)
+def test_an_import_that_leaves_no_process_to_serve_in_is_named(before: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(f"import os, warnings\nwarnings.simplefilter('ignore')\n{before}\n{APP}")
+    status, output = run_command("run", "program:app", "--app-dir", str(tmp_path), "--port", "0", "--control", "off")
+    assert status == 3
+    assert f"program:app {complaint}" in output
