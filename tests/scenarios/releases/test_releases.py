@@ -125,7 +125,7 @@ def test_exclusive_under_an_anchor_that_does_not_know_it_says_what_to_do(
     environment = {"PYTHONPATH": str(tmp_path)}
     deployment.deploy("former")
     options = (*QUICK, "--app-dir", str(tmp_path))
-    with running(deployment.link, *options, directory=tmp_path, **environment) as service:
+    with running(deployment.link, *options, directory=tmp_path, says_control=True, **environment) as service:
 
         def restart(*arguments: str) -> tuple[int, str]:
             done = call("restart", *arguments, "--control", service.control, cwd=deployment.link, **environment)
