@@ -3,4 +3,4 @@
 # $RENEWED_LINEAGE is the directory with the new fullchain.pem and privkey.pem.
 set -eu
 install --owner=root --group=shop --mode=0640 "$RENEWED_LINEAGE/fullchain.pem" "$RENEWED_LINEAGE/privkey.pem" /etc/shop/
-exec ecdysis restart --control /run/shop/control.sock
+exec ecdysis restart --control /run/shop/control
