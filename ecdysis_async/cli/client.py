@@ -505,8 +505,10 @@ def _ask(path: str, request: Event, timeout: float, on_event: Callable[[Event], 
         NoAnswer: the connection ended, or the service was silent.
     """
     with socket.socket(socket.AF_UNIX) as sock:
-        # Where the queue is full, connect() waits by this limit, and not by Python's (unix(7), connect(2)).
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *_split_seconds(timeout)))
+        # Where the queue is full, connect() waits by this limit, and not by Python's (unix(7), connect(2)). On some
+        # machines of 32 bits the struct is another one: without the limit it waits on.
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *_split_seconds(timeout)))
         try:
             sock.connect(path)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
