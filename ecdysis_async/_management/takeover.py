@@ -43,15 +43,21 @@ class FormerService:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(ANSWER_SECONDS)
             _connect(sock, path)
-            self.pid = read_credentials(sock).pid
+            credentials = read_credentials(sock)
+        self.pid = credentials.pid
+        self._is_supervised = _is_supervised(self.pid)
         self._pidfd = -1
         # Processes of another namespace have no pid here; such a service is asked, and cannot be watched.
-        with contextlib.suppress(OSError):
-            self._pidfd = os.pidfd_open(self.pid) if self.pid > 0 else -1
+        if self.pid > 0 and credentials.uid in (0, os.geteuid()):
+            with contextlib.suppress(OSError):
+                self._pidfd = os.pidfd_open(self.pid)
 
     def has_died(self) -> bool:
-        """Say whether the process was ended by force. One that was stopped has taken its control socket away."""
-        if self._pidfd < 0 or not os.path.exists(self._path):
+        """Say whether the process was ended by force, so that nobody but this process is there to follow it.
+
+        One that was stopped has taken its control socket away. One that systemd watches is started again by systemd.
+        """
+        if self._pidfd < 0 or self._is_supervised or not os.path.exists(self._path):
             return False
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
@@ -61,6 +67,14 @@ class FormerService:
         """Watch no more."""
         if self._pidfd >= 0:
             os.close(self._pidfd)
+
+
+def _is_supervised(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return any(each.startswith(b"NOTIFY_SOCKET=") for each in file.read().split(b"\0"))
+    except OSError:
+        return False
 
 
 def _connect(sock: socket.socket, path: str) -> None:

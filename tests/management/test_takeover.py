@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ecdysis_async._management import takeover
-from ecdysis_async._management.takeover import ask_for_channel
+from ecdysis_async._management.takeover import FormerService, ask_for_channel
 from ecdysis_async.errors import TakeoverFailed
 
 
@@ -115,3 +116,54 @@ def test_another_user_is_not_believed() -> None:
             with pytest.raises(TakeoverFailed, match="belongs to uid 54000"):
                 ask_for_channel(path)
             stranger.communicate()
+
+
+# Listens, says so, and ends when its input does, with or without its path.
+SERVES = """
+import os, socket, sys
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen()
+    print("listens", flush=True)
+    sys.stdin.read()
+    os.unlink(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_killed", "has_died"),
+    [({}, True, True), ({}, False, False), ({"NOTIFY_SOCKET": "/run/nowhere"}, True, False)],
+    ids=["killed", "stopped", "killed, of systemd"],
+)
+def test_who_has_died_is_told_from_who_was_stopped(
+    environment: dict[str, str], *, is_killed: bool, has_died: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "control"
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVES, str(path)],
+        env={**os.environ, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"listens\n"
+        with contextlib.closing(FormerService(str(path))) as former:
+            assert former.pid == process.pid
+            if is_killed:
+                process.kill()
+            process.communicate()
+            assert former.has_died() is has_died
+
+
+def test_one_that_lives_has_not_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(takeover, "DEATH_GRACE_MILLISECONDS", 10)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "control"))
+        listener.listen()
+        with contextlib.closing(FormerService(str(tmp_path / "control"))) as former:
+            assert not former.has_died()
+
+
+def test_nobody_is_there_to_be_watched(tmp_path: Path) -> None:
+    with pytest.raises(TakeoverFailed, match="there is no service to take over"):
+        FormerService(str(tmp_path / "control"))
