@@ -26,6 +26,7 @@ __all__ = [
     "describe_launch",
     "find_following",
     "find_from_start",
+    "find_start_link",
     "find_unfollowed_link",
     "follow_link",
     "leave_debugger",
@@ -469,6 +470,11 @@ def find_unfollowed_link() -> str | None:
         except OSError:
             continue
     return None
+
+
+def find_start_link() -> str | None:
+    """Return a link that leads to where this process was started, also one that no restart follows; None for none."""
+    return _LINK[1] if _LINK is not None else find_unfollowed_link()
 
 
 def _leads_into(link: str, directory: str, below: str) -> bool:

@@ -33,7 +33,7 @@ from ecdysis_async._management.control_path import locate
 from ecdysis_async._management.takeover import FormerService
 from ecdysis_async._management.tracing import require_opentelemetry
 from ecdysis_async._sockets.registry import listen
-from ecdysis_async._system.launch import describe_launch, find_from_start
+from ecdysis_async._system.launch import describe_launch, find_from_start, find_start_link
 from ecdysis_async._system.process import find_missing
 from ecdysis_async._system.signals import unblock_all_signals
 from ecdysis_async._system.stderr import say
@@ -42,6 +42,8 @@ from ecdysis_async.errors import RestartError, StartupError, TakeoverFailed
 from ecdysis_async.settings import Settings
 
 __all__ = ["find_tried_options", "make_config", "run", "serve"]
+
+logger = logging.getLogger("ecdysis_async")
 
 USAGE = 2
 
@@ -69,6 +71,8 @@ def run(options: Options) -> int:
         set_up_logging = functools.partial(configure_logging, options)
         configure_logging(Options.restore({**options.values, "log_config": None}))
     control_path = find_control_path(options)
+    if not is_next_code:
+        _warn_of_what_goes_with_its_release(options)
     for name, without, require in (
         ("reload", False, require_watchfiles),
         ("metrics_dir", None, require_prometheus_client),
@@ -89,6 +93,23 @@ def run(options: Options) -> int:
     config = dataclasses.replace(make_config(options, control_path), set_up_logging=set_up_logging)
     tried = {**options.values, "control": control_path if control_path is not None else OFF[0]}
     return serve(config, lambda: reexec.tell_options(base64.b64encode(pickle.dumps(tried)).decode(), control_path))
+
+
+def _warn_of_what_goes_with_its_release(options: Options) -> None:
+    """Say so where files that are to stay lie in a release, which is deleted some day."""
+    named = {"--control": options.control, "--pid-file": options.pid_file}
+    inside = [
+        f"{option} {path}" for option, path in named.items() if path and os.sep in path and not os.path.isabs(path)
+    ]
+    if options.pid_file is not None and os.sep not in options.pid_file:
+        inside.append(f"--pid-file {options.pid_file}")
+    if inside and (link := find_start_link()) is not None:
+        logger.warning(
+            "%s: relative, and so in the release to which %s leads now. Restarts leave it there, and it goes when that "
+            "release is deleted: give an absolute path elsewhere",
+            ", ".join(inside),
+            link,
+        )
 
 
 def find_tried_options() -> Options | None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import os
 import re
 import shutil
 import site
+import ssl
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import trustme
 
 from .harness import PROJECT, QUICK, Run, by_tcp, get, run_command
 
@@ -103,10 +106,15 @@ class Service:
     """A service whose releases stand behind a link."""
 
     def __init__(
-        self, root: Path, process: subprocess.Popen[bytes], log: asyncio.StreamReader, reading: asyncio.BaseTransport
+        self,
+        root: Path,
+        process: subprocess.Popen[bytes],
+        log: asyncio.StreamReader,
+        reading: asyncio.BaseTransport,
+        control: str = "control",
     ) -> None:
         self._reading = reading
-        self.run = Run(process, str(root / "control"))
+        self.run = Run(process, str(root / control))
         self._listening = asyncio.create_task(self.run.listen(log))
 
     async def find_answer(self) -> str:
@@ -122,13 +130,19 @@ class Service:
 
 
 async def start(
-    root: Path, command: list[str], directory: Path, *, env_file: str = ".env", **environment: str | None
+    root: Path,
+    command: list[str],
+    directory: Path,
+    *more: str,
+    env_file: str = ".env",
+    found_control: str = "control",
+    **environment: str | None,
 ) -> Service:
     """Start a service, and wait until it serves."""
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "PWD")}
     variables |= {name: value for name, value in environment.items() if value is not None}
     control = str(root / "control")
-    options = ("run", "main:app", "--bind", "127.0.0.1:0", *QUICK, "--env-file", env_file, "--control", control)
+    options = ("run", "main:app", "--bind", "127.0.0.1:0", *QUICK, "--env-file", env_file, "--control", control, *more)
     reader, writer = os.pipe()
     with os.fdopen(writer, "wb") as pipe:
         process = subprocess.Popen([*command, *options], cwd=directory, env=variables, stdout=pipe, stderr=pipe)
@@ -136,7 +150,7 @@ async def start(
     reading, _ = await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(log), os.fdopen(reader, "rb")
     )
-    service = Service(root, process, log, reading)
+    service = Service(root, process, log, reading, found_control)
     await service.run.find_port()
     return service
 
@@ -196,6 +210,70 @@ async def test_code_environment_and_env_file_follow_the_link(tmp_path: Path, lau
         assert await service.find_answer() == "3 3 3 None"
         status = (await asyncio.to_thread(run_command, "status", "--control", str(tmp_path / "control")))[1]
         assert str(tmp_path / "releases" / "3") in status
+    finally:
+        await service.stop()
+
+
+async def test_relative_files_follow_the_link_but_for_those_that_stay(tmp_path: Path) -> None:
+    """Certificates and the settings of logging are the new release's; the service is commanded where it was."""
+    authority = trustme.CA()
+    for number in 1, 2:
+        make_release(tmp_path, number)
+        release = tmp_path / "releases" / str(number)
+        authority.issue_cert(
+            "localhost", organization_name=f"release {number}"
+        ).private_key_and_cert_chain_pem.write_to_path(release / "cert.pem")
+        handler = {"class": "logging.StreamHandler", "formatter": "it"}
+        settings = {
+            "version": 1,
+            "formatters": {"it": {"format": f"settings {number}: %(message)s"}},
+            "handlers": {"it": handler},
+            "root": {"level": "INFO", "handlers": ["it"]},
+        }
+        (release / "log.json").write_text(json.dumps(settings))
+        (release / "run").mkdir(mode=0o700)
+    move(tmp_path, 1)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+
+    async def find_organization() -> str:
+        streams = await by_tcp(await service.run.find_port(), context)()
+        certificate = streams[1].get_extra_info("peercert")
+        streams[1].close()
+        return str(dict(each[0] for each in certificate["subject"])["organizationName"])
+
+    current = tmp_path / "current"
+    relative = (
+        "--log-config",
+        "log.json",
+        "--certfile",
+        "cert.pem",
+        "--control",
+        "run/control",
+        "--pid-file",
+        "run/pid",
+    )
+    service = await start(
+        tmp_path,
+        [f"{current}/venv/bin/ecdysis"],
+        current,
+        *relative,
+        PWD=str(current),
+        found_control="releases/1/run/control",
+    )
+    try:
+        await service.run.wait_for(
+            f"settings 1: --control run/control, --pid-file run/pid: relative, .* {current} leads"
+        )
+        assert await find_organization() == "release 1"
+        move(tmp_path, 2)
+        code, answer = await service.run.restart()
+        assert code == 0, answer
+        assert await find_organization() == "release 2"
+        # The access log is the new worker's.
+        await get(by_tcp(await service.run.find_port(), context))
+        await service.run.wait_for('settings 2: .*"GET /')
+        assert int((tmp_path / "releases/1/run/pid").read_text()) == service.run.process.pid
     finally:
         await service.stop()
 
