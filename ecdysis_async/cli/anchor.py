@@ -97,11 +97,11 @@ def run(options: Options) -> int:
 
 def _warn_of_what_goes_with_its_release(options: Options) -> None:
     """Say so where files that are to stay lie in a release, which is deleted some day."""
-    named = {"--control": options.control, "--pid-file": options.pid_file}
-    inside = [
-        f"{option} {path}" for option, path in named.items() if path and os.sep in path and not os.path.isabs(path)
-    ]
-    if options.pid_file is not None and os.sep not in options.pid_file:
+    inside = []
+    # A bare name of a control socket is one in the default directory.
+    if os.sep in options.control and not os.path.isabs(options.control):
+        inside.append(f"--control {options.control}")
+    if options.pid_file is not None and not os.path.isabs(options.pid_file):
         inside.append(f"--pid-file {options.pid_file}")
     if inside and (link := find_start_link()) is not None:
         logger.warning(

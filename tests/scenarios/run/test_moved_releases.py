@@ -220,9 +220,8 @@ async def test_relative_files_follow_the_link_but_for_those_that_stay(tmp_path: 
     for number in 1, 2:
         make_release(tmp_path, number)
         release = tmp_path / "releases" / str(number)
-        authority.issue_cert(
-            "localhost", organization_name=f"release {number}"
-        ).private_key_and_cert_chain_pem.write_to_path(release / "cert.pem")
+        certificate = authority.issue_cert("localhost", organization_name=f"release {number}")
+        certificate.private_key_and_cert_chain_pem.write_to_path(release / "cert.pem")
         handler = {"class": "logging.StreamHandler", "formatter": "it"}
         settings = {
             "version": 1,
@@ -243,7 +242,7 @@ async def test_relative_files_follow_the_link_but_for_those_that_stay(tmp_path: 
         return str(dict(each[0] for each in certificate["subject"])["organizationName"])
 
     current = tmp_path / "current"
-    relative = (
+    relative = [
         "--log-config",
         "log.json",
         "--certfile",
@@ -252,7 +251,7 @@ async def test_relative_files_follow_the_link_but_for_those_that_stay(tmp_path: 
         "run/control",
         "--pid-file",
         "run/pid",
-    )
+    ]
     service = await start(
         tmp_path,
         [f"{current}/venv/bin/ecdysis"],
@@ -262,9 +261,7 @@ async def test_relative_files_follow_the_link_but_for_those_that_stay(tmp_path: 
         found_control="releases/1/run/control",
     )
     try:
-        await service.run.wait_for(
-            f"settings 1: --control run/control, --pid-file run/pid: relative, .* {current} leads"
-        )
+        await service.run.wait_for(f"--control run/control, --pid-file run/pid: relative, .* {current} leads")
         assert await find_organization() == "release 1"
         move(tmp_path, 2)
         code, answer = await service.run.restart()
