@@ -242,7 +242,8 @@ async def test_relative_files_follow_the_link_but_for_those_that_stay(tmp_path: 
         return str(dict(each[0] for each in certificate["subject"])["organizationName"])
 
     current = tmp_path / "current"
-    relative = [
+    files = ("--log-config", "log.json", "--certfile", "cert.pem")
+    staying = ("--control", "run/control", "--pid-file", "run/pid")
         "--log-config",
         "log.json",
         "--certfile",
@@ -256,7 +257,8 @@ async def test_relative_files_follow_the_link_but_for_those_that_stay(tmp_path: 
         tmp_path,
         [f"{current}/venv/bin/ecdysis"],
         current,
-        *relative,
+        *files,
+        *staying,
         PWD=str(current),
         found_control="releases/1/run/control",
     )
