@@ -244,15 +244,6 @@ async def test_relative_files_follow_the_link_but_for_those_that_stay(tmp_path: 
     current = tmp_path / "current"
     files = ("--log-config", "log.json", "--certfile", "cert.pem")
     staying = ("--control", "run/control", "--pid-file", "run/pid")
-        "--log-config",
-        "log.json",
-        "--certfile",
-        "cert.pem",
-        "--control",
-        "run/control",
-        "--pid-file",
-        "run/pid",
-    ]
     service = await start(
         tmp_path,
         [f"{current}/venv/bin/ecdysis"],
