@@ -157,6 +157,7 @@ class OneAtATimeRunner(RollOutRunner):
         else:
             # The next attempts are with what is there now: that is what somebody mends.
             state.former_release = None
+            self._has_former = False
             what = (
                 f"and the former release does not start again either, so nobody serves: {failure.args[0]}. Clients "
                 "wait, and the service tries again by itself"

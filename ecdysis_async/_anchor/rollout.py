@@ -190,6 +190,8 @@ class RollOutRunner:
     ) -> None:
         self._roll_out = roll_out
         self._state = state
+        # Whether a release serves where the new one fails.
+        self._has_former = True
         self._sockets = sockets
         self.log = log.of(roll_out.report.id)
         self._fill = fill
@@ -475,7 +477,7 @@ class RollOutRunner:
         self.log.log(
             logging.ERROR if has_failed else logging.INFO,
             "the restart %s",
-            describe_verdict(report, error, self._roll_out.generation - 1),
+            describe_verdict(report, error, self._roll_out.generation - 1 if self._has_former else None),
         )
 
     def _is_drained(self) -> bool:

@@ -30,25 +30,28 @@ def name_successors(report: RestartReport) -> str:
     return f"pid {(report.workers or [report])[0].successor_pid}"
 
 
-def describe_verdict(report: RestartReport, error: RestartError | None, former: int) -> str:
+def describe_verdict(report: RestartReport, error: RestartError | None, former: int | None) -> str:
     """Say in one line how a restart has ended, for the log of who was asked for it.
 
     Args:
         report: what has become of it.
         error: why it failed.
-        former: the number of the generation that was asked.
+        former: the number of the generation that was asked; None where nobody serves any more.
     """
     who = name_successors(report)
     release = f", {report.release}" if report.release else ""
+    serves = f"generation {former} serves"
     match report.outcome:
+        case Outcome.ROLLED_BACK if former is None:
+            parts = ["was rolled back, and nobody serves"]
         case Outcome.SETTLED:
             parts = [f"is settled: generation {report.generation} ({who}{release}) serves"]
         case Outcome.ROLLED_BACK:
-            parts = [f"was rolled back, and generation {former} serves again"]
+            parts = [f"was rolled back, and {serves} again"]
         case Outcome.STOPPED:
             parts = ["was called off, because the service stops"]
         case _:
-            parts = [f"has failed, and generation {former} serves on"]
+            parts = [f"has failed, and {serves} on" if former is not None else "has failed, and nobody serves"]
     if error is not None and report.outcome is not Outcome.STOPPED:
         parts[0] += f": {summarize(error)}"
     if report.phases:

@@ -172,7 +172,9 @@ def test_a_takeover_and_a_saved_file_let_the_old_release_end_first(tmp_path: Pat
             write_app(path, "three", ONLY_ONE)
             visitors.wait_for("three")
             write_app(path, "broken", ONLY_ONE + "import missing_module\n")
-            newcomer.wait_for("the former release was started again")
-            visitors.wait_for("three")
+            # What it was is overwritten, so that it does not come back: clients wait for the next save.
+            newcomer.wait_for(r"the restart has failed, and nobody serves: .*missing_module")
+            write_app(path, "four", ONLY_ONE)
+            visitors.wait_for("four")
             assert visitors.failures == []
             assert "BlockingIOError" not in former.log + newcomer.log
