@@ -94,6 +94,13 @@ def mutations(session: nox.Session) -> None:
 
 
 @nox.session
+def models(session: nox.Session) -> None:
+    """Prove the claims of the model in Promela for two slots, which takes spin, a compiler and some minutes."""
+    session.install("--editable", ".")
+    session.run("python", "-m", "tests.models.spin", *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Restart a real service several times under real load, and print what it cost."""
     install(session, "demo")
