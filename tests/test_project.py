@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+# The shape is the same on each Python.
+pytestmark = pytest.mark.newest_python_only
+
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE = PROJECT / "ecdysis_async"
 
@@ -160,17 +163,16 @@ def test_types_are_published() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_file)
-def test_a_module_says_what_it_is_for(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text()))
+def test_a_module_says_what_it_is_for() -> None:
+    assert [name_file(path) for path in MODULES if not ast.get_docstring(ast.parse(path.read_text()))] == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_file)
-def test_a_module_imports_its_own_wing_and_those_below(path: Path) -> None:
-    layer = name_layer(path)
-    line = find_line(layer)
-    assert line is not None, "a new wing: give it its place in LAYERS"
-    assert imported_layers(path) <= {layer}.union(*LAYERS[line + 1 :])
+def test_a_module_imports_its_own_wing_and_those_below() -> None:
+    for path in MODULES:
+        layer = name_layer(path)
+        line = find_line(layer)
+        assert line is not None, f"{layer} is a new wing: give it its place in LAYERS"
+        assert imported_layers(path) <= {layer}.union(*LAYERS[line + 1 :]), name_file(path)
 
 
 @pytest.mark.parametrize("wing", sorted({path.parent for path in MODULES} - {PACKAGE}), ids=name_file)
@@ -197,20 +199,19 @@ def test_a_face_hands_names_of_one_wing_on_and_defines_nothing(face: str) -> Non
     assert len(imported_layers(path)) == 1
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_file)
-def test_nothing_inside_imports_a_face(path: Path) -> None:
-    assert not imported_layers(path) & (FACES - {name_layer(path)})
+def test_nothing_inside_imports_a_face() -> None:
+    assert [name_file(path) for path in MODULES if imported_layers(path) & (FACES - {name_layer(path)})] == []
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if name_layer(path) not in NATIVE], ids=name_file)
-def test_the_control_plane_knows_no_loop(path: Path) -> None:
-    imported = {name.partition(".")[0] for name in imported_names(path, at_import_time=True)}
-    assert not imported & LOOPS
+def test_the_control_plane_knows_no_loop() -> None:
+    for path in MODULES:
+        imported = {name.partition(".")[0] for name in imported_names(path, at_import_time=True)}
+        assert name_layer(path) in NATIVE or not imported & LOOPS, name_file(path)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_file)
-def test_nothing_private_crosses_a_file_unless_it_is_a_foreign_library_s(path: Path) -> None:
-    assert find_private(path.read_text()) == []
+def test_nothing_private_crosses_a_file_unless_it_is_a_foreign_library_s() -> None:
+    found = {name_file(path): find_private(path.read_text()) for path in MODULES}
+    assert {name: lines for name, lines in found.items() if lines} == {}
 
 
 def find_private(source: str) -> list[str]:
@@ -245,12 +246,15 @@ def test_private_names_are_found(source: str, found: list[str]) -> None:
     assert find_private(source) == found
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if not path.name.startswith("__")], ids=name_file)
-def test_a_module_has_a_test_file_of_its_name(path: Path) -> None:
-    *wings, name = (part.lstrip("_") for part in path.relative_to(PACKAGE).parts)
-    exists = PROJECT.joinpath("tests", *wings, f"test_{name}").is_file()
+def test_a_module_has_a_test_file_of_its_name() -> None:
     excused = {*TESTED_ELSEWHERE, *(f"{face}.py" for face in FACES)}
-    assert exists != (name_file(path) in excused), "it has one: take it out of the list" if exists else "write one"
+    for path in MODULES:
+        if path.name.startswith("__"):
+            continue
+        *wings, name = (part.lstrip("_") for part in path.relative_to(PACKAGE).parts)
+        exists = PROJECT.joinpath("tests", *wings, f"test_{name}").is_file()
+        advice = "it has one: take it out of the list" if exists else "write one"
+        assert exists != (name_file(path) in excused), f"{name_file(path)}: {advice}"
 
 
 def test_excuses_are_for_what_exists() -> None:
