@@ -30,7 +30,6 @@ None
 """
 
 CLIENTS = 3
-CLIENT_PAUSE_SECONDS = 0.01
 
 # What a process may have more of than the same kind of process had after the first restarts.
 MORE_DESCRIPTORS = 4
@@ -48,7 +47,7 @@ def restart_under_load(service: Service, restart: Callable[[], object], lasting:
     counts: list[tuple[int, int, int]] = []
     processes = len(find_processes(service))
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(Clients(service.address, pause=CLIENT_PAUSE_SECONDS)) for _ in range(CLIENTS)]
+        clients = [stack.enter_context(Clients(service.address)) for _ in range(CLIENTS)]
         for number in range(RESTARTS):
             restart()
             service.wait_until(

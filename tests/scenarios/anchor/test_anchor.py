@@ -54,7 +54,7 @@ def test_ten_roll_outs_under_load_with_a_kill_and_an_upgrade_in_between(run_anch
     anchor = service.anchor
     assert service.pid_file.read_text() == f"{anchor}\n"
     descriptors = 0
-    with Clients(service.address, pause=0.01) as clients:
+    with Clients(service.address) as clients:
         before = service.workers()
         for number in range(2, 12):
             if number == 4:

@@ -31,7 +31,7 @@ SERVICE = Path(__file__).with_name("service.py")
 PATIENCE_SECONDS = 60.0
 
 # A client's pause between two connections: there shall always be somebody who asks, and a processor for the others.
-CLIENT_PAUSE_SECONDS = 0.002
+CLIENT_PAUSE_SECONDS = 0.01
 
 # What this process is told of descendants whose parent has died (prctl(2)).
 PR_SET_CHILD_SUBREAPER = 36
@@ -108,7 +108,6 @@ class Clients:
 
     Args:
         address: of the service.
-        pause: between two connections, seconds.
 
     Attributes:
         answers: the pids that answered, in their order.
@@ -116,12 +115,11 @@ class Clients:
         lost: errors of connections that were made. One at a time is open, so a killed process can only cost one.
     """
 
-    def __init__(self, address: Any, *, pause: float = CLIENT_PAUSE_SECONDS) -> None:
+    def __init__(self, address: Any) -> None:
         self.answers: list[int] = []
         self.refused: list[str] = []
         self.lost: list[str] = []
         self._address = address
-        self._pause = pause
         self._condition = threading.Condition()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -135,7 +133,7 @@ class Clients:
             )
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._pause):
+        while not self._stopping.wait(CLIENT_PAUSE_SECONDS):
             try:
                 with Conversation(self._address) as conversation:
                     pid = conversation.say("hello").answer()["pid"]

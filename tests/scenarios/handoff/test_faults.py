@@ -19,7 +19,8 @@ from tests.scenarios.handoff.harness import Clients, Conversation, Lost, Service
 Run = Callable[..., Service]
 
 pytestmark = [
-    pytest.mark.backends("asyncio", "uvloop", "anyio", "trio"),
+    # The one of anyio is asyncio's loop, and has the same supervisor.
+    pytest.mark.backends("asyncio", "uvloop", "trio"),
     # When a signal hits a process, the versions differ by asyncio only.
     pytest.mark.newest_python_only(but=("asyncio",)),
 ]
@@ -28,9 +29,6 @@ SETTINGS: dict[str, Any] = {
     "ecdysis": {"probation": 0.1, "drain_timeout": 5},
     "limits": {"PAUSE_SECONDS": 30.0, "SERVING_SECONDS": 30.0, "END_GRACE_SECONDS": 0.3},
 }
-
-# A client's pause, seconds: the processor is for those who start, of whom there are many here.
-CLIENT_PAUSE_SECONDS = 0.01
 
 # What the clock would say, at a moment that the test knows: no limit is then too short for a busy machine.
 TIME_IS_UP = "ecdysis._life.handover.post(ecdysis._life.handover.timed_out)"
@@ -68,7 +66,7 @@ def test_a_lost_successor_costs_the_restart_only(
 ) -> None:
     service = run_service(backend, **SETTINGS)
     first = service.pids[0]
-    with Clients(service.address, pause=CLIENT_PAUSE_SECONDS) as clients:
+    with Clients(service.address) as clients:
         with service.begin("hello") as control:
             control.answer()
             for side, state, action, outcomes in failures:
@@ -114,7 +112,7 @@ PROMOTIONS = [
 def test_a_dead_predecessor_costs_nothing(backend: str, run_service: Run) -> None:
     service = run_service(backend, **SETTINGS)
     newest = service.pids[0]
-    with Clients(service.address, pause=CLIENT_PAUSE_SECONDS) as clients:
+    with Clients(service.address) as clients:
         for number, (side, state, action) in enumerate(PROMOTIONS, start=2):
             lost = list(clients.lost)
             with armed(service, side, state, action) as asking:
@@ -236,7 +234,7 @@ LATE_STALLS = [
 def test_a_predecessor_that_stops_after_the_commit_is_not_missed(backend: str, run_service: Run) -> None:
     service = run_service(backend, **SETTINGS)
     turns = [service.pids[0]]
-    with Clients(service.address, pause=CLIENT_PAUSE_SECONDS) as clients:
+    with Clients(service.address) as clients:
         for number, (side, state, action) in enumerate(LATE_STALLS, start=2):
             former = turns[-1]
             with armed(service, side, state, action) as asking:
@@ -266,7 +264,7 @@ FROZEN_SUCCESSORS = [
 def test_clients_wait_for_a_successor_that_stops(backend: str, run_service: Run) -> None:
     service = run_service(backend, **SETTINGS)
     turns = [service.pids[0]]
-    with Clients(service.address, pause=CLIENT_PAUSE_SECONDS) as clients:
+    with Clients(service.address) as clients:
         for number, (side, state, action) in enumerate(FROZEN_SUCCESSORS, start=2):
             with armed(service, side, state, action) as asking:
                 turns.append(asking.answer()["successor_pid"])

@@ -29,7 +29,7 @@ RESTARTS = 20  # in all: one before the first look, the others before the last
 # Slow requests end well before the deadline of a drain, however long a busy machine lets a process wait for its turn.
 # Silent connections meet it in each of them.
 MIX = Mix(
-    new_per_second=50, hasty=2, keep_alive=6, pause=0.06, slow=4, slow_seconds=(0.1, 0.6), silent=3, limit=100_000
+    new_per_second=50, hasty=1, keep_alive=6, pause=0.06, slow=4, slow_seconds=(0.1, 0.6), silent=3, limit=100_000
 )
 DRAIN_SECONDS = 4.0
 PROBATION_SECONDS = 0.05

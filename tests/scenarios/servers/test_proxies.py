@@ -99,8 +99,7 @@ def haproxy(directory: Path, port: int) -> list[str]:
     [
         (nginx, "uvicorn", "uvloop"),
         (nginx, "uvicorn-moving", "asyncio"),
-        (nginx, "hypercorn", "asyncio"),
-        (haproxy, "uvicorn", "uvloop"),
+        (haproxy, "hypercorn", "asyncio"),
         (haproxy, "aiohttp", "uvloop"),
     ],
 )

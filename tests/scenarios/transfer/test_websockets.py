@@ -24,7 +24,8 @@ RESTARTS = {
     ("websockets_server", "asyncio"): 5,
     ("websockets_server", "uvloop"): 20,
 }
-PAUSES = (0.0, 0.01, 0.3)
+# Of the clients, seconds: one of them asks without a pause, and the processors are for those who start.
+PAUSES = (0.0, *(0.05,) * 3, *(0.1,) * 4, *(0.3,) * 4)
 PATIENCE_SECONDS = 60
 
 # Compressible, of all the lengths that a frame's head can have, and with references far back.
