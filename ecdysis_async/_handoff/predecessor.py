@@ -21,6 +21,7 @@ import anyio
 from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.peer import Death, Peer
 from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._system.descriptors import describe_place
 from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.process import Child, Spawner, spawn
@@ -548,6 +549,12 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
 
     async def _start(self) -> None:
         begun = time.monotonic()
+        # Without it the successor of a process that is killed during the start counts from 0.
+        try:
+            self.generation.last_word = self._last_word = LastWord.make()
+        except OSError as error:
+            self.log.debug("nothing keeps what is counted: %s", error)
+        self.generation.keep_counts()
         if self._spawner is not None:
             # The anchor that starts the successor has the sockets as well, or the successor has started already.
             self._successor = await SuccessorProcess.start(self._spawner)
@@ -569,12 +576,6 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             launch.environment.update(add_resource(launch.environment, **facts))
         self._launch = launch
         self._send_provision(channel, stderr)
-        # Without it the successor of a process that is killed during the start counts from 0.
-        try:
-            self.generation.last_word = self._last_word = LastWord.make()
-        except OSError as error:
-            self.log.debug("nothing keeps what is counted: %s", error)
-        self.generation.keep_counts()
 
     async def _spawn(self, channel: socket.socket, stderr: int) -> Child:
         launch, lock_file = self._launch, self.generation.lock_file
@@ -663,8 +664,9 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 "env_file_keys": list(self._env_file_keys),
                 # How many may come to the successor once this has settled.
                 "connections": generation.host.connections,
-                # A process that this one has not started finds the locks by it. A child was passed them.
+                # A process that this one has not started finds both by it. A child was passed them.
                 "lock_file": generation.lock_file.describe() if generation.lock_file is not None else None,
+                "last_word": describe_place(self._last_word.descriptor) if self._last_word is not None else None,
             }
             yield (
                 body,

@@ -22,7 +22,7 @@ from ecdysis_async._connections.receiver import make_room
 from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.peer import Death, Peer
 from ecdysis_async._system.claims import take_last_word
-from ecdysis_async._system.descriptors import close_all
+from ecdysis_async._system.descriptors import close_all, open_place
 from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.import_times import import_times
 from ecdysis_async._system.release import describe_release
@@ -436,6 +436,8 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             make_room(int(body.get("connections", 0)))
             # An earlier release has none.
             generation.lock_file_place = tuple(body.get("lock_file") or ())
+            if self._last_word is None and (word := open_place(body.get("last_word") or (), os.O_RDONLY)) is not None:
+                self._last_word = LastWord(word)
             self.predecessor = Ancestor(int(body["predecessor"]["generation"]), int(body["predecessor"]["pid"]), peer)
             unowned.pop_all()
 

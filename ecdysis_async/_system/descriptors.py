@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import socket
+import stat
 import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -21,8 +22,10 @@ __all__ = [
     "DescriptorWriter",
     "Received",
     "close_all",
+    "describe_place",
     "find_pid",
     "occupy_standard_descriptors",
+    "open_place",
     "read_credentials",
     "receive_with_descriptors",
     "send_with_descriptors",
@@ -149,6 +152,31 @@ def find_pid(pidfd: int) -> int | None:
         raise ValueError("this descriptor is no pidfd")
     pid = int(fields["Pid"])
     return pid if pid > 0 else None
+
+
+def describe_place(descriptor: int) -> list[int]:
+    """Return where another process of the same user finds what is open here: for :func:`open_place`."""
+    found = os.fstat(descriptor)
+    return [os.getpid(), descriptor, found.st_dev, found.st_ino]
+
+
+def open_place(place: Sequence[int], flags: int) -> int | None:
+    """Return a descriptor of the file that another process has open; None where it is gone, or may not be opened.
+
+    Args:
+        place: what that process has described; empty where it has none.
+        flags: as of open(2).
+    """
+    try:
+        pid, number, device, inode = map(int, place)
+        descriptor = os.open(f"/proc/{pid}/fd/{number}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, TypeError, ValueError):
+        return None
+    found = os.fstat(descriptor)
+    if (found.st_dev, found.st_ino) != (device, inode) or not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def close_all(descriptors: Iterable[int]) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .claims import take_lock_file
+from .descriptors import describe_place, open_place
 from .shared_memory import make_memory
 
 __all__ = ["LockFile"]
@@ -91,21 +92,12 @@ class LockFile:
         Args:
             place: what that process has described; empty where it has none.
         """
-        try:
-            pid, number, device, inode = map(int, place)
-            descriptor = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (OSError, ValueError):
-            return None
-        found = os.fstat(descriptor)
-        if (found.st_dev, found.st_ino) != (device, inode) or not stat.S_ISREG(found.st_mode):
-            os.close(descriptor)
-            return None
-        return cls(descriptor)
+        descriptor = open_place(place, os.O_RDWR)
+        return None if descriptor is None else cls(descriptor)
 
     def describe(self) -> list[int]:
         """Return where another process finds this file: for :meth:`open_of`."""
-        found = os.fstat(self._descriptor)
-        return [os.getpid(), self._descriptor, found.st_dev, found.st_ino]
+        return describe_place(self._descriptor)
 
     def fileno(self) -> int:
         """Return the descriptor, to be passed to a child; -1 once it is closed."""

@@ -17,10 +17,13 @@ from ecdysis_async._system.descriptors import (
     MAX_PER_MESSAGE,
     DescriptorWriter,
     close_all,
+    describe_place,
+    open_place,
     read_credentials,
     receive_with_descriptors,
     send_with_descriptors,
 )
+from ecdysis_async._system.shared_memory import make_memory
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -137,3 +140,19 @@ def test_closed_standard_descriptors_lead_to_nothing(arguments: tuple[str, ...],
     closing = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
     subprocess.run((*closing, sys.executable, *arguments), cwd=tmp_path, timeout=60, check=False)
     assert (tmp_path / "found").read_text() == "/dev/null /dev/null /dev/null"
+
+
+def test_what_another_process_has_open_is_found_by_its_place() -> None:
+    descriptor = make_memory("ecdysis-test")
+    try:
+        os.write(descriptor, b"here")
+        place = describe_place(descriptor)
+        found = open_place(place, os.O_RDONLY)
+        assert found is not None
+        assert os.pread(found, 10, 0) == b"here"
+        os.close(found)
+        pid, number, device, inode = place
+        for wrong in ([], [pid, number, device], [pid, number, device, inode + 1], [0, number, device, inode], None):
+            assert open_place(wrong, os.O_RDONLY) is None  # type: ignore[arg-type] # another release may send anything
+    finally:
+        os.close(descriptor)

@@ -44,6 +44,8 @@ async def main():
         drain_timeout=5,
         health_bind=sys.argv[1],
         metrics=True,
+        control_socket=os.environ.get("CONTROL"),
+        takeover=os.environ.get("TAKEOVER"),
         status_page=True,
     ) as ecdysis:
         listener = AnyioListener(ecdysis.listen_tcp("127.0.0.1", int(sys.argv[2])))
@@ -137,17 +139,29 @@ def test_no_counter_falls(tmp_path: Path, loop: str) -> None:
 
 
 @pytest.mark.newest_python_only
-@pytest.mark.parametrize("where", ["imports", "start"])
-def test_no_counter_falls_where_the_predecessor_is_killed_before_the_commit(tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize("where", ["imports", "start", "takeover"])
+def test_no_counter_falls_where_the_predecessor_is_killed_before_the_commit(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     health, port = find_port(), find_port()
-    with serving(tmp_path, f"127.0.0.1:{health}", str(port), "asyncio") as first:
+    arguments = (f"127.0.0.1:{health}", str(port), "asyncio")
+    monkeypatch.setenv("CONTROL", str(tmp_path / "control"))
+    with serving(tmp_path, *arguments) as first:
         wait_until(lambda: first.poll() is not None or (tmp_path / "pid").exists(), "it does not serve")
         visit(port)
-        (tmp_path / "broken").write_text(f"waits in its {where}")
-        os.kill(first.pid, signal.SIGHUP)
-        wait_until(lambda: psutil.Process(first.pid).children() != [], "there is no successor")
-        [successor] = psutil.Process(first.pid).children()
-        if where == "start":
+        (tmp_path / "broken").write_text("waits in its imports" if where == "imports" else "waits in its start")
+        if where == "takeover":
+            environment = {**os.environ, "PYTHONPATH": str(PROJECT), "TAKEOVER": str(tmp_path / "control")}
+            command = [sys.executable, "program.py", *arguments]
+            newcomer = subprocess.Popen(command, cwd=tmp_path, env=environment)
+            request.addfinalizer(newcomer.wait)
+            request.addfinalizer(newcomer.kill)
+            successor = psutil.Process(newcomer.pid)
+        else:
+            os.kill(first.pid, signal.SIGHUP)
+            wait_until(lambda: psutil.Process(first.pid).children() != [], "there is no successor")
+            [successor] = psutil.Process(first.pid).children()
+        if where != "imports":
             # It has said who it is, and its predecessor has read that.
             wait_until((tmp_path / "greeted").exists, "it does not begin")
         visit(port)
