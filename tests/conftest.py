@@ -2,7 +2,7 @@
 
 An ``async def`` test runs three times: on asyncio and on uvloop by pytest-asyncio, and on trio. A plain test that asks
 for ``backend`` runs three times as well, with the name of the loop its child processes shall use. The marker
-``backends`` chooses fewer. The marker ``newest_python_only`` leaves what knows nothing of the differences of Pythons to
+``backends`` chooses fewer. The marker ``main_python_only`` leaves what knows nothing of the differences of Pythons to
 the main one. Async fixtures (``pytest_asyncio.fixture``) work on asyncio and uvloop only.
 """
 
@@ -68,14 +68,14 @@ def pytest_sessionstart() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out, on another Python, what the main one has tested for all."""
     if sys.version_info[:2] != MAIN_PYTHON:
-        left_out = {item: is_for_newest_python(item) for item in items}
+        left_out = {item: is_for_main_python(item) for item in items}
         config.hook.pytest_deselected(items=[item for item in items if left_out[item]])
         items[:] = [item for item in items if not left_out[item]]
 
 
-def is_for_newest_python(item: pytest.Item) -> bool:
+def is_for_main_python(item: pytest.Item) -> bool:
     """Say whether a test, with these parameters, runs on the main Python only."""
-    marker = item.get_closest_marker("newest_python_only")
+    marker = item.get_closest_marker("main_python_only")
     if marker is None:
         return False
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}

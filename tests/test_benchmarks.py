@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.newest_python_only, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.main_python_only, pytest.mark.timeout(600)]
 
 PROJECT = Path(__file__).resolve().parent.parent
 

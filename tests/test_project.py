@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 # The shape is the same on each Python.
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE = PROJECT / "ecdysis_async"

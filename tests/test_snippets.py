@@ -20,7 +20,7 @@ import trustme
 from tests.scenarios.run.harness import PROJECT, Run, run_command, running
 from tests.scenarios.servers import programs
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 SNIPPETS = PROJECT / "docs" / "snippets"
 PATIENCE_SECONDS = 60

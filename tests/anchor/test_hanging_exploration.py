@@ -23,7 +23,7 @@ from ecdysis_async._handoff.protocol import (
     step_successor,
 )
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 # The checks below would pass with ease on a model in which nothing can happen.
 FEWEST_STATES = 500

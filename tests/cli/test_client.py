@@ -24,7 +24,7 @@ from tests.cli.commands import (
 )
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 
 @contextlib.contextmanager

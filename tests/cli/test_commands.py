@@ -26,7 +26,7 @@ from tests.cli.commands import (
     end,
 )
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 
 @pytest.mark.backends("asyncio")

@@ -9,7 +9,7 @@ import pytest
 
 from ecdysis_async.cli.places import find_interpreter, find_links, name_project
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tests.cli.commands import (
     call,
 )
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 
 def test_a_restart_shows_its_phases(backend: str, run_service: Run) -> None:

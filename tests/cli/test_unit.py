@@ -13,7 +13,7 @@ from tests.cli.commands import (
     USAGE,
 )
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 
 COMPLAINTS = [

@@ -17,7 +17,7 @@ from tests.scenarios.servers.programs import browse
 from .histories import begin, fail, records, roll_out, settle
 
 
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 def test_the_page_shows_lanes_arrows_and_the_reason(tmp_path: Path) -> None:
     stories = tell_stories(records(tmp_path, [*roll_out(), *begin_again("r2", begin() + fail())]))
     waits = [Wait(7, "pid 6 waits for pid 7", stack="File </script><b>app.py")]

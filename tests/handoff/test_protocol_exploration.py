@@ -28,7 +28,7 @@ from ecdysis_async._handoff.protocol import (
     SuccessorState,
 )
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 # The checks below would pass with ease on a model in which nothing can happen.
 FEWEST_STATES: Final = 15_000

@@ -8,7 +8,7 @@ import pytest
 
 from tests.models.spin import CLAIMS, DEFECTS, MODEL, SCENARIOS, find_missing, verifier
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 # The claims would hold with ease in a model in which nothing can happen.
 FEWEST_STATES = 10_000

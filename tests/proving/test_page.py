@@ -74,7 +74,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 def test_a_browser_shows_what_happened(file: Path, tmp_path: Path) -> None:
     document = browse(file, tmp_path, "--dump-dom")
     assert '<p id="verdict" class="bad">3 failures in 204 requests</p>' in document
@@ -89,7 +89,7 @@ def test_a_browser_shows_what_happened(file: Path, tmp_path: Path) -> None:
     assert "connection refused" in document
 
 
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_can_be_read_in_light_and_in_dark(scheme: str, file: Path, tmp_path: Path) -> None:
     picture = tmp_path / "page.png"

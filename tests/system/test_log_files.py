@@ -116,7 +116,7 @@ def test_a_file_behind_others(logger: logging.Logger, tmp_path: Path) -> None:
 
 
 # From Python 3.14 on a queue of loguru starts multiprocessing's resource tracker, which stays to the process' end.
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 @pytest.mark.parametrize("enqueue", [False, True])
 def test_a_file_of_loguru(enqueue: bool, tmp_path: Path) -> None:
     loguru = pytest.importorskip("loguru").logger

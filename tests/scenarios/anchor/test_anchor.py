@@ -24,7 +24,7 @@ from tests.scenarios.anchor.harness import AnchoredService, Watchdog
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Clients, Conversation
 from tests.scenarios.handoff.test_hardships import LEAK
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 Run = Callable[..., AnchoredService]
 

@@ -11,7 +11,7 @@ import pytest
 from tests.scenarios.anchor.harness import AnchoredService
 from tests.scenarios.handoff.harness import Json
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 Run = Callable[..., AnchoredService]
 

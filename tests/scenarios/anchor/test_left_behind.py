@@ -10,7 +10,7 @@ import pytest
 from tests.scenarios import stuck
 from tests.scenarios.anchor.harness import AnchoredService
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 Run = Callable[..., AnchoredService]
 

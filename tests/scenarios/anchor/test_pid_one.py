@@ -13,7 +13,7 @@ import pytest
 from ecdysis_async.cli import client
 from tests.scenarios.anchor.harness import AnchoredService, anchored
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 # A child whose own child outlives it, and so becomes one of PID 1.
 ORPHAN = """

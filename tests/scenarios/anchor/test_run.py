@@ -13,7 +13,7 @@ import pytest
 from ecdysis_async.cli import client
 from tests.scenarios.run.harness import PROJECT, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 APPLICATION = """
 import os

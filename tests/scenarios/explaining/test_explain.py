@@ -18,7 +18,7 @@ import pytest
 from ecdysis_async._system.history import SUFFIX
 from tests.scenarios.run.harness import ECDYSIS, PROJECT, by_tcp, run_command, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 APP = """
 import asyncio, os, time

@@ -14,7 +14,7 @@ import pytest
 
 from tests.scenarios.run.harness import PROJECT, by_tcp, get, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 Span = dict[str, Any]
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Clients, Service, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 Json = dict[str, Any]
 Run = Callable[..., Service]

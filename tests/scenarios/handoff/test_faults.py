@@ -22,7 +22,7 @@ pytestmark = [
     # The one of anyio is asyncio's loop, and has the same supervisor.
     pytest.mark.backends("asyncio", "uvloop", "trio"),
     # When a signal hits a process, the versions differ by asyncio only.
-    pytest.mark.newest_python_only(but=("asyncio",)),
+    pytest.mark.main_python_only(but=("asyncio",)),
 ]
 
 SETTINGS: dict[str, Any] = {

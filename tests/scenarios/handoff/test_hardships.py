@@ -12,7 +12,7 @@ import pytest
 from tests.scenarios.handoff.harness import SERVICE, Clients, Conversation, Refused, Service
 from tests.scenarios.handoff.test_restarts import CANCELLABLE_RESTART, SLOW_PAUSE
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 Run = Callable[..., Service]
 

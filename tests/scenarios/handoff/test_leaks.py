@@ -10,7 +10,7 @@ import pytest
 from tests.scenarios.handoff.harness import Service
 from tests.scenarios.stuck import LIMITS, STUCK, restart_under_load
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 Run = Callable[..., Service]
 

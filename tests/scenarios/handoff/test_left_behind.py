@@ -11,7 +11,7 @@ import pytest
 
 from tests.scenarios.handoff.harness import Service
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 THREAD = "import threading, time; threading.Thread(target=time.sleep, args=(600,), name='poller').start()"
 

@@ -22,7 +22,7 @@ from benchmarks.service import LOOPS
 from ecdysis_async import Outcome
 
 # Under load, the versions differ by asyncio only.
-pytestmark = pytest.mark.newest_python_only(but=("asyncio",))
+pytestmark = pytest.mark.main_python_only(but=("asyncio",))
 
 RESTARTS = 20  # in all: one before the first look, the others before the last
 

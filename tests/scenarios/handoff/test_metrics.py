@@ -102,7 +102,7 @@ def visit(port: int) -> None:
         assert sock.recv(10) == b"ok"
 
 
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
 def test_no_counter_falls(tmp_path: Path, loop: str) -> None:
     health, port = find_port(), find_port()
@@ -138,7 +138,7 @@ def test_no_counter_falls(tmp_path: Path, loop: str) -> None:
         assert scraper.fallen == []
 
 
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 @pytest.mark.parametrize("where", ["imports", "start", "takeover"])
 def test_no_counter_falls_where_the_predecessor_is_killed_before_the_commit(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest

@@ -12,7 +12,7 @@ import pytest
 
 from tests.scenarios.handoff.harness import PROJECT
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 SCRIPT = Path(__file__).with_name("reused_pids.py")
 

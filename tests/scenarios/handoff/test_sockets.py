@@ -14,7 +14,7 @@ import pytest
 
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Clients, Conversation, Refused, Service
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 Run = Callable[..., Service]
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.scenarios.handoff.harness import Clients, Conversation, Service
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 Run = Callable[..., Service]
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.scenarios.handoff.harness import PROJECT, Clients, Conversation, Lost, Service
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 Run = Callable[..., Service]
 

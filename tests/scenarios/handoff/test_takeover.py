@@ -16,7 +16,7 @@ import pytest
 from tests.scenarios.handoff.harness import PROJECT, Clients, Service
 from tests.scenarios.handoff.test_control import ask, asking, status
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 Run = Callable[..., Service]
 

@@ -26,7 +26,7 @@ ONE = ("--restarts", "1", "--no-broken", "--no-kill-successor", "--no-kill-prede
 
 GOOD, BAD, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 
 def prove(*arguments: str, **environment: str) -> tuple[int, str]:

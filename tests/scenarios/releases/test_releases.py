@@ -16,7 +16,7 @@ from benchmarks.running import running as running_plain
 from tests.scenarios.releases.conftest import Deployment
 from tests.scenarios.run.commands import Visitors, call, running, taking_over, write_app
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 MIX = Mix(new_per_second=20, hasty=1, keep_alive=3, slow=2, slow_seconds=(0.05, 0.2), silent=1)
 OPTIONS = ("--probation", "0.05", "--drain-timeout", "2", "--max-draining", "4")

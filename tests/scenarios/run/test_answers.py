@@ -11,7 +11,7 @@ import pytest
 
 from tests.scenarios.run.commands import call, get, running, wait_until, write_app
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 QUICK = ("--bind", "127.0.0.1:0", "--probation", "0.2")
 

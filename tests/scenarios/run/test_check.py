@@ -11,7 +11,7 @@ import pytest
 
 from tests.scenarios.run.commands import call, get, running, write_app
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 SECRET = "correct horse battery staple"
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.scenarios.run.harness import HERE, by_tcp, get, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 APP = """
 import os

@@ -16,7 +16,7 @@ from ecdysis_async.cli import client
 from tests.scenarios.run.commands import Running, call, make_environment, running, wait_until, write_app
 
 pytestmark = [
-    pytest.mark.newest_python_only,
+    pytest.mark.main_python_only,
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else"),
 ]
 

@@ -10,7 +10,7 @@ import pytest
 from tests.scenarios.run.harness import PROJECT, by_tcp, get, running
 from tests.scenarios.servers.clients import read_head
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 
 def test_a_stream_of_events_ends_well(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def holders(tmp_path: Path) -> Holders:
     return Holders(tmp_path)
 
 
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 @pytest.mark.parametrize(
     ("source", "options"),
     [
@@ -164,7 +164,7 @@ def test_one_of_all_workers_and_generations_has_it(
     assert holders.read()[-1][0] == "end"
 
 
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 @pytest.mark.parametrize("when", ["start", "probation"])
 def test_a_release_that_fails_leaves_it_where_it_was(tmp_path: Path, holders: Holders, when: str) -> None:
     (tmp_path / "main.py").write_text(MAIN)
@@ -206,7 +206,7 @@ def running_own(directory: Path, loop: str) -> Iterator[str]:
         process.wait(PATIENCE_SECONDS)
 
 
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
 def test_without_an_anchor_it_goes_from_generation_to_generation(tmp_path: Path, holders: Holders, loop: str) -> None:
     """A successor waits while it is on probation, and where that fails, nothing has changed hands."""
@@ -224,7 +224,7 @@ def test_without_an_anchor_it_goes_from_generation_to_generation(tmp_path: Path,
     assert len(holders.read()) == 6
 
 
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 def test_a_newcomer_that_takes_the_service_over_gets_it(tmp_path: Path, holders: Holders) -> None:
     (tmp_path / "main.py").write_text(MAIN)
     with running(tmp_path, "--probation", "0.2", "--drain-timeout", "5") as run:
@@ -254,7 +254,7 @@ async def app(ecdysis):
 """
 
 
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 @pytest.mark.parametrize("source", [START_UP, START_UP_OF_MAIN], ids=["asgi", "main"])
 def test_a_start_up_that_would_wait_for_ever_fails_and_says_why(tmp_path: Path, source: str) -> None:
     """What an application keeps for as long as it serves cannot be passed to one that is to serve first."""
@@ -269,7 +269,7 @@ def test_a_start_up_that_would_wait_for_ever_fails_and_says_why(tmp_path: Path, 
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 def test_what_workers_do_once_each_in_their_start_up_they_do_one_after_the_other(
     tmp_path: Path, holders: Holders
 ) -> None:
@@ -290,7 +290,7 @@ async def app(ecdysis):
     assert len(holders.read()) == 8
 
 
-@pytest.mark.newest_python_only
+@pytest.mark.main_python_only
 def test_the_start_after_the_anchor_was_killed_waits_for_what_is_left_of_the_service(
     tmp_path: Path, holders: Holders
 ) -> None:

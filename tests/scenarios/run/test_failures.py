@@ -10,7 +10,7 @@ import pytest
 
 from tests.scenarios.run.harness import HERE, by_tcp, get, run_command, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 GOOD = """
 async def app(scope, receive, send):

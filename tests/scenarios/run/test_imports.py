@@ -12,7 +12,7 @@ import pytest
 
 from tests.scenarios.run.harness import ECDYSIS, PATIENCE_SECONDS, PROJECT, by_tcp, get, run_command, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 APP = """
 async def app(scope, receive, send):

@@ -17,7 +17,7 @@ import yaml
 
 from tests.scenarios.run.commands import PROJECT, Visitors, call, get, make_environment, running, wait_until, write_app
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 MANIFEST = PROJECT / "examples" / "kubernetes.yaml"
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.scenarios.run.commands import call, get, running, write_app
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 QUICK = ("--bind", "127.0.0.1:0", "--probation", "0.2")
 VERDICT = r"restart (\w{12})\] the restart (begins|is settled|has failed)"

@@ -25,7 +25,7 @@ from tests.scenarios.run.commands import (
     write_app,
 )
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 QUICK = ("--bind", "127.0.0.1:0", "--probation", "0.2", "--drain-timeout", "5", "--workers", "2", "--metrics")
 

@@ -21,7 +21,7 @@ import trustme
 from .harness import PROJECT, QUICK, Run, by_tcp, get, run_command
 
 # The loop makes no difference to what is run.
-pytestmark = [pytest.mark.newest_python_only, pytest.mark.backends("asyncio")]
+pytestmark = [pytest.mark.main_python_only, pytest.mark.backends("asyncio")]
 
 APP = """
 import os

@@ -13,7 +13,7 @@ import pytest
 
 from tests.scenarios.run.commands import Visitors, call, running, taking_over, wait_until, write_app
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 # As an embedded database does it: who comes second fails, also at the import.
 ONLY_ONE = """

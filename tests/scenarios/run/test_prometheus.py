@@ -20,7 +20,7 @@ import pytest
 from tests.scenarios.run.commands import PROJECT, Visitors, call, running, wait_until, write_app
 from tests.scenarios.servers import programs
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 METRICS = PROJECT / "docs" / "metrics"
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.scenarios.run.commands import Visitors, get, running, wait_until, write_app
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 OPTIONS = ("--bind", "127.0.0.1:0", "--reload", "--drain-timeout", "5", "--log-level", "debug")
 RESTARTED = r"the restart begins"

@@ -10,7 +10,7 @@ import pytest
 from tests.scenarios.run.commands import get, running, wait_until
 from tests.scenarios.run.harness import run_command
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 APP = """
 import os

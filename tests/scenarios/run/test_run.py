@@ -16,7 +16,7 @@ from websockets.exceptions import ConnectionClosed
 
 from tests.scenarios.run.harness import HERE, Run, by_tcp, loading, running, visiting_echo, visiting_http
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 ASGI, AIOHTTP = ("apps:asgi",), ("apps:make_aiohttp", "--factory")
 NORMAL, RESTARTING = 1000, 1012

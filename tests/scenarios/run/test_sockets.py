@@ -17,7 +17,7 @@ import trustme
 
 from tests.scenarios.run.harness import HERE, PATIENCE_SECONDS, Open, by_path, by_tcp, get, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 ASGI, AIOHTTP = ("apps:asgi",), ("apps:make_aiohttp", "--factory")
 SERVERS = {"uvicorn": ASGI, "hypercorn": ASGI, "aiohttp": AIOHTTP}

@@ -18,7 +18,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from tests.scenarios.run.commands import PATIENCE_SECONDS, call, get, running, wait_until, write_app
 from tests.scenarios.servers import programs
 
-pytestmark = [pytest.mark.newest_python_only, pytest.mark.backends("asyncio")]
+pytestmark = [pytest.mark.main_python_only, pytest.mark.backends("asyncio")]
 
 LANES = "[...document.querySelectorAll('#lanes text')].map((each) => each.textContent)"
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.scenarios.run.harness import PATIENCE_SECONDS, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 APP = """
 import asyncio

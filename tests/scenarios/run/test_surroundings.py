@@ -16,7 +16,7 @@ import pytest
 
 from tests.scenarios.run.commands import ECDYSIS, PATIENCE_SECONDS, make_environment, wait_until, write_app
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 ANCHORED = [
     *ECDYSIS,

@@ -11,7 +11,7 @@ import pytest
 
 from tests.scenarios.run.commands import Running, call, running, wait_until, write_app
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 ROLLED_BACK = 5
 

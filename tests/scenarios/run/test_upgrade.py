@@ -13,7 +13,7 @@ import pytest
 
 from tests.scenarios.run.commands import PATIENCE_SECONDS, PROJECT, Running, call, get, running, wait_until, write_app
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 Configure = Callable[..., None]
 

@@ -11,7 +11,7 @@ from websockets.asyncio.client import connect
 
 from .harness import PATIENCE_SECONDS, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 APP = """
 import os

@@ -10,7 +10,7 @@ import pytest
 from tests.scenarios.servers import programs
 from tests.scenarios.servers.harness import find_blemishes, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 RESTARTS = 2
 SETTINGS = {"probation": 0.05, "drain_timeout": 4}

@@ -10,7 +10,7 @@ import pytest
 
 from tests.scenarios.servers.harness import PATIENCE_SECONDS, PROJECT
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 # Each turn of the loop takes as long as if others had the processor. The client asks three times, says that this was
 # all, and waits for its answers; it has no time to be idle that would end in this test.

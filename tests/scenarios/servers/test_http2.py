@@ -17,7 +17,7 @@ from tests.scenarios.servers.clients import HOST
 from tests.scenarios.servers.harness import PATIENCE_SECONDS, find_blemishes, running
 from tests.scenarios.servers.streams import Counts, StreamClient
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 RESTARTS = 3
 CLIENTS = 6

@@ -11,7 +11,7 @@ import pytest
 from tests.scenarios.servers.clients import fetch
 from tests.scenarios.servers.harness import PATIENCE_SECONDS, Service, find_blemishes, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 RESTARTS = 5
 SETTINGS = {"probation": 0.05, "drain_timeout": 1}

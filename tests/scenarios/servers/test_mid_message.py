@@ -6,7 +6,7 @@ import pytest
 
 from tests.scenarios.servers.one_client import run_program
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 # Four clients have sent a part of a message: half of a large frame, or the first of two. One is idle. They end their
 # messages once the idle one was told to come back.

@@ -6,7 +6,7 @@ import pytest
 
 from tests.scenarios.servers.one_client import run_program
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 # One client asks for /wait and two more, and for a fourth thing once the drain has begun. Another one has sent half of
 # a head. A third one asks for /wait and sends no more. Then /wait is answered.

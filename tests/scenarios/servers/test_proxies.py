@@ -14,7 +14,7 @@ from tests.scenarios.servers import programs
 from tests.scenarios.servers.clients import Load, by_unix
 from tests.scenarios.servers.harness import PATIENCE_SECONDS, find_blemishes, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 RESTARTS = 10
 

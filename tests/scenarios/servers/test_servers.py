@@ -25,7 +25,7 @@ from tests.scenarios.servers.clients import (
 )
 from tests.scenarios.servers.harness import PATIENCE_SECONDS, find_blemishes, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 SERVERS = ["uvicorn", "uvicorn-h11", "hypercorn", "aiohttp"]
 ON_TRIO = ("hypercorn", "trio")

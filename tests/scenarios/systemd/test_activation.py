@@ -15,7 +15,7 @@ from tests.scenarios.systemd.harness import NAME, SERVICE, Client, Unit, free_po
 from tests.scenarios.systemd.load import LOUD, Load
 from tests.scenarios.systemd.machine import PROJECT
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 
 @pytest.mark.parametrize("by", ["name", "address", "descriptor"])

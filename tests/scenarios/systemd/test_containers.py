@@ -22,7 +22,7 @@ from tests.scenarios.systemd.harness import Client, free_port
 from tests.scenarios.systemd.load import LOUD, Load
 from tests.scenarios.systemd.machine import PATIENCE_SECONDS, PROJECT
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 APP = Path(__file__).with_name("app")
 COMMAND = [sys.executable, "-m", "ecdysis_async.cli"]

@@ -15,7 +15,7 @@ from tests.scenarios.systemd.harness import Client, Unit
 from tests.scenarios.systemd.load import LOST, LOUD, Load
 from tests.scenarios.systemd.phases import PHASES, Standstill
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 STORE = ("FileDescriptorStoreMax=16", "Restart=always", "RestartSec=0")
 

@@ -14,7 +14,7 @@ from tests.scenarios.systemd.harness import NAME, Client, Unit, free_port
 from tests.scenarios.systemd.load import LOUD, Load
 from tests.scenarios.systemd.machine import PROJECT
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 VOICE = Path(__file__).with_name("voice.py")
 

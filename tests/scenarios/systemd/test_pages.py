@@ -10,7 +10,7 @@ import pytest
 from tests.scenarios.systemd.machine import PROJECT, Machine
 from tests.scenarios.systemd.test_unit import PACKAGES
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 SNIPPETS = PROJECT / "docs" / "snippets"
 RELEASES = "/srv/shop/releases"

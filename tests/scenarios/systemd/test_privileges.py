@@ -12,7 +12,7 @@ from benchmarks.load import Failure
 from tests.scenarios.systemd.harness import NAME, Client, Unit, free_port_of_root
 from tests.scenarios.systemd.load import Load
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 NOBODY = pwd.getpwnam("nobody").pw_uid
 

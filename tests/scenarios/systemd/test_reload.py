@@ -13,7 +13,7 @@ from tests.scenarios.systemd.harness import NAME, Client, Unit
 from tests.scenarios.systemd.load import LOST, Load
 from tests.scenarios.systemd.machine import PROJECT
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 
 @pytest.mark.parametrize(("kind", "reloads"), [("notify", 10), ("notify-reload", 4)])

@@ -14,7 +14,7 @@ from tests.scenarios.systemd.harness import NAME, Client, Unit, free_port
 from tests.scenarios.systemd.load import LOST, LOUD, Load
 from tests.scenarios.systemd.phases import PHASES, Standstill
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 # Clients wait in its sockets until it is there again.
 KEPT = ("FileDescriptorStoreMax=8", "Restart=always", "RestartSec=0")

@@ -17,7 +17,7 @@ from tests.scenarios.systemd.harness import NAME, Client, Unit, free_port
 from tests.scenarios.systemd.load import LOST, Load
 from tests.scenarios.systemd.machine import PROJECT, Machine
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 APP = Path(__file__).with_name("app")
 # Which the system's own Python needs to run the command.

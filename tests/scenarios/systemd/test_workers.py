@@ -10,7 +10,7 @@ from tests.scenarios.systemd.harness import Unit
 from tests.scenarios.systemd.load import LOST, Load
 from tests.scenarios.systemd.test_unit import PrintedUnit
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 
 def test_the_watchdog_bites_where_no_worker_turns(unit: Unit) -> None:

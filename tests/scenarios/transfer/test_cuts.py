@@ -14,7 +14,7 @@ import pytest
 from tests.scenarios.servers.clients import HOST
 from tests.scenarios.servers.harness import PATIENCE_SECONDS, find_blemishes, running
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 SETTINGS = {"probation": 0.3, "drain_timeout": 10}
 

@@ -17,7 +17,7 @@ from ecdysis_async._connections.parcel import BATCH
 from tests.scenarios.transfer.subreaper import subreaper
 from tests.test_examples import Service
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 CLIENTS = 160
 # So many leave while their connections are on their way.

@@ -14,7 +14,7 @@ from tests.scenarios.servers.clients import read_head
 from tests.scenarios.transfer.clients import Crowd
 from tests.scenarios.transfer.test_websockets import Counting
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 # Each starts two interpreters that import uvicorn.
 RESTARTS = 2

@@ -10,7 +10,7 @@ import pytest
 from tests.scenarios.servers.harness import find_blemishes, running
 from tests.scenarios.transfer.clients import Crowd
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 RESTARTS = 5
 

@@ -15,7 +15,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from tests.scenarios.transfer.subreaper import subreaper
 from tests.test_examples import EXAMPLES, Service
 
-pytestmark = pytest.mark.newest_python_only
+pytestmark = pytest.mark.main_python_only
 
 # A start of each takes a second; so many are asked of one loop for each implementation, and a few of the other: of
 # uvicorn on uvloop in test_run.py.
