@@ -277,7 +277,8 @@ if _ITSELF is not None:
     _GIVEN = _forget_execution(_GIVEN)
     _COMMAND = [*_find_own_interpreter(_ITSELF), _ITSELF, *sys.argv[1:]]
 else:
-    _COMMAND = _find_script(_START_DIRECTORY, _EXECUTED) or leave_debugger(sys.orig_argv) or [""]
+    # An application may change the list later.
+    _COMMAND = [*(_find_script(_START_DIRECTORY, _EXECUTED) or leave_debugger(sys.orig_argv) or [""])]
 
 
 @dataclass(frozen=True, slots=True)

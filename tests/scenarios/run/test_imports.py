@@ -28,7 +28,8 @@ app = web.Application()
 app.router.add_get("/", answer)
 """
 HEAD = """
-import asyncio, os, signal, warnings
+import asyncio, os, signal, sys, warnings
+sys.argv.clear(), sys.orig_argv.clear()
 import trio, uvloop
 async def prepare():
     await asyncio.sleep(0)
