@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import random
 import socket
 import ssl
 import subprocess
@@ -23,15 +25,35 @@ from tests.scenarios.servers import programs
 pytestmark = pytest.mark.main_python_only
 
 SNIPPETS = PROJECT / "docs" / "snippets"
-PATIENCE_SECONDS = 60
+# For what hangs: on a busy machine each process waits for its turn.
+PATIENCE_SECONDS = 240
 
 
 @asynccontextmanager
-async def serving(directory: Path, target: str, *options: str) -> AsyncIterator[tuple[Run, aiohttp.ClientSession]]:
-    """Serve a program of the pages as they say, for a client that has one connection at a time."""
-    async with running(directory, target, "--app-dir", str(SNIPPETS), "--port", "0", *options) as run:
+async def serving(
+    directory: Path, target: str, *options: str, opened: list[object] | None = None
+) -> AsyncIterator[tuple[Run, aiohttp.ClientSession]]:
+    """Serve a program of the pages as they say, for a client that has one connection at a time.
+
+    Args:
+        directory: where it runs.
+        target: what is served.
+        options: of ``ecdysis run``.
+        opened: gets an entry for each connection that the client opens.
+    """
+
+    async def note(_: object, __: object, parameters: object) -> None:
+        if opened is not None:
+            opened.append(parameters)
+
+    tracing = aiohttp.TraceConfig()
+    tracing.on_connection_create_end.append(note)
+    # However busy the machine is, no time-out ends what the program itself shall end.
+    patient = ("--drain-timeout", "60", "--timeout-keep-alive", "600")
+    async with running(directory, target, "--app-dir", str(SNIPPETS), "--port", "0", *patient, *options) as run:
         url = f"http://127.0.0.1:{await run.find_port()}"
-        async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=1)) as client:
+        connector = aiohttp.TCPConnector(limit=1, keepalive_timeout=600)
+        async with aiohttp.ClientSession(url, connector=connector, trace_configs=[tracing]) as client:
             yield run, client
 
 
@@ -56,7 +78,7 @@ def test_a_program_is_shown_in_a_page_and_compiles(path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "options"),
     [
-        ("first_app:app", ("--workers", "2")),
+        ("first_app:app", ()),
         ("django_app:application", ()),
         ("litestar_app:app", ()),
         ("aiohttp_app:create_app", ("--factory",)),
@@ -64,12 +86,12 @@ def test_a_program_is_shown_in_a_page_and_compiles(path: Path) -> None:
 )
 def test_a_kept_connection_goes_on_in_the_next_process(target: str, options: tuple[str, ...], tmp_path: Path) -> None:
     async def test() -> None:
-        async with serving(tmp_path, target, *options) as (run, client):
-            async with client.get("/") as answer:
-                before = await answer.text()
-                assert answer.headers.get("connection") != "close"
+        opened: list[object] = []
+        async with serving(tmp_path, target, *options, opened=opened) as (run, client):
+            before = await get(client)
             await restart(run)
             assert await get(client) != before
+            assert len(opened) == 1
 
     asyncio.run(test())
 
@@ -145,19 +167,26 @@ def test_a_consumer_leaves_the_next_job_to_the_next_process(tmp_path: Path) -> N
 
 
 def test_a_port_for_metrics_is_passed_on(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = find_port_that_nobody_gets_by_chance()
 
     async def test() -> None:
-        target = ("metrics_port:app", "--app-dir", str(SNIPPETS), "--port", "0", "--workers", "2")
+        target = ("metrics_port:app", "--app-dir", str(SNIPPETS), "--port", "0")
         async with running(tmp_path, *target, METRICS_PORT=str(port)) as run, aiohttp.ClientSession() as client:
             await run.find_port()
-            for _ in range(2):
-                await wait_for_metrics(client, port)
-                await restart(run)
+            await wait_for_metrics(client, port)
+            await restart(run)
             await wait_for_metrics(client, port)
 
     asyncio.run(test())
+
+
+def find_port_that_nobody_gets_by_chance() -> int:
+    """Return a free port below those that the kernel gives to whoever asks for any."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.randrange(20000, 32000)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 async def wait_for_metrics(client: aiohttp.ClientSession, port: int) -> None:
@@ -244,19 +273,22 @@ def test_nginx_takes_the_configuration(name: str, tmp_path: Path) -> None:
     own_paths = "".join(f"{kind}_temp_path {kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     text = (SNIPPETS / name).read_text().replace("http {", f"pid nginx.pid;\nhttp {{ access_log off; {own_paths}", 1)
     (tmp_path / "nginx.conf").write_text(text)
-    run_check([programs.find("nginx"), "-t", "-p", str(tmp_path), "-e", "stderr", "-c", "nginx.conf"], tmp_path)
+    said = run_check([programs.find("nginx"), "-t", "-p", str(tmp_path), "-e", "stderr", "-c", "nginx.conf"], tmp_path)
+    assert "warn" not in said
 
 
 def test_haproxy_takes_the_configuration(tmp_path: Path) -> None:
-    run_check([programs.find("haproxy"), "-c", "-q", "-f", str(SNIPPETS / "haproxy.cfg")], tmp_path)
+    said = run_check([programs.find("haproxy"), "-c", "-q", "-f", str(SNIPPETS / "haproxy.cfg")], tmp_path)
+    assert "WARNING" not in said
 
 
-def run_check(command: list[str], directory: Path, environment: dict[str, str] | None = None) -> None:
+def run_check(command: list[str], directory: Path, environment: dict[str, str] | None = None) -> str:
+    """Run a program that shall find nothing wrong; return what it says besides."""
     done = subprocess.run(
         command, cwd=directory, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "warn" not in done.stderr.lower(), done.stderr
+    return done.stderr
 
 
 @pytest.mark.parametrize("name", ["deploy.sh", "renew.sh"])
@@ -270,4 +302,4 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     text = text.replace("/srv/shop/current/.venv/bin/ecdysis", sys.executable).replace("User=shop", "User=root")
     unit = tmp_path / "shop.service"
     unit.write_text(text.replace("www-data", "root"))
-    run_check([programs.find("systemd-analyze"), "verify", "--man=no", str(unit)], tmp_path)
+    assert run_check([programs.find("systemd-analyze"), "verify", "--man=no", str(unit)], tmp_path) == ""
