@@ -25,6 +25,7 @@ import psutil
 import pytest
 import trio
 import uvloop
+from _pytest.assertion import rewrite
 
 from ecdysis_async._system import own_log
 
@@ -53,6 +54,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # one process does it, before xdist has others
         for name in ("ecdysis_async", "benchmarks", "examples", "tests"):
             compileall.compile_dir(config.rootpath / name, quiet=2)
+    else:
+        rewrite_share(config)
+
+
+def rewrite_share(config: pytest.Config) -> None:
+    """Prepare this worker's share of the test modules for all workers: each would prepare all of them for itself.
+
+    It is half of their collection, and pytest keeps it where it may write bytecode only.
+    """
+    worker: dict[str, Any] = config.workerinput  # type: ignore[attr-defined] # xdist's
+    paths = sorted((config.rootpath / "tests").rglob("test_*.py"))
+    for path in paths[int(worker["workerid"].removeprefix("gw")) :: worker["workercount"]]:
+        cache = rewrite.get_cache_dir(path)
+        pyc = cache / f"{path.stem}{rewrite.PYC_TAIL}"
+        if rewrite._read_pyc(path, pyc) is None and rewrite.try_makedirs(cache):
+            source_hash, code = rewrite._rewrite_test(path, config)
+            rewrite._write_pyc(config.stash[rewrite.assertstate_key], code, source_hash, pyc)
 
 
 def pytest_sessionstart() -> None:
