@@ -386,7 +386,7 @@ class AnchorClient(Management):
     @staticmethod
     def _describe_drain(tracker: Tracker) -> dict[str, Any]:
         if not tracker.draining.is_set():
-            return {}
+            return {"serving": []}
         return {
             "serving": tracker.describe(MAX_TOLD),
             "drain": asdict(tracker.count),
