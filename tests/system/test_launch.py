@@ -167,14 +167,18 @@ def test_flags_of_the_interpreter_are_kept(service: Path) -> None:
     assert found["warnings"] == ["error::UserWarning"]
 
 
-@pytest.mark.parametrize("path", ["./service", "bin/../service"])
-def test_a_console_script_runs_again(service: Path, path: str) -> None:
+@pytest.mark.parametrize(
+    # What is above a directory is looked up before it is run: an interpreter finds its environment by its path.
+    ("path", "follower"),
+    [("./service", "./service"), ("bin/../service", "service")],
+)
+def test_a_console_script_runs_again(service: Path, path: str, follower: str) -> None:
     (service.parent / "bin").mkdir()
     script = service.parent / "service"
     script.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(service.parent)!r})\n{SERVICE}")
     script.chmod(0o755)
     found = run_service([path, "--workers", "2"], service.parent, before="os.chdir('/')")
-    assert found["command"] == [sys.executable, os.path.join(service.parent, path), "--workers", "2"]
+    assert found["command"] == [sys.executable, os.path.join(service.parent, follower), "--workers", "2"]
     assert found["arguments"] == ["--workers", "2"]
 
 
