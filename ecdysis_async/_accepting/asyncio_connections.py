@@ -12,15 +12,18 @@ import contextlib
 import contextvars
 import functools
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from ecdysis_async._connections.connection import Connection, Verdict, current_connection, describe_peer
+from ecdysis_async._connections.connection import Verdict, current_connection, describe_peer
 from ecdysis_async._connections.parcel import Release, TransferRecord
 from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async.errors import DrainInterrupt
+
+from .safe_points import TaskSafePoints
 
 __all__ = [
     "ProtocolFactory",
@@ -31,8 +34,6 @@ __all__ = [
     "protocol_of",
     "track_protocol",
 ]
-
-T = TypeVar("T")
 
 ProtocolFactory = Callable[[], asyncio.BaseProtocol]
 
@@ -124,7 +125,7 @@ class ServerHooks:
         self.keeps_context = self.keeps_context if keeps_context is None else keeps_context
 
 
-class ServerConnection(Connection):
+class ServerConnection(TaskSafePoints):
     """A connection from the call of the protocol factory to its end, and to the end of its handler, if that is known.
 
     Attributes:
@@ -142,17 +143,16 @@ class ServerConnection(Connection):
     transport: asyncio.WriteTransport | None = None
     handler: asyncio.Task[Any] | None = None
     is_at_eof: bool = False
-    _is_lost: bool = False
+    is_lost: bool = False
     # Whether it is packed, and was read before.
     _is_paused: bool = False
-    # The task that waits at a safe point without a scope, and whether it was cancelled for that.
-    _idle_task: asyncio.Task[Any] | None = None
-    _is_woken: bool = False
 
     def __init__(self, hooks: ServerHooks, entry: Entry, sock: socket.socket | None) -> None:
-        super().__init__(entry.until)
+        # The base class' beginning is written out: each connection would pay for the call.
+        self.until = entry.until
+        self.since = time.monotonic()
         self.hooks = hooks
-        self._name = entry.name
+        self._entry = entry
         self._sock = sock
 
     # What serves it
@@ -182,35 +182,15 @@ class ServerConnection(Connection):
         if self.transport is not None and not self.transport.is_closing():
             self.transport.close()
 
-    async def at_safe_point(self, awaitable: Awaitable[T]) -> T:
-        # A cancel scope would cost half as much as a small request, and each request comes through here.
-        task = asyncio.current_task()
-        if self.interrupted or self.invited or self._idle_task is not None or task is None:
-            return await super().at_safe_point(awaitable)
-        self._idle_task = task
-        requests = task.cancelling()
-        try:
-            return await awaitable
-        except asyncio.CancelledError:
-            # asyncio makes one error of two cancellations in one turn. Another caller's cancellation must not be lost.
-            if not self._is_woken or task.cancelling() > requests + 1:
-                raise
-        finally:
-            self._idle_task = None
-            if self._is_woken:
-                self._is_woken = False
-                task.uncancel()
-        raise self._leave_safe_point()
-
     @property
     def movable(self) -> bool:
-        return self.hooks.strategy is not None and not self._is_lost
+        return self.hooks.strategy is not None and not self.is_lost
 
     @property
     def will_move(self) -> bool:
         """Whether it moves to a successor as soon as its present request is answered."""
         strategy = self.hooks.strategy
-        is_offered = self.hooks.tracker.moves and not self.refused and not self._is_lost
+        is_offered = self.hooks.tracker.moves and not self.refused and not self.is_lost
         return is_offered and strategy is not None and strategy.moves_between_requests
 
     def overhear(self, feed: Callable[[bytes], object]) -> None:
@@ -259,7 +239,7 @@ class ServerConnection(Connection):
         self._is_paused = is_reading
         if self.offer is not None:
             self.offer.verdict = Verdict.SENT
-        return TransferRecord(self._name, self.since, release)
+        return TransferRecord(self._entry.name, self.since, release)
 
     def keep(self) -> None:
         assert self.transport is not None
@@ -279,15 +259,10 @@ class ServerConnection(Connection):
         if self.offer is not None:
             self.offer.decide(Verdict.MOVED)
 
-    def invite(self) -> None:
-        super().invite()
-        self._wake()
-
     def interrupt(self) -> None:
         """Wake the handler at its safe point. A connection without a handler is closed once its last bytes are sent."""
-        is_known = bool(self._idle_scopes) or self._idle_task is not None or self.handler is not None
+        is_known = self.is_at_safe_point or self.handler is not None
         super().interrupt()
-        self._wake()
         if not is_known and self.transport is not None and not self.transport.is_closing():
             is_silent = self.transport.get_write_buffer_size() == 0
             say_goodbye = self.hooks.say_goodbye
@@ -311,35 +286,27 @@ class ServerConnection(Connection):
 
     def what(self) -> str:
         sock = self.transport.get_extra_info("socket") if self.transport is not None else self._sock
-        return f"a connection to {self._name} from {describe_peer(sock)}"
+        return f"a connection to {self._entry.name} from {describe_peer(sock)}"
 
     def is_over(self) -> bool:
-        return self.handler is None and (self._is_lost or self._is_lost_unheard())
+        return self.handler is None and (self.is_lost or self._is_lost_unheard())
 
     def lose(self) -> None:
         """Take note that there is no transport any more, or will never be one; harmless if that is known."""
-        if not self._is_lost:
-            self._is_lost = True
-            self._close_if_over()
+        if not self.is_lost:
+            self.is_lost = True
+            if self.handler is None:
+                self.hooks.tracker.close(self)
+
+    def _lose_if_unattached(self) -> None:
+        if self.transport is None:
+            self.lose()
 
     def lose_soon(self) -> None:
         """Call ``lose`` in a turn of the loop: garbage is collected in any thread, and in the middle of anything."""
         # RuntimeError: the loop is closed, and nothing is counted any more.
         with contextlib.suppress(RuntimeError):
             self.hooks.loop.call_soon_threadsafe(self.lose)
-
-    def _wake(self) -> None:
-        """Cancel the task that waits at a safe point without a scope, unless what it waits for has come."""
-        if self._idle_task is None or self._is_woken:
-            return
-        # A task that is cancelled between the event and its turn would lose what it waited for: anyio asks this, too.
-        waiter: asyncio.Future[Any] | None = self._idle_task._fut_waiter  # type: ignore[attr-defined]  # noqa: SLF001 - asyncio's
-        if waiter is not None and waiter.done():
-            # The task may go on to wait for something else.
-            self.hooks.loop.call_soon(self._wake)
-            return
-        self._is_woken = True
-        self._idle_task.cancel()
 
     def _on_handled(self, handler: asyncio.Task[None]) -> None:
         assert self.transport is not None
@@ -365,7 +332,12 @@ class ServerConnection(Connection):
     def _is_lost_unheard(self) -> bool:
         """Ask the transport: a protocol that was replaced (set_protocol, start_tls) is not told of the loss."""
         if self.transport is None:
-            return self._sock is not None and self._sock.fileno() == -1
+            if self._sock is not None:
+                return self._sock.fileno() == -1
+            if not self.hooks.is_secure:
+                # uvloop attaches what it has accepted in its next turn, if it can.
+                self.hooks.loop.call_soon(self.hooks.loop.call_soon, self._lose_if_unattached)
+            return False
         if not self.transport.is_closing():
             return False
         # The socket is closed after the last byte, under a TLS transport too. Then a TLS transport has no socket any
@@ -385,40 +357,39 @@ class _TrackedProtocol(asyncio.BaseProtocol):
     takes this protocol out of the way.
     """
 
-    __slots__ = ("_connection", "_context", "_unread", "protocol")
+    # The bytes that the predecessor had received and not dealt with.
+    _unread: bytes = b""
+    # Until it is attached, what tells that it never will be; None where the connection tells that by itself.
+    unheard: _Unheard | None = None
 
+    connection: ServerConnection
     protocol: Any
-    _connection: ServerConnection
     # Knows the connection. It is a copy, because the connections of a server of uvloop share one context.
     _context: contextvars.Context
-    # The bytes that the predecessor had received and not dealt with.
-    _unread: bytes
-
-    def __init__(self, connection: ServerConnection, protocol: Any, unread: bytes = b"") -> None:
-        self._connection = connection
-        self._unread = unread
-        self.protocol = protocol
-        self._context = contextvars.copy_context()
-        self._context.run(current_connection.set, connection)
 
     @property
-    def connection(self) -> ServerConnection:
-        """What the protocol serves."""
-        return self._connection
+    def owes_unread(self) -> bool:
+        """Whether the protocol has not got yet what the predecessor had received."""
+        return bool(self._unread)
 
     def connection_made(self, transport: Any) -> None:
-        self._connection.transport = transport
+        self.connection.transport = transport
+        if self.unheard is not None:
+            self.unheard = None
         self._context.run(self.protocol.connection_made, transport)
         if self._unread:
             # In the next turn: uvloop begins to read when this has returned, even where the protocol has paused reading
             # because it has more than enough.
-            self._connection.hooks.loop.call_soon(self._deliver)
+            self.connection.hooks.loop.call_soon(self._deliver)
 
     def connection_lost(self, exc: Exception | None) -> None:
         try:
             self.protocol.connection_lost(exc)
         finally:
-            self._connection.lose()
+            connection = self.connection
+            connection.is_lost = True
+            if connection.handler is None:
+                connection.hooks.tracker.close(connection)
 
     def pause_writing(self) -> None:
         self.protocol.pause_writing()
@@ -427,25 +398,14 @@ class _TrackedProtocol(asyncio.BaseProtocol):
         self.protocol.resume_writing()
 
     def eof_received(self) -> bool | None:
-        self._deliver()
-        connection = self._connection
+        if self._unread:
+            self._deliver()
+        connection = self.connection
         connection.is_at_eof = True
         is_kept: bool | None = self.protocol.eof_received()
         if connection.hooks.on_hang_up is not None:
             connection.hooks.on_hang_up(connection)
         return is_kept
-
-    def __del__(self) -> None:
-        # Neither a TLS handshake that fails reaches a protocol, nor a connection that ends before it is attached: the
-        # loop just lets go of this. Before Python 3.13 asyncio does so only when the garbage is collected; then the
-        # socket tells of the end earlier.
-        if self._connection.transport is None:
-            self._connection.lose_soon()
-
-    @property
-    def owes_unread(self) -> bool:
-        """Whether the protocol has not got yet what the predecessor had received."""
-        return bool(self._unread)
 
     def _deliver(self) -> None:
         """Give the protocol what the predecessor had received: before anything that is read here."""
@@ -453,7 +413,7 @@ class _TrackedProtocol(asyncio.BaseProtocol):
             return
         data, self._unread = self._unread, b""
         self._open()
-        transport: Any = self._connection.transport
+        transport: Any = self.connection.transport
         if transport.is_closing():
             return
         # Both loops remember the methods of a protocol. The application may have set another protocol by now.
@@ -467,6 +427,10 @@ class _TrackedProtocol(asyncio.BaseProtocol):
             raise
 
     @abc.abstractmethod
+    def give_first(self, unread: bytes) -> None:
+        """Give the protocol these bytes before all that is read here."""
+
+    @abc.abstractmethod
     def _open(self) -> None:
         """Let what is read here go to the protocol's own methods."""
 
@@ -475,23 +439,27 @@ class _TrackedProtocol(asyncio.BaseProtocol):
 
 
 class _TrackedStreamProtocol(_TrackedProtocol, asyncio.Protocol):
-    __slots__ = ("data_received",)
+    def __init__(self, connection: ServerConnection, protocol: asyncio.Protocol) -> None:
+        self.connection = connection
+        self.protocol = protocol
+        self._context = context = contextvars.copy_context()
+        context.run(current_connection.set, connection)
+        # Set here, because uvloop asks for it before it tells of the connection; as `_open` does, without a call of it.
+        receive: Any = protocol.data_received
+        if connection.hooks.keeps_context:
+            receive = functools.partial(context.run, receive)
+        self.data_received = receive  # type: ignore[method-assign]
 
-    def __init__(self, connection: ServerConnection, protocol: asyncio.Protocol, unread: bytes = b"") -> None:
-        super().__init__(connection, protocol, unread)
-        # Set here, because uvloop asks for it before it tells of the connection.
-        self.data_received = self._receive_first if unread else self._receiver  # type: ignore[method-assign]
-
-    @property
-    def _receiver(self) -> Any:
-        receive = self.protocol.data_received
-        if self._connection.hooks.keeps_context:
-            # All of it is in C: each read goes through here.
-            return functools.partial(self._context.run, receive)
-        return receive
+    def give_first(self, unread: bytes) -> None:
+        self._unread = unread
+        self.data_received = self._receive_first  # type: ignore[method-assign]
 
     def _open(self) -> None:
-        self.data_received = self._receiver  # type: ignore[method-assign]
+        receive: Any = self.protocol.data_received
+        if self.connection.hooks.keeps_context:
+            # All of it is in C: each read goes through here.
+            receive = functools.partial(self._context.run, receive)
+        self.data_received = receive  # type: ignore[method-assign]
 
     def _receive_first(self, data: bytes) -> None:
         # In one call: a protocol that has enough with the first part would get the second one behind its pause.
@@ -503,17 +471,20 @@ class _TrackedStreamProtocol(_TrackedProtocol, asyncio.Protocol):
 
 
 class _TrackedBufferedProtocol(_TrackedProtocol, asyncio.BufferedProtocol):
-    __slots__ = ("_first", "buffer_updated", "get_buffer")
-
     # What is read here before the protocol has got what is unread.
     _first: bytearray
 
-    def __init__(self, connection: ServerConnection, protocol: asyncio.BufferedProtocol, unread: bytes = b"") -> None:
-        super().__init__(connection, protocol, unread)
+    def __init__(self, connection: ServerConnection, protocol: asyncio.BufferedProtocol) -> None:
+        self.connection = connection
+        self.protocol = protocol
+        self._context = contextvars.copy_context()
+        self._context.run(current_connection.set, connection)
         self._open()
-        if unread:
-            self.buffer_updated = self._receive_first  # type: ignore[assignment]
-            self.get_buffer = self._get_first_buffer  # type: ignore[method-assign]
+
+    def give_first(self, unread: bytes) -> None:
+        self._unread = unread
+        self.buffer_updated = self._receive_first  # type: ignore[assignment]
+        self.get_buffer = self._get_first_buffer  # type: ignore[method-assign]
 
     def _open(self) -> None:
         self.buffer_updated = self.protocol.buffer_updated  # type: ignore[method-assign]
@@ -547,8 +518,32 @@ def track_protocol(connection: ServerConnection, protocol: Any, unread: bytes = 
         protocol: the application's.
         unread: given to the protocol before all that is read here.
     """
-    kind = _TrackedBufferedProtocol if isinstance(protocol, asyncio.BufferedProtocol) else _TrackedStreamProtocol
-    return kind(connection, protocol, unread)
+    front: _TrackedProtocol
+    if isinstance(protocol, asyncio.BufferedProtocol):
+        front = _TrackedBufferedProtocol(connection, protocol)
+    else:
+        front = _TrackedStreamProtocol(connection, protocol)
+    if unread:
+        front.give_first(unread)
+    if connection.hooks.is_secure:
+        front.unheard = _Unheard(connection)
+    return front
+
+
+class _Unheard:
+    """Held by what the loop was given to attach, until it is attached: tells the tracker if that never happens.
+
+    A TLS handshake that fails reaches no protocol: the loop just lets go of it.
+    """
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: ServerConnection) -> None:
+        self._connection = connection
+
+    def __del__(self) -> None:
+        if self._connection.transport is None:
+            self._connection.lose_soon()
 
 
 def connection_of(transport: Any) -> ServerConnection | None:

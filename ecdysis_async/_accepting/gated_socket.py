@@ -30,6 +30,7 @@ from ecdysis_async.errors import DrainInterrupt, EcdysisError
 
 from .data_plane import DataPlane, active
 from .gate import Acceptor, GateState
+from .safe_points import TaskSafePoints
 
 __all__ = [
     "AcceptedConnection",
@@ -161,6 +162,10 @@ class AcceptedConnection(Connection):
         """Say whether the socket was closed: the only sign of an end that an application's own task gives."""
         sock = self._sock()
         return sock is None or sock.fileno() == -1
+
+
+class _TaskAcceptedConnection(TaskSafePoints, AcceptedConnection):
+    """A connection that was accepted on asyncio or uvloop."""
 
 
 class GatedSocket(Acceptor):
@@ -300,12 +305,12 @@ class StreamResumer(ConnectionResumer):
         self._handle = handle
 
     def prepare(self, parcel: TransferRecord) -> Callable[[socket.socket], Awaitable[None]]:
-        if parcel.release.unread and not _buffers():
+        if parcel.release.unread and not _is_on_asyncio():
             raise Refused("streams have no buffer for what was received already, on this event loop")
 
         async def begin(sock: socket.socket) -> None:
             entry = self._acceptor.entry
-            connection = AcceptedConnection(sock, entry.until, entry.name, is_resumable=True)
+            connection = _connection_class()(sock, entry.until, entry.name, is_resumable=True)
             connection.since = parcel.since
             tracker = self._acceptor.plane.tracker
             tracker.open(connection)
@@ -320,10 +325,14 @@ class StreamResumer(ConnectionResumer):
         return begin
 
 
-def _buffers() -> bool:
+def _is_on_asyncio() -> bool:
     """Say whether asyncio or uvloop runs, where anyio's streams read ahead."""
     trio = sys.modules.get("trio")
     return trio is None or not trio.lowlevel.in_trio_run()
+
+
+def _connection_class() -> type[AcceptedConnection]:
+    return _TaskAcceptedConnection if _is_on_asyncio() else AcceptedConnection
 
 
 class SocketAcceptor(GatedSocket):
@@ -359,7 +368,7 @@ class SocketAcceptor(GatedSocket):
 
     def _accept(self, listener: socket.socket) -> tuple[socket.socket, AcceptedConnection]:
         sock = accept_connection(listener)
-        connection = AcceptedConnection(sock, self.entry.until, self.entry.name, is_resumable=self.is_resumable)
+        connection = _connection_class()(sock, self.entry.until, self.entry.name, is_resumable=self.is_resumable)
         self.plane.tracker.open(connection)
         if self.entry.kind is Kind.TCP:
             # Streams set it only if the protocol number is right, which a restored socket lacks. Without it, each

@@ -58,6 +58,8 @@ LATE_SECONDS = 0.1
 # Connections that ended without telling are looked for in batches as well: to ask 10,000 costs some 13 ms.
 ASKED_PER_TURN = 200
 ASKED_PER_NEWCOMER = 8
+# So few are not asked by newcomers.
+FEW = 256
 # How often a drain looks for them, and which share of the CPU it takes for that at the most.
 PRUNE_SECONDS = 0.05
 PRUNE_SHARE = 0.02
@@ -168,8 +170,9 @@ class Tracker:
         self._ended_before: int | None = None
         # In the order in which they are asked whether they have ended without telling: the asked ones go to the end.
         self._connections: OrderedDict[Connection, None] = OrderedDict()
-        # How many are still to be asked since the table had doubled, and how many there were when all had been asked.
-        self._unasked = self._asked_size = 0
+        # How many are still to be asked since the table had doubled, and at which size newcomers ask some of them.
+        self._unasked = 0
+        self._asking_size = FEW
         # Stands for every task that waits at a safe point without a connection: a background task, a handler of the
         # user's own.
         self._bystander = Connection()
@@ -248,29 +251,26 @@ class Tracker:
                 self._cells[0] = self.opened
         else:
             self.jobs += 1
-        # Amortised: all are asked each time the table has doubled, a few by each newcomer.
-        if self._unasked > 0:
-            self.prune(ASKED_PER_NEWCOMER)
-            self._unasked -= ASKED_PER_NEWCOMER
-            self._asked_size = len(self._connections)
-        elif len(self._connections) > 2 * self._asked_size + 256:
-            self._unasked = len(self._connections)
+        if len(self._connections) > self._asking_size:
+            self._ask_some()
         if self._awaited is not None and connection.until in self._finishing:
             self._awaited.append(connection)
             self._call.set()
 
     def close(self, connection: Connection) -> None:
         """Stop counting a connection; harmless if it was closed already."""
-        if connection in self._connections:
+        try:
             del self._connections[connection]
-            if connection.is_accepted:
-                self.closed += 1
-                if self._cells is not None:
-                    self._cells[1] = self.closed
-            else:
-                self.jobs -= 1
-            if connection.news is not None:
-                connection.news.set()
+        except KeyError:
+            return
+        if connection.is_accepted:
+            self.closed += 1
+            if self._cells is not None:
+                self._cells[1] = self.closed
+        else:
+            self.jobs -= 1
+        if connection.news is not None:
+            connection.news.set()
 
     def describe(self, limit: int) -> list[str]:
         """Say in a few words each what is being served, as far as the servers tell, and how much there is besides.
@@ -322,6 +322,15 @@ class Tracker:
                 self.close(connection)
             else:
                 self._connections.move_to_end(connection)
+
+    def _ask_some(self) -> None:
+        """Ask all each time the table has doubled, amortised: a few for each newcomer."""
+        if self._unasked > 0:
+            self.prune(ASKED_PER_NEWCOMER)
+            self._unasked -= ASKED_PER_NEWCOMER
+        else:
+            self._unasked = len(self._connections)
+        self._asking_size = 0 if self._unasked > 0 else 2 * len(self._connections) + FEW
 
     async def prune_all(self) -> float:
         """Ask all of them, some in each turn of the loop: to ask 5,000 costs 7 ms. Return the seconds it took."""

@@ -10,9 +10,12 @@ import errno
 import os
 import socket
 import stat
+from typing import TYPE_CHECKING
 
 from ecdysis_async._system.lock_file import LockFile
-from ecdysis_async.settings import StrPath
+
+if TYPE_CHECKING:
+    from ecdysis_async.settings import StrPath
 
 __all__ = [
     "ControlLock",

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import anyio
 import anyio.lowlevel
 
+from ecdysis_async._connections.connection import current_connection
 from ecdysis_async._system.claims import is_awaited
 
 from .ecdysis import Ecdysis, current
@@ -66,6 +67,10 @@ def until_draining(awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:
 
     Where no ``Ecdysis`` runs, it is awaited, and nothing more.
     """
+    connection = current_connection.get()
+    if connection is not None:
+        # Each request comes through here. A connection has an `Ecdysis`; in a child that was forked, nothing wakes it.
+        return connection.at_safe_point(awaitable)
     ecdysis = _find()
     return _await(awaitable) if ecdysis is None else ecdysis.until_draining(awaitable)
 

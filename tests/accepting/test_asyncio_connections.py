@@ -1,14 +1,13 @@
-"""Connections of asyncio and uvloop: their safe points, which do without a cancel scope, and how each is tracked."""
+"""Connections of asyncio and uvloop: how each is tracked, from its acceptance to its last byte."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import socket
 import ssl
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
@@ -21,165 +20,10 @@ from ecdysis_async._accepting.asyncio_servers import (
     start_server,
 )
 from ecdysis_async._connections.connection import current_connection
-from ecdysis_async._connections.tracker import Tracker
-from ecdysis_async.errors import DrainInterrupt
 from tests.accepting.serving import LOCALHOST, Echo, a_client, an_open_plane, answers, collect, open_tls, until
 from tests.planes import a_plane, read, turn
 
 pytestmark = pytest.mark.backends("asyncio", "uvloop")
-
-
-class Handler:
-    """A task of a connection that waits for something at a safe point."""
-
-    def __init__(self, tracker: Tracker, connection: ServerConnection, awaitable: Awaitable[Any]) -> None:
-        async def wait() -> Any:
-            current_connection.set(connection)
-            try:
-                return await tracker.until_draining(awaitable)
-            except DrainInterrupt:
-                # It can still say goodbye.
-                await asyncio.sleep(0)
-                return "bye"
-            finally:
-                task = asyncio.current_task()
-                assert task is not None
-                self.requests = task.cancelling()
-
-        self.requests = -1  # how many requests to cancel it were left when it ended
-        self.task = asyncio.create_task(wait())
-
-    async def result(self) -> Any:
-        with anyio.fail_after(60):
-            return await self.task
-
-
-@contextlib.asynccontextmanager
-async def a_connection() -> AsyncIterator[tuple[Tracker, ServerConnection]]:
-    async with a_plane() as plane:
-        server = await start_server(plane, lambda reader, writer: None, "127.0.0.1", 0)
-        acceptor = server._acceptors[0]
-        yield plane.tracker, ServerConnection(acceptor.hooks, acceptor.entry, None)
-
-
-async def test_who_waits_is_woken_and_can_go_on() -> None:
-    async with a_connection() as (tracker, connection):
-        waiting = asyncio.get_running_loop().create_future()
-        handler = Handler(tracker, connection, waiting)
-        await turn()
-        connection.interrupt()
-        connection.interrupt()
-        assert await handler.result() == "bye"
-        assert handler.requests == 0
-        assert connection.silent
-        assert waiting.cancelled()
-        late = Handler(tracker, connection, anyio.sleep_forever())
-        assert await late.result() == "bye"
-
-
-@pytest.mark.parametrize("turns", range(4))
-async def test_a_result_that_is_there_is_returned(turns: int) -> None:
-    async with a_connection() as (tracker, connection):
-        waiting = asyncio.get_running_loop().create_future()
-        handler = Handler(tracker, connection, waiting)
-        await turn()
-        waiting.set_result("result")
-        # Before the task has had its turn to take it, and after.
-        await turn(turns)
-        connection.interrupt()
-        assert await handler.result() == "result"
-        assert handler.requests == 0
-        assert not connection.silent
-
-
-async def test_who_goes_on_to_wait_for_something_else_is_woken_there() -> None:
-    async with a_connection() as (tracker, connection):
-        first, second = (asyncio.get_running_loop().create_future() for _ in range(2))
-
-        async def wait_for_both() -> None:
-            await first
-            await second
-
-        handler = Handler(tracker, connection, wait_for_both())
-        await turn()
-        first.set_result(None)
-        connection.interrupt()
-        assert await handler.result() == "bye"
-        assert handler.requests == 0
-        assert second.cancelled()
-
-
-@pytest.mark.parametrize("interrupt", ["never", "before", "after"])
-async def test_a_cancellation_by_others_in_the_same_turn_is_not_lost(interrupt: str) -> None:
-    async with a_connection() as (tracker, connection):
-        handler = Handler(tracker, connection, anyio.sleep_forever())
-        await turn()
-        if interrupt == "before":
-            connection.interrupt()
-        handler.task.cancel()
-        if interrupt == "after":
-            connection.interrupt()
-        with pytest.raises(asyncio.CancelledError):
-            await handler.result()
-        assert handler.requests == 1
-
-
-async def test_what_ends_by_itself_when_it_is_cancelled_has_its_result_returned() -> None:
-    async def end_itself() -> str:
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.get_running_loop().create_future()
-        return "result"
-
-    async with a_connection() as (tracker, connection):
-        handler = Handler(tracker, connection, end_itself())
-        await turn()
-        connection.interrupt()
-        assert await handler.result() == "result"
-        assert handler.requests == 0
-
-
-async def test_errors_pass_through_and_leave_nothing_behind() -> None:
-    async with a_connection() as (tracker, connection):
-        waiting = asyncio.get_running_loop().create_future()
-        handler = Handler(tracker, connection, waiting)
-        await turn()
-        waiting.set_exception(LookupError("this one"))
-        with pytest.raises(LookupError, match="this one"):
-            await handler.result()
-        again = Handler(tracker, connection, anyio.sleep_forever())
-        await turn()
-        connection.interrupt()
-        assert await again.result() == "bye"
-
-
-async def test_who_waits_for_nothing_but_its_turn_is_woken_once() -> None:
-    async def spin() -> None:
-        while True:  # noqa: ASYNC110 - there is no event
-            await asyncio.sleep(0)
-
-    async with a_connection() as (tracker, connection):
-        handler = Handler(tracker, connection, spin())
-        await turn()
-        connection.interrupt()
-        connection.interrupt()
-        assert await handler.result() == "bye"
-        assert handler.requests == 0
-
-
-async def test_every_task_of_a_connection_is_woken() -> None:
-    async with a_connection() as (tracker, connection):
-
-        async def wait_twice() -> None:
-            await tracker.until_draining(anyio.sleep_forever())
-
-        handlers = [Handler(tracker, connection, anyio.sleep_forever()) for _ in range(3)]
-        handlers.append(Handler(tracker, connection, wait_twice()))
-        await turn()
-        connection.interrupt()
-        for handler in handlers:
-            assert await handler.result() == "bye"
-            assert handler.requests == 0
-
 
 # Bytes: the buffers of both ends of a TCP connection grow, to some 10 MB by default.
 MORE_THAN_THE_KERNEL_HOLDS = 32_000_000
@@ -266,13 +110,15 @@ async def test_nothing_comes_behind_the_pause_of_a_protocol_that_goes_on_with_wh
     kind: type[OneAtATime],
 ) -> None:
     loop = asyncio.get_running_loop()
-    async with a_connection() as (tracker, connection):
+    async with a_plane() as plane:
+        acceptor = (await create_server(plane, Echo, LOCALHOST, 0))._acceptors[0]
+        connection = ServerConnection(acceptor.hooks, acceptor.entry, None)
         ours, theirs = socket.socketpair()
         with ours:
             # There before the protocol is: uvloop reads it before anything else is called.
             ours.send(b"more")
             theirs.setblocking(False)
-            tracker.open(connection)
+            plane.tracker.open(connection)
             protocol = kind()
             tracked = track_protocol(connection, protocol, b"some")
             transport, _ = await loop.connect_accepted_socket(lambda: tracked, theirs)
@@ -286,7 +132,7 @@ async def test_nothing_comes_behind_the_pause_of_a_protocol_that_goes_on_with_wh
             ours.send(b"!")
             await until(lambda: protocol.received == b"somemore!")
             transport.abort()
-        await until(lambda: not len(tracker))
+        await until(lambda: not len(plane.tracker))
 
 
 async def test_flow_control_and_the_end_of_file_reach_the_protocol() -> None:
@@ -496,9 +342,11 @@ class RecordsItsThread(ServerConnection):
         super().lose()
 
 
-async def test_what_another_thread_collects_is_lost_in_that_of_the_loop() -> None:
+async def test_a_handshake_that_another_thread_collects_is_lost_in_that_of_the_loop(
+    server_context: ssl.SSLContext,
+) -> None:
     async with an_open_plane() as plane:
-        connection = RecordsItsThread(await create_server(plane, Echo, LOCALHOST, 0))
+        connection = RecordsItsThread(await create_server(plane, Echo, LOCALHOST, 0, ssl=server_context))
         plane.tracker.open(connection)
         garbage = [track_protocol(connection, Echo())]
         await anyio.to_thread.run_sync(garbage.clear)
@@ -507,10 +355,18 @@ async def test_what_another_thread_collects_is_lost_in_that_of_the_loop() -> Non
         assert len(plane.tracker) == 0
 
 
-def test_what_is_collected_after_the_loop_was_closed_is_let_go() -> None:
+async def test_what_the_loop_could_not_attach_is_let_go_when_it_is_asked() -> None:
+    async with an_open_plane() as plane:
+        acceptor = (await create_server(plane, Echo, LOCALHOST, 0))._acceptors[0]
+        plane.tracker.open(ServerConnection(acceptor.hooks, acceptor.entry, None))
+        await until(lambda: not plane.tracker.connections())
+        assert plane.tracker.closed == 1
+
+
+def test_what_is_collected_after_the_loop_was_closed_is_let_go(server_context: ssl.SSLContext) -> None:
     async def make() -> list[object]:
         async with a_plane() as plane:
-            server = await create_server(plane, Echo, LOCALHOST, 0)
+            server = await create_server(plane, Echo, LOCALHOST, 0, ssl=server_context)
             acceptor = server._acceptors[0]
             return [track_protocol(ServerConnection(acceptor.hooks, acceptor.entry, None), Echo())]
 
