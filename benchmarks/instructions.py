@@ -2,7 +2,8 @@
 
 Instructions repeat where times do not, on a busy machine too. They are counted by Valgrind's callgrind, in user space,
 of the processes that serve. Ours is one process (`benchmarks.alone`): Valgrind does not know the system calls by which
-an anchor watches its workers. It ends with status 1 where a ratio is more than 5 % above its aim.
+an anchor watches its workers. It ends with status 1 where a ratio is more than 5 % above its aim. Echoes have no aim
+here: most of their time is the kernel's, which is not counted.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import tracking
 from .bench import LIMIT_SECONDS, PROJECT, Options, Table, describe_machine, parse, publish
 from .hello import BODY
 from .pairs import WORKLOADS, Exchange, Workload
 from .steady import CASES, H11, OURS_H11, QUIET, TRUSTS_NOBODY, UVICORN, Case, find_port, processes, wait_until_served
+from .subject import Style
+from .tracking import LINE
 
 # What a ratio may be above its aim.
 TOLERANCE = 1.05
@@ -30,7 +34,9 @@ TOLERANCE = 1.05
 # A simulated process is some fifty times slower: it starts in seconds.
 START_SECONDS = 10 * LIMIT_SECONDS
 
-EXCHANGE = Exchange(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", BODY, clients=4)
+CLIENTS = 4
+HTTP = Exchange(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", BODY, CLIENTS)
+ECHO = Exchange(LINE, LINE, CLIENTS)
 
 # Requests before any are counted, and those that are, in turns of all clients.
 WARM_UP_TURNS = 100
@@ -39,9 +45,50 @@ TURNS = 100
 VALGRIND = ("valgrind", "--tool=callgrind", "--trace-children=yes", "--instr-atstart=no", "--quiet")
 
 
-LIKE_FOR_LIKE = [
-    *(case for case in CASES if case.name.endswith("like for like")),
-    Case("uvicorn (h11) on asyncio, like for like", (*UVICORN, *H11, QUIET, TRUSTS_NOBODY), OURS_H11, (1.03, 1.10)),
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A bare server, and ours in one process.
+
+    Attributes:
+        name: in the table.
+        bare: the command of a Python, without the port.
+        ours: likewise.
+        exchange: what clients ask for.
+        aims: the ratios that are aimed at, for kept connections and for new ones; None where there is no aim.
+    """
+
+    name: str
+    bare: Sequence[str]
+    ours: Sequence[str]
+    exchange: Exchange
+    aims: tuple[float | None, float | None]
+
+
+def pair_servers(case: Case) -> Pair:
+    """Return the pair of one case of ``steady``."""
+    bare = case.bare if case.bare[0].startswith("-") else ("-m", *case.bare)
+    server, loop = case.name.split()[0], case.name.partition(" on ")[2].partition(",")[0]
+    options = [each for each in case.ours if "=" in each]
+    ours = ("-m", "benchmarks.alone", server, loop, "{port}", *options)
+    return Pair(case.name, bare, ours, HTTP, case.aims)
+
+
+def pair_plain(case: tracking.Case) -> Pair:
+    """Return the pair of one case of ``tracking``."""
+    ours = ("-m", "benchmarks.subject", "--loop", case.loop, "--style", case.style, "--port", "{port}")
+    return Pair(case.name, (*ours, "--bare"), ours, ECHO, (None, None))
+
+
+UVICORN_H11 = Case(
+    "uvicorn (h11) on asyncio, like for like", (*UVICORN, *H11, QUIET, TRUSTS_NOBODY), OURS_H11, (1.03, 1.10)
+)
+PAIRS = [
+    *(pair_servers(case) for case in CASES if case.name.endswith("like for like")),
+    pair_servers(UVICORN_H11),
+    *(pair_plain(case) for case in tracking.CASES if not case.is_control),
+    pair_plain(tracking.Case("asyncio", Style.SAFE_ANYIO)),
+    pair_plain(tracking.Case("uvloop", Style.SAFE_ANYIO)),
+    pair_plain(tracking.Case("trio", Style.SAFE_TRIO)),
 ]
 
 
@@ -50,6 +97,7 @@ class Subject:
     """One server under one workload."""
 
     command: Sequence[str]
+    exchange: Exchange
     workload: Workload
 
 
@@ -71,8 +119,8 @@ def count(subject: Subject) -> float:
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_until_served(port, server, START_SECONDS)
-        load = subject.workload(port, EXCHANGE)
+        wait_until_served(port, server, subject.exchange, START_SECONDS)
+        load = subject.workload(port, subject.exchange)
         for _ in range(WARM_UP_TURNS):
             load.turn()
         served = list(processes(server.pid))
@@ -87,7 +135,7 @@ def count(subject: Subject) -> float:
     shutil.rmtree(directory)
     # A process that served nothing writes no total, or 0.
     totals = [int(number) for text in written for number in re.findall(r"^totals: (\d+)", text, re.MULTILINE)]
-    return sum(totals) / (TURNS * EXCHANGE.clients)
+    return sum(totals) / (TURNS * CLIENTS)
 
 
 def switch(pids: Sequence[int], state: str) -> None:
@@ -108,34 +156,36 @@ def stop(server: subprocess.Popen[bytes]) -> None:
         server.wait()
 
 
-def name_commands(case: Case) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the bare server's command, and ours in one process."""
-    bare = case.bare if case.bare[0].startswith("-") else ("-m", *case.bare)
-    server, loop = case.name.split()[0], case.name.partition(" on ")[2].partition(",")[0]
-    options = [each for each in case.ours if "=" in each]
-    return bare, ("-m", "benchmarks.alone", server, loop, "{port}", *options)
-
-
 def measure(options: Options) -> tuple[Table, list[str]]:
     """Count all cases; return the table, and what is above its limit."""
     # One of them shows that it holds.
-    cases = [case for case in LIKE_FOR_LIKE[: 1 if options.quick else None] if options.only in case.name]
-    subjects = [Subject(each, load) for case in cases for load in WORKLOADS for each in name_commands(case)]
+    pairs = [pair for pair in PAIRS[: 1 if options.quick else None] if options.only in pair.name]
+    subjects = [
+        Subject(command, pair.exchange, load)
+        for pair in pairs
+        for load in WORKLOADS
+        for command in (pair.bare, pair.ours)
+    ]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         counts = iter(list(pool.map(count, subjects)))
     table = Table(
         "Instructions of a request while nothing happens",
         ["server", "workload", "thousands, bare", "ours", "ratio", "aim"],
-        f"Callgrind, user space, {TURNS * EXCHANGE.clients} requests each; ours in one process.",
+        f"Callgrind, user space, {TURNS * CLIENTS} requests each; ours in one process.",
     )
     above = []
-    for case in cases:
-        for workload, aim in zip(WORKLOADS, case.aims, strict=True):
+    for pair in pairs:
+        for workload, aim in zip(WORKLOADS, pair.aims, strict=True):
             bare, ours = next(counts), next(counts)
-            cells = [f"{bare / 1000:.1f}", f"{ours / 1000:.1f}", f"{ours / bare:.3f}", f"{aim:.2f}"]
-            table.add(case.name, workload.name, *cells)
-            if ours / bare > aim * TOLERANCE:
-                above.append(f"{case.name}, {workload.name}: {ours / bare:.3f} times the bare server, aim {aim:.2f}")
+            cells = [
+                f"{bare / 1000:.1f}",
+                f"{ours / 1000:.1f}",
+                f"{ours / bare:.3f}",
+                "-" if aim is None else f"{aim:.2f}",
+            ]
+            table.add(pair.name, workload.name, *cells)
+            if aim is not None and ours / bare > aim * TOLERANCE:
+                above.append(f"{pair.name}, {workload.name}: {ours / bare:.3f} times the bare server, aim {aim:.2f}")
     return table, above
 
 

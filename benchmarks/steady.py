@@ -141,7 +141,9 @@ def find_port() -> int:
             return port
 
 
-def wait_until_served(port: int, server: subprocess.Popen[bytes], seconds: float = LIMIT_SECONDS) -> None:
+def wait_until_served(
+    port: int, server: subprocess.Popen[bytes], exchange: Exchange = EXCHANGE, seconds: float = LIMIT_SECONDS
+) -> None:
     """Ask until there is an answer, for so many seconds.
 
     Raises:
@@ -150,7 +152,7 @@ def wait_until_served(port: int, server: subprocess.Popen[bytes], seconds: float
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
         with contextlib.suppress(OSError), connect(port) as sock:
-            EXCHANGE.ask([sock])
+            exchange.ask([sock])
             return
         time.sleep(0.05)
     raise RuntimeError(f"{server.args!r} does not serve")

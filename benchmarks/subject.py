@@ -46,7 +46,9 @@ class Style(enum.StrEnum):
     SAFE_STREAMS = "safe-streams"  # streams, read in `until_draining`
     PROTOCOL = "protocol"
     ANYIO = "anyio"
+    SAFE_ANYIO = "safe-anyio"
     TRIO = "trio"
+    SAFE_TRIO = "safe-trio"
 
 
 async def echo_streams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -72,10 +74,25 @@ async def echo_anyio(stream: anyio.abc.SocketStream) -> None:
             await stream.send(data)
 
 
+async def echo_safe_anyio(stream: anyio.abc.SocketStream) -> None:
+    """Send back what comes, and wait for it at a safe point."""
+    async with stream:
+        with contextlib.suppress(anyio.EndOfStream):
+            while True:
+                await stream.send(await until_draining(stream.receive()))
+
+
 async def echo_trio(stream: trio.SocketStream) -> None:
     """Send back what comes."""
     async with stream:
         async for data in stream:
+            await stream.send_all(data)
+
+
+async def echo_safe_trio(stream: trio.SocketStream) -> None:
+    """Send back what comes, and wait for it at a safe point."""
+    async with stream:
+        while data := await until_draining(stream.receive_some()):
             await stream.send_all(data)
 
 
@@ -93,45 +110,47 @@ def make_protocol() -> type[asyncio.Protocol]:
     return Echo
 
 
-async def serve_bare(style: Style) -> None:
+async def serve_bare(style: Style, port: int) -> None:
     """Serve by what asyncio, anyio and trio have themselves, until killed."""
     match style:
-        case Style.ANYIO:
-            listener = await anyio.create_tcp_listener(local_host=HOST)
+        case Style.ANYIO | Style.SAFE_ANYIO:
+            listener = await anyio.create_tcp_listener(local_host=HOST, local_port=port)
             tell("serving", port=listener.extra(anyio.abc.SocketAttribute.local_port), generation=1)
             await listener.serve(echo_anyio)
-        case Style.TRIO:
+        case Style.TRIO | Style.SAFE_TRIO:
             import trio
 
-            listeners = await trio.open_tcp_listeners(0, host=HOST)
+            listeners = await trio.open_tcp_listeners(port, host=HOST)
             tell("serving", port=listeners[0].socket.getsockname()[1], generation=1)
             await trio.serve_listeners(echo_trio, listeners)
         case _:
             import asyncio
 
             if style is Style.PROTOCOL:
-                server = await asyncio.get_running_loop().create_server(make_protocol(), HOST, 0)
+                server = await asyncio.get_running_loop().create_server(make_protocol(), HOST, port)
             else:
-                server = await asyncio.start_server(echo_streams, HOST, 0)
+                server = await asyncio.start_server(echo_streams, HOST, port)
             tell("serving", port=server.sockets[0].getsockname()[1], generation=1)
             await server.serve_forever()
 
 
-async def serve_restartable(style: Style, probation: float, resident: int, *, beats: bool) -> None:
+async def serve_restartable(style: Style, port: int, probation: float, resident: int, *, beats: bool) -> None:
     """Serve by an ``Ecdysis``, from its start to the end of its drain."""
     async with measured_beats(wanted=beats) as lateness, Ecdysis(probation=probation) as ecdysis:
         # In the first generation only, which is the one that is measured: how a successor fills its memory is its own
         # affair, and the same however it was started.
         memory = occupy(resident * MEGABYTE) if ecdysis.generation == 1 and resident else None
         async with anyio.create_task_group() as task_group:
-            sock = ecdysis.listen_tcp(HOST, 0)
+            sock = ecdysis.listen_tcp(HOST, port)
             match style:
-                case Style.ANYIO:
-                    task_group.start_soon(ecdysis.serve, echo_anyio, sock)
-                case Style.TRIO:
+                case Style.ANYIO | Style.SAFE_ANYIO:
+                    echo = echo_anyio if style is Style.ANYIO else echo_safe_anyio
+                    task_group.start_soon(ecdysis.serve, echo, sock)
+                case Style.TRIO | Style.SAFE_TRIO:
                     from ecdysis_async.trio_listeners import TrioListener
 
-                    task_group.start_soon(ecdysis.serve, echo_trio, TrioListener(sock))
+                    serve_trio = echo_trio if style is Style.TRIO else echo_safe_trio
+                    task_group.start_soon(ecdysis.serve, serve_trio, TrioListener(sock))
                 case Style.PROTOCOL:
                     await ecdysis.create_server(make_protocol(), sock=sock)
                 case _:
@@ -225,6 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loop", choices=LOOPS, default="asyncio")
     parser.add_argument("--style", type=Style, choices=list(Style), default=Style.STREAMS)
+    parser.add_argument("--port", type=int, default=0, help="by default, one that is free")
     parser.add_argument("--bare", action="store_true", help="without an Ecdysis")
     parser.add_argument("--probation", type=float, default=0.05, help="seconds")
     parser.add_argument("--resident", type=int, default=0, help="megabytes of memory of the first generation")
@@ -235,9 +255,10 @@ def main() -> None:
         # The switch that the documentation of subprocess names for it.
         subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001
     if options.bare:
-        service = partial(serve_bare, options.style)
+        service = partial(serve_bare, options.style, options.port)
     else:
-        service = partial(serve_restartable, options.style, options.probation, options.resident, beats=options.beats)
+        given = (options.style, options.port, options.probation, options.resident)
+        service = partial(serve_restartable, *given, beats=options.beats)
     settle_allocator()
     run_on(options.loop, service, bare=options.bare)
 

@@ -41,7 +41,8 @@ class Case:
     @property
     def name(self) -> str:
         """What it is called in the table."""
-        kind = {Style.SAFE_STREAMS: "streams in until_draining"}.get(self.style, self.style.value)
+        style = self.style.value.removeprefix("safe-")
+        kind = style if style == self.style.value else f"{style} in until_draining"
         return f"{kind} on {self.loop}" + (", bare beside bare" if self.is_control else "")
 
 
