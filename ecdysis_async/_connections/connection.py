@@ -109,6 +109,7 @@ class Connection:
         offer: what its handler offers for transfer at this moment.
         moved: whether it has moved to the successor.
         refused: whether the successor will never take it.
+        is_closed: whether the tracker counts it no more.
         describe_requests: returns a few words on each request that it has, where its server knows requests.
     """
 
@@ -123,12 +124,18 @@ class Connection:
     offer: Offer | None = None
     moved: bool = False
     refused: bool = False
+    is_closed: bool = False
     describe_requests: Callable[[Any], list[str]] | None = None
     _idle_scopes: list[anyio.CancelScope] | None = None
 
     def __init__(self, until: Until = Until.DRAIN) -> None:
         self.until = until
         self.since = time.monotonic()
+
+    @property
+    def is_at_safe_point(self) -> bool:
+        """Whether a task of it waits at a safe point."""
+        return bool(self._idle_scopes)
 
     def interrupt(self) -> None:
         """Close at a safe point if there is one: wake the ``until_draining`` of this connection's handler."""

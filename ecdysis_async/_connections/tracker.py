@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -176,6 +177,9 @@ class Tracker:
         # Stands for every task that waits at a safe point without a connection: a background task, a handler of the
         # user's own.
         self._bystander = Connection()
+        # Connections that have ended, and left a task behind at a safe point, which has the context of its request. The
+        # task keeps the connection alive for as long as it waits.
+        self._left_waiting: weakref.WeakSet[Connection] = weakref.WeakSet()
         # While a drain runs, the connections that it still has to start a finishing task for. The drain starts it,
         # because connections are opened in callbacks of asyncio, where there is no task and anyio can start none.
         self._awaited: deque[Connection] | None = None
@@ -263,6 +267,9 @@ class Tracker:
             del self._connections[connection]
         except KeyError:
             return
+        connection.is_closed = True
+        if connection.is_at_safe_point:
+            self._left_waiting.add(connection)
         if connection.is_accepted:
             self.closed += 1
             if self._cells is not None:
@@ -346,7 +353,10 @@ class Tracker:
         """Await something at a safe point, where this connection may also end. See ``Ecdysis.until_draining``."""
         # Returns the coroutine itself, and so do the callers of this: each request would pay for every coroutine around
         # it.
-        return (current_connection.get() or self._bystander).at_safe_point(awaitable)
+        connection = current_connection.get()
+        if connection is None or connection.is_closed:
+            connection = self._bystander
+        return connection.at_safe_point(awaitable)
 
     @contextlib.asynccontextmanager
     async def track(self) -> AsyncIterator[None]:
@@ -434,7 +444,7 @@ class Tracker:
                 housekeepers.cancel_scope.cancel()
         finally:
             self._awaited = None
-        self._bystander.interrupt()
+        self._interrupt_waiting()
 
     @property
     def is_hurried(self) -> bool:
@@ -540,7 +550,12 @@ class Tracker:
 
     async def _interrupt_bystanders(self, farewell: _Moment) -> None:
         await farewell.has_come.wait()
-        self._bystander.interrupt()
+        self._interrupt_waiting()
+
+    def _interrupt_waiting(self) -> None:
+        """Wake every task that waits at a safe point, and has no connection, or none any more."""
+        for connection in (self._bystander, *self._left_waiting):
+            connection.interrupt()
 
     async def _prune_regularly(self) -> None:
         spent = 0.0

@@ -68,7 +68,7 @@ def until_draining(awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:
     Where no ``Ecdysis`` runs, it is awaited, and nothing more.
     """
     connection = current_connection.get()
-    if connection is not None:
+    if connection is not None and not connection.is_closed:
         # Each request comes through here. A connection has an `Ecdysis`; in a child that was forked, nothing wakes it.
         return connection.at_safe_point(awaitable)
     ecdysis = _find()

@@ -188,6 +188,19 @@ async def test_every_task_of_a_connection_is_woken() -> None:
             assert handler.requests == 0
 
 
+async def test_a_task_that_outlives_its_connection_is_woken_by_the_drain() -> None:
+    async with a_connection("stream of anyio") as (tracker, connection):
+        handlers = [Handler(tracker, connection, anyio.sleep_forever()) for _ in range(2)]
+        await turn()
+        tracker.close(connection)
+        handlers.append(Handler(tracker, connection, anyio.sleep_forever()))
+        await turn()
+        await tracker.drain(60)
+        for handler in handlers:
+            assert await handler.result() == "bye"
+            assert handler.requests == 0
+
+
 @pytest.mark.parametrize("first", ["scope", "connection"])
 async def test_a_scope_that_is_cancelled_in_the_same_turn_ends_what_it_encloses(first: str) -> None:
     async with a_connection("stream of anyio") as (tracker, connection):

@@ -415,6 +415,34 @@ async def test_a_task_without_a_connection_is_interrupted_at_the_farewell() -> N
             tracker.close(connection)
 
 
+@pytest.mark.parametrize("is_waiting", [True, False], ids=["waits already", "waits later"])
+async def test_a_task_that_outlives_its_connection_is_interrupted_at_the_farewell(*, is_waiting: bool) -> None:
+    tracker = Tracker()
+    interrupted, has_ended = anyio.Event(), anyio.Event()
+    request, rest = Connection(), Connection()
+
+    async def work_behind_an_answer() -> None:
+        current_connection.set(request)
+        if not is_waiting:
+            await has_ended.wait()
+        with pytest.raises(DrainInterrupt):
+            await tracker.until_draining(anyio.sleep_forever())
+        interrupted.set()
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as task_group:
+            tracker.open(request)
+            tracker.open(rest)
+            task_group.start_soon(work_behind_an_answer)
+            await turn()
+            tracker.close(request)
+            has_ended.set()
+            await turn()
+            task_group.start_soon(tracker.drain, 0.1)
+            await interrupted.wait()
+            tracker.close(rest)
+
+
 async def test_tracked_work_is_waited_for() -> None:
     tracker = Tracker()
     finish = anyio.Event()
