@@ -47,8 +47,6 @@ logger = logging.getLogger("ecdysis_async")
 
 USAGE = 2
 
-logger = logging.getLogger("ecdysis_async")
-
 # How long the workers of an anchor that has died may take to close their addresses, and between two looks, seconds.
 ADDRESSES_SECONDS = 5.0
 ADDRESSES_PAUSE_SECONDS = 0.05
