@@ -27,7 +27,7 @@ import trio
 import uvloop
 from _pytest.assertion import rewrite
 
-from ecdysis_async._system import own_log
+from ecdysis_async._system import own_log, wording
 
 LOOP_FACTORIES: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.SelectorEventLoop,
@@ -169,9 +169,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object | None:
 
 @pytest.fixture(autouse=True)
 def nobody_speaks_from_a_test_before() -> Iterator[None]:
-    """Let the lines of a test name no process or restart of the test before."""
+    """Let the lines of a test name no process or restart of the test before, and settings by their own names."""
     yield
     own_log.let_speak(None)
+    wording.speak_of_settings()
 
 
 @pytest.fixture(autouse=True)

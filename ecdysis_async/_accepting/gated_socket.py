@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import math
 import socket
@@ -30,7 +31,6 @@ from ecdysis_async.errors import DrainInterrupt, EcdysisError
 
 from .data_plane import DataPlane, active
 from .gate import Acceptor, GateState
-from .safe_points import TaskSafePoints
 
 __all__ = [
     "AcceptedConnection",
@@ -162,10 +162,6 @@ class AcceptedConnection(Connection):
         """Say whether the socket was closed: the only sign of an end that an application's own task gives."""
         sock = self._sock()
         return sock is None or sock.fileno() == -1
-
-
-class _TaskAcceptedConnection(TaskSafePoints, AcceptedConnection):
-    """A connection that was accepted on asyncio or uvloop."""
 
 
 class GatedSocket(Acceptor):
@@ -332,7 +328,18 @@ def _is_on_asyncio() -> bool:
 
 
 def _connection_class() -> type[AcceptedConnection]:
-    return _TaskAcceptedConnection if _is_on_asyncio() else AcceptedConnection
+    return _find_task_connection() if _is_on_asyncio() else AcceptedConnection
+
+
+@functools.cache
+def _find_task_connection() -> type[AcceptedConnection]:
+    # It imports asyncio, which a service on trio does not need.
+    from .safe_points import TaskSafePoints
+
+    class TaskAcceptedConnection(TaskSafePoints, AcceptedConnection):
+        """A connection that was accepted on asyncio or uvloop."""
+
+    return TaskAcceptedConnection
 
 
 class SocketAcceptor(GatedSocket):

@@ -118,7 +118,7 @@ async def test_goodbyes_begin_before_the_successor_is_told_of_the_transfer(backe
                 task_group.cancel_scope.cancel()
         assert descriptors() == before
         await successor.process.end(0)
-        successor.close()
+        handover._close()
         life.handover = None
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-
 from ecdysis_async._system import wording
 
 
-def test_options_for_users_of_the_command_and_settings_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wording, "_is_by_command", False)
+def test_options_for_users_of_the_command_and_settings_for_others() -> None:
     assert wording.name_setting("ready_timeout") == "ready_timeout"
     wording.speak_of_options()
     assert wording.name_setting("ready_timeout") == "--ready-timeout"
+    wording.speak_of_settings()
+    assert wording.name_setting("ready_timeout") == "ready_timeout"
