@@ -76,7 +76,8 @@ class AnchoredService(Service):
         """Wait for all workers, and learn where they are."""
         super().wait_until_serving()
         self.wait_until(self.pid_file.exists, "it does not serve")
-        assert len(self.workers()) == self.size
+        # The file is there before the first of them accepts.
+        self.wait_for_workers(lambda found: len(found) == self.size)
 
     def status(self) -> Json:
         """Return the anchor's status."""
