@@ -10,6 +10,8 @@ import pytest
 from docs import reference
 from docs.state_diagrams import PAGE, make_diagrams, put_into
 
+pytestmark = pytest.mark.main_python_only
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.mutations import MUTATIONS, PROJECT, Mutation, MutationError
 
+pytestmark = pytest.mark.main_python_only
+
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[each.what for each in MUTATIONS])
 def test_each_mutation_applies_and_names_a_test(mutation: Mutation, tmp_path: Path) -> None:
