@@ -268,7 +268,7 @@ def test_a_service_ends_only_when_systemd_has_read_what_it_was_told(unit: Unit) 
         first = unit.main_pid
         with unit.machine.standing_still():
             unit.machine.kill(first, signal.SIGTERM)
-            unit.wait_until(lambda: "drained: " in unit.log)
+            unit.wait_until(lambda: "the drain has ended" in unit.log)
             # All that is left is to say BARRIER=1, and to wait for systemd to close what came with it.
             unit.machine.run("kill", "-0", str(first))
             assert "this generation ends" not in unit.log
