@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import anyio
+
 __all__ = ["Reopen", "on_reopen_logs", "reopen_logs", "reopen_logs_of_application"]
 
 Reopen = Callable[[], object]
@@ -23,6 +25,9 @@ F = TypeVar("F", bound=Reopen)
 logger = logging.getLogger("ecdysis_async")
 
 
+# How long a function of the application's may take, seconds: older generations are told after it.
+REOPEN_SECONDS = 10.0
+
 # What the application wants to be told, in this process: also before its Ecdysis is there, and under another server.
 _reopeners: list[Reopen] = []
 
@@ -32,7 +37,8 @@ def on_reopen_logs(reopen: F) -> F:
 
     It is for files that neither :mod:`logging` nor loguru has opened, and may stand as a decorator. It is called on the
     loop of each process of the service: of every worker, and of older generations that still drain. It may be async.
-    An error is logged, and keeps nothing else from being opened anew. Where no ``Ecdysis`` runs it is never called.
+    An error is logged, and keeps nothing else from being opened anew; so is one that takes longer than ten seconds, and
+    is cancelled then. Where no ``Ecdysis`` runs it is never called.
 
     Args:
         reopen: is called without arguments.
@@ -48,7 +54,8 @@ async def reopen_logs_of_application() -> int:
         try:
             done = reopen()
             if inspect.isawaitable(done):
-                await done
+                with anyio.fail_after(REOPEN_SECONDS):
+                    await done
         except Exception:
             logger.exception("a log file of the application's own was not opened anew: mend what the traceback names")
         else:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import anyio
 import pytest
 
 from ecdysis_async._system import log_files
@@ -167,3 +168,14 @@ async def test_the_application_opens_its_own_files_anew(
     assert "a log file of the application's own was not opened anew" in caplog.text
     assert "no room" in caplog.text
     reopen()
+
+
+async def test_a_function_of_the_application_that_hangs_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, backend: str
+) -> None:
+    monkeypatch.setattr(log_files, "_reopeners", [anyio.sleep_forever, lambda: None])
+    monkeypatch.setattr(log_files, "REOPEN_SECONDS", 0.05)
+    with anyio.fail_after(60):
+        assert await reopen_logs_of_application() == 1
+    assert "was not opened anew" in caplog.text
+    assert "TimeoutError" in caplog.text
