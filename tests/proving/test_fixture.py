@@ -9,6 +9,8 @@ import pytest
 
 from tests.scenarios.run.harness import PROJECT
 
+pytestmark = pytest.mark.main_python_only
+
 OPTIONS = f'"--app-dir", {str(PROJECT)!r}, between=0.5, rate=50, max_slowdown=100'
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.scenarios import programs
 
+pytestmark = pytest.mark.main_python_only
+
 PROGRAM = Path(__file__).with_name("losing.py")
 
 

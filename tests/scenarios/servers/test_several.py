@@ -11,6 +11,8 @@ import pytest
 
 from tests.scenarios import programs
 
+pytestmark = pytest.mark.main_python_only
+
 PROGRAM = Path(__file__).with_name("several.py")
 
 SLOW = 1.0
