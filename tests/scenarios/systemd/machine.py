@@ -159,7 +159,7 @@ class Machine:
                 if self.run("systemctl", "is-system-running", check=False).strip() in ("running", "degraded"):
                     return
             time.sleep(0.02)
-        raise Unavailable(f"systemd does not come up in namespaces here:\n{self._tell_console()}")
+        raise Unavailable(f"systemd does not come up in namespaces here:\n{self.tell_console()}")
 
     def _folders(self) -> list[str]:
         return list(dict.fromkeys(map(str, (self._shared, PROJECT, sys.prefix, sys.base_prefix))))
@@ -176,14 +176,20 @@ class Machine:
         )
         return result.stdout
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether systemd itself is no more."""
+        return self._outer.poll() is not None
+
     def _how_it_ended(self) -> str:
         """Say how systemd itself has ended, where it has: then it is not the command that fails."""
         status = self._outer.poll()
         if status is None:
             return ""
-        return f"systemd (pid {self._pid}) has ended, and so has unshare ({status}):\n{self._tell_console()}"
+        return f"systemd (pid {self._pid}) has ended, and so has unshare ({status}):\n{self.tell_console()}"
 
-    def _tell_console(self) -> str:
+    def tell_console(self) -> str:
+        """Return the last words of its console."""
         return self._console.read_text(errors="replace")[-2000:]
 
     def systemctl(self, *arguments: str) -> None:

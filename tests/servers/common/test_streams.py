@@ -93,9 +93,9 @@ async def test_a_client_that_has_gone_is_sent_nothing_more(monkeypatch: pytest.M
     client = Client()
     stream = asyncio.create_task(client.ask(EventSourceResponse(count())))
     await client.has_begun.wait()
-    end_streams()
     client.has_gone.set()
     await stream
+    end_streams()
     assert not client.is_answered
 
 
