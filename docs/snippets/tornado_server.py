@@ -28,7 +28,7 @@ async def main():
         server.add_socket(sock)
         await ecdysis.finished()
         server.stop()
-        # Who has a connection makes one more request, and is told to come back on another one.
+        # A client with a connection makes one more request, and is told to come back on another one.
         await asyncio.sleep(2)
         await server.close_all_connections()
 

@@ -398,7 +398,7 @@ class Leaving:
         if not is_orderly:
             management.failed(f"generation {life.generation.number} has failed: {error!r}", error)
         has_begun = life.has_begun
-        # Who was called off has no say in it.
+        # A caller that was called off has no say in it.
         if not has_begun and is_orderly and not life.is_aborted:
             log.warning("the block is left without ready(): nothing was ever accepted")
         if life.inheritance is not None and not life.inheritance.state.final:

@@ -31,7 +31,7 @@ def test_the_watchdog_bites_where_no_worker_turns(unit: Unit) -> None:
 def test_workers_of_a_killed_anchor_do_not_hold_the_next_start_up(unit: Unit) -> None:
     """Clients wait in the queue that systemd keeps until the last process has gone, which does not drain for long."""
     printed = PrintedUnit(unit, "--drain-timeout=600")
-    # Else systemd itself ends the workers at once.
+    # Without it, systemd itself ends the workers at once.
     unit.keep_log("KillMode=control-group")
     unit.systemctl("start")
     unit.wait_until(lambda: unit.show("ActiveState") == "active")
