@@ -109,7 +109,8 @@ async def read_frame(reader: asyncio.StreamReader) -> Frame | None:
 
 # Of each kind of clients.
 STREAM_CLIENTS = 3
-# A client that asks all the time is told after half of the drain; the other half is long enough for a machine with other work.
+# A client that asks all the time is told after half of the drain; the other half is long enough for a machine with
+# other work.
 STREAM_SETTINGS = {"probation": 0.05, "drain_timeout": 8}
 
 CASES = [

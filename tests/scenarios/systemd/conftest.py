@@ -46,8 +46,8 @@ def machine(
 ) -> Iterator[Machine]:
     """A systemd that runs, and knows nothing of the tests before this one."""
     if booted and booted[0].has_ended:
-        # It was seen to have ended while no test used it, and to have been reaped by another part of this process: which
-        # one, is not known. A test during which it ends fails all the same.
+        # It was seen to have ended while no test used it, and to have been reaped by another part of this process: by
+        # which one is not known. A test during which it ends fails all the same.
         print(f"systemd has ended between the tests: {booted[0].tell_console()}")  # noqa: T201 - pytest shows it
         booted.clear()
     with contextlib.ExitStack() as stack:
