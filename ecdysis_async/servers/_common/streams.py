@@ -53,18 +53,19 @@ def _end_event_streams() -> None:
     event = getattr(sse.AppStatus, "should_exit_event", None)
     if event is not None:
         event.set()
-    _complete_event_streams(sse.EventSourceResponse)
+    _complete_event_streams(sse.EventSourceResponse, sse.AppStatus)
 
 
-def _complete_event_streams(kind: Any) -> None:
+def _complete_event_streams(kind: Any, status: Any) -> None:
     """Let event streams end as whole answers: sse-starlette stops in the middle of the body, which clients take ill.
 
-    Streams that are asked for from now on, on connections that are still there, are empty: their clients ask anew.
+    Streams that are asked for from now on, on connections that are still there, are empty: their clients ask anew. Where
+    somebody takes back what sse-starlette was told, as the tests of an application do, they are streams again.
     """
     call = kind.__call__
 
     async def answer_without_events(response: Any, scope: Mapping[str, Any], receive: Any, send: Send) -> None:
-        if scope["type"] != "http":  # the refusal of a WebSocket
+        if not status.should_exit or scope["type"] != "http":  # the refusal of a WebSocket
             await call(response, scope, receive, send)
             return
         await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})

@@ -108,6 +108,19 @@ async def test_an_event_stream_that_is_asked_for_late_is_empty(monkeypatch: pyte
     assert client.is_answered
 
 
+async def test_a_process_that_goes_on_has_its_event_streams_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests of an application run one service after another in one process.
+    monkeypatch.setattr(AppStatus, "should_exit", False)
+    end_streams()
+    AppStatus.should_exit = False
+    client = Client()
+    stream = asyncio.create_task(client.ask(EventSourceResponse(count())))
+    await client.has_begun.wait()
+    client.has_gone.set()
+    await stream
+    assert not client.is_answered
+
+
 async def test_an_application_that_ends_its_streams_itself_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AppStatus, "should_exit", False)
     monkeypatch.setattr(AppStatus, "enable_automatic_graceful_drain", False)
