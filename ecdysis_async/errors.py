@@ -50,7 +50,10 @@ class RestartError(EcdysisError):
     Attributes:
         phase: the phase of the handoff that failed (see ``RestartReport.phases``).
         stderr: the last lines the successor wrote to its stderr, or an empty string.
+        is_usage: whether an option is wrong, which only the successor could see.
     """
+
+    is_usage: bool = False
 
     def __init__(self, message: str, *, phase: str | None = None, stderr: str = "") -> None:
         super().__init__(message)
@@ -101,7 +104,13 @@ class RestartUnsupported(RestartError):
 
 
 class StartupError(EcdysisError):
-    """A service cannot start. The text says why, and what to do; what there was of a traceback is on stderr."""
+    """A service cannot start. The text says why, and what to do; what there was of a traceback is on stderr.
+
+    Attributes:
+        is_usage: whether an option is wrong.
+    """
+
+    is_usage: bool = False
 
 
 class TakeoverFailed(StartupError):

@@ -67,6 +67,7 @@ __all__ = ["STARTUP_FAILED", "Anchor"]
 
 # The exit status where the service does not start.
 STARTUP_FAILED = 3
+USAGE = 2
 
 # How long a worker may take to open its log files anew, seconds.
 REOPEN_SECONDS = 5.0
@@ -421,6 +422,9 @@ class Anchor:
         await management.finish()
         history.note(Note.ENDED, generation=state.generation)
         if error is not None and not self._stopped.is_set():
+            if error.is_usage:
+                # The worker has said which option, in the words of all others.
+                return USAGE
             # What else the worker has written stands above.
             say(f"the service does not start: {error.args[0]}")
             return STARTUP_FAILED
@@ -439,7 +443,8 @@ class Anchor:
     async def _tell_failure(self, error: Exception) -> None:
         # The unit's status is one line; all of it stands in the journal.
         why = summarize(error) if isinstance(error, RestartError) else str(error)
-        self._management.failed(f"the start has failed: {why}", error, STARTUP_FAILED)
+        is_usage = isinstance(error, RestartError) and error.is_usage
+        self._management.failed(f"the start has failed: {why}", error, USAGE if is_usage else STARTUP_FAILED)
         await self._management.systemd.synchronize()
 
     def _keeps_what_is_open(self) -> bool:

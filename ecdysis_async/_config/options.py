@@ -94,6 +94,8 @@ class UnixPermissions(TypedDict):
 class OptionError(StartupError, ValueError):
     """An option that could not work; the text says which one, where it was read, and what would be right."""
 
+    is_usage = True
+
 
 class Shape(enum.Enum):
     """How an option is written on the command line."""

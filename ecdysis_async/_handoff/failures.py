@@ -121,6 +121,8 @@ def explain(failure: Failure) -> RestartError:
     error = kind(what, phase=PHASES.get(before), stderr=failure.stderr)
     if kind in (SuccessorFailed, RolledBack) and isinstance(failure.cause, BaseException):
         error.__cause__ = failure.cause
+    if failure.event is PredecessorEvent.FAILED and isinstance(failure.cause, Frame):
+        error.is_usage = failure.cause.body.get("is_usage") is True
     return error
 
 

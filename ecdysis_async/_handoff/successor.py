@@ -101,6 +101,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         self.report: RestartReport | None = None
         self.restart_id = ""
         self.reason = self.summary = ""
+        self.is_usage = False
         # What the predecessor has said of its drain before this side knew that it had settled.
         self.farewells: list[Frame | DescriptorsLost] = []
         self._plane = plane
@@ -302,6 +303,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             if isinstance(cause, BaseException):
                 # The predecessor has read the traceback on stderr, if there is one worth it.
                 is_told = isinstance(cause, StartupError)
+                self.is_usage = isinstance(cause, StartupError) and cause.is_usage
                 self.reason = str(cause) if is_told else describe_failure(cause)[-ERROR_BYTES:]
                 self.summary = str(cause) if is_told else traceback.format_exception_only(cause)[-1].strip()
             else:
@@ -338,7 +340,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                 }
                 await self._send(FromSuccessor.READY, body)
             case SuccessorAction.SEND_FAILED:
-                await self._send(FromSuccessor.FAILED, {"error": self.reason})
+                await self._send(FromSuccessor.FAILED, {"error": self.reason, "is_usage": self.is_usage})
             case SuccessorAction.OPEN:
                 self._restore_stderr()
                 registry = self._plane.registry

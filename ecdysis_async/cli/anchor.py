@@ -28,7 +28,7 @@ from ecdysis_async._config.logging import configure_logging
 from ecdysis_async._config.options import DEFAULT_BIND, OptionError, Options
 from ecdysis_async._config.parsing import OFF
 from ecdysis_async._config.prometheus import require_prometheus_client
-from ecdysis_async._handoff.preflight import preflight
+from ecdysis_async._handoff.preflight import CheckFailed, preflight
 from ecdysis_async._management.control_path import locate
 from ecdysis_async._management.takeover import FormerService
 from ecdysis_async._management.tracing import require_opentelemetry
@@ -195,7 +195,7 @@ def _take_over(config: AnchorConfig, path: str) -> int:
     except RestartError as error:
         # What the new release has written stands above.
         say(str(error.args[0]))
-        return STARTUP_FAILED
+        return USAGE if isinstance(error, CheckFailed) and error.returncode == USAGE else STARTUP_FAILED
     except _NotRehearsed:
         return STARTUP_FAILED
     return anyio.run(anchor.run)

@@ -59,8 +59,8 @@ def _end_event_streams() -> None:
 def _complete_event_streams(kind: Any, status: Any) -> None:
     """Let event streams end as whole answers: sse-starlette stops in the middle of the body, which clients take ill.
 
-    Streams that are asked for from now on, on connections that are still there, are empty: their clients ask anew. Where
-    somebody takes back what sse-starlette was told, as the tests of an application do, they are streams again.
+    Streams that are asked for from now on, on connections that are still there, are empty: their clients ask anew.
+    Where somebody takes back what sse-starlette was told, as the tests of an application do, they are streams again.
     """
     call = kind.__call__
 
