@@ -12,8 +12,7 @@ import socket
 import struct
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import anyio
@@ -21,14 +20,11 @@ import anyio
 from ecdysis_async._ipc.channel import Channel, Frame
 from ecdysis_async._ipc.peer import Death, Peer
 from ecdysis_async._sockets.entry import Entry
-from ecdysis_async._system.descriptors import describe_place
 from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.launch import Launch, describe_launch
 from ecdysis_async._system.process import Child, Spawner, spawn
 from ecdysis_async._system.release import describe_release
-from ecdysis_async._system.shared_memory import LastWord
 from ecdysis_async._system.signals import catches
-from ecdysis_async._system.stderr import duplicate_stderr
 from ecdysis_async._system.threads import run_in_thread
 from ecdysis_async._system.trace_context import add_resource, trace_contexts
 from ecdysis_async._system.whereabouts import find_place, leave_application
@@ -47,7 +43,6 @@ from .ancestors import STOPPED, beyond
 from .failures import PHASES, Failure, explain, record
 from .generation import Generation
 from .protocol import (
-    VERSIONS,
     DrainMessage,
     FromPredecessor,
     PredecessorAction,
@@ -58,6 +53,7 @@ from .protocol import (
     predecessor_event,
     step_predecessor,
 )
+from .provision import Provision
 from .side import HandoffSide, as_channel_error
 from .stash import At, Batch
 from .successor_process import SuccessorProcess
@@ -87,27 +83,12 @@ def make_restart_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-@dataclass(frozen=True, slots=True)
-class _Provision:
-    """Which sockets a successor was given before it could ask.
-
-    Attributes:
-        sockets: each entry, and the inode of its socket.
-    """
-
-    sockets: tuple[tuple[Entry, int], ...]
-
-    @classmethod
-    def of(cls, entries: Iterable[Entry]) -> _Provision:
-        """Return what stands for these sockets."""
-        return cls(tuple((entry, os.fstat(entry.sock.fileno()).st_ino) for entry in entries))
-
-
 class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, PredecessorAction]):
     """One restart, as the generation that was asked for it carries it out.
 
     It is long, because each event and each action of the machine has its lines here, and all share what is known of one
-    restart. What needs less than that stands in ``failures.py`` and ``successor_process.py``.
+    restart. What needs less than that stands in ``provision.py``, ``failures.py`` and
+    ``successor_process.py``.
 
     Args:
         generation: the predecessor.
@@ -173,15 +154,12 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         # How many generations the successor lets drain.
         self._max_draining = settings.max_draining
         self._on_change = on_change
-        self._entries: list[Entry] = []
         self._entered = time.monotonic()
         self._paused_at = math.nan
         # None: this process starts the successor itself.
         self._spawner = spawner
         self._launch: Launch | None = None
-        # What the successor was given before it could ask, if it was; and whether its release knows that it was.
-        self._provision: _Provision | None = None
-        self._is_provision_known = False
+        self._provision = Provision(generation, self.report.generation, self.log.restart)
         self._successor: SuccessorProcess | None = None
         # Whether the successor has said that it fails.
         self._has_failed = False
@@ -194,8 +172,6 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         self._stash = Batch()
         # Cancelled as soon as the restart does not need any more what is being made.
         self._making = anyio.CancelScope()
-        self._env_file_keys: tuple[str, ...] = ()
-        self._last_word: LastWord | None = None
 
     # What the supervisor asks
 
@@ -406,7 +382,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 raise GarbledFrame("the successor said HELLO twice")
             choose_version(frame.body)
             self.report.successor_pid = int(frame.body["pid"])
-            self._is_provision_known = bool(frame.body.get("provision"))
+            self._provision.is_known = bool(frame.body.get("provision"))
             pidfd, counters = frame.descriptors
             self._running.know(pidfd, counters)
             return event
@@ -417,8 +393,10 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             self._running.stderr.stop()
             claimed = {int(index) for index in frame.body["claimed"]}
             self.report.created = [str(name) for name in frame.body["created"]]
-            self.report.inherited = [entry.name for index, entry in enumerate(self._entries) if index in claimed]
-            self.unclaimed = [entry for index, entry in enumerate(self._entries) if index not in claimed]
+            self.report.inherited = [
+                entry.name for index, entry in enumerate(self._provision.entries) if index in claimed
+            ]
+            self.unclaimed = [entry for index, entry in enumerate(self._provision.entries) if index not in claimed]
             # A release that does not say it has the limit that this one has.
             self._max_draining = int(frame.body.get("max_draining", self._max_draining))
             self.report.unclaimed = [entry.name for entry in self.unclaimed]
@@ -549,12 +527,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
 
     async def _start(self) -> None:
         begun = time.monotonic()
-        # Without it the successor of a process that is killed during the start counts from 0.
-        try:
-            self.generation.last_word = self._last_word = LastWord.make()
-        except OSError as error:
-            self.log.debug("nothing keeps what is counted: %s", error)
-        self.generation.keep_counts()
+        self._provision.keep_counts()
         if self._spawner is not None:
             # The anchor that starts the successor has the sockets as well, or the successor has started already.
             self._successor = await SuccessorProcess.start(self._spawner)
@@ -566,7 +539,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
     async def _prepare_spawn(self, channel: Channel, stderr: int) -> None:
         settings = self.generation.settings
         # In a thread: looking for files may block.
-        launch, self._env_file_keys = await run_in_thread(
+        launch, self._provision.env_file_keys = await run_in_thread(
             lambda: describe_launch(
                 settings.command, settings.environment, settings.env_file, self.generation.env_file_keys
             )
@@ -575,10 +548,10 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             facts = {"service__instance__id": uuid.uuid4(), "ecdysis__generation": self.report.generation}
             launch.environment.update(add_resource(launch.environment, **facts))
         self._launch = launch
-        self._send_provision(channel, stderr)
+        self._provision.send_ahead(channel, stderr)
 
     async def _spawn(self, channel: socket.socket, stderr: int) -> Child:
-        launch, lock_file = self._launch, self.generation.lock_file
+        launch, lock_file, last_word = self._launch, self.generation.lock_file, self._provision.last_word
         assert launch is not None
         # In a thread: vfork blocks until the exec is done (vfork(2)).
         return await run_in_thread(
@@ -588,7 +561,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 stderr,
                 is_kept=self.generation.is_supervised,
                 lock_file=lock_file.fileno() if lock_file is not None else -1,
-                last_word=self._last_word.descriptor if self._last_word is not None else -1,
+                last_word=last_word.descriptor if last_word is not None else -1,
                 restart=self.log.restart,
             )
         )
@@ -603,82 +576,12 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
         except ChannelError as error:
             self.post(PredecessorEvent.BROKEN, error)
 
-    def _send_provision(self, channel: Channel, stderr: int) -> None:
-        """Put the sockets into the channel before there is a successor, which has them whatever happens here (G6).
-
-        There is none where a stash is due at the start, which is made while the successor imports; and where there are
-        more sockets than one message of the kernel has descriptors (253). A death during the import costs the queue
-        then.
-        """
-        if self.generation.stashes.names(At.START):
-            return
-        try:
-            with self._describe_listeners(stderr) as (body, descriptors):
-                if channel.send_at_once(FromPredecessor.LISTENERS, {**body, "provision": True}, descriptors):
-                    self._provision = _Provision.of(self._entries)
-        except OSError as error:
-            # No descriptor is left now; there may be one when the successor asks.
-            self.log.debug("the successor gets no provision: %s", error)
-
     async def _send_listeners(self) -> None:
-        if self._provision is not None and not self._is_provision_known:
-            # A release before this one: what it has found was the answer.
-            return
-        if self._provision is not None and self._provision == _Provision.of(self.generation.host.registry.entries):
-            await self._send(FromPredecessor.LISTENERS, {"as_before": True})
-            return
-        with self._describe_listeners(self._running.stderr.read_end) as (body, descriptors):
-            await self._send(FromPredecessor.LISTENERS, body, descriptors)
+        with self._provision.answer(self._stash, self._running.stderr.read_end) as message:
+            if message is not None:
+                await self._send(FromPredecessor.LISTENERS, *message)
         # The successor has it, and with its end it is gone.
         self._stash.close()
-
-    @contextlib.contextmanager
-    def _describe_listeners(self, stderr: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        """Yield what a successor is to have, and the descriptors for it.
-
-        Raises:
-            OSError: there are not enough descriptors.
-        """
-        generation = self.generation
-        self._entries = list(generation.host.registry.entries)
-        descriptions, sockets = generation.host.registry.describe(self._entries)
-        ancestors = list(generation.lineage.ancestors)
-        with contextlib.ExitStack() as ours:
-
-            def owned(descriptor: int) -> int:
-                ours.callback(os.close, descriptor)
-                return descriptor
-
-            # Duplicates, because an ancestor may end, or the application close a listener, while this is being sent.
-            sockets = [owned(os.dup(each)) for each in sockets]
-            ends = [owned(os.dup(end)) for each in ancestors for end in (each.peer.channel.fileno(), each.peer.pidfd)]
-            body = {
-                "version": VERSIONS[1],
-                "restart": self.log.restart,
-                "generation": self.report.generation,
-                "predecessor": {"generation": generation.number, "pid": os.getpid()},
-                "sockets": descriptions,
-                "stash": self._stash.describe(),
-                "stash_later": generation.stashes.names(At.COMMIT),
-                "ancestors": [ancestor.to_json() for ancestor in ancestors],
-                "env_file_keys": list(self._env_file_keys),
-                # How many may come to the successor once this has settled.
-                "connections": generation.host.connections,
-                # A process that this one has not started finds both by it. A child was passed them.
-                "lock_file": generation.lock_file.describe() if generation.lock_file is not None else None,
-                "last_word": describe_place(self._last_word.descriptor) if self._last_word is not None else None,
-            }
-            yield (
-                body,
-                [
-                    owned(os.pidfd_open(os.getpid())),
-                    owned(duplicate_stderr()),
-                    stderr,
-                    *sockets,
-                    *self._stash.descriptors,
-                    *ends,
-                ],
-            )
 
     async def _prepare(self) -> None:
         """Make what the successor finds from its first line on, while it starts; its HELLO counts only then."""
@@ -793,9 +696,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
 
     def _close(self) -> None:
         self._stash.close()
-        if self._last_word is not None:
-            self.generation.last_word = None
-            self._last_word.close()
+        self._provision.close()
         if self._successor is not None:
             self._successor.close()
         self.over.set()
