@@ -63,7 +63,8 @@ def describe_wait(state: AnchorState) -> str | None:
     """Say what the service waits for; None if for nothing but clients."""
     match state.life:
         case Life.STOPPING:
-            return _describe_end_of(list(state.pool)) or "the workers to end"
+            workers = [worker for worker in state.pool if worker.is_alive]
+            return _describe_end_of(workers) or _describe_ending(workers, state.config.settings.exit_timeout)
         case Life.UPGRADING:
             return "the new anchor to take over"
         case Life.LAME_DUCK:
@@ -93,13 +94,32 @@ def _describe_end_of(workers: list[Worker]) -> str | None:
     return describe_load(connections, jobs) + deadline
 
 
+def _describe_ending(workers: list[Worker], exit_timeout: float) -> str:
+    """Say what the end of workers waits for that have nothing left to answer."""
+    if not workers:
+        return "the workers to end"
+    pids = ", ".join(str(each.pid) for each in workers)
+    return f"pid {pids} to end, with nothing left to answer (by force {exit_timeout:g} s after the drain)"
+
+
+def _describe_stopping(state: AnchorState) -> dict[str, Any] | None:
+    """Say what a service does that was told to stop, and for how long at the most; None where it was not told."""
+    now = anyio.current_time()
+    if state.life is Life.LAME_DUCK:
+        return {"phase": "lame duck", "ends_in": max(0.0, state.lame_duck_ends - now)}
+    if not state.is_stopping:
+        return None
+    ends = [worker.ends_at for worker in state.pool if worker.is_alive and worker.ends_at is not None]
+    return {"phase": "draining", "ends_in": max(0.0, max(ends) - now) if ends else None}
+
+
 def _wait_of_roll_out(state: AnchorState, roll_out: RollOut) -> str | None:
     """Say what a roll-out waits for; None if for nothing any more."""
     if roll_out.is_over:
         if roll_out.stage is RollOutStage.DRAINED:
             return None
         former = [turn.old for turn in roll_out.turns if turn.old is not None and turn.old.is_alive]
-        return _describe_end_of(former) or "the former workers to end"
+        return _describe_end_of(former) or _describe_ending(former, state.config.settings.exit_timeout)
     leaving = [turn.old for turn in roll_out.turns if turn.old is not None and turn.old.is_alive]
     if state.config.one_at_a_time and leaving:
         return f"the old release to end (--one-at-a-time): {_describe_end_of(leaving) or 'its processes'}"
@@ -147,6 +167,7 @@ def describe_status(state: AnchorState, entries: Sequence[Entry]) -> dict[str, A
         "generation": state.generation,
         "pid": os.getpid(),
         "state": _describe_state(state).value,
+        "stopping": _describe_stopping(state),
         "uptime": time.monotonic() - state.begun,
         "connections": pool.connections - sum(worker.jobs for worker in pool),
         "jobs": sum(worker.jobs for worker in pool),

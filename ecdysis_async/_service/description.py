@@ -83,6 +83,7 @@ class Description:
             "generation": life.generation.number,
             "pid": os.getpid(),
             "state": life.state.value,
+            "stopping": self._stopping(),
             "uptime": time.monotonic() - self._begun,
             "connections": self._connections,
             "jobs": life.plane.tracker.jobs,
@@ -113,6 +114,13 @@ class Description:
     def _connections(self) -> int:
         tracker = self._life.plane.tracker
         return len(tracker.connections()) - tracker.jobs
+
+    def _stopping(self) -> dict[str, Any] | None:
+        """Say for how long a generation drains that nobody follows; None where it does not."""
+        life = self._life
+        if life.state is not State.DRAINING or life.has_successor:
+            return None
+        return {"phase": "draining", "ends_in": life.ends_in}
 
     def _paused(self) -> list[dict[str, Any]]:
         """Return the predecessor while it can still take over again: it neither accepts nor drains."""

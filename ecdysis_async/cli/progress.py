@@ -266,10 +266,10 @@ def describe_services(found: dict[str, dict[str, Any] | str]) -> str:
         if isinstance(status, str):
             rows.append((path, "", "", status, "", "", ""))
             continue
-        listening = ", ".join(str(each["address"]) for each in status["listeners"]) or "nowhere"
+        addresses = "" if _has_left(status) else ", ".join(str(each["address"]) for each in status["listeners"])
         workers = str(len(status.get("workers", ()))) if status.get("workers") else "-"
-        facts = (str(status[name]) for name in ("generation", "pid", "state"))
-        rows.append((path, *facts, workers, str(status["connections"]), listening))
+        facts = (str(status["generation"]), str(status["pid"]), _describe_state(status))
+        rows.append((path, *facts, workers, str(status["connections"]), addresses or "nowhere"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -287,9 +287,25 @@ def _lay_out(rows: list[tuple[str, str]]) -> Iterator[str]:
 
 
 def _title(status: dict[str, Any]) -> str:
-    return (
-        f"generation {status['generation']} (pid {status['pid']}): {status['state']}, up {_duration(status['uptime'])}"
-    )
+    state = _describe_state(status)
+    return f"generation {status['generation']} (pid {status['pid']}): {state}, up {_duration(status['uptime'])}"
+
+
+def _describe_state(status: dict[str, Any]) -> str:
+    """Say in a few words what a service does; also one of an older release."""
+    stopping = status.get("stopping")
+    if not isinstance(stopping, dict):
+        # Who answers for the service and drains has nobody to follow it.
+        return "stopping (draining)" if _has_left(status) else str(status["state"])
+    text = f"stopping ({stopping['phase']}"
+    if stopping.get("ends_in") is not None:
+        text += f", {stopping['ends_in']:.0f} s at most"
+    return f"{text})"
+
+
+def _has_left(status: dict[str, Any]) -> bool:
+    """Say whether a service accepts nobody any more."""
+    return str(status["state"]) == State.DRAINING.value
 
 
 def find_missing(status: dict[str, Any]) -> dict[str, str]:
@@ -336,9 +352,10 @@ def _urgent_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _lasting_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
+    addresses = [f"{each['address']} ({each['kind']})" for each in status["listeners"]]
     rows = [
         ("connections", _describe_load(status)),
-        ("listening", "\n".join(f"{each['address']} ({each['kind']})" for each in status["listeners"]) or "nowhere"),
+        ("no longer on" if _has_left(status) else "listening", "\n".join(addresses) or "nowhere"),
     ]
     if (process := status.get("process")) is not None:
         where = (

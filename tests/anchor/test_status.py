@@ -83,7 +83,9 @@ async def test_what_a_life_waits_for(here: Stage) -> None:
     state.lame_duck_ends = anyio.current_time() - 1
     assert status.describe_wait(state) == "load balancers to look elsewhere, for 0.0 s more"
     state.life = Life.STOPPING
-    assert status.describe_wait(state) == "the workers to end"
+    puppet.worker.pid = 77
+    expected = f"pid 77 to end, with nothing left to answer (by force {state.config.settings.exit_timeout:g} s "
+    assert status.describe_wait(state) == f"{expected}after the drain)"
     puppet.worker.connections = 2
     assert status.describe_wait(state) == "2 connections"
 
@@ -111,7 +113,9 @@ async def test_what_a_roll_out_waits_for(here: Stage) -> None:
     roll_out.probation_ends = math.inf
     assert status.describe_wait(state) == "generation 2, on probation for inf s more"
     roll_out.stage = RollOutStage.OVER
-    assert status.describe_wait(state) == "the former workers to end"
+    assert str(status.describe_wait(state)).endswith(
+        " to end, with nothing left to answer (by force 10 s after the drain)"
+    )
     second.worker.connections = 1
     assert status.describe_wait(state) == "1 connection"
     roll_out.stage = RollOutStage.DRAINED
@@ -162,6 +166,7 @@ KEYS = {
     "generation",
     "pid",
     "state",
+    "stopping",
     "uptime",
     "connections",
     "jobs",
@@ -199,7 +204,11 @@ async def ask(here: Stage) -> dict[str, Any]:
 async def test_the_state_of_the_whole(life: Life, state: str, here: Stage) -> None:
     add(here)
     here.state.life = life
-    assert (await ask(here))["state"] == state
+    found = await ask(here)
+    assert found["state"] == state
+    assert (
+        found["stopping"] == {"draining": {"phase": "draining", "ends_in": None}}.get(state) or life is Life.LAME_DUCK
+    )
 
 
 async def test_the_status_is_json_with_all_that_commands_know(here: Stage) -> None:

@@ -144,6 +144,27 @@ def test_several_services_are_a_table() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"stopping": {"phase": "draining", "ends_in": 19.4}}, "stopping (draining, 19 s at most)"),
+        ({"stopping": {"phase": "draining", "ends_in": None}}, "stopping (draining)"),
+        ({}, "stopping (draining)"),  # an older release
+    ],
+)
+def test_a_service_that_stops_says_so_and_listens_nowhere(told: dict[str, Any], said: str) -> None:
+    listener = {"name": "a", "address": "127.0.0.1:80", "kind": "tcp"}
+    facts = {"generation": 3, "pid": 7, "state": "draining", "uptime": 1.0, "connections": 2, "listeners": [listener]}
+    status = {**facts, "waiting_for": "2 connections", "restart": None, "draining": [], "last_report": None, **told}
+    lines = describe_status(status).splitlines()
+    assert lines[0] == f"generation 3 (pid 7): {said}, up 1.0 s"
+    assert "  no longer on 127.0.0.1:80 (tcp)" in lines
+    assert describe_services({"a": status}).splitlines()[1].split("  ")[-1] == "nowhere"
+    lame = describe_status({**status, "state": "serving", "stopping": {"phase": "lame duck", "ends_in": 6.0}})
+    assert lame.startswith("generation 3 (pid 7): stopping (lame duck, 6 s at most)")
+    assert "  listening    127.0.0.1:80 (tcp)" in lame.splitlines()
+
+
 @pytest.mark.parametrize("count", [2, 8, 64])
 def test_a_watched_status_fits_a_screen_with_what_matters_first(count: int) -> None:
     workers = [

@@ -54,6 +54,7 @@ def test_it_serves_on_and_is_not_ready(tmp_path: Path, health: int) -> None:
             visitors.wait_for("ok")
             status = run.status()
             assert (status["state"], status["waiting_for"][:14]) == ("serving", "load balancers")
+            assert status["stopping"]["phase"] == "lame duck"
             refused = call("restart", "--control", run.control, cwd=tmp_path)
             assert (refused.returncode, refused.stderr) == (
                 3,
