@@ -340,7 +340,9 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                 }
                 await self._send(FromSuccessor.READY, body)
             case SuccessorAction.SEND_FAILED:
-                await self._send(FromSuccessor.FAILED, {"error": self.reason, "is_usage": self.is_usage})
+                await self._send(
+                    FromSuccessor.FAILED, {"error": self.reason, **({"is_usage": True} if self.is_usage else {})}
+                )
             case SuccessorAction.OPEN:
                 self._restore_stderr()
                 registry = self._plane.registry

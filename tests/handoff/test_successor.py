@@ -134,6 +134,18 @@ async def test_what_fails_is_told_in_one_line(backend: str) -> None:
         task_group.cancel_scope.cancel()
 
 
+async def test_an_option_that_is_wrong_is_told_as_such(backend: str) -> None:
+    async with a_start() as start, anyio.create_task_group() as task_group:
+        await greet(start)
+        task_group.start_soon(start.side.run)
+        error = StartupError("there is no such option")
+        error.is_usage = True
+        start.side.post(SuccessorEvent.FAILED, error)
+        assert await start.expect("failed") == {"error": "there is no such option", "is_usage": True}
+        await start.side.over.wait()
+        task_group.cancel_scope.cancel()
+
+
 async def test_a_dead_predecessor_is_followed_once_this_side_is_ready(backend: str) -> None:
     async with a_start() as start, anyio.create_task_group() as task_group:
         await greet(start)
