@@ -79,6 +79,8 @@ class Service:
             "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONWARNINGS": "error",
         }
+        # Of other tests, as the systemd that several of them share.
+        self._former_children = set(psutil.Process().children())
         self.process = subprocess.Popen(
             [sys.executable, str(script), *arguments], stderr=subprocess.PIPE, env=environment, cwd=directory
         )
@@ -91,7 +93,8 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Those of the test that has failed; one that has passed left none.
-        processes = psutil.Process().children(recursive=True)
+        children = set(psutil.Process().children()) - self._former_children
+        processes = [*children, *(each for child in children for each in find_descendants(child))]
         for process in processes:
             process.kill()
         psutil.wait_procs(processes, timeout=TIMEOUT)
@@ -170,6 +173,14 @@ class Client:
     def close(self) -> None:
         self._file.close()
         self._sock.close()
+
+
+def find_descendants(process: psutil.Process) -> list[psutil.Process]:
+    """Find the children of a process, and theirs, where it is still there."""
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 @pytest.fixture(autouse=True)

@@ -45,11 +45,6 @@ def machine(
     booted: list[Machine], systemd: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Machine]:
     """A systemd that runs, and knows nothing of the tests before this one."""
-    if booted and booted[0].has_ended:
-        # It was seen to have ended while no test used it, and to have been reaped by another part of this process: by
-        # which one is not known. A test during which it ends fails all the same.
-        print(f"systemd has ended between the tests: {booted[0].tell_console()}")  # noqa: T201 - pytest shows it
-        booted.clear()
     with contextlib.ExitStack() as stack:
         machine = booted[0] if booted else stack.enter_context(running(systemd, tmp_path_factory.getbasetemp()))
         machine.directory = tmp_path

@@ -176,11 +176,6 @@ class Machine:
         )
         return result.stdout
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether systemd itself is no more."""
-        return self._outer.poll() is not None
-
     def _how_it_ended(self) -> str:
         """Say how systemd itself has ended, where it has: then it is not the command that fails."""
         status = self._outer.poll()
