@@ -73,7 +73,7 @@ def read_drain(body: Mapping[str, Any]) -> DrainCount:
     """Read counts that another release may have written: what this one does not know is left out.
 
     Raises:
-        TypeError, ValueError: these are no counts.
+        OverflowError, TypeError, ValueError: these are no counts.
     """
     return DrainCount(**{each.name: int(body[each.name]) for each in fields(DrainCount) if each.name in body})
 
@@ -141,7 +141,7 @@ class RestartReport:
         nothing is claimed to be final that may not be.
 
         Raises:
-            KeyError, TypeError, ValueError: it is no report.
+            KeyError, OverflowError, TypeError, ValueError: it is no report.
         """
         known = {name.name: body[name.name] for name in fields(cls) if name.name in body}
         outcome, phases, counts = known["outcome"], dict(known["phases"]), dict(known["drain"])
@@ -177,6 +177,6 @@ class RestartReport:
             parts.append(f"cut short, because too many releases drain (--max-draining): {', '.join(self.hurried)}")
         if self.left_behind:
             parts.append(f"the old process was ended by force, kept by {', '.join(self.left_behind)}")
-        if self.error is not None:
+        if self.error:
             parts.append(self.error.splitlines()[0])
         return "; ".join(parts)

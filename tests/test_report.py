@@ -67,12 +67,17 @@ def test_an_unknown_outcome_claims_nothing_final(body: dict[str, Any], error: st
         {"phases": {"start": "soon"}},
         {"drain": None},
         {"drain": {"cut": "some"}},
+        {"drain": {"cut": float("inf")}},
         {"outcome": ["settled"]},
     ],
 )
 def test_garbage_is_no_report(body: dict[str, Any], garbage: dict[str, Any]) -> None:
-    with pytest.raises((KeyError, TypeError, ValueError)):
+    with pytest.raises((KeyError, OverflowError, TypeError, ValueError)):
         RestartReport.from_json(body | garbage)
+
+
+def test_an_error_without_words_is_told(body: dict[str, Any]) -> None:
+    assert "failed" in str(RestartReport.from_json(body | {"outcome": Outcome.FAILED, "error": ""}))
 
 
 @pytest.mark.parametrize("missing", ["id", "generation", "outcome", "phases", "drain"])

@@ -312,7 +312,7 @@ class Dispatcher:
                 self._miss(worker, frame)
             else:
                 self._obey(slot, worker, frame)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             # The worker is of another release, or broken.
             self.log.warning("worker pid %d says %r, which cannot be read: %r", worker.pid, frame.type, error)
             frame.close()

@@ -134,7 +134,7 @@ def claim() -> ReceivedState | None:
             os.close(descriptor)
             if state["format"] != FORMAT:
                 raise ValueError(f"it is of format {state['format']}, and this release knows {FORMAT}")
-        except (KeyError, OSError, TypeError, ValueError) as error:
+        except (KeyError, OSError, OverflowError, TypeError, ValueError) as error:
             raise UpgradeFailed(f"the state of the former anchor cannot be read: {error}") from error
         return ReceivedState(state, is_check=marker == ANCHOR_CHECK_MARKER)
     return None

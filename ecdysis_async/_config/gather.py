@@ -150,7 +150,8 @@ def _read_config(path: str) -> _Source:
     try:
         with open(path, "rb") as file:
             content = tomllib.load(file)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    # ValueError: no TOML, no UTF-8, or a number of thousands of digits. RecursionError: nested deeper than is followed.
+    except (OSError, ValueError, RecursionError) as error:
         raise OptionError(f"the configuration file {path} cannot be read: {error}") from None
     known = {name: each for name, each in _BY_NAME.items() if each is not CONFIG}
     values = {}

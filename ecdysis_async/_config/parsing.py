@@ -107,7 +107,8 @@ def parse_seconds(value: Any) -> float:
     """Read a finite number of seconds, 0 or more."""
     try:
         seconds = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    # OverflowError: a whole number beyond what a float can hold.
+    except (OverflowError, TypeError, ValueError):
         seconds = math.nan
     if not 0 <= seconds < math.inf:
         raise ValueError(f"a number of seconds is needed, 0 or more, not {value!r}")

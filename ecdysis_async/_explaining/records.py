@@ -60,8 +60,13 @@ class Record:
     def seconds(self, name: str) -> float | None:
         """Return a fact as a number of seconds; None where it is none."""
         value = self.facts.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if is_number else None  # type: ignore[arg-type] # seen above
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return None
+        try:
+            seconds = float(value)
+        except OverflowError:  # a whole number beyond what a float can hold
+            return None
+        return seconds if math.isfinite(seconds) else None
 
 
 def read(control_path: str) -> list[Record]:
@@ -113,7 +118,7 @@ def _parse(lines: Iterator[bytes]) -> Iterator[Record]:
             if not 0 <= at <= MAX_TIME or not math.isfinite(clock):
                 continue
             yield Record(at, clock, pid, Note(facts.pop("kind")), facts)
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
             continue
 
 

@@ -201,7 +201,7 @@ class Ancestors:
                 self.on_counted(ancestor, item.body.get("counts"))
                 try:
                     self.on_drained(ancestor, item.body)
-                except (KeyError, TypeError, ValueError):
+                except (KeyError, OverflowError, TypeError, ValueError):
                     # Another release's idea of a report; whatever it says, it must not end the newest generation.
                     logger.warning("the report of generation %d cannot be read", ancestor.generation, exc_info=True)
             case Frame(type=DrainMessage.TRANSFER, descriptors=[descriptor, *others]) if self.on_transfer is not None:

@@ -369,7 +369,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                         self._greeted.set()
                     if event is not PredecessorEvent.HELLO or self._prepared.is_set():
                         self.post(event, item)
-                except (ChannelError, KeyError, TypeError, ValueError) as error:
+                except (ChannelError, KeyError, OverflowError, TypeError, ValueError) as error:
                     item.close()
                     self.post(PredecessorEvent.BROKEN, as_channel_error(error, item))
 

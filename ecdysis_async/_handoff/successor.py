@@ -136,7 +136,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                 raise HandoffAborted("ecdysis: the predecessor called the restart off")
             self._take_over(frame)
             self._note_process(said_hello, time.monotonic())
-        except (ChannelError, TimeoutError, OSError, KeyError, TypeError, ValueError) as error:
+        except (ChannelError, TimeoutError, OSError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise HandoffAborted(f"ecdysis: the predecessor did not hand over its sockets: {error!r}") from error
         finally:
             self._close_provision()
@@ -240,7 +240,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
                     if "counts" in item.body:
                         self._forget_last_word()
                         self.generation.inherit_counts(self.predecessor.pid, item.body["counts"])
-                except (ChannelError, OSError, KeyError, TypeError, ValueError) as error:
+                except (ChannelError, OSError, KeyError, OverflowError, TypeError, ValueError) as error:
                     self.post(SuccessorEvent.BROKEN, as_channel_error(error, item))
                 else:
                     self.post(event, item)
@@ -270,7 +270,7 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             ancestor.peer.channel.resume(pending.get(ancestor.pid, b""))
         try:
             self.report = RestartReport.from_json(body["report"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             self.log.warning("the predecessor's report cannot be read: %r", error)
 
     async def before_event(self, event: SuccessorEvent, cause: object) -> bool:

@@ -274,7 +274,7 @@ class ControlServer:
             case {"command": "compare", "release": dict(release)}:
                 try:
                     comparison = self.controlled.compare(release)
-                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
                     await client.send("error", message=f"this does not describe a release: {error!r}")
                 else:
                     await client.send("checked", comparison=await with_link(comparison))

@@ -51,7 +51,9 @@ def _read_watchdog() -> float | None:
     microseconds = os.environ.get("WATCHDOG_USEC", "")
     # A successor has no WATCHDOG_PID: it becomes the main process later, and the watchdog passes over to it.
     is_ours = os.environ.get("WATCHDOG_PID", "") in ("", str(os.getpid()))
-    return int(microseconds) / 1e6 if is_ours and microseconds.isdecimal() and int(microseconds) else None
+    if not is_ours or not microseconds.isdecimal() or len(microseconds) > len(str(2**64)):
+        return None
+    return int(microseconds) / 1e6 or None
 
 
 class Systemd:

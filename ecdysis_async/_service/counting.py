@@ -111,7 +111,7 @@ class Counting:
             ledger = Ledger.from_json(body["ledger"])
             older = {int(each): Part.from_json(part) for each, part in body["older"]}
             own = Part.from_json(body["own"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             logger.warning("what the predecessor has counted cannot be read: %r", error)
             return
         self.ledger, self._older = ledger, {**older, pid: own}
@@ -121,7 +121,7 @@ class Counting:
         try:
             if isinstance(body, Mapping) and pid in self._older:
                 self._older[pid] = Part.from_json(body)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             logger.warning("what generation of pid %d has counted cannot be read: %r", pid, error)
 
     def note_rolled_back(self, requests: int, closed: int) -> None:

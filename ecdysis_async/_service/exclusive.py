@@ -385,5 +385,5 @@ def _describe(holder: dict[str, Any]) -> str:
     try:
         seconds = max(0.0, time.monotonic() - float(holder["since"]))
         return f"pid {int(holder['pid'])} (generation {int(holder['generation'])}) has held for {seconds:.0f} s"
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         return "another process of this service holds"

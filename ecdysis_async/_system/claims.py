@@ -84,6 +84,10 @@ PRIVATE_KEYS = (
 # SD_LISTEN_FDS_START of sd_listen_fds(3): what a process is activated with begins behind stdin, stdout and stderr.
 FIRST_DESCRIPTOR = 3
 
+# More than a process can have, unless fs.nr_open is raised (proc(5)), and so many digits has no such number.
+MAX_DESCRIPTORS = 2**20
+COUNT_DIGITS = 7
+
 # What sd_listen_fds_with_names(3) calls a socket that was given no name.
 ANONYMOUS = "unknown"
 
@@ -160,11 +164,11 @@ def claim_activation() -> dict[int, str]:
         os.environ.pop(key, "") for key in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     )
     # The variables of another process came through a shell, or through a service that does not take them out.
-    if pid != str(os.getpid()) or not count.isdecimal():
+    if pid != str(os.getpid()) or not count.isdecimal() or len(count) > COUNT_DIGITS:
         return {}
     sockets = {}
     given = names.split(":")
-    for index in range(int(count)):
+    for index in range(min(int(count), MAX_DESCRIPTORS)):
         descriptor = FIRST_DESCRIPTOR + index
         # A program that ran before in this process may have closed it.
         with contextlib.suppress(OSError):

@@ -154,7 +154,7 @@ def serve(config: AnchorConfig, tell_tried: Callable[[], None] | None = None) ->
         if found is None and config.takeover is not None:
             return _take_over(config, config.takeover)
         anchor = Anchor(config, found.state if found is not None else None)
-    except (KeyError, OSError, TypeError, ValueError, reexec.UpgradeFailed) as error:
+    except (KeyError, OSError, OverflowError, TypeError, ValueError, reexec.UpgradeFailed) as error:
         say(str(error) if found is None else f"this release does not take over from the one that runs: {error!r}")
         return STARTUP_FAILED
     return anyio.run(anchor.run)

@@ -123,7 +123,7 @@ def understanding(path: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise _strange(path, f"{type(error).__name__}: {error}") from error
 
 
@@ -475,7 +475,7 @@ def _failure_of_restart(event: Event, path: str) -> CommandFailed:
             return CommandFailed(f"{error}\nwho serves now is not known: {failure}", error.code, event)
         event["serving"] = None
         return CommandFailed(f"{error}\nnobody serves: the service has ended since", Exit.NO_SERVICE, event)
-    except (NoAnswer, AttributeError, KeyError, TypeError, ValueError) as failure:
+    except (NoAnswer, AttributeError, KeyError, OverflowError, TypeError, ValueError) as failure:
         return CommandFailed(f"{error}\nwho serves now is not known: {failure}", error.code, event)
     if state in ("serving", "paused"):
         event["serving"] = {"generation": generation, "pid": pid}

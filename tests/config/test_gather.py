@@ -197,6 +197,9 @@ def test_what_cannot_work_is_refused(given: dict[str, Any], environment: dict[st
         ("bind = [8000]", "bind: text is needed"),
         ("log-level = 3", "log-level: it is one of"),
         ("workers", "cannot be read"),
+        (f"workers = {'9' * 5000}", "cannot be read"),
+        (f"bind = {'[' * 100_000}", "cannot be read"),
+        (f"drain-timeout = {10**400}", "drain-timeout: a number of seconds"),
     ],
 )
 def test_a_bad_file_is_refused(content: str, text: str, write: Callable[..., str]) -> None:

@@ -30,6 +30,7 @@ def test_what_is_torn_or_unknown_is_left_out(tmp_path: Path) -> None:
         file.write("[" * 100_000 + "\n")
         file.writelines(json.dumps(line(at, 11, "begun")) + "\n" for at in (math.nan, math.inf, -1e300, 1e300))
         file.write(json.dumps({**line(5, 11, "begun"), "clock": math.inf}) + "\n")
+        file.writelines(json.dumps({**line(6, 11, "begun"), key: math.inf}) + "\n" for key in ("pid", "v"))
     assert len(read(path)) == 1
 
 
@@ -39,7 +40,8 @@ def test_nothing_moves_the_cursor(tmp_path: Path) -> None:
 
 
 def test_facts_of_another_type_are_none(tmp_path: Path) -> None:
-    (record,) = records(tmp_path, [line(1, 11, "spawned", child="12", begun=True, restart=None)])
+    (record,) = records(tmp_path, [line(1, 11, "spawned", child="12", begun=True, end=10**400, restart=None)])
+    assert record.seconds("end") is None
     assert (record.number("child"), record.seconds("begun"), record.restart) == (None, None, "")
 
 

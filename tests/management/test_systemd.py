@@ -162,7 +162,14 @@ def test_it_is_switched_on_by_the_notification_socket(environment: Callable[...,
 
 @pytest.mark.parametrize(
     ("pid", "usec", "seconds"),
-    [("own", "3000000", 3.0), (None, "500000", 0.5), ("1", "500000", None), (None, "x", None), (None, "0", None)],
+    [
+        ("own", "3000000", 3.0),
+        (None, "500000", 0.5),
+        ("1", "500000", None),
+        (None, "x", None),
+        (None, "0", None),
+        (None, "9" * 5000, None),
+    ],
 )
 def test_the_watchdog_holds_for_this_process(
     environment: Callable[..., None], pid: str | None, usec: str, seconds: float | None

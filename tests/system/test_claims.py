@@ -112,8 +112,9 @@ def test_an_activation_is_claimed_and_its_variables_are_gone(
     assert run_activated(sockets, names, pid) == result
 
 
-def test_what_was_never_passed_is_not_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "many", "LISTEN_FDNAMES": "web"}.items():
+@pytest.mark.parametrize("count", ["many", "0", "9" * 10, "9" * 5000])
+def test_what_was_never_passed_is_not_claimed(monkeypatch: pytest.MonkeyPatch, count: str) -> None:
+    for key, value in {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": count, "LISTEN_FDNAMES": "web"}.items():
         monkeypatch.setenv(key, value)
     assert claim_activation() == {}
     assert not [key for key in os.environ if key.startswith("LISTEN_")]

@@ -60,6 +60,8 @@ def main() -> None:
             send(frame(hello, 3), [pidfd, counters, pipe])
         case "no pid":
             send(frame(hello | {"pid": None}, 2), [pidfd, counters])
+        case "endless pid":
+            send(frame(hello | {"pid": float("inf")}, 2), [pidfd, counters])
         case "unknown version":
             send(frame(hello | {"versions": [98, 99]}, 2), [pidfd, counters])
         case "no version":

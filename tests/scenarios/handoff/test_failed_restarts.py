@@ -76,6 +76,7 @@ def test_hostile_successors(backend: str, run_service: Run, tmp_path: Path) -> N
         ("no descriptors", "GarbledFrame"),
         ("more descriptors than HELLO has", "GarbledFrame"),
         ("no pid", "GarbledFrame"),
+        ("endless pid", "GarbledFrame"),
         ("unknown version", "VersionMismatch"),
         ("no version", "GarbledFrame"),
         ("unknown message", "UnknownMessage"),
