@@ -100,6 +100,13 @@ def models(session: nox.Session) -> None:
     session.run("python", "-m", "tests.models.spin", *session.posargs)
 
 
+@nox.session(python="3.13")
+def fuzz(session: nox.Session) -> None:
+    """Look for inputs that crash, hang or leak, guided by the code that they reach; it takes an hour."""
+    install(session, "fuzz")
+    session.run("python", "-m", "tests.fuzzing.campaign", *session.posargs)
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Restart a real service several times under real load, and print what it cost."""
