@@ -107,6 +107,20 @@ def fuzz(session: nox.Session) -> None:
     session.run("python", "-m", "tests.fuzzing.campaign", *session.posargs)
 
 
+@nox.session(python="3.13")
+def grid(session: nox.Session) -> None:
+    """Restart an application of each framework under its own client, and print what the clients have seen."""
+    install(session, "grid")
+    session.run("python", "-m", "tests.conformance.grid", *session.posargs)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Restart a service a thousand times under load, of which nothing may remain; it takes an hour."""
+    install(session, "soak")
+    session.run("python", "-m", "tests.conformance.soak", *session.posargs)
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Restart a real service several times under real load, and print what it cost."""

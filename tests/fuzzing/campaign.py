@@ -63,7 +63,7 @@ class Outcome:
 
 def fuzz(name: str, inputs: int, seconds: float) -> NoReturn:
     """Give one target inputs, in a process of its own; write the outcome on stdout."""
-    import atheris  # type: ignore[import-untyped]
+    import atheris
 
     with atheris.instrument_imports(include=["ecdysis_async"]):
         from tests.fuzzing.targets import TARGETS
