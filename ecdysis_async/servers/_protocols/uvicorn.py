@@ -14,8 +14,6 @@ import sys
 from collections.abc import Collection
 from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from ecdysis_async._accepting.asyncio_connections import (
@@ -28,11 +26,6 @@ from ecdysis_async._connections.parcel import Refused, Release, Transferable
 
 from .http import IDLE, WEBSOCKET, UnreadOnly
 from .requests import RequestsUnderWay, RequestUnderWay
-
-try:
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-except ImportError:
-    HttpToolsProtocol = H11Protocol  # type: ignore[assignment, misc]
 
 __all__ = [
     "SEAMS",
@@ -80,12 +73,29 @@ protocol. A protocol that may switch to HTTP/2 names "h2" in ``alpn_protocols``.
 SANSIO = "uvicorn.protocols.websockets.websockets_sansio_impl"
 
 
+def _h11_protocols() -> tuple[type[Any], ...]:
+    return _find_loaded("h11_impl", "H11Protocol")
+
+
+def _httptools_protocols() -> tuple[type[Any], ...]:
+    return _find_loaded("httptools_impl", "HttpToolsProtocol")
+
+
+def _find_loaded(module: str, name: str) -> tuple[type[Any], ...]:
+    """Return a class of uvicorn's; none where uvicorn has not loaded it, so that no protocol can be of it.
+
+    uvicorn loads the one that it serves by. The other one, and its library, would cost each start their import.
+    """
+    loaded = sys.modules.get(f"uvicorn.protocols.http.{module}")
+    return (getattr(loaded, name),) if loaded is not None else ()
+
+
 def has_next_request(connection: Any) -> bool:
     """Say whether uvicorn has read more of a connection than the request that runs; of zttp's it is not known."""
     protocol: Any = protocol_of(connection.transport)
-    if isinstance(protocol, H11Protocol):
+    if isinstance(protocol, _h11_protocols()):
         return bool(protocol.conn.trailing_data[0])
-    if isinstance(protocol, HttpToolsProtocol):
+    if isinstance(protocol, _httptools_protocols()):
         # With the first byte of a message comes a new scope.
         return bool(protocol.pipeline or protocol.scope is not protocol.cycle.scope)
     return False
@@ -93,7 +103,7 @@ def has_next_request(connection: Any) -> bool:
 
 def choose_transfer(protocol_factory: ProtocolFactory, protocol_class: type[asyncio.Protocol]) -> UnreadOnly:
     """Return how the connections of a server move that makes protocols of a class."""
-    is_known = issubclass(protocol_class, H11Protocol | HttpToolsProtocol)
+    is_known = issubclass(protocol_class, _h11_protocols() + _httptools_protocols())
     return UvicornTransfer(protocol_factory) if is_known else UnreadOnly(protocol_factory)
 
 
@@ -148,9 +158,9 @@ class UvicornTransfer(UnreadOnly):
     moves_between_requests = True
 
     def pack(self, connection: ServerConnection, protocol: Any) -> Release | None:
-        if isinstance(protocol, H11Protocol):
+        if isinstance(protocol, _h11_protocols()):
             is_idle = _is_idle(protocol) and _has_h11_read_all(protocol)
-        elif isinstance(protocol, HttpToolsProtocol):
+        elif isinstance(protocol, _httptools_protocols()):
             is_idle = _is_idle(protocol) and _has_httptools_read_all(protocol)
         elif isinstance(protocol, Transferable):
             return protocol.release_connection()
@@ -170,7 +180,7 @@ class UvicornTransfer(UnreadOnly):
             protocol.keep_connection()
 
     def let_go(self, connection: ServerConnection, protocol: Any) -> None:
-        if isinstance(protocol, H11Protocol | HttpToolsProtocol):
+        if isinstance(protocol, _h11_protocols() + _httptools_protocols()):
             # uvicorn would cancel the timer, and thousands that are cancelled at once stall asyncio's loop. The timer
             # runs on, and finds the transport closed.
             protocol.timeout_keep_alive_task = None
@@ -256,9 +266,12 @@ def _is_idle(protocol: Any) -> bool:
     return is_answered and not protocol.flow.read_paused
 
 
-def _has_h11_read_all(protocol: H11Protocol) -> bool:
+def _has_h11_read_all(protocol: Any) -> bool:
+    import h11  # loaded by uvicorn already, for this protocol
+
     connection = protocol.conn
-    return connection.our_state is connection.their_state is h11.IDLE and not connection.trailing_data[0]
+    is_idle = connection.our_state is connection.their_state is h11.IDLE
+    return is_idle and not connection.trailing_data[0]
 
 
 def _has_httptools_read_all(protocol: Any) -> bool:
