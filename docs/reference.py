@@ -15,8 +15,9 @@ import click
 
 from ecdysis_async._config.options import Option, Options, Shape, command_line_options
 from ecdysis_async._management.ledger import Closed, Reason, WorkerRestart
-from ecdysis_async.cli.client import ERRORS, Exit
+from ecdysis_async.cli.client import ERRORS
 from ecdysis_async.cli.commands import command
+from ecdysis_async.cli.output import Exit
 from ecdysis_async.report import RestartReport
 
 HERE = Path(__file__).parent

@@ -26,7 +26,6 @@ from .errors import (
     SuccessorFailed,
     TakeoverFailed,
 )
-from .report import DrainCount, Outcome, Phase, RestartReport, State
 
 if TYPE_CHECKING:
     from ecdysis_async._accepting.loops import run
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from ecdysis_async._service.helpers import draining, exclusive, settled, track, until_draining
     from ecdysis_async._service.worker_exit import WorkerExit, on_worker_exit
     from ecdysis_async._system.log_files import on_reopen_logs
+    from ecdysis_async.report import DrainCount, Outcome, Phase, RestartReport, State
 
 
 __all__ = [
@@ -75,11 +75,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 # The names of these modules are loaded when they are asked for, as are those of `_service.ecdysis`, which has the rest.
-# `Ecdysis` costs `ecdysis restart`, which has no need of it, half of its start; asyncio costs a service on trio 40 ms.
+# `Ecdysis` costs `ecdysis restart`, which has no need of it, half of its start; asyncio costs a service on trio 40 ms;
+# and reports, which are dataclasses, cost more than everything else that stands here.
 _MODULES = {
     "InheritedStash": "_handoff.stash",
     "on_reopen_logs": "_system.log_files",
     "run": "_accepting.loops",
+    **dict.fromkeys(("DrainCount", "Outcome", "Phase", "RestartReport", "State"), "report"),
     **dict.fromkeys(("WorkerExit", "on_worker_exit"), "_service.worker_exit"),
     **dict.fromkeys(("draining", "exclusive", "settled", "track", "until_draining"), "_service.helpers"),
 }

@@ -18,7 +18,7 @@ import ecdysis_async
 from ecdysis_async import Ecdysis, RestartError
 from ecdysis_async._accepting import asyncio_datagrams, asyncio_servers
 from ecdysis_async._system.claims import LINE_MARKER, MARKER
-from ecdysis_async.cli.client import Exit
+from ecdysis_async.cli.output import Exit
 
 PUBLIC = {
     "DrainCount",
@@ -260,7 +260,7 @@ def test_a_service_on_trio_never_loads_asyncio() -> None:
 
 
 def test_a_command_loads_nothing_of_a_service() -> None:
-    program = "import sys, ecdysis_async.cli.commands; print({'anyio', 'asyncio', 'rich'} & {*sys.modules})"
+    program = "import sys, ecdysis_async.cli.control; print({'anyio', 'asyncio', 'rich'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"set()\n"
 
 

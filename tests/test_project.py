@@ -72,6 +72,7 @@ TESTED_ELSEWHERE = {
     "servers/_hypercorn_asyncio.py": "as aiohttp.py",
     "servers/_hypercorn_trio.py": "as aiohttp.py",
     "cli/run.py": "tests/scenarios/run runs the command as a whole",
+    "cli/control.py": "tests/cli/test_commands.py runs its commands as a user does",
     "cli/check.py": "tests/scenarios/run/test_check.py checks releases of running services",
     "cli/prove.py": "tests/scenarios/proving runs the command as a whole",
     "cli/explain.py": "tests/scenarios/explaining runs the command as a whole",

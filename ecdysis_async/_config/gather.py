@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,6 +146,9 @@ def _read_environment(environment: Mapping[str, str]) -> _Source:
 def _read_config(path: str) -> _Source:
     if path.endswith(".py"):
         raise OptionError(explain_gunicorn_config(path))
+    # Imported here, because most services have no such file.
+    import tomllib
+
     try:
         with open(path, "rb") as file:
             content = tomllib.load(file)

@@ -12,9 +12,8 @@ import socket
 import stat
 from typing import TYPE_CHECKING
 
-from ecdysis_async._system.lock_file import LockFile
-
 if TYPE_CHECKING:
+    from ecdysis_async._system.lock_file import LockFile
     from ecdysis_async.settings import StrPath
 
 __all__ = [
@@ -119,6 +118,9 @@ def make_lock_file(path: str | None) -> LockFile:
     Raises:
         OSError: there is no memory, or no descriptor, to be had.
     """
+    # Imported here, because commands have no locks, and it doubles what they load.
+    from ecdysis_async._system.lock_file import LockFile
+
     if path is not None:
         try:
             prepare_directory(path)

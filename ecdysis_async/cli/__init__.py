@@ -9,13 +9,16 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
+from ecdysis_async._system.garbage import without_collections
+
 __all__ = ["main"]
 
 
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
     try:
-        from .commands import command
+        with without_collections():
+            from .commands import command
     except ModuleNotFoundError as error:
         if error.name != "click":
             raise

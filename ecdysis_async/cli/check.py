@@ -15,7 +15,8 @@ from ecdysis_async._system.launch import Launch
 from ecdysis_async.errors import RestartError
 
 from . import client
-from .client import CommandFailed, Event, Exit
+from .client import CommandFailed, Event
+from .output import Exit
 
 __all__ = ["check"]
 

@@ -8,7 +8,6 @@ somebody else may listen on that path.
 from __future__ import annotations
 
 import contextlib
-import enum
 import itertools
 import json
 import os
@@ -23,9 +22,10 @@ from typing import Any
 from ecdysis_async._management.control_path import default_directories, find_live, is_live, locate
 from ecdysis_async.report import RestartReport
 
+from .output import Exit
+
 __all__ = [
     "CommandFailed",
-    "Exit",
     "check",
     "compare",
     "find",
@@ -65,20 +65,6 @@ UPGRADE_SECONDS = 30.0
 # How long a process may take from its last word to its end, seconds. What its application has left behind is ended by
 # force within exit_timeout, which is 10 seconds unless somebody has set it.
 EXIT_SECONDS = 20.0
-
-
-class Exit(enum.IntEnum):
-    """The exit codes of the command: a contract."""
-
-    DONE = 0  # the new generation serves
-    FAILED = 1  # it failed, and the old one serves
-    USAGE = 2
-    NO_SERVICE = 3  # or none that serves
-    IN_PROGRESS = 4  # another restart is
-    ROLLED_BACK = 5
-    UNKNOWN = 6  # what became of it
-    PERMISSION = 7  # you may not
-    INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 
 
 # All but the end of a line and the tabulator: C0, DEL and C1, which some terminals obey in UTF-8 as well.

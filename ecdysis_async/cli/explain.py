@@ -23,8 +23,8 @@ from ecdysis_async._system.history import SUFFIX
 from ecdysis_async._system.stacks import ask_for_stacks
 
 from . import client
-from .client import CommandFailed, Exit
-from .output import let_readers_leave
+from .client import CommandFailed
+from .output import Exit, let_readers_leave
 
 __all__ = ["explain"]
 

@@ -1,7 +1,11 @@
-"""Standard output of a command: who reads it may leave, and it may be closed, without any effect on what is done."""
+"""What a command leaves to its caller: an exit code, and what it writes.
+
+Who reads standard output may leave, and it may be closed, without any effect on what is done.
+"""
 
 from __future__ import annotations
 
+import enum
 import io
 import os
 import sys
@@ -9,7 +13,21 @@ from typing import TextIO
 
 from ecdysis_async._system.descriptors import occupy_standard_descriptors
 
-__all__ = ["has_reader", "let_readers_leave"]
+__all__ = ["Exit", "has_reader", "let_readers_leave"]
+
+
+class Exit(enum.IntEnum):
+    """The exit codes of the command: a contract."""
+
+    DONE = 0  # the new generation serves
+    FAILED = 1  # it failed, and the old one serves
+    USAGE = 2
+    NO_SERVICE = 3  # or none that serves
+    IN_PROGRESS = 4  # another restart is
+    ROLLED_BACK = 5
+    UNKNOWN = 6  # what became of it
+    PERMISSION = 7  # you may not
+    INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 
 
 class Output(io.TextIOWrapper):

@@ -22,8 +22,8 @@ from ecdysis_async._proving.plan import (
     read_requests,
 )
 
-from .client import CommandFailed, Exit, find
-from .output import let_readers_leave
+from .client import CommandFailed, find
+from .output import Exit, let_readers_leave
 
 __all__ = ["prove"]
 

@@ -23,7 +23,8 @@ from ecdysis_async._management.control_path import is_live
 from ecdysis_async._system.stderr import say
 
 from . import client
-from .client import CommandFailed, Exit
+from .client import CommandFailed
+from .output import Exit
 
 if TYPE_CHECKING:
     from watchfiles import Change

@@ -15,8 +15,9 @@ from ecdysis_async._config.gather import gather
 from ecdysis_async._config.options import Option, OptionError, Options, Shape, command_line_options
 from ecdysis_async._system.claims import ANCHOR_MARKER, is_check, is_worker
 from ecdysis_async._system.descriptors import occupy_standard_descriptors
+from ecdysis_async._system.garbage import without_collections
 
-from .client import Exit
+from .output import Exit
 
 __all__ = ["run"]
 
@@ -37,15 +38,15 @@ def serve(options: Options) -> int:
     occupy_standard_descriptors()
     # Imported here: none needs the others, and the anchor shall stay small.
     if is_check():
-        from . import worker
-
+        with without_collections():
+            from . import worker
         return worker.check(options)
     if is_worker():
-        from . import worker
-
+        with without_collections():
+            from . import worker
         return worker.run(options)
-    from . import anchor as start
-
+    with without_collections():
+        from . import anchor as start
     return start.run(options)
 
 

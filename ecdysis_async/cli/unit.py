@@ -29,8 +29,7 @@ from ecdysis_async._management.systemd_unit import knows_descriptor_store
 from ecdysis_async._sockets.addresses import Descriptor, Internet, Unix
 from ecdysis_async.errors import StartupError
 
-from .client import Exit
-from .output import let_readers_leave
+from .output import Exit, let_readers_leave
 from .places import find_directory, find_interpreter, find_links, find_places, find_python_path, name_project
 from .run import run
 

@@ -39,6 +39,7 @@ from ecdysis_async._sockets.entry import Kind as SocketKind
 from ecdysis_async._system.claims import find_line, take_channel
 from ecdysis_async._system.descriptors import read_credentials
 from ecdysis_async._system.exit_deadline import ExitDeadline
+from ecdysis_async._system.garbage import without_collections
 from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.release import note_application
 from ecdysis_async._system.stderr import say, write_lines
@@ -302,7 +303,8 @@ async def _serve(options: Options, loaded: _Loaded) -> None:
             if server == "main":
                 await app(ecdysis)
             else:
-                adapter = importlib.import_module(f"ecdysis_async.servers.{server}")
+                with without_collections():
+                    adapter = importlib.import_module(f"ecdysis_async.servers.{server}")
                 await adapter.run(ecdysis, app, options)
         except StartupError:
             raise

@@ -13,15 +13,8 @@ from pathlib import Path
 import pytest
 
 from ecdysis_async.cli import client
-from tests.cli.commands import (
-    FAILED,
-    NO_SERVICE,
-    SERVING,
-    UNKNOWN,
-    USAGE,
-    Run,
-    call,
-)
+from ecdysis_async.cli.output import Exit
+from tests.cli.commands import FAILED, NO_SERVICE, SERVING, UNKNOWN, USAGE, Run, call
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.main_python_only
@@ -88,7 +81,7 @@ def test_another_user(backend: str, run_service: Run, tmp_path: Path, monkeypatc
             client.status("api")
     finally:
         os.seteuid(0)
-    assert caught.value.code == client.Exit.PERMISSION
+    assert caught.value.code == Exit.PERMISSION
 
 
 @pytest.mark.backends("asyncio")

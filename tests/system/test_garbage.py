@@ -8,7 +8,12 @@ import threading
 import pytest
 
 from ecdysis_async._system import garbage as collector
-from ecdysis_async._system.garbage import FROZEN_BY_APPLICATION, age_all_objects, without_full_collections
+from ecdysis_async._system.garbage import (
+    FROZEN_BY_APPLICATION,
+    age_all_objects,
+    without_collections,
+    without_full_collections,
+)
 
 
 def test_objects_are_aged_and_none_is_thawed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,6 +30,38 @@ def test_objects_are_aged_and_none_is_thawed(monkeypatch: pytest.MonkeyPatch) ->
             assert gc.get_freeze_count() == frozen
     finally:
         gc.unfreeze()
+
+
+def test_nothing_is_collected_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collector, "_application_freezes", threading.Event())
+    begun = 0
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        nonlocal begun
+        begun += phase == "start"
+
+    assert gc.isenabled()
+    gc.callbacks.append(note)
+    try:
+        with without_collections():
+            kept = [[] for _ in range(10 * gc.get_threshold()[0])]  # type: ignore[var-annotated]
+            during = begun
+    finally:
+        gc.callbacks.remove(note)
+    assert during == 0
+    assert gc.isenabled()
+    # They are not looked through with the first young objects that come after them.
+    assert any(each is kept for each in gc.get_objects(generation=2))
+
+
+def test_an_application_without_collections_stays_without_them() -> None:
+    gc.disable()
+    try:
+        with without_collections():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_no_full_collection_begins_meanwhile() -> None:

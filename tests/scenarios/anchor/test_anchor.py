@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from ecdysis_async.cli import client
-from ecdysis_async.cli.client import Exit
+from ecdysis_async.cli.output import Exit
 from tests.scenarios.anchor.harness import AnchoredService, Watchdog
 from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Clients, Conversation
 from tests.scenarios.handoff.test_hardships import LEAK
@@ -559,7 +559,7 @@ def test_an_upgrade_that_fails_changes_nothing(run_anchor: Run) -> None:
     service.configure(plan={**plan, "no_such_thing": 1})
     with pytest.raises(client.CommandFailed, match="no_such_thing") as failure:
         client.upgrade(service.control, lambda event: None)
-    assert failure.value.code is client.Exit.FAILED
+    assert failure.value.code is Exit.FAILED
     service.configure(plan=plan)
     assert service.workers() == before
     assert service.roll_out()["generation"] == 2

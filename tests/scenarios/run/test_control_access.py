@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ecdysis_async.cli import client
+from ecdysis_async.cli.output import Exit
 from tests.scenarios.run.commands import Running, call, make_environment, running, wait_until, write_app
 
 pytestmark = [
@@ -77,7 +77,7 @@ def test_a_member_of_the_group_commands(directory: Path, tmp_path: Path) -> None
         assert command(run, tmp_path, "status", OTHER, GROUP) == (0, "serving\n")
         assert command(run, tmp_path, "restart", GROUP) == (0, "settled\n")
         code, text = command(run, tmp_path, "status", OTHER)
-        assert code == client.Exit.PERMISSION, text
+        assert code == Exit.PERMISSION, text
         # A user who may command the service does not get its sockets.
         code, text = command(run, tmp_path, "takeover", GROUP)
         assert '"reason": "permission"' in text
@@ -95,7 +95,7 @@ def test_a_mode_alone_does_not_admit_others(directory: Path, tmp_path: Path) -> 
         run.find_port()
         assert describe(run.control)[1] == 0o666
         code, text = command(run, tmp_path, "status", OTHER)
-        assert code == client.Exit.PERMISSION
+        assert code == Exit.PERMISSION
         assert "may not control a service of uid 0" in text
 
 
@@ -107,5 +107,5 @@ def test_a_directory_in_the_way_is_named(tmp_path: Path) -> None:
 
 def test_a_group_that_is_none(tmp_path: Path) -> None:
     done = call("run", "main:app", "--control-group", "no-such-group", cwd=tmp_path)
-    assert done.returncode == client.Exit.USAGE
+    assert done.returncode == Exit.USAGE
     assert "--control-group: there is no group 'no-such-group'" in done.stderr
