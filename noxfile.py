@@ -114,6 +114,13 @@ def grid(session: nox.Session) -> None:
     session.run("python", "-m", "tests.conformance.grid", *session.posargs)
 
 
+@nox.session(python="3.13")
+def conformance(session: nox.Session) -> None:
+    """Let programs of others say whether restarts change anything: kosoku, h2load and varnishtest."""
+    install(session, "conformance")
+    session.run("python", "-m", "tests.conformance.conformance", *session.posargs)
+
+
 @nox.session
 def soak(session: nox.Session) -> None:
     """Restart a service a thousand times under load, of which nothing may remain; it takes an hour."""

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -151,8 +152,9 @@ def measure(service: Service, load: Load, failed_before: int) -> Sample:
     )
 
 
-async def soak(restarts: int) -> tuple[list[Sample], list[str]]:
-    """Restart a service so many times; return a sample of each, and what has failed."""
+async def soak(restarts: int, seconds: float) -> tuple[list[Sample], list[str]]:
+    """Restart a service so many times, or for so long; return a sample of each restart, and what has failed."""
+    until = time.monotonic() + seconds
     samples: list[Sample] = []
     options = ("--probation", "0.1", "--drain-timeout", "10", "--no-access-log")
     async with (
@@ -166,7 +168,7 @@ async def soak(restarts: int) -> tuple[list[Sample], list[str]]:
             clients.create_task(load.connect())
         failed = 0
         try:
-            for _ in range(restarts):
+            while len(samples) < restarts and time.monotonic() < until:
                 await service.restart("drained")
                 service.reports = service.reports[-1:]
                 samples.append(await asyncio.to_thread(measure, service, load, failed))
@@ -222,9 +224,10 @@ def main() -> int:
     """Write the results; return 0 where nothing has failed, and everything is flat."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--restarts", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after so many, it ends earlier")
     parser.add_argument("--output", type=Path, default=Path(".nox", "soak"), help="a directory [default: .nox/soak]")
     arguments = parser.parse_args()
-    samples, failures = asyncio.run(soak(arguments.restarts))
+    samples, failures = asyncio.run(soak(arguments.restarts, arguments.minutes * 60))
     verdict = judge(samples)
     result = {
         "date": datetime.now(UTC).date().isoformat(),
