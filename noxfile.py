@@ -137,7 +137,23 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what a restart, a transfer, a stash and tracking cost, and other servers; best on an idle machine."""
+    """Measure what a restart, a transfer, a stash and tracking cost, and other servers; best on an idle machine.
+
+    With --quick: restart a few servers under load, and fail where a request of ours has failed.
+    """
+    if "--quick" in session.posargs:
+        install(session, "bench-quick")
+        session.run("python", "-m", "benchmarks.peers", *session.posargs)
+        return
     install(session, "bench")
-    for benchmark in ("restart", "transfer", "stash", "tracking", "steady", "instructions", "peers"):
+    for benchmark in ("restart", "transfer", "stash", "tracking", "steady", "instructions", "scale", "peers"):
         session.run("python", "-m", f"benchmarks.{benchmark}", "--output", ".nox/benchmarks", *session.posargs)
+
+
+@nox.session
+def numbers(session: nox.Session) -> None:
+    """Measure what the pages show, in twelve minutes on an idle machine, and write it into them."""
+    install(session, "bench")
+    for benchmark, *options in (["restart", "--only", "stalls"], ["scale"], ["peers"]):
+        session.run("python", "-m", f"benchmarks.{benchmark}", "--output", "benchmarks/results", *options)
+    session.run("python", "-m", "benchmarks.report")

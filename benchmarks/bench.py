@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -17,8 +18,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,7 +205,7 @@ def describe_machine() -> str:
     )
 
 
-def publish(name: str, tables: Iterable[Table], figure: Figure | None, options: Options, before: str) -> None:
+def publish(name: str, tables: Sequence[Table], figure: Figure | None, options: Options, before: str) -> None:
     """Print the tables; with an output directory, write them and the plot there."""
     text = "\n".join(str(table) for table in tables)
     text += f"\nMachine: {before} before, {os.getloadavg()[0]:.2f} after.\n"
@@ -211,5 +213,11 @@ def publish(name: str, tables: Iterable[Table], figure: Figure | None, options: 
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / f"{name}.md").write_text(text)
+        kept = {
+            "machine": before,
+            "date": datetime.now(UTC).date().isoformat(),
+            "tables": [dataclasses.asdict(table) for table in tables],
+        }
+        (options.output / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
         if figure is not None:
             figure.savefig(options.output / f"{name}.png", dpi=120)

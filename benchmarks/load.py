@@ -19,9 +19,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NamedTuple, Self
 
-__all__ = ["Address", "Counts", "Failure", "Http", "Kind", "Lines", "Load", "Mix", "percentile"]
+__all__ = ["Address", "Counts", "Failure", "Http", "Kind", "Lines", "Load", "Mix", "Outcome", "percentile"]
 
 HOST = "127.0.0.1"
 
@@ -84,6 +84,22 @@ class Mix:
     limit: int = 100_000
 
 
+class Outcome(NamedTuple):
+    """One request.
+
+    Attributes:
+        begun: when it was made, in seconds of CLOCK_MONOTONIC: of a new connection the moment that it was due.
+        seconds: how long it took to its answer or its failure; of slow ones, what came on top of the time asked for.
+        generation: who answered, if it was answered.
+        failure: how it failed, if it failed.
+    """
+
+    begun: float
+    seconds: float
+    generation: int | None
+    failure: Failure | None
+
+
 @dataclass(slots=True)
 class Counts:
     """What became of the requests of a load.
@@ -95,8 +111,10 @@ class Counts:
         generations: the answers of each generation.
         reconnects: connections that took the place of one that ended in ``bye``.
         silent_closed: connections that the server closed with no request in flight.
-        latencies: of the answers, in seconds, a new connection's from before it connects; of slow ones, what came on
+        latencies: of the answers, in seconds, a new connection's from when it was due; of slow ones, what came on
             top of the time that was asked for.
+        lateness: how much later than due each new connection was begun, in seconds: the load's own delay.
+        outcomes: of each request.
     """
 
     requests: Counter[Kind] = field(default_factory=Counter)
@@ -106,6 +124,8 @@ class Counts:
     reconnects: int = 0
     silent_closed: int = 0
     latencies: list[float] = field(default_factory=list)
+    lateness: list[float] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
 
     def __str__(self) -> str:
         """Tell it in one line."""
@@ -202,12 +222,13 @@ class Load:
             await self.wait_for_end(due - time.monotonic())
             if self.is_over:
                 return
-            clients.create_task(self._visit())
+            clients.create_task(self._visit(due))
 
-    async def _visit(self) -> None:
+    async def _visit(self, due: float) -> None:
         mute = max(0.0, self.random.uniform(-MUTE_SECONDS, MUTE_SECONDS))
         async with Client(self, Kind.NEW) as client:
-            await client.ask("echo", mute=mute)
+            self.counts.lateness.append(time.monotonic() - due)
+            await client.ask("echo", mute=mute, due=due)
 
     async def _hurry(self) -> None:
         while not self.is_over:
@@ -248,28 +269,32 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._close()
 
-    async def ask(self, command: str, *, patience: float = 0.0, mute: float = 0.0) -> None:
+    async def ask(self, command: str, *, patience: float = 0.0, mute: float = 0.0, due: float | None = None) -> None:
         """Make one request, on a new connection where there is none, and count what becomes of it.
 
         Args:
             command: what to ask for; the text to be echoed is added.
             patience: how long the server was asked to take.
             mute: how long to wait between the connection and the first byte.
+            due: when it should have been made; now, if not given. The latency counts from there.
         """
         counts = self._load.counts
         text = f"{self._load.random.getrandbits(32):x}-{next(self._load.texts)}"
         counts.requests[self._kind] += 1
-        begun = time.monotonic()
+        begun = time.monotonic() if due is None else due
         try:
             async with asyncio.timeout(PATIENCE_SECONDS + patience):
                 reader, writer = self._streams or await self._connect()
                 if mute:
                     await asyncio.sleep(mute)
+                if writer.is_closing():
+                    # It was reset while it was mute. asyncio would tell with the answer, and uvloop by no OSError.
+                    raise ConnectionResetError
                 writer.write(self._load.dialect.encode(command, text))
                 await writer.drain()
                 answer = await self._load.dialect.read(reader)
         except OSError as error:
-            await self._fail(_failure_of(error))
+            await self._fail(_failure_of(error), begun)
             return
         elapsed = time.monotonic() - begun - patience - mute
         match answer.decode(errors="replace").split():
@@ -277,12 +302,13 @@ class Client:
                 counts.answers[self._kind] += 1
                 counts.generations[int(generation)] += 1
                 counts.latencies.append(elapsed)
+                counts.outcomes.append(Outcome(begun, elapsed, int(generation), None))
                 if bye:
                     await self._dismiss()
             case [] | ["bye"]:
-                await self._fail(Failure.UNANSWERED)
+                await self._fail(Failure.UNANSWERED, begun)
             case _:
-                await self._fail(Failure.WRONG)
+                await self._fail(Failure.WRONG, begun)
 
     async def rest(self, seconds: float) -> None:
         """Make no request for a while, or until the load is over, and notice if the server closes meanwhile."""
@@ -320,8 +346,9 @@ class Client:
             self._load.counts.reconnects += 1
         return self._streams
 
-    async def _fail(self, failure: Failure) -> None:
+    async def _fail(self, failure: Failure, begun: float) -> None:
         self._load.counts.failures[failure] += 1
+        self._load.counts.outcomes.append(Outcome(begun, time.monotonic() - begun, None, failure))
         await self._close()
         await self._load.wait_for_end(FAILURE_PAUSE_SECONDS)
 

@@ -24,7 +24,7 @@ SUBJECTS = {
         *("copy in one process", "copy to new memory"),
         *("stash, read in place", "stash, copied there", "pipe", "Unix socket"),
     },
-    "peers": {"ecdysis run (uvicorn), ecdysis restart", "uvicorn, stop and start"},
+    "scale": {"1"},
     "tracking": {"streams on asyncio", "protocol on uvloop", "trio on trio"},
     "steady": {"uvicorn (httptools) on uvloop, as installed", "aiohttp on uvloop, like for like"},
     "instructions": {"uvicorn (httptools) on uvloop, like for like"},
@@ -33,7 +33,7 @@ SUBJECTS = {
 TITLES = {
     "restart": ["The accept gap", "From restart() to SERVING", "The old process during a restart"],
     "stash": ["What a stash passes"],
-    "peers": ["A restart, with this and with that"],
+    "scale": ["A restart with many sockets", "A restart with many workers"],
     "tracking": ["What tracking costs in steady state"],
     "steady": ["What `ecdysis run` costs while nothing happens"],
     "instructions": ["Instructions of a request while nothing happens"],
@@ -44,10 +44,12 @@ TITLES = {
 }
 # Of tables with other rows than one for each subject.
 ROWS = {
+    "A restart with many sockets": {"1", "10"},
+    "A restart with many workers": {"1", "2"},
     "How long the loop stands still, ms": {
         *(f"{subject}: {side}" for subject in SUBJECTS["transfer"] for side in ("serving", "old", "new")),
         *("arithmetic, 1 at a time", "arithmetic, 3 at a time"),
-    }
+    },
 }
 
 
