@@ -107,7 +107,8 @@ def hypercorn(running: Running) -> Sequence[str]:
 def granian(running: Running) -> Sequence[str]:
     """Serve by granian."""
     command = [beside_python("granian"), APPLICATION, "--interface=asgi", "--host", HOST, "--port", str(running.port)]
-    return [*command, f"--http1-header-read-timeout={KEEP_SECONDS * 1000}", f"--workers-kill-timeout={DRAIN_SECONDS}"]
+    # It is in milliseconds, and a minute is the most.
+    return [*command, "--http1-header-read-timeout=60000", f"--workers-kill-timeout={DRAIN_SECONDS}"]
 
 
 def configure_circus(running: Running, _: str) -> None:

@@ -22,6 +22,9 @@ from benchmarks.peers.building import PROJECT
 # What a server may take over its start before something is wrong.
 LIMIT_SECONDS = 30.0
 
+# What a command may take.
+COMMAND_SECONDS = 120.0
+
 # prctl(2).
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -135,8 +138,13 @@ class Running:
         return await self._peer.restart(self)
 
     async def run(self, *command: str) -> bool:
-        """Run a command to its end, and return whether it succeeded."""
-        return await asyncio.to_thread(self._start(command).wait) == 0
+        """Run a command to its end, or to the end of patience, and return whether it succeeded."""
+        process = self._start(command)
+        try:
+            return await asyncio.to_thread(process.wait, COMMAND_SECONDS) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return False
 
     async def _wait_until_serving(self, port: int) -> None:
         async with asyncio.timeout(LIMIT_SECONDS):
