@@ -111,6 +111,7 @@ class Counts:
         generations: the answers of each generation.
         reconnects: connections that took the place of one that ended in ``bye``.
         silent_closed: connections that the server closed with no request in flight.
+        goodbyes: answers that said that their connection ends behind them.
         latencies: of the answers, in seconds, a new connection's from when it was due; of slow ones, what came on
             top of the time that was asked for.
         lateness: how much later than due each new connection was begun, in seconds: the load's own delay.
@@ -123,6 +124,7 @@ class Counts:
     generations: Counter[int] = field(default_factory=Counter)
     reconnects: int = 0
     silent_closed: int = 0
+    goodbyes: int = 0
     latencies: list[float] = field(default_factory=list)
     lateness: list[float] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
@@ -304,6 +306,7 @@ class Client:
                 counts.latencies.append(elapsed)
                 counts.outcomes.append(Outcome(begun, elapsed, int(generation), None))
                 if bye:
+                    counts.goodbyes += 1
                     await self._dismiss()
             case [] | ["bye"]:
                 await self._fail(Failure.UNANSWERED, begun)

@@ -91,12 +91,12 @@ class Mark:
     at: float
     failures: Counter[Failure]
     closed: int
-    reconnects: int
+    goodbyes: int
 
     @classmethod
     def now(cls, counts: Counts) -> Mark:
         """Read them."""
-        return cls(time.monotonic(), counts.failures.copy(), counts.silent_closed, counts.reconnects)
+        return cls(time.monotonic(), counts.failures.copy(), counts.silent_closed, counts.goodbyes)
 
 
 def failures_between(before: Mark, after: Mark) -> dict[str, int]:
@@ -160,13 +160,12 @@ class Session:
         first = await answer
         await self._load.wait_for_end(self._extent.quiet)
         after = self._mark()
-        closed = after.closed - before.closed
         restart = Restart(
             said=said,
             first_answer=first,
             failures=failures_between(before, after),
-            closed=closed,
-            dismissed=after.reconnects - before.reconnects - closed,
+            closed=after.closed - before.closed,
+            dismissed=after.goodbyes - before.goodbyes,
             cpu=0.0,
             switches=0,
             pss=0.0,
