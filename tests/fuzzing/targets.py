@@ -325,6 +325,8 @@ def systemd() -> Iterator[Target]:
     """The variables of systemd, and those by which sockets reach a process: none breaks a start, or takes a socket."""
     keys = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", MARKER)
     before = {key: os.environ.pop(key, None) for key in keys}
+    # What is claimed is not inherited any more, and here everything may be.
+    inherited = find_inherited()
 
     def run(data: bytes) -> None:
         reader = Reader(data)
@@ -354,6 +356,20 @@ def systemd() -> Iterator[Target]:
         for key in keys:
             os.environ.pop(key, None)
         os.environ.update({key: value for key, value in before.items() if value is not None})
+        for descriptor in inherited:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(descriptor, True)
+
+
+def find_inherited() -> list[int]:
+    """Return the descriptors of this process that its children would get."""
+    found = []
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        # That of the directory itself is closed by now.
+        with contextlib.suppress(OSError):
+            if os.get_inheritable(descriptor):
+                found.append(descriptor)
+    return found
 
 
 @contextlib.contextmanager
