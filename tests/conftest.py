@@ -172,7 +172,7 @@ def nobody_speaks_from_a_test_before() -> Iterator[None]:
     """Let the lines of a test name no process or restart of the test before, and settings by their own names."""
     yield
     own_log.let_speak(None)
-    wording.speak_of_settings()
+    vars(wording)["_is_by_command"] = False
 
 
 @pytest.fixture(autouse=True)

@@ -141,13 +141,16 @@ class OneAtATimeRunner(RollOutRunner):
             return
         state, turns = self._state, self._roll_out.turns
         has_served = error.phase == Phase.PROBATION
+        # What starts from now on is wanted.
+        called_off, self._roll_out.called_off = self._roll_out.called_off, None
         for turn in turns:
-            turn.slot.activity = SlotActivity.REPLACING
+            turn.state, turn.slot.activity = TurnState.FAILED, SlotActivity.REPLACING
         try:
             await self._end(list(state.pool))
             state.former_release = self._former
             failure = await self._fill_all(state.generation)
         finally:
+            self._roll_out.called_off = called_off
             for turn in turns:
                 turn.slot.activity = SlotActivity.NONE
         if failure is None:

@@ -55,6 +55,11 @@ def make_roll_out(generation: int, asked_by: str, *, is_told: bool, before: Roll
 
 def call_off(roll_out: RollOut, state: AnchorState) -> None:
     """Undo a roll-out in which no new worker was told to accept yet; later it goes on."""
+    if state.config.one_at_a_time and _let_leave_all(roll_out) and not state.fillings:
+        # No new worker is there yet: the former release is started anew once its workers have left.
+        roll_out.called_off = RestartError("the restart was called off")
+        state.changes.announce()
+        return
     current = roll_out.current
     is_early = all(turn.state is TurnState.PENDING for turn in roll_out.turns if turn is not current)
     if roll_out.is_over or not is_early or (current is not None and current.is_committed):
@@ -70,6 +75,11 @@ def call_off(roll_out: RollOut, state: AnchorState) -> None:
     elif current is not None and current.old is not None:
         _revert(current.old, roll_out.called_off)
     state.changes.announce()
+
+
+def _let_leave_all(roll_out: RollOut) -> bool:
+    """Say whether all workers of the former release were told to leave, and none has a follower."""
+    return not roll_out.is_over and all(turn.state is TurnState.UNDER_WAY for turn in roll_out.turns)
 
 
 def end_probation(roll_out: RollOut, changes: Changes) -> None:

@@ -104,12 +104,12 @@ class Arriving:
     async def _open(self, describe: Callable[[], str]) -> None:
         """Accept, as a generation that follows nobody."""
         life, registry, log = self._life, self._life.plane.registry, self._life.generation.log
-        # Whoever has an answer may look for the pid file.
-        await life.management.publish()
         async with life.generation.gate_lock:
             # A socket listens also where the task that will accept has not had its turn yet, which on trio is a matter
             # of chance: who hears "ready" connects at once, and was refused.
             registry.start_listening()
+            # Whoever finds the pid file may connect, and whoever has an answer may look for the file.
+            await life.management.publish()
             # A stop at this moment, which cancels the body, does not cut this short: the drain begins where it ends.
             with anyio.CancelScope(shield=True):
                 await life.plane.gate.open()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["is_by_command", "name_setting", "speak_of_options", "speak_of_settings"]
+__all__ = ["is_by_command", "name_setting", "speak_of_options"]
 
 _is_by_command = False
 
@@ -11,12 +11,6 @@ def speak_of_options() -> None:
     """Take note that this process is one of `ecdysis run`, whose user knows options."""
     global _is_by_command
     _is_by_command = True
-
-
-def speak_of_settings() -> None:
-    """Take that back: whoever runs the next service in this process calls `Ecdysis`."""
-    global _is_by_command
-    _is_by_command = False
 
 
 def is_by_command() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import AsyncIterator, Iterator
 
@@ -12,7 +13,7 @@ import pytest
 from ecdysis_async import RestartError, RolledBack, SuccessorFailed
 from ecdysis_async._anchor.one_at_a_time import OneAtATimeRunner, replace_after_end
 from ecdysis_async._anchor.pool import Slot
-from ecdysis_async._anchor.rollout import end_probation, make_roll_out
+from ecdysis_async._anchor.rollout import call_off, end_probation, make_roll_out
 from ecdysis_async._anchor.state import Filled, RollOutStage, TurnState, wait_until
 from ecdysis_async._ipc.worker_link import FromAnchor
 from ecdysis_async._system.launch import Launch
@@ -113,6 +114,22 @@ async def test_where_the_new_release_does_not_start_the_former_one_does(here: St
     assert [turn.state for turn in play.roll_out.turns] == [TurnState.REVERTED] * 2
     # A worker that crashes is followed by the same.
     assert here.state.former_release == FORMER
+
+
+async def test_one_that_is_called_off_while_the_old_ones_drain_lets_them_start_again(here: Stage) -> None:
+    here.state.config = dataclasses.replace(here.state.config, one_at_a_time=True)
+    play = Play(here)
+    async with playing(play):
+        former = play.puppets[:]
+        for puppet in former:
+            assert (await puppet.hear()).type == FromAnchor.STOP
+        call_off(play.roll_out, here.state)
+        for puppet in former:
+            here.kill(puppet)
+        await play.until(RollOutStage.OVER)
+    assert play.launches == [(1, FORMER), (1, FORMER)]
+    assert play.roll_out.called_off is not None
+    assert "the restart was called off; the former release was started again" in str(play.roll_out.error)
 
 
 async def test_where_a_new_worker_dies_on_probation_all_of_them_go(here: Stage) -> None:

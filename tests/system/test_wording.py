@@ -9,5 +9,3 @@ def test_options_for_users_of_the_command_and_settings_for_others() -> None:
     assert wording.name_setting("ready_timeout") == "ready_timeout"
     wording.speak_of_options()
     assert wording.name_setting("ready_timeout") == "--ready-timeout"
-    wording.speak_of_settings()
-    assert wording.name_setting("ready_timeout") == "ready_timeout"
