@@ -101,7 +101,8 @@ def test_what_is_no_draft_of_a_dead_process_stays(path: Path) -> None:
     for name in others:
         path.with_name(name).touch()
     PidFile(path).remove()
-    assert list_names(path) == sorted(others)
+    # The parent of these tests may be process 1 itself.
+    assert list_names(path) == sorted({*others})
 
 
 def test_successors_that_tidy_up_at_once_do_not_fail(path: Path) -> None:
