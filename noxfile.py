@@ -94,6 +94,15 @@ def mutations(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Make a service fail at every point in every way, and print what came of it; with ``model`` first, the model."""
+    install(session, "test")
+    is_model = session.posargs[:1] == ["model"]
+    module = "tests.faults.model" if is_model else "tests.faults"
+    session.run("python", "-m", module, *session.posargs[is_model:])
+
+
+@nox.session
 def models(session: nox.Session) -> None:
     """Prove the claims of the model in Promela for two slots, which takes spin, a compiler and some minutes."""
     session.install("--editable", ".")

@@ -49,15 +49,27 @@ class Backlogs:
         self._is_shared = is_shared
         self._kinds = kinds
 
-    async def answer(self) -> None:
-        """Answer everyone who waits, because no generation comes after this one."""
-        acceptors = [each for each in self._gate.acceptors if each.entry.until in self._kinds and each.entry.has_queue]
-        for acceptor in acceptors:
-            self._refuse_newcomers(acceptor.entry)
+    async def answer(self, *, is_final: bool = True) -> None:
+        """Answer everyone who waits, because no generation comes after this one.
+
+        Args:
+            is_final: nobody accepts from these sockets any more. Else they go on listening, for who may have to.
+        """
+        acceptors = self._find_acceptors()
+        if is_final:
+            self.refuse()
         await self.empty(acceptors)
-        if not self._is_shared:
+        if is_final and not self._is_shared:
             for acceptor in acceptors:
                 acceptor.entry.stop_listening()
+
+    def refuse(self) -> None:
+        """Let nobody queue any more; another generation answers those who do."""
+        for acceptor in self._find_acceptors():
+            self._refuse_newcomers(acceptor.entry)
+
+    def _find_acceptors(self) -> list[Acceptor]:
+        return [each for each in self._gate.acceptors if each.entry.until in self._kinds and each.entry.has_queue]
 
     async def finish(self, unclaimed: Iterable[Entry]) -> None:
         """Answer everyone who waits on what the successor did not claim, and close it: nobody else can.

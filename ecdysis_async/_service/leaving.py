@@ -217,8 +217,13 @@ class Leaving:
                 await self._backlogs.finish(
                     life.handover.unclaimed if life.handover is not None and not life.is_superseded else ()
                 )
+                if life.handover is not None and life.handover.state is PredecessorState.STOPPED:
+                    # Its successor has stopped, and has left this to it: see below.
+                    self._backlogs.refuse()
             else:
-                await self._backlogs.answer()
+                # A predecessor that has ended this process for a failure accepts again from these sockets. One that is
+                # stopped as well refuses newcomers itself.
+                await self._backlogs.answer(is_final=not self._may_be_undone())
             is_final = life.has_successor or life.management.is_orphaned
             await gate.end(spare=lambda entry: entry.until is Until.EXIT and not is_final)
         if life.management.is_orphaned:
@@ -245,6 +250,13 @@ class Leaving:
         # A successor that has stopped by itself during its probation answers for as long as it lives. One that was
         # called back accepts no more.
         return handover is None or handover.state is PredecessorState.ROLLED_BACK or handover.successor_is_dead
+
+    def _may_be_undone(self) -> bool:
+        """Say whether the predecessor may accept again, once this process is dead."""
+        inheritance = self._life.inheritance
+        if inheritance is None or not inheritance.may_be_undone or inheritance.predecessor is None:
+            return False
+        return not inheritance.predecessor.peer.is_dead()
 
     async def drain(self) -> None:
         """Wait for the connections, or pass them on, until the deadline; then cut those that are left."""

@@ -60,6 +60,8 @@ STOPPED = [
 ]
 
 
+# On uvloop tests/faults shows it, message by message.
+@pytest.mark.backends("asyncio", "trio")
 @pytest.mark.parametrize("failures", [KILLED, STOPPED], ids=["killed", "stopped"])
 def test_a_lost_successor_costs_the_restart_only(
     backend: str, failures: list[tuple[str, str, str, set[tuple[str, str]]]], run_service: Run
@@ -109,6 +111,7 @@ PROMOTIONS = [
 ]
 
 
+@pytest.mark.backends("asyncio", "trio")
 def test_a_dead_predecessor_costs_nothing(backend: str, run_service: Run) -> None:
     service = run_service(backend, **SETTINGS)
     newest = service.pids[0]
