@@ -566,6 +566,42 @@ async def test_a_drain_does_not_ask_all_connections_in_one_turn_of_the_loop() ->
     assert max(after - before for before, after in itertools.pairwise(seen)) <= len(connections) / 2
 
 
+async def test_a_drain_does_not_list_all_connections_in_one_turn_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "LISTED_PER_TURN", 100)
+    looked_at = 0
+
+    class Counting(tuple[Until, ...]):
+        __slots__ = ()
+
+        def __contains__(self, kind: object) -> bool:
+            nonlocal looked_at
+            looked_at += 1
+            return super().__contains__(kind)
+
+    tracker = Tracker()
+    connections = [Connection() for _ in range(1000)]
+    for connection in connections:
+        tracker.open(connection)
+    seen = [0]
+
+    async def watch() -> None:
+        while seen[-1] < len(connections):
+            await turn(1)
+            seen.append(looked_at)
+        # This one lists itself.
+        connections.append(Connection())
+        tracker.open(connections[-1])
+        for connection in connections:
+            tracker.close(connection)
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(watch)
+            await tracker.drain(60, kinds=Counting(Until))
+    assert max(after - before for before, after in itertools.pairwise(seen)) <= len(connections) / 2
+    assert tracker.count == DrainCount(drained=1001)
+
+
 async def test_the_drain_of_many_does_not_begin_in_one_turn_of_the_loop() -> None:
     tracker = Tracker()
     connections = [Connection() for _ in range(2000)]
