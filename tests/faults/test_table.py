@@ -31,7 +31,6 @@ PLAIN = [
 ANCHORED = [
     ("restart of a worker", "anchor", "line 'spawned' sent", "slow", "settled"),
     ("restart of a worker", "successor", "handoff 'serving' sent", "SIGKILL", "ROLLED_BACK"),
-    ("anchor's upgrade", "anchor", "_anchor.reexec:execute os.execve", "ENOMEM", "FAILED"),
     ("anchor's upgrade", "anchor", "_anchor.reexec:seal os.memfd_create", "ENOMEM", "FAILED"),
 ]
 
