@@ -15,7 +15,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from weakref import WeakSet
 
@@ -122,7 +122,8 @@ class Application:
         if self._under_way is not None and scope["type"] == "http" and scope["http_version"] != "2":
             self._find_own_request(self._under_way)
         connection = current_connection.get()
-        with self._in_progress(scope):
+        request = self._take_note(scope, connection)
+        try:
             if scope["type"] == "websocket":
                 # Where this implementation of WebSockets cannot move, an offer has no effect.
                 state.setdefault(TRANSFER, Transfer())
@@ -130,6 +131,9 @@ class Application:
                 await _WebSocket(self._goodbye, receive, send, follow).run(self._app, scope)
             else:
                 await self._respond(scope, receive, send)
+        finally:
+            if connection is not None and request is not None:
+                self._finish(connection, request)
 
     def _follow_frames(self, connection: object, http_version: str) -> Callable[[], bool]:
         """Begin to follow the frames of a WebSocket; return what says whether its client is in a message."""
@@ -191,15 +195,22 @@ class Application:
                 return
             raise
 
-    async def _respond(self, scope: Message, receive: Receive, send: Send) -> None:
-        async def send_through(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._draining.is_set() and await self._is_last():
-                message = {**message, "headers": _with_goodbye(message.get("headers", ()))}
-            await send(message)
+    def _respond(self, scope: Message, receive: Receive, send: Send) -> Awaitable[None]:
+        # Plain functions, as `__call__` is: a request sends several messages.
+        def send_through(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start" and self._draining.is_set():
+                return self._begin_response(message, send)
+            return send(message)
 
         # HTTP/2 and 3 have no such header (RFC 9113, 8.2.2).
         is_http_1 = scope["http_version"].startswith("1")
-        await self._app(scope, receive, send_through if is_http_1 else send)
+        return self._app(scope, receive, send_through if is_http_1 else send)
+
+    async def _begin_response(self, message: Message, send: Send) -> None:
+        """Send the beginning of a response while this generation leaves, with the goodbye if it is the last one."""
+        if await self._is_last():
+            message = {**message, "headers": _with_goodbye(message.get("headers", ()))}
+        await send(message)
 
     async def _is_last(self) -> bool:
         """Say whether the running request is the last one that its connection gets an answer to.
@@ -248,21 +259,18 @@ class Application:
         """Say whether a connection has a request at this moment."""
         return connection in self._requests
 
-    @contextlib.contextmanager
-    def _in_progress(self, scope: Message) -> Iterator[None]:
-        """Let the drain know that this connection is busy, with what, and which task to cancel at the deadline."""
-        connection = current_connection.get()
+    def _take_note(self, scope: Message, connection: Connection | None) -> _Request | None:
+        """Let the drain know that this connection is busy, with what, and which task to cancel at the deadline.
+
+        Return the request, for ``_finish``; None where the drain does not wait for it by its connection.
+        """
         # On trio, a deadline cancels the connection's own scope, and its requests with it.
         task = asyncio.current_task() if isinstance(connection, ServerConnection) else None
         if connection is None or (task is None and not isinstance(connection, AcceptedConnection)):
-            yield
-            return
+            return None
         request = _Request(scope, task)
         self._begin(connection, request)
-        try:
-            yield
-        finally:
-            self._finish(connection, request)
+        return request
 
     def _begin(self, connection: Connection, request: _Request) -> None:
         self._requests.setdefault(connection, {})[request] = None
