@@ -5,7 +5,7 @@ Whether that is so, ``leaving.py`` knows; it also holds the gate meanwhile (``Ge
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import anyio
 
@@ -57,14 +57,30 @@ class Backlogs:
         """
         acceptors = self._find_acceptors()
         if is_final:
-            self.refuse()
+            self._refuse()
         await self.empty(acceptors)
         if is_final and not self._is_shared:
             for acceptor in acceptors:
                 acceptor.entry.stop_listening()
 
-    def refuse(self) -> None:
-        """Let nobody queue any more; another generation answers those who do."""
+    async def answer_rest(self, successor_is_dead: Callable[[], bool]) -> None:
+        """Let nobody queue any more, and answer those whom a successor that has stopped leaves there.
+
+        That successor answers as well, and then looks no more. While it may, this generation does not accept (G2).
+        """
+        self._refuse()
+        if self._is_shared:
+            return
+        acceptors = self._find_acceptors()
+        # The successor has the same limit, and began before.
+        with anyio.move_on_after(self._limit):
+            while not successor_is_dead() and not self._plane.tracker.is_hurried:
+                if not any(each.entry.is_waited_for() for each in acceptors):
+                    return
+                await anyio.sleep(FLUSH_POLL_SECONDS)
+        await self.empty(acceptors)
+
+    def _refuse(self) -> None:
         for acceptor in self._find_acceptors():
             self._refuse_newcomers(acceptor.entry)
 

@@ -208,18 +208,19 @@ class Leaving:
 
     async def stop_accepting(self) -> None:
         """Accept no more, for good; what waits in a queue that nobody goes on with is answered first."""
-        life, gate = self._life, self._life.plane.gate
-        if life.handover is not None and life.handover.state is PredecessorState.STOPPING:
+        life, gate, handover = self._life, self._life.plane.gate, self._life.handover
+        if handover is not None and handover.state is PredecessorState.STOPPING:
             # The successor is being ended; where the commit had failed, it may accept until it is dead.
-            await life.handover.over.wait()
+            await handover.over.wait()
         async with life.generation.gate_lock:
             if life.has_successor or not self._is_last():
                 await self._backlogs.finish(
-                    life.handover.unclaimed if life.handover is not None and not life.is_superseded else ()
+                    handover.unclaimed if handover is not None and not life.is_superseded else ()
                 )
-                if life.handover is not None and life.handover.state is PredecessorState.STOPPED:
-                    # Its successor has stopped, and has left this to it: see below.
-                    self._backlogs.refuse()
+                if handover is not None and handover.state is PredecessorState.STOPPED:
+                    # Its successor has stopped, and has left this to it: see below. Who has come after the successor's
+                    # last look would be reset at the end of this process.
+                    await self._backlogs.answer_rest(lambda: handover.successor_is_dead)
             else:
                 # A predecessor that has ended this process for a failure accepts again from these sockets. One that is
                 # stopped as well refuses newcomers itself.
