@@ -123,10 +123,17 @@ def receive_with_descriptors(sock: socket.socket, size: int, limit: int = MAX_PE
     messages.
 
     Raises:
+        BlockingIOError: nothing is there; or the kernel has no memory now, and what is there can be had later.
         OSError: nothing was received.
     """
     room = socket.CMSG_SPACE(limit * array.array("i").itemsize)
-    data, ancillary, flags, _ = sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    except OSError as error:
+        # recvmsg(2): ENOMEM. Nothing was taken off the queue.
+        if error.errno in (errno.ENOMEM, errno.ENOBUFS):
+            raise BlockingIOError(errno.EAGAIN, "the kernel has no memory to receive now") from error
+        raise
     descriptors = array.array("i")
     for level, kind, rights in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import resource
@@ -317,6 +318,30 @@ async def test_senders_do_not_mix_their_frames() -> None:
                 tasks.start_soon(here.send, "progress", {"number": number, "text": "x" * 300_000})
             seen = [(await there.receive()).body["number"] for _ in range(10)]
         assert sorted(seen) == list(range(10))
+
+
+class Starved(socket.socket):
+    """A socket for which the kernel has no memory, twice: that cannot be had really."""
+
+    times = 2
+
+    def recvmsg(self, *arguments: Any) -> Any:
+        if self.times:
+            self.times -= 1
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return super().recvmsg(*arguments)
+
+
+async def test_a_kernel_without_memory_costs_no_frame() -> None:
+    ours, theirs = socket.socketpair()
+    starved = Starved(fileno=theirs.detach())
+    near, far = Channel(ours), Channel(starved)
+    with contextlib.closing(near), contextlib.closing(far):
+        await near.send("ready", {"number": 1}, [0])
+        with anyio.fail_after(60):
+            frame = await far.receive()
+        assert (frame.body, len(frame.descriptors), starved.times) == ({"number": 1}, 1, 0)
+        frame.close()
 
 
 async def test_receive_nowait_returns_what_is_there() -> None:
