@@ -93,7 +93,8 @@ class ImportTimes:
             find = getattr(finder, "find_spec", None)
             spec: importlib.machinery.ModuleSpec | None = find(name, path, target) if find is not None else None
             if spec is not None:
-                if type(spec.loader) in _LOADERS:
+                # A loader whose method somebody else has replaced, as tools that watch imports do, is left to them.
+                if type(spec.loader) in _LOADERS and "exec_module" not in vars(spec.loader):
                     self._measure(name, spec.loader)
                 return spec
         return None

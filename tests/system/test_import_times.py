@@ -48,3 +48,27 @@ def test_after_its_end_nothing_is_measured(tmp_path: Path) -> None:
     (tmp_path / "outer.py").write_text("import time; time.sleep(0.02)\n")
     ended = run(tmp_path, "import_times.end(); import_times.end(); import outer; print(import_times.take())")
     assert (ended.stdout, ended.stderr) == ("[]\n", "")
+
+
+def test_a_loader_that_somebody_else_watches_is_left_to_them(tmp_path: Path) -> None:
+    (tmp_path / "outer.py").write_text("import time; time.sleep(0.02)\n")
+    body = """
+        import importlib.machinery
+
+        class Watching:
+            def find_spec(self, name, path, target=None):
+                spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+                if spec is not None and name == "outer":
+                    execute = spec.loader.exec_module
+                    def exec_module(module):
+                        print("watched")
+                        execute(module)
+                    spec.loader.exec_module = exec_module
+                return spec
+
+        sys.meta_path.insert(1, Watching())
+        import outer
+        print(import_times.take())
+    """
+    ended = run(tmp_path, body)
+    assert (ended.stdout, ended.stderr) == ("watched\n[]\n", "")
