@@ -103,7 +103,7 @@ def test_a_stop_after_the_commit_leaves_the_queue_to_the_successor(loop: str, wh
 
 @pytest.mark.backends("asyncio", "uvloop", "trio")
 def test_who_queues_behind_a_successor_that_has_stopped_is_answered(backend: str, run_service: Run) -> None:
-    service = run_service(backend, ecdysis={"probation": 60})
+    service = run_service(backend, ecdysis={"probation": 60, "drain_timeout": 60})
     first = service.pids[0]
     with contextlib.ExitStack() as stack:
         control = stack.enter_context(service.begin("hello"))

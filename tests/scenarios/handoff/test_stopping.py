@@ -212,7 +212,8 @@ def test_signals_restart(backend: str, run_service: Run) -> None:
 
 @every_loop
 def test_a_restart_while_draining(backend: str, run_service: Run) -> None:
-    service = run_service(backend)
+    # The first one has to drain for as long as two others take to start.
+    service = run_service(backend, ecdysis={"drain_timeout": 600})
     with Conversation(service.address) as old:
         assert old.say("hello").answer()["generation"] == 1
         service.restart("settled")
