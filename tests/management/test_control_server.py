@@ -101,6 +101,7 @@ async def test_status(tmp_path: Path) -> None:
             "generation": 1,
             "pid": os.getpid(),
             "state": "serving",
+            "stopping": None,
             # Whoever asks is none.
             "connections": 0,
             "jobs": 0,

@@ -11,9 +11,10 @@ from ecdysis_async._proving.processes import find_acceptors, find_family, measur
 
 
 def test_descendants_are_found_and_measured() -> None:
-    child = "import sys; sys.stdin.read()"
+    # It tells its pid itself: before it runs Python, it has next to no memory.
+    child = "import os, sys; print(os.getpid(), flush=True); sys.stdin.read()"
     start = f"subprocess.Popen([sys.executable, '-c', {child!r}])"
-    program = f"import subprocess, sys; child = {start}; print(child.pid, flush=True); sys.stdin.read(); child.wait()"
+    program = f"import subprocess, sys; child = {start}; sys.stdin.read(); child.wait()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         grandchild = int(process.stdout.readline())
