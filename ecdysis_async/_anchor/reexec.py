@@ -25,7 +25,6 @@ from ecdysis_async._system.launch import Launch
 from ecdysis_async._system.stderr import PREFIX
 from ecdysis_async.errors import RestartError
 
-from . import bootstrap
 from .config import AnchorConfig
 from .state import AnchorState
 
@@ -39,7 +38,6 @@ __all__ = [
     "claim",
     "execute",
     "find_control_path",
-    "find_modules",
     "find_options",
     "is_next_code",
     "repeat_signals",
@@ -155,7 +153,7 @@ def tell_options(options: str, control_path: str | None) -> None:
         options: what :func:`find_options` returns in the process that goes on.
         control_path: where commands will reach the service.
     """
-    told = json.dumps({"options": options, "control": control_path, "modules": bootstrap.describe_modules()})
+    told = json.dumps({"options": options, "control": control_path})
     sys.stdout.write(f"\n{OPTIONS_PREFIX}{told}\n")
     sys.stdout.flush()
 
@@ -164,12 +162,6 @@ def find_control_path(tried: str | None) -> str | None:
     """Return where commands will reach the new code, by what its check has told; None where it has not said."""
     found = _read_tried(tried).get("control")
     return found if isinstance(found, str) else None
-
-
-def find_modules(tried: str | None) -> list[str]:
-    """Return the modules that the new code needs, by what its check has told; none where it has not said."""
-    found = _read_tried(tried).get("modules")
-    return [str(each) for each in found] if isinstance(found, list) else []
 
 
 def find_options() -> str | None:
@@ -292,34 +284,18 @@ def try_state(config: AnchorConfig, state: Mapping[str, Any]) -> None:
             raise ValueError("sockets and descriptors do not match")
 
 
-def execute(launch: Launch, memory: int, descriptors: Sequence[int], modules: Sequence[str] = ()) -> None:
+def execute(launch: Launch, memory: int, descriptors: Sequence[int]) -> None:
     """Become the new code; does not return. Call it within :func:`blocked_signals`.
 
     Args:
         launch: what to run.
         memory: the state.
         descriptors: what has to survive.
-        modules: what the new code needs, and may be away for a moment; none where that is not known.
 
     Raises:
         UpgradeFailed: the new code could not be executed, and everything is as it was.
     """
     kept = [memory, *descriptors]
-    try:
-        prepared = bootstrap.prepare(launch, modules, kept)
-    except OSError as error:
-        raise UpgradeFailed(f"{launch.arguments[0]} could not be executed: {error}", phase="exec") from error
-    if prepared is None:
-        _execute(launch, memory, kept)
-        return
-    bootstrapped, text = prepared
-    try:
-        _execute(bootstrapped, memory, [*kept, text])
-    finally:
-        os.close(text)
-
-
-def _execute(launch: Launch, memory: int, kept: Sequence[int]) -> None:
     former = _working_directory()
     try:
         for descriptor in kept:

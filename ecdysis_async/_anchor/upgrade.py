@@ -153,7 +153,7 @@ class Upgrade:
                             body, descriptors = self._describe()
                             memory = reexec.seal({**body, reexec.OPTIONS_KEY: options})
                             try:
-                                reexec.execute(launch, memory, descriptors, reexec.find_modules(options))
+                                reexec.execute(launch, memory, descriptors)
                             finally:
                                 os.close(memory)
                         except (OSError, reexec.UpgradeFailed) as failure:

@@ -267,8 +267,7 @@ def read_first_lines(path: str) -> tuple[bytes, bytes]:
 
 # At import, since the application may change all of it later.
 _GIVEN = _read_given_environment()
-# An anchor that was executed anew is run by its bootstrap, which says what it stands for.
-_EXECUTED = getattr(sys.modules.get("__main__"), "ECDYSIS_EXECUTED", "") or _read_executed_file()
+_EXECUTED = _read_executed_file()
 _ITSELF = _find_self_executing_file(_GIVEN)
 _START_DIRECTORY, _PHYSICAL_DIRECTORY = _find_start_directory(_GIVEN, _EXECUTED, _ITSELF)
 _LINK = _find_link(_START_DIRECTORY, _PHYSICAL_DIRECTORY)

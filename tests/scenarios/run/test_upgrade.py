@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.scenarios.run.commands import PATIENCE_SECONDS, PROJECT, Running, call, get, running, wait_until, write_app
@@ -26,17 +23,6 @@ import os, shutil
 if "ECDYSIS_ANCHOR" in os.environ:
     os.unlink("config.toml")
     shutil.rmtree("new", ignore_errors=True)
-"""
-
-# The same: the package is replaced by half of another one, once.
-REPLACED = """
-import os
-site = os.path.dirname(__file__)
-if "ECDYSIS_ANCHOR" in os.environ and not os.path.exists(site + "/half") and not os.path.exists(site + "/away"):
-    os.rename(site + "/ecdysis_async", site + "/away")
-    os.mkdir(site + "/ecdysis_async")
-    with open(site + "/ecdysis_async/__init__.py", "w") as file:
-        file.write("raise ImportError('half of it')")
 """
 LOGGING = """
 {"version": 1, "disable_existing_loggers": false, "root": {"handlers": ["all"], "level": "INFO"},
@@ -160,34 +146,6 @@ def test_what_breaks_between_the_check_and_the_exec_ends_nothing(tmp_path: Path)
         wait_until(lambda: not (tmp_path / "control").exists(), "the former control socket stays")
         assert not (tmp_path / "health").exists()
         assert (new / "pid").read_text(encoding="ascii").strip() == str(run.process.pid)
-        assert get(port) == (200, "one")
-
-
-def test_a_package_that_is_replaced_at_the_exec_is_waited_for(tmp_path: Path) -> None:
-    """Its files are away for a moment, as under `pip install`: without them the process, and the service, would end."""
-    write_app(tmp_path / "main.py", "one")
-    site = tmp_path / "site"
-    shutil.copytree(PROJECT / "ecdysis_async", site / "ecdysis_async", ignore=shutil.ignore_patterns("__pycache__"))
-    (site / "sitecustomize.py").write_text(REPLACED, encoding="utf-8")
-    with running(tmp_path, "--bind", "127.0.0.1:0", "--probation", "0.2", PYTHONPATH=str(site)) as run:
-        port = run.find_port()
-        with ThreadPoolExecutor(1) as pool:
-            command = pool.submit(call, "restart", "--anchor", "--control", run.control, cwd=tmp_path)
-            run.wait_for("new code cannot be imported, which is tried for 10 seconds: ImportError")
-            assert get(port) == (200, "one")
-            # As a package manager leaves it: all at once is there.
-            (site / "ecdysis_async").rename(site / "half")
-            (site / "away").rename(site / "ecdysis_async")
-            done = command.result()
-        assert (done.returncode, done.stderr) == (0, ""), done
-        run.wait_for("new code is there by now")
-        assert run.status()["anchor"]["upgrades"] == 1
-        # What a restart runs is the program, and not what has waited for it.
-        assert call("restart", "--control", run.control, cwd=tmp_path).returncode == 0
-        worker = psutil.Process(run.status()["workers"][-1]["pid"])
-        assert "-c" not in worker.cmdline()
-        assert call("restart", "--anchor", "--control", run.control, cwd=tmp_path).returncode == 0
-        assert run.status()["anchor"]["upgrades"] == 2
         assert get(port) == (200, "one")
 
 
