@@ -521,7 +521,10 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             case PredecessorAction.SEND_RECALL:
                 await self._send(FromPredecessor.RECALL)
             case PredecessorAction.END_SUCCESSOR:
-                self._tasks.start_soon(functools.partial(self._running.end, leaves_by_itself=self._has_failed))
+                # A worker's sockets are held by its anchor as well, and it shuts none.
+                at_once = self.state is PredecessorState.REVERTING and self._spawner is None
+                end = functools.partial(self._running.end, leaves_by_itself=self._has_failed, at_once=at_once)
+                self._tasks.start_soon(end)
 
     # How it is done
 

@@ -80,8 +80,6 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         farewells: what has come of frames about the predecessor's drain already; for the lineage.
         reason: why it was aborted.
         summary: the same in one line.
-        may_be_undone: whether this generation was stopped while its predecessor could still accept again. Whether that
-            takes it for a stop of the service, or has ended this process for a failure, cannot be known here.
     """
 
     timed_out = SuccessorEvent.TIMED_OUT
@@ -104,7 +102,6 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
         self.restart_id = ""
         self.reason = self.summary = ""
         self.is_usage = False
-        self.may_be_undone = False
         # What the predecessor has said of its drain before this side knew that it had settled.
         self.farewells: list[Frame | DescriptorsLost] = []
         self._plane = plane
@@ -302,8 +299,6 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             self._restore_stderr()
             self._hear_last_word()
             log.warning("the predecessor (pid %d) died; this generation goes on without it", self.predecessor.pid)
-        if self.state is SuccessorState.STOPPED:
-            self.may_be_undone = event is SuccessorEvent.STOP_HERE and before is not SuccessorState.OPENING_ORPHANED
         if self.state is SuccessorState.ABORTED:
             if isinstance(cause, BaseException):
                 # The predecessor has read the traceback on stderr, if there is one worth it.

@@ -147,17 +147,21 @@ class SuccessorProcess:
         closed = int(COUNTERS.unpack(counts[: COUNTERS.size])[1])
         return (int(ALL_COUNTERS.unpack(counts)[2]) if len(counts) == ALL_COUNTERS.size else 0), closed
 
-    async def end(self, *, leaves_by_itself: bool) -> None:
+    async def end(self, *, leaves_by_itself: bool, at_once: bool = False) -> None:
         """End it: by SIGTERM, and after a grace by SIGKILL.
 
         Args:
             leaves_by_itself: it has said that it fails: a signal would cut its own way of cleaning up short.
+            at_once: it is killed. What may accept takes SIGTERM for a stop of the service, and shuts the listening
+                sockets, which are the very ones that its predecessor is to accept from.
 
         Cancellation kills the child at once.
         """
         if leaves_by_itself:
             with anyio.move_on_after(END_GRACE_SECONDS):
                 await self.peer.died.wait()
+        if at_once:
+            self.peer.send_signal(signal.SIGKILL)
         await self.process.end(END_GRACE_SECONDS)
         # Where a wrapper was spawned, the one that speaks is its child, and has to be ended too.
         for number in (signal.SIGTERM, signal.SIGKILL):

@@ -5,7 +5,7 @@ Whether that is so, ``leaving.py`` knows; it also holds the gate meanwhile (``Ge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 import anyio
 
@@ -49,43 +49,15 @@ class Backlogs:
         self._is_shared = is_shared
         self._kinds = kinds
 
-    async def answer(self, *, is_final: bool = True) -> None:
-        """Answer everyone who waits, because no generation comes after this one.
-
-        Args:
-            is_final: nobody accepts from these sockets any more. Else they go on listening, for who may have to.
-        """
-        acceptors = self._find_acceptors()
-        if is_final:
-            self._refuse()
+    async def answer(self) -> None:
+        """Answer everyone who waits, because no generation comes after this one."""
+        acceptors = [each for each in self._gate.acceptors if each.entry.until in self._kinds and each.entry.has_queue]
+        for acceptor in acceptors:
+            self._refuse_newcomers(acceptor.entry)
         await self.empty(acceptors)
-        if is_final and not self._is_shared:
+        if not self._is_shared:
             for acceptor in acceptors:
                 acceptor.entry.stop_listening()
-
-    async def answer_rest(self, successor_is_dead: Callable[[], bool]) -> None:
-        """Let nobody queue any more, and answer those whom a successor that has stopped leaves there.
-
-        That successor answers as well, and then looks no more. While it may, this generation does not accept (G2).
-        """
-        self._refuse()
-        if self._is_shared:
-            return
-        acceptors = self._find_acceptors()
-        # The successor has the same limit, and began before.
-        with anyio.move_on_after(self._limit):
-            while not successor_is_dead() and not self._plane.tracker.is_hurried:
-                if not any(each.entry.is_waited_for() for each in acceptors):
-                    return
-                await anyio.sleep(FLUSH_POLL_SECONDS)
-        await self.empty(acceptors)
-
-    def _refuse(self) -> None:
-        for acceptor in self._find_acceptors():
-            self._refuse_newcomers(acceptor.entry)
-
-    def _find_acceptors(self) -> list[Acceptor]:
-        return [each for each in self._gate.acceptors if each.entry.until in self._kinds and each.entry.has_queue]
 
     async def finish(self, unclaimed: Iterable[Entry]) -> None:
         """Answer everyone who waits on what the successor did not claim, and close it: nobody else can.

@@ -208,23 +208,17 @@ class Leaving:
 
     async def stop_accepting(self) -> None:
         """Accept no more, for good; what waits in a queue that nobody goes on with is answered first."""
-        life, gate, handover = self._life, self._life.plane.gate, self._life.handover
-        if handover is not None and handover.state is PredecessorState.STOPPING:
+        life, gate = self._life, self._life.plane.gate
+        if life.handover is not None and life.handover.state is PredecessorState.STOPPING:
             # The successor is being ended; where the commit had failed, it may accept until it is dead.
-            await handover.over.wait()
+            await life.handover.over.wait()
         async with life.generation.gate_lock:
             if life.has_successor or not self._is_last():
                 await self._backlogs.finish(
-                    handover.unclaimed if handover is not None and not life.is_superseded else ()
+                    life.handover.unclaimed if life.handover is not None and not life.is_superseded else ()
                 )
-                if handover is not None and handover.state is PredecessorState.STOPPED:
-                    # Its successor has stopped, and has left this to it: see below. Who has come after the successor's
-                    # last look would be reset at the end of this process.
-                    await self._backlogs.answer_rest(lambda: handover.successor_is_dead)
             else:
-                # A predecessor that has ended this process for a failure accepts again from these sockets. One that is
-                # stopped as well refuses newcomers itself.
-                await self._backlogs.answer(is_final=not self._may_be_undone())
+                await self._backlogs.answer()
             is_final = life.has_successor or life.management.is_orphaned
             await gate.end(spare=lambda entry: entry.until is Until.EXIT and not is_final)
         if life.management.is_orphaned:
@@ -251,13 +245,6 @@ class Leaving:
         # A successor that has stopped by itself during its probation answers for as long as it lives. One that was
         # called back accepts no more.
         return handover is None or handover.state is PredecessorState.ROLLED_BACK or handover.successor_is_dead
-
-    def _may_be_undone(self) -> bool:
-        """Say whether the predecessor may accept again, once this process is dead."""
-        inheritance = self._life.inheritance
-        if inheritance is None or not inheritance.may_be_undone or inheritance.predecessor is None:
-            return False
-        return not inheritance.predecessor.peer.is_dead()
 
     async def drain(self) -> None:
         """Wait for the connections, or pass them on, until the deadline; then cut those that are left."""

@@ -61,6 +61,22 @@ async def test_it_is_asked_before_it_is_killed_and_its_counters_are_read(backend
     successor.close()
 
 
+async def test_what_may_accept_is_killed_at_once(backend: str) -> None:
+    async def start(channel: socket.socket, stderr: int) -> Process:
+        return await run("import time; time.sleep(600)", channel, stderr)
+
+    successor = await SuccessorProcess.start(start)
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(successor.peer.run, lambda item: None)
+            successor.know(os.dup(successor.process.pidfd), os.memfd_create("counters"))
+            await successor.end(leaves_by_itself=False, at_once=True)
+            await successor.peer.died.wait()
+        await successor.collect_exit()
+    assert successor.exit_status == -signal.SIGKILL
+    successor.close()
+
+
 async def test_behind_a_wrapper_the_one_that_speaks_is_killed_as_well(backend: str) -> None:
     async def start(channel: socket.socket, stderr: int) -> Process:
         return await run("import time; time.sleep(600)", channel, stderr)

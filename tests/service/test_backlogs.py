@@ -46,7 +46,7 @@ def listens(entry: Entry) -> bool:
     return bool(entry.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-async def answer(*, is_shared: bool = False, is_final: bool = True) -> tuple[int, bool]:
+async def answer(*, is_shared: bool) -> tuple[int, bool]:
     """Let three clients wait, and say how many were answered, and whether the socket still listens."""
     async with a_plane() as plane:
         entry = plane.registry.obtain(Internet("127.0.0.1", 0))
@@ -56,7 +56,7 @@ async def answer(*, is_shared: bool = False, is_final: bool = True) -> tuple[int
         try:
             with anyio.fail_after(60):
                 await open_gate(plane)
-                await Backlogs(plane, GenerationLog(1), 60, is_shared=is_shared).answer(is_final=is_final)
+                await Backlogs(plane, GenerationLog(1), 60, is_shared=is_shared).answer()
                 while answering.count < len(clients):
                     await anyio.wait_all_tasks_blocked()
             assert not plane.gate.open_acceptors
@@ -72,10 +72,6 @@ async def test_the_last_generation_answers_all_and_listens_no_more(backend: str)
 
 async def test_where_others_have_the_socket_it_goes_on_listening(backend: str) -> None:
     assert await answer(is_shared=True) == (3, True)
-
-
-async def test_where_another_generation_may_have_to_accept_it_goes_on_listening(backend: str) -> None:
-    assert await answer(is_final=False) == (3, True)
 
 
 async def test_in_a_hurry_nobody_is_waited_for(backend: str) -> None:

@@ -101,30 +101,6 @@ def test_a_stop_after_the_commit_leaves_the_queue_to_the_successor(loop: str, wh
     assert service.accepting_turns() == [first, second]
 
 
-@pytest.mark.backends("asyncio", "uvloop", "trio")
-def test_who_queues_behind_a_successor_that_has_stopped_is_answered(backend: str, run_service: Run) -> None:
-    service = run_service(backend, ecdysis={"probation": 60, "drain_timeout": 60})
-    first = service.pids[0]
-    with contextlib.ExitStack() as stack:
-        control = stack.enter_context(service.begin("hello"))
-        control.answer()
-        second = service.restart()["successor_pid"]
-        # It does not hear yet that its successor stops.
-        control.say("run", code="block()")
-        service.wait_for("blocked", pid=first)
-        service.signal(second, signal.SIGTERM)
-        # The successor has looked at the queue for the last time.
-        service.wait_for("finished", pid=second)
-        waiting = queue(stack, service.address)
-        service.release()
-        control.answer()
-        for conversation in waiting:
-            assert conversation.answer()["pid"] == first
-            conversation.close()
-        control.close()
-    service.wait_for_end()
-
-
 @pytest.mark.backends("asyncio", "trio")
 def test_a_stop_after_the_commit_answers_what_the_successor_does_not_claim(backend: str, run_service: Run) -> None:
     listeners = [["listen_tcp", ["127.0.0.1", 0], {"name": name}] for name in ("new", "old")]
