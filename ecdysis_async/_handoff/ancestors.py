@@ -101,8 +101,9 @@ class Ancestors:
         self._following: anyio.CancelScope | None = None
         self._ended = anyio.Event()
         self._is_let_go = False
-        # Whether logs were to be reopened before it was known who drains.
+        # Whether logs were to be reopened, or all deadlines to be now, before it was known who drains.
         self._has_to_reopen = False
+        self._has_to_hurry = False
 
     async def follow(self, max_draining: int, drain_seconds: float = math.inf, exit_seconds: float = math.inf) -> None:
         """Listen to all of them until each one is dead, and tell those beyond ``max_draining`` to hurry.
@@ -120,6 +121,8 @@ class Ancestors:
                 for ancestor in beyond(self.ancestors, max_draining):
                     ancestor.is_hurried = True
                     await _tell(ancestor, DrainMessage.HURRY)
+                if self._has_to_hurry:
+                    await self.hurry()
                 if self._has_to_reopen:
                     await self.reopen_logs()
                 async with anyio.create_task_group() as task_group:
@@ -170,7 +173,10 @@ class Ancestors:
 
     async def hurry(self) -> None:
         """Let all their deadlines be now, because the service is to end."""
-        if self._following is not None and not self._is_let_go:
+        if self._following is None:
+            # They are followed once the predecessor has settled, and the pid file names this process.
+            self._has_to_hurry = True
+        elif not self._is_let_go:
             for ancestor in tuple(self.ancestors):
                 await _tell(ancestor, DrainMessage.HURRY, {"why": STOPPED})
 

@@ -15,7 +15,7 @@ import pytest
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gate import Gate
 from ecdysis_async._connections.tracker import Tracker
-from ecdysis_async._handoff.ancestors import Ancestor, Ancestors
+from ecdysis_async._handoff.ancestors import STOPPED, Ancestor, Ancestors
 from ecdysis_async._handoff.generation import Generation, GenerationLog
 from ecdysis_async._handoff.host import AcceptingHost
 from ecdysis_async._handoff.protocol import DrainMessage, FromPredecessor, SuccessorState
@@ -74,6 +74,28 @@ async def test_log_files_that_moved_before_it_is_followed_are_told_of_then(backe
                 await lineage.let_go()
             # Now a newer generation is the one to tell them.
             await lineage.reopen_logs()
+            assert heard.receive_nowait() is None
+    finally:
+        lineage.close()
+        heard.close()
+
+
+async def test_who_was_to_hurry_before_it_is_followed_is_told_then(backend: str) -> None:
+    ours, theirs = socket.socketpair()
+    lineage, heard = Ancestors(), Channel(theirs)
+    lineage.ancestors.append(Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid()))))
+    try:
+        with anyio.fail_after(60):
+            await lineage.hurry()
+            assert heard.receive_nowait() is None
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(lineage.follow, 3)
+                frame = await heard.receive()
+                assert (frame.type, frame.body) == (DrainMessage.HURRY, {"why": STOPPED})
+                await lineage.hurry()
+                assert (await heard.receive()).type == DrainMessage.HURRY
+                await lineage.let_go()
+            await lineage.hurry()
             assert heard.receive_nowait() is None
     finally:
         lineage.close()

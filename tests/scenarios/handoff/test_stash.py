@@ -186,7 +186,7 @@ def test_a_producer_that_raises_costs_the_restart_only(backend: str, at: str, ru
 @pytest.mark.backends("uvloop")
 @pytest.mark.parametrize(
     ("at", "ready_timeout", "limits", "remedy"),
-    [("start", 2, {}, "raise ready_timeout"), ("commit", 60, {"PAUSE_SECONDS": 1}, 'at="start"')],
+    [("start", 8, {}, "raise ready_timeout"), ("commit", 60, {"PAUSE_SECONDS": 1}, 'at="start"')],
     ids=["start", "commit"],
 )
 def test_one_that_takes_too_long_is_given_up(
