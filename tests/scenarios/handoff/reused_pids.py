@@ -19,7 +19,7 @@ from pathlib import Path
 from ecdysis_async._system.launch import Launch
 from ecdysis_async._system.process import spawn
 from ecdysis_async.cli import main as run_command
-from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Lost, running
+from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Lost, reap, running
 
 AUTOMATIC_REAPING = "import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)"
 
@@ -32,6 +32,8 @@ def stranger_with(pid: int) -> Iterator[None]:
         # The next number after the one that is written, if it is free (proc(5)); and it is a moment after its pidfd
         # says that its process is dead, where nobody has to reap that.
         Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+        # Its parent, which drained still when it died, may have left it to this process since.
+        reap(pid)
         with subprocess.Popen(["sleep", "600"], process_group=0) as stranger:
             try:
                 if stranger.pid == pid:
