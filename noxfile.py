@@ -161,7 +161,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def numbers(session: nox.Session) -> None:
-    """Measure what the pages show, in twelve minutes on an idle machine, and write it into them."""
+    """Measure what the pages show, in a quarter of an hour on an idle machine, and write it into them."""
     install(session, "bench")
     for benchmark, *options in (["restart", "--only", "stalls"], ["scale"], ["peers"]):
         session.run("python", "-m", f"benchmarks.{benchmark}", "--output", "benchmarks/results", *options)
