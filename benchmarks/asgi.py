@@ -27,7 +27,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         return
     *command, text = scope["path"].strip("/").split("/")
     if command[0] == "slow":
-        # Whoever serves on trio has imported it by now, and nobody else has.
+        # A server on trio has imported it by now, and no other one has.
         await sys.modules.get("trio", asyncio).sleep(float(command[1]))
     # A proxy says which release it is, where it is the proxy that restarts.
     release = dict(scope["headers"]).get(b"x-release", RELEASE.encode()).decode()

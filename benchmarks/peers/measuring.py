@@ -190,7 +190,7 @@ class Session:
         before = self._mark()
         said = await self._restart_anyhow()
         await self._load.wait_for_end(before.at + self._extent.watch - time.monotonic())
-        # Whoever still serves answers within the next second.
+        # A release that still serves answers within the next second.
         known = len(self._load.counts.outcomes)
         await self._load.wait_for_end(1.0)
         after = self._mark()

@@ -108,7 +108,7 @@ class Arriving:
             # A socket listens also where the task that will accept has not had its turn yet, which on trio is a matter
             # of chance: who hears "ready" connects at once, and was refused.
             registry.start_listening()
-            # Whoever finds the pid file may connect, and whoever has an answer may look for the file.
+            # A client that finds the pid file may connect, and one that has an answer may look for the file.
             await life.management.publish()
             # A stop at this moment, which cancels the body, does not cut this short: the drain begins where it ends.
             with anyio.CancelScope(shield=True):

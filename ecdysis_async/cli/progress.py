@@ -295,7 +295,7 @@ def _describe_state(status: dict[str, Any]) -> str:
     """Say in a few words what a service does; also one of an older release."""
     stopping = status.get("stopping")
     if not isinstance(stopping, dict):
-        # Who answers for the service and drains has nobody to follow it.
+        # A process that answers for the service and drains has nobody to follow it.
         return "stopping (draining)" if _has_left(status) else str(status["state"])
     text = f"stopping ({stopping['phase']}"
     if stopping.get("ends_in") is not None:

@@ -136,7 +136,7 @@ def test_nobody_knows_the_outcome(backend: str, run_service: Run) -> None:
     service.configure(at_start="await wait()")
     process = begin("restart", command=IMPATIENT)
     service.wait_for("waiting")
-    # Else it may hear of its successor's death, and tell that the restart has failed, before it dies.
+    # The predecessor could hear of that death, and tell that the restart has failed, before it dies itself.
     service.signal(service.pids[0], signal.SIGSTOP)
     for pid in reversed(service.pids):
         service.signal(pid, signal.SIGKILL)

@@ -51,7 +51,7 @@ def is_alive(pid: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Who has answered, and how many answers this connection has had."""
+    """The pids that have answered, and how many answers this connection has had."""
 
     pid: int
     generation: int

@@ -12,7 +12,8 @@ from tests.faults.points import ERRORS, MESSAGES, faults_of, find_calls, find_me
 
 pytestmark = pytest.mark.main_python_only
 
-# Who fails, where, how, and what becomes of the restart: each way to fail is there, and each message on which it hangs.
+# The role that fails, where, how, and what becomes of the restart. Each way to fail is there, and each message on which
+# it hangs.
 PLAIN = [
     ("successor", "handoff 'hello' sent", "SIGKILL", "FAILED"),
     ("successor", "handoff 'hello' sent", "garbage", "FAILED"),

@@ -61,7 +61,7 @@ async def test_sockets_lie_in_the_channel_before_anybody_asks(backend: str) -> N
         assert (frame.type, frame.body["provision"], frame.body["generation"]) == ("listeners", True, 2)
         assert ports == list_ports(start.host)
         assert [entry.name for entry in start.provision.entries] == ["kept", "unwanted"]
-        # Who knows that it may be so is told that nothing has changed.
+        # A successor that knows that it may be so is told that nothing has changed.
         start.provision.is_known = True
         with start.provision.answer(Batch(), 2) as message:
             assert message == ({"as_before": True}, [])

@@ -27,7 +27,7 @@ async def test_a_first_generation_accepts_before_it_says_so(backend: str) -> Non
             await publish()
             management.told.append(f"published: {describe()}")
 
-        # Whoever has an answer may look for the pid file, and whoever finds the file may connect.
+        # A client that has an answer may look for the pid file, and one that finds the file may connect.
         management.publish = publish_and_tell  # type: ignore[method-assign]
         with anyio.fail_after(60):
             await Arriving(life).serve(describe)

@@ -10,7 +10,7 @@ async def app(scope, receive, send):
     elif scope["type"] == "http":
         body = b"ok"
         if scope["path"] == "/last":
-            # Only `ecdysis run` has this: the event that the process drains.
+            # `ecdysis run` alone has this: the event that the process drains.
             await scope["state"]["ecdysis.draining"].wait()
         elif scope["path"].startswith("/slow/"):
             _, _, seconds, name = scope["path"].split("/")
