@@ -653,10 +653,11 @@ class Anchor:
     async def _reopen_logs(self) -> int:
         """Let every process open its log files anew, where they were moved; return how many there were."""
         count = await run_in_thread(reopen_logs)
-        number = next(self._numbers)
+        # Numbers begin anew with each anchor; a worker that drains may have heard of one before.
+        number, request = next(self._numbers), os.urandom(8).hex()
         # One that starts may have opened files already. It reads this once its application is imported.
         for worker in self._state.pool:
-            worker.link.tell(FromAnchor.REOPEN_LOGS, {"number": number})
+            worker.link.tell(FromAnchor.REOPEN_LOGS, {"number": number, "request": request})
         asked = [worker for worker in self._state.pool if worker.state is not State.STARTING]
         with anyio.move_on_after(REOPEN_SECONDS):
             await wait_until(

@@ -101,8 +101,8 @@ class Ancestors:
         self._following: anyio.CancelScope | None = None
         self._ended = anyio.Event()
         self._is_let_go = False
-        # Whether logs were to be reopened, or all deadlines to be now, before it was known who drains.
-        self._has_to_reopen = False
+        # Before it was known who drains: the last request to open logs anew, and whether all deadlines were to be now.
+        self._reopening_request: str | None = None
         self._has_to_hurry = False
 
     async def follow(self, max_draining: int, drain_seconds: float = math.inf, exit_seconds: float = math.inf) -> None:
@@ -123,8 +123,8 @@ class Ancestors:
                     await _tell(ancestor, DrainMessage.HURRY)
                 if self._has_to_hurry:
                     await self.hurry()
-                if self._has_to_reopen:
-                    await self.reopen_logs()
+                if self._reopening_request is not None:
+                    await self.reopen_logs(self._reopening_request)
                 async with anyio.create_task_group() as task_group:
                     for ancestor in self.ancestors:
                         task_group.start_soon(self._listen, ancestor, drain_seconds, exit_seconds + GRACE_SECONDS)
@@ -162,14 +162,14 @@ class Ancestors:
             for ancestor in self.ancestors
         ]
 
-    async def reopen_logs(self) -> None:
-        """Let all of them open log files anew that were moved away."""
+    async def reopen_logs(self, request: str = "") -> None:
+        """Let all of them open log files anew that were moved away, for the request of this id."""
         if self._following is None:
             # The predecessor may be of a release that takes an unknown message for a failure until it has settled.
-            self._has_to_reopen = True
+            self._reopening_request = request
         elif not self._is_let_go:
             for ancestor in tuple(self.ancestors):
-                await _tell(ancestor, DrainMessage.REOPEN_LOGS)
+                await _tell(ancestor, DrainMessage.REOPEN_LOGS, {"request": request})
 
     async def hurry(self) -> None:
         """Let all their deadlines be now, because the service is to end."""

@@ -61,6 +61,15 @@ class GenerationLog(logging.LoggerAdapter[logging.Logger]):
 
 
 @dataclass(slots=True)
+class Reopening:
+    """Log files are being opened anew, or were: for whose request, and how many there were."""
+
+    request: str
+    is_done: anyio.Event = field(default_factory=anyio.Event)
+    count: int = 0
+
+
+@dataclass(slots=True)
 class Generation:
     """What the two sides of a handoff share with their supervisor."""
 
@@ -88,6 +97,8 @@ class Generation:
     last_word: LastWord | None = None
     # Pausing and resuming may be asked for at the same time; they must not interleave within the gate.
     gate_lock: anyio.Lock = field(default_factory=anyio.Lock)
+    # The last one that has an id.
+    reopening: Reopening | None = None
 
     def keep_counts(self) -> None:
         """Let a successor that starts know what is counted here, even if this process is killed in the next moment."""
@@ -98,8 +109,26 @@ class Generation:
         except OSError as error:
             self.log.warning("what is counted is lost if this process is killed now: %s", error)
 
-    async def reopen_logs(self) -> int:
-        """Open log files anew that were moved away; return how many. The older generations do so as well."""
+    async def reopen_logs(self, request: str = "") -> int:
+        """Open log files anew that were moved away; return how many. The older generations do so as well.
+
+        Args:
+            request: its id. An older generation is told of one request by its anchor and by its successor, in whichever
+                order: its files are opened once, and counted as often as it is asked. Empty: a request of its own.
+        """
+        former = self.reopening
+        if request and former is not None and former.request == request:
+            await former.is_done.wait()
+            return former.count
+        reopening = self.reopening = Reopening(request)
+        try:
+            reopening.count = await self._reopen_logs()
+        finally:
+            reopening.is_done.set()
+        await self.lineage.reopen_logs(request)
+        return reopening.count
+
+    async def _reopen_logs(self) -> int:
         count = 0
         try:
             count = await run_in_thread(reopen_logs)
@@ -110,5 +139,4 @@ class Generation:
             )
         count += await reopen_logs_of_application()
         self.log.info("reopened %s", "1 log file" if count == 1 else f"{count} log files")
-        await self.lineage.reopen_logs()
         return count

@@ -360,7 +360,7 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
                 self.generation.host.hurry()
             case Frame(type=DrainMessage.REOPEN_LOGS):
                 item.close()
-                self._tasks.start_soon(self.generation.reopen_logs)
+                self._tasks.start_soon(self.generation.reopen_logs, str(item.body.get("request", "")))
             case Frame():
                 history.note(Note.GOT, restart=self.report.id, message=item.type, peer=self.report.successor_pid)
                 try:

@@ -43,7 +43,7 @@ class FromAnchor(enum.StrEnum):
     SPAWNED = "spawned"  # the successor's process; its pidfd
     SPAWN_FAILED = "spawn failed"
     EXITED = "exited"  # how a process ended
-    REOPEN_LOGS = "reopen logs"
+    REOPEN_LOGS = "reopen logs"  # the number of the answer, and the id of the request
     VERDICT = "verdict"  # what became of the restart of the service that this worker has asked for
     WORKER_EXITED = "worker exited"  # how another worker has ended, for the application
 

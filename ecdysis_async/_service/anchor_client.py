@@ -79,7 +79,7 @@ class WorkerCommands:
         leave_place: lets this worker leave, because another one has its place already, and accepts.
         abandon: lets this worker leave, and leave its addresses at once: nobody else goes on with them.
         note_death: takes note that the anchor has died, in a thread: the loop may not turn.
-        reopen_logs: opens log files anew that were moved; tells how many.
+        reopen_logs: opens log files anew that were moved, for a request of an id; tells how many.
         note_report: takes note of the last restart of the service.
         state: tells where it stands.
         take_stderr: is given the anchor's stderr, which is the service's, and owns it.
@@ -92,7 +92,7 @@ class WorkerCommands:
     leave_place: Callable[[], None]
     abandon: Callable[[], None]
     note_death: Callable[[], None]
-    reopen_logs: Callable[[], Awaitable[int]]
+    reopen_logs: Callable[[str], Awaitable[int]]
     note_report: Callable[[RestartReport], None]
     state: Callable[[], str]
     take_stderr: Callable[[int], None] = os.close
@@ -468,7 +468,7 @@ class AnchorClient(Management):
             case FromAnchor.HURRY:
                 self._plane.tracker.hurry()
             case FromAnchor.REOPEN_LOGS:
-                self._tasks.start_soon(self._reopen_logs, body["number"])
+                self._tasks.start_soon(self._reopen_logs, body["number"], str(body.get("request", "")))
             case FromAnchor.WORKER_EXITED:
                 self._tasks.start_soon(tell_application, WorkerExit.from_json(body))
             case FromAnchor.EXITED if (child := self._children.get(body["pid"])) is not None:
@@ -505,8 +505,8 @@ class AnchorClient(Management):
         self._tell_handover(handover)
         self.changed()
 
-    async def _reopen_logs(self, number: int) -> None:
-        self.tell(FromWorker.REOPENED, {"number": number, "handlers": await self._commands.reopen_logs()})
+    async def _reopen_logs(self, number: int, request: str) -> None:
+        self.tell(FromWorker.REOPENED, {"number": number, "handlers": await self._commands.reopen_logs(request)})
 
     def _revert(self, handover: PredecessorSide, error: RestartError) -> None:
         if handover.state is PredecessorState.PROBATION:

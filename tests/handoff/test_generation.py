@@ -6,9 +6,11 @@ import logging
 import os
 from pathlib import Path
 
+import anyio
 import pytest
 
-from ecdysis_async._handoff.generation import GenerationLog
+from ecdysis_async._handoff.generation import Generation, GenerationLog
+from ecdysis_async._system import log_files
 from tests.handoff.scripted import a_generation
 
 
@@ -33,3 +35,34 @@ async def test_logs_are_opened_anew_and_a_handler_that_fails_ends_nothing(
     finally:
         logger.removeHandler(handler)
         handler.close()
+
+
+async def test_a_request_that_comes_by_two_ways_opens_logs_once_and_is_counted_for_both(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    is_asked, may_go_on = anyio.Event(), anyio.Event()
+
+    async def reopen() -> None:
+        opened.append(len(opened))
+        is_asked.set()
+        await may_go_on.wait()
+
+    counts: list[int] = []
+
+    async def ask(generation: Generation, request: str) -> None:
+        counts.append(await generation.reopen_logs(request))
+
+    monkeypatch.setattr(log_files, "_reopeners", [reopen])
+    with a_generation() as (generation, _):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask, generation, "one")
+            await is_asked.wait()
+            tasks.start_soon(ask, generation, "one")
+            may_go_on.set()
+        await ask(generation, "one")
+        assert (opened, counts) == ([0], [1, 1, 1])
+        await ask(generation, "another")
+        await ask(generation, "")
+        await ask(generation, "")
+        assert (opened, counts) == ([0, 1, 2, 3], [1] * 6)

@@ -56,7 +56,7 @@ class Pair:
         return handover
 
 
-async def reopen_logs() -> int:
+async def reopen_logs(request: str) -> int:
     return 2
 
 
