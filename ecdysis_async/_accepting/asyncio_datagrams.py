@@ -291,7 +291,10 @@ class DatagramEndpoint(asyncio.DatagramTransport, Acceptor):
             self._protocol.resume_writing()
         if self._queue:
             self._flush_later()
-        elif self._is_closing:
+            return
+        # A socket has room nearly always: watched on, it would keep the loop from ever coming to rest.
+        self._loop.remove_writer(self._sock.fileno())
+        if self._is_closing:
             self._loop.call_soon(self._lose)
 
     def _flush_later(self) -> None:

@@ -236,6 +236,31 @@ async def test_unix_datagrams_and_what_does_not_fit_into_the_queue_of_the_receiv
         assert transport.get_write_buffer_size() == 0
 
 
+async def test_the_loop_comes_to_rest_when_what_had_no_room_is_sent(
+    client: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_plane() as plane:
+        transport, _ = await create_datagram_endpoint(plane, Recorder, (LOCALHOST, 0))
+        assert isinstance(transport, DatagramEndpoint)
+        send, refused = transport._send, [b"1"]
+
+        # The loopback always has room; an interface that waits for its neighbour's address has not.
+        def send_or_refuse(data: bytes, address: Any) -> None:
+            if data in refused:
+                refused.remove(data)
+                raise BlockingIOError
+            send(data, address)
+
+        monkeypatch.setattr(transport, "_send", send_or_refuse)
+        for data in (b"1", b"2"):
+            transport.sendto(data, client.getsockname())
+        assert [await read(client), await read(client)] == [b"1", b"2"]
+        await turn()
+        # Before the commit it is not read from either.
+        assert not watched_by_epoll(transport._sock.fileno())
+        await closed(transport)
+
+
 async def test_abort_drops_what_is_queued(tmp_path: Path) -> None:
     async with a_plane() as plane:
         transport, protocol = await create_datagram_endpoint(
