@@ -122,6 +122,13 @@ MUTATIONS = (
         f"{EXPLORATION}::test_every_interleaving_keeps_the_guarantees",
     ),
     Mutation(
+        "a successor that has to be ended after the commit gets SIGTERM, and shuts the sockets of both",
+        "_handoff/predecessor.py",
+        "at_once = self.state is PredecessorState.REVERTING and self._spawner is None\n",
+        "at_once = False\n",
+        "tests/faults/test_table.py::test_a_service_goes_on_whoever_fails_wherever",
+    ),
+    Mutation(
         "descriptors of a frame that nobody has taken stay open",
         "_ipc/channel.py",
         "        close_all(self.descriptors)\n",

@@ -365,6 +365,19 @@ class Channel:
         except ChannelError as error:
             self._failure = _copy(error)
 
+    def refuse(self) -> None:
+        """Give back what nobody can receive here any more: the peer's sends fail, and what it has sent is closed.
+
+        What this end sends still arrives. Harmless if done already.
+        """
+        try:
+            self._sock.shutdown(socket.SHUT_RD)
+            while (rest := receive_with_descriptors(self._sock, READ_SIZE)).data:
+                close_all(rest.descriptors)
+        except OSError:
+            # The channel is closed, which gives all back; or there is no memory, and its close does so later.
+            pass
+
     def close(self) -> None:
         """Close this end and every descriptor that was received and not handed out; harmless if done already."""
         if self._sock.fileno() != -1:

@@ -96,6 +96,9 @@ class Peer:
                 heard_all = True
                 if isinstance(error, ChannelClosed):
                     await anyio.sleep(DEATH_GRACE_SECONDS)
+                else:
+                    # The peer would wait for answers to what it passes on; so it learns that nothing arrives.
+                    self.channel.refuse()
                 deliver(error)
             await anyio.sleep(math.inf)
         while not heard_all:

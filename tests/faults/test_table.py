@@ -27,6 +27,8 @@ PLAIN = [
     ("successor", "handoff 'serving' sent", "garbage", "ROLLED_BACK"),
     ("predecessor", "handoff 'serving' received", "slow", "settled"),
     ("predecessor", "handoff 'settled' sent", "SIGKILL", "settled"),
+    # What it passes on from now on comes back to it.
+    ("predecessor", "handoff 'settled' sent", "garbage", "settled"),
     ("predecessor", "_system.process:spawn subprocess._fork_exec", "ENOMEM", "FAILED"),
 ]
 ANCHORED = [
