@@ -11,7 +11,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
@@ -26,14 +26,10 @@ from ecdysis_async._handoff.verdict import summarize
 from ecdysis_async._ipc.worker_link import FromAnchor
 from ecdysis_async._management.control_path import make_lock_file
 from ecdysis_async._management.controlled import ControlHandlers
-from ecdysis_async._management.health import HealthServer
 from ecdysis_async._management.management import LEEWAY_SECONDS, OwnManagement
-from ecdysis_async._management.recent import read_recent
 from ecdysis_async._management.status import counted
 from ecdysis_async._management.systemd import find_systemd
 from ecdysis_async._management.tracing import Tracing
-from ecdysis_async._sockets.entry import Entry
-from ecdysis_async._sockets.registry import Registry, listen
 from ecdysis_async._system.history import SUFFIX, Note, history
 from ecdysis_async._system.launch import UNFOLLOWED, find_unfollowed_link
 from ecdysis_async._system.lock_file import LockFile
@@ -47,13 +43,12 @@ from ecdysis_async.errors import RestartError
 from ecdysis_async.report import State
 
 from . import reexec, status
-from .config import AnchorConfig, HealthPage
+from .config import AnchorConfig
 from .dispatch import Dispatcher
 from .filling import Filler
 from .hanging import HungWorkers
-from .health_pages import make_pages
-from .metrics_files import prepare_directory, remove_directory
-from .needs import OPENING_ERRORS, Need, Needs, explain_failure
+from .needs import OPENING_ERRORS, explain_failure
+from .opening import Opener
 from .pool import Slot
 from .reaping import Reaper
 from .reconcile import Reconciler, find_beat_seconds
@@ -121,7 +116,7 @@ class Anchor:
         self._lock_file = LockFile(lock_file) if lock_file >= 0 else make_lock_file(config.control_path)
         systemd = find_systemd(config.systemd)
         # As PID 1 it is the parent of every orphan, and new code is the parent of what the former code has started.
-        self._reaper = Reaper(reaps_orphans=os.getpid() == 1 or self._is_follower)
+        self._reaper = Reaper(reaps_orphans=os.getpid() == 1 or self._state.is_follower)
         self._hung_workers = HungWorkers(self._state, self.log, begin=self._begin, fill=self._fill)
         self._restarts = Restarts(
             self._state,
@@ -145,13 +140,6 @@ class Anchor:
             see_through=self._restarts.see_through,
             stop=self._stop,
             are_sockets_kept=lambda: self._management.keeps_sockets,
-        )
-        self._filler = Filler(
-            self._state,
-            self._held_sockets.service,
-            self.log,
-            self._dispatcher.make_spawner,
-            self._publish_before_first,
         )
         self._reconciler = Reconciler(
             self._state,
@@ -189,21 +177,19 @@ class Anchor:
             hung_up=self._on_hang_up if self._is_in_foreground else None,
             takes_activation=config.systemd is not False,
         )
-        pid_file = config.settings.pid_file
-        self._pid_file_need = Need(f"the pid file {pid_file}", self._open_pid_file) if pid_file is not None else None
-        self._needs = Needs(self._list_needs(), self._state, self.log, self._begin)
-        # Ends the answers at the health address of former code, once this code's own one is open.
-        self._former_health: anyio.CancelScope | None = None
+        self._opener = Opener(self._state, self._held_sockets, self._management, self.log, self._begin)
+        self._filler = Filler(
+            self._state,
+            self._held_sockets.service,
+            self.log,
+            self._dispatcher.make_spawner,
+            self._opener.publish_before_first,
+        )
         # The number of each request to open log files anew.
         self._numbers = itertools.count(1)
         self._stop_signals = 0
         # How long the workers get to end, once they were told to.
         self._stop_deadline: anyio.CancelScope | None = None
-
-    @property
-    def _is_follower(self) -> bool:
-        """Whether this is new code that goes on with the workers of former code."""
-        return self._state.upgrades > 0
 
     # From its start to its end
 
@@ -216,7 +202,7 @@ class Anchor:
         async with AsyncExitStack() as resources:
             # What a crash has left is the next start's, where this start has failed.
             resources.callback(lambda: self._held_sockets.close(unlink=self._state.has_served))
-            resources.callback(self._remove_metrics_dir)
+            resources.callback(self._opener.remove_metrics_dir)
             resources.callback(self._close_lock_file)
             resources.callback(management.close)
             management.handle_signals()
@@ -267,128 +253,14 @@ class Anchor:
             OSError, LookupError, ValueError: something cannot be opened, and no worker serves; the text says what to
                 do.
         """
-        sockets, management = self._held_sockets, self._management
+        management = self._management
         try:
-            management.claim(has_predecessor=self._is_follower)
+            management.claim(has_predecessor=self._state.is_follower)
         finally:
             management.start(self._tasks)
         await self._control_plane.gate.open()
         resources.push_async_callback(self._withdraw)
-        if self._is_follower:
-            # The workers serve, whatever cannot be opened.
-            await self._needs.open_each()
-        else:
-            await self._needs.open_all()
-        # Those of a former anchor may have been elsewhere.
-        sockets.control.close_unclaimed(unlink=True)
-        if self._former_health is None:
-            sockets.health.close_unclaimed(unlink=True)
-
-    def _list_needs(self) -> list[Need]:
-        """Return what has to be open, in the order in which it is opened."""
-        config = self._config
-        needs = []
-        if config.set_up_logging is not None:
-            needs.append(Need("the logging of --log-config", self._set_up_logging))
-        if config.metrics_dir is not None:
-            needs.append(Need(f"the directory of metrics {config.metrics_dir}", self._prepare_metrics_dir))
-        if config.health is not None:
-            needs.append(Need(f"the health address {config.health}", self._open_health))
-        if self._pid_file_need is not None:
-            needs.append(self._pid_file_need)
-        needs += [
-            Need(f"the address {address}", functools.partial(self._open_sockets, open_sockets))
-            for address, open_sockets in config.open_sockets.items()
-        ]
-        if config.control_path is not None:
-            # Its lock says whether this service runs already. Whoever asks new code about its upgrade is to hear of
-            # everything that is missing.
-            place = len(needs) if self._is_follower else 0
-            needs.insert(place, Need(f"the control socket {config.control_path}", self._open_control))
-        return needs
-
-    async def _set_up_logging(self) -> None:
-        assert self._config.set_up_logging is not None
-        await run_in_thread(self._config.set_up_logging)
-
-    async def _open_control(self) -> None:
-        try:
-            await self._management.open_control()
-        except OPENING_ERRORS:
-            if self._is_follower:
-                await self._management.open_former_control()
-                self._held_sockets.control.start_listening()
-            raise
-        await self._management.close_former_control()
-        self._held_sockets.control.start_listening()
-        self._tasks.start_soon(self._management.serve_control)
-        self._begin(self._management.keep_control)
-
-    async def _open_health(self) -> None:
-        assert self._config.health is not None
-        registry = self._held_sockets.health
-        try:
-            opened = await run_in_thread(functools.partial(listen, registry, self._config.health))
-        except OPENING_ERRORS:
-            if self._is_follower and self._former_health is None:
-                # Load balancers ask where former code has answered, until this code can answer elsewhere.
-                self._former_health = anyio.CancelScope()
-                self._tasks.start_soon(self._serve_former_health, self._former_health)
-            raise
-        try:
-            for entry in opened:
-                entry.start_listening()
-        except OSError:
-            for entry in opened:
-                registry.give_back(entry)
-            raise
-        state, control_path = self._state, self._config.control_path
-        if HealthPage.STATUS in self._config.pages and control_path is not None and not state.ledger.recent:
-            # A service that has ended here has left its history.
-            state.ledger.recent = await run_in_thread(functools.partial(read_recent, control_path + SUFFIX))
-        if self._former_health is not None:
-            self._former_health.cancel()
-        for entry in set(registry.entries) - set(opened):
-            registry.release(entry, unlink=True)
-        for entry in opened:
-            self._tasks.start_soon(self._serve_health, entry)
-
-    async def _serve_former_health(self, scope: anyio.CancelScope) -> None:
-        with scope:
-            async with anyio.create_task_group() as task_group:
-                for entry in self._held_sockets.health.entries:
-                    task_group.start_soon(self._serve_health, entry)
-
-    async def _serve_health(self, entry: Entry) -> None:
-        why_not_ready = functools.partial(status.why_not_ready, self._state)
-        await HealthServer(entry.sock, why_not_ready, make_pages(self._state, self._held_sockets)).run()
-
-    async def _prepare_metrics_dir(self) -> None:
-        state, wanted = self._state, self._config.metrics_dir
-        assert wanted is not None
-        prepare = functools.partial(prepare_directory, wanted, state.metrics_dir, state.metrics_dir_wanted)
-        state.metrics_dir = await run_in_thread(prepare)
-        state.metrics_dir_wanted = wanted
-
-    async def _open_pid_file(self) -> None:
-        if self._state.has_served:
-            await self._management.publish()
-        else:
-            await self._management.prepare(lambda: self._state.description)
-
-    async def _publish_before_first(self) -> None:
-        """Let the pid file name this process before the first worker answers: whoever has an answer may look for it."""
-        if not self._state.has_served:
-            # It is tried again, and told, once the service serves.
-            with suppress(OSError):
-                await self._management.publish()
-
-    async def _open_sockets(self, open_sockets: Callable[[Registry], object]) -> None:
-        service = self._held_sockets.service
-        await run_in_thread(functools.partial(open_sockets, service))
-        for entry in service.entries:
-            # What former code has opened may be asked for with others by now.
-            entry.apply_permissions()
+        await self._opener.open(self._tasks)
 
     async def _run(self) -> int:
         state, management = self._state, self._management
@@ -397,7 +269,7 @@ class Anchor:
             # The watching begins before the workers load what is watched, so that nothing saved meanwhile is missed.
             self._begin(watch_files, self._config.control_path, self._config.reload)
         error = None
-        if self._is_follower:
+        if self._state.is_follower:
             management.become_main()
             for slot in state.pool.slots:
                 for worker in slot.workers:
@@ -435,10 +307,6 @@ class Anchor:
         """Remove the pid file, however this process ends."""
         with anyio.CancelScope(shield=True):
             await self._management.withdraw(has_successor=False)
-
-    def _remove_metrics_dir(self) -> None:
-        if self._state.metrics_dir is not None:
-            remove_directory(self._state.metrics_dir)
 
     async def _tell_failure(self, error: Exception) -> None:
         # The unit's status is one line; all of it stands in the journal.
@@ -481,10 +349,9 @@ class Anchor:
         if state.life is Life.STARTING:
             state.life = Life.SERVING
         state.has_served = True
-        if self._pid_file_need is not None:
-            await self._needs.open(self._pid_file_need)
+        await self._opener.publish()
         control = f", control socket {self._config.control_path}" if self._config.control_path is not None else ""
-        verb = f"upgraded (pid {os.getpid()} as before): " if self._is_follower else ""
+        verb = f"upgraded (pid {os.getpid()} as before): " if self._state.is_follower else ""
         if self._former_pid is not None:
             verb = f"taken over from pid {self._former_pid}: "
             # So far the workers are the former anchor's: of its command line, its environment and its code.

@@ -268,6 +268,11 @@ class AnchorState:
         return body, descriptors
 
     @property
+    def is_follower(self) -> bool:
+        """Whether this is new code that goes on with the workers of former code."""
+        return self.upgrades > 0
+
+    @property
     def is_leaving(self) -> bool:
         """Whether the service was told to stop, at once or in a while."""
         return self.life in (Life.LAME_DUCK, Life.STOPPING)

@@ -17,40 +17,14 @@ from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._management import management as management_module
 from ecdysis_async._management.changes import Changes
 from ecdysis_async._management.control_path import ControlLock
-from ecdysis_async._management.controlled import ControlHandlers, Restart
 from ecdysis_async._management.management import OwnManagement
 from ecdysis_async._management.systemd import Systemd
 from ecdysis_async._sockets.addresses import Internet
-from ecdysis_async.errors import NotReady, RestartUnsupported
+from ecdysis_async.errors import RestartUnsupported
 from ecdysis_async.report import RestartReport
+from tests.management.handlers import handlers
 from tests.management.managers import Manager
 from tests.planes import a_plane, turn
-
-
-def refuse(asked_by: str) -> Restart:
-    raise NotReady("this generation does not serve yet")
-
-
-async def count() -> int:
-    return 0
-
-
-async def check() -> dict[str, Any]:
-    return {}
-
-
-def handlers(changes: Changes) -> ControlHandlers:
-    return ControlHandlers(
-        status=lambda: {"state": "serving"},
-        waiting_for=lambda: None,
-        begin_restart=refuse,
-        find_report=lambda id: None,
-        stop=lambda: None,
-        changes=changes,
-        reopen_logs=count,
-        check=check,
-        compare=lambda release: release,
-    )
 
 
 @contextlib.asynccontextmanager
