@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import random
-import socket
 import ssl
 import subprocess
 import sys
@@ -19,6 +16,7 @@ import aiohttp
 import pytest
 import trustme
 
+from tests.ports import find_free_port
 from tests.scenarios.run.harness import PROJECT, Run, run_command, running
 from tests.scenarios.servers import programs
 
@@ -167,7 +165,7 @@ def test_a_consumer_leaves_the_next_job_to_the_next_process(tmp_path: Path) -> N
 
 
 def test_a_port_for_metrics_is_passed_on(tmp_path: Path) -> None:
-    port = find_port_that_nobody_gets_by_chance()
+    port = find_free_port()
 
     async def test() -> None:
         target = ("metrics_port:app", "--app-dir", str(SNIPPETS), "--port", "0")
@@ -178,15 +176,6 @@ def test_a_port_for_metrics_is_passed_on(tmp_path: Path) -> None:
             await wait_for_metrics(client, port)
 
     asyncio.run(test())
-
-
-def find_port_that_nobody_gets_by_chance() -> int:
-    """Return a free port below those that the kernel gives to whoever asks for any."""
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            port = random.randrange(20000, 32000)
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 async def wait_for_metrics(client: aiohttp.ClientSession, port: int) -> None:

@@ -12,6 +12,7 @@ from ecdysis_async._proving.load import Load
 from ecdysis_async._proving.plan import Kind, PlanError, Shape, Url
 from ecdysis_async._proving.records import Ending, Fault, History
 from ecdysis_async._proving.rules import check
+from tests.ports import find_free_port
 from tests.proving.faulty_server import HOST, FaultyServer, faulty_server
 
 pytestmark = pytest.mark.backends("asyncio", "uvloop")
@@ -140,7 +141,6 @@ async def test_what_is_not_served_is_left_out_or_told() -> None:
 
 
 async def test_nothing_listens() -> None:
-    async with faulty_server() as (_, url):
-        pass
+    url = Url("http", HOST, find_free_port())
     with pytest.raises(PlanError, match=f"nothing listens at {url}"):
         await Load(url, [Shape(Kind.NEW)], History(), patience=5).try_out()

@@ -19,6 +19,7 @@ from ecdysis_async._proving.service import (
     find_url,
     find_value,
 )
+from tests.ports import find_free_port
 
 pytestmark = pytest.mark.backends("asyncio")
 
@@ -79,8 +80,7 @@ async def test_something_else_listens_there(tmp_path: Path) -> None:
 
 
 async def test_a_command_that_ends_at_once(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = of_port(listener.getsockname()[1])
+    url = of_port(find_free_port())
     command = (sys.executable, "-c", "import sys; sys.exit('no licence')")
     service = CommandedService(plan(command=command, restart_command=("true",), url=url), tmp_path)
     with pytest.raises(ServiceFailed, match=r"(?s)status 1, and nothing listens.*no licence"):

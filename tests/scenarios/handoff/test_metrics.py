@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.ports import find_free_port
 from tests.scenarios.run.commands import PROJECT, get, wait_until
 from tests.scenarios.run.test_metrics import Scraper, is_counter, scrape, wait_for_number
 
@@ -67,12 +68,6 @@ else:
 """
 
 
-def find_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def serving(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run the program, and end all of its generations."""
@@ -112,7 +107,7 @@ def visit(port: int) -> None:
 @pytest.mark.main_python_only
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
 def test_no_counter_falls(tmp_path: Path, loop: str) -> None:
-    health, port = find_port(), find_port()
+    health, port = find_free_port(), find_free_port()
     with serving(tmp_path, f"127.0.0.1:{health}", str(port), loop) as first:
         wait_until(lambda: first.poll() is not None or is_served(port), "it does not serve")
         assert first.poll() is None
@@ -150,7 +145,7 @@ def test_no_counter_falls(tmp_path: Path, loop: str) -> None:
 def test_no_counter_falls_where_the_predecessor_is_killed_before_the_commit(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    health, port = find_port(), find_port()
+    health, port = find_free_port(), find_free_port()
     arguments = (f"127.0.0.1:{health}", str(port), "asyncio")
     monkeypatch.setenv("CONTROL", str(tmp_path / "control"))
     with serving(tmp_path, *arguments) as first:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.ports import find_free_port
 from tests.scenarios.run.harness import ECDYSIS, PROJECT, running
 
 APPS = "tests.scenarios.proving.apps"
@@ -49,12 +49,6 @@ def judge(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], str
     code, output = prove(*arguments, "--json", **environment)
     verdict: dict[str, Any] = next(json.loads(line) for line in output.splitlines() if line.startswith("{"))
     return code, verdict, output
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def test_a_service_that_loses_nothing_over_restarts_and_faults(tmp_path: Path) -> None:
@@ -157,7 +151,7 @@ async def test_a_service_that_runs_already(tmp_path: Path) -> None:
 
 def test_workers_of_uvicorn_for_comparison() -> None:
     """Its restart closes connections that are idle, and some that are not."""
-    port = free_port()
+    port = find_free_port()
     uvicorn = f"{sys.executable} -m uvicorn --workers 2 --app-dir examples --port {port} asgi_app:app"
     code, verdict, output = judge(
         *("--restarts", "1", "--between", "1", "--connections", "30", "--rate", "100", "--max-slowdown", "100"),

@@ -15,6 +15,7 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
+from tests.ports import find_free_port
 from tests.scenarios.run.commands import PROJECT, Visitors, call, get, make_environment, running, wait_until, write_app
 
 pytestmark = pytest.mark.main_python_only
@@ -24,11 +25,9 @@ MANIFEST = PROJECT / "examples" / "kubernetes.yaml"
 
 @pytest.fixture
 def health(tmp_path: Path) -> int:
-    """Return a port that was free a moment ago: the health endpoints tell nobody where they are."""
+    """Return a port for the health endpoints, which tell nobody where they are."""
     write_app(tmp_path / "main.py", "ok")
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
+    return find_free_port()
 
 
 def ask(port: int, path: str) -> tuple[int, str] | None:

@@ -14,6 +14,7 @@ import pytest
 
 from ecdysis_async._anchor.takeover import Takeover, ask_for_service
 from ecdysis_async.errors import TakeoverFailed
+from tests.ports import find_free_port
 from tests.scenarios.run.commands import (
     ECDYSIS,
     Visitors,
@@ -89,8 +90,7 @@ def test_a_release_that_does_not_start_changes_nothing(places: tuple[Path, Path]
 def test_a_service_that_dies_before_it_hands_over_is_followed(places: tuple[Path, Path]) -> None:
     """It is killed while the newcomer still tries its release: the newcomer starts in its place."""
     one, two = places
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = find_free_port()
     options = ("--bind", f"127.0.0.1:{port}", *QUICK[2:])
     gate = two / "gate"
     os.mkfifo(gate)

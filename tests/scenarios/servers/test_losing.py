@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 
+from tests.ports import find_free_port
 from tests.scenarios import programs
 
 pytestmark = pytest.mark.main_python_only
@@ -15,9 +15,7 @@ PROGRAM = Path(__file__).with_name("losing.py")
 
 
 def run(directory: Path, *, loop: str, websockets: str, anchored: bool = False) -> programs.Ended:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
-    return programs.run(directory, PROGRAM, port, LOOP=loop, WS=websockets, anchored=anchored)
+    return programs.run(directory, PROGRAM, find_free_port(), LOOP=loop, WS=websockets, anchored=anchored)
 
 
 def check(ended: programs.Ended) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 from pathlib import Path
 
 import pytest
 
+from tests.ports import find_free_port
 from tests.scenarios import programs
 
 pytestmark = pytest.mark.main_python_only
@@ -25,17 +25,8 @@ MIXES = [
 ]
 
 
-def free_ports(number: int) -> list[int]:
-    socks = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports: list[int] = [sock.getsockname()[1] for sock in socks]
-    for sock in socks:
-        sock.close()
-    return ports
-
-
 def with_ports(servers: tuple[str, ...]) -> list[str]:
-    pairs = zip(servers, free_ports(len(servers)), strict=True)
-    return [f"{server.partition(':')[0]}:{port}:{server.partition(':')[2]}" for server, port in pairs]
+    return [f"{server.partition(':')[0]}:{find_free_port()}:{server.partition(':')[2]}" for server in servers]
 
 
 def check(directory: Path, loop: str, servers: tuple[str, ...], *, anchored: bool = False) -> None:

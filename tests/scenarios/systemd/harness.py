@@ -20,14 +20,6 @@ NAME = "app.service"
 Json = dict[str, Any]
 
 
-def free_port() -> int:
-    """Return a port that nobody has at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 def free_port_of_root() -> int:
     """Return a port that only root may bind, and nobody has at this moment."""
     while True:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenarios.systemd.harness import NAME, SERVICE, Client, Unit, free_port
+from tests.ports import find_free_port
+from tests.scenarios.systemd.harness import NAME, SERVICE, Client, Unit
 from tests.scenarios.systemd.load import LOUD, Load
 from tests.scenarios.systemd.machine import PROJECT
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.main_python_only
 
 @pytest.mark.parametrize("by", ["name", "address", "descriptor"])
 def test_tcp_and_unix_sockets_are_served_through_generations(unit: Unit, by: str) -> None:
-    port, path = free_port(), str(unit.machine.directory / "app.sock")
+    port, path = find_free_port(), str(unit.machine.directory / "app.sock")
     tcp = f"[Socket]\nListenStream=127.0.0.1:{port}\nFileDescriptorName=web\nService={NAME}\n"
     local = f"[Socket]\nListenStream={path}\nFileDescriptorName=local\nService={NAME}\n"
     for name, text in (("tcp.socket", tcp), ("local.socket", local)):
@@ -61,7 +62,7 @@ def test_tcp_and_unix_sockets_are_served_through_generations(unit: Unit, by: str
 
 
 def test_several_sockets_of_one_name_and_one_that_nobody_asks_for(unit: Unit) -> None:
-    ports = [free_port() for _ in range(3)]
+    ports = [find_free_port() for _ in range(3)]
     listen = "".join(f"ListenStream=127.0.0.1:{port}\n" for port in ports)
     unit.machine.install(
         "app.socket", f"[Unit]\nDefaultDependencies=no\n[Socket]\n{listen}FileDescriptorName=web\nService={NAME}\n"
@@ -90,7 +91,7 @@ def test_several_sockets_of_one_name_and_one_that_nobody_asks_for(unit: Unit) ->
 @pytest.mark.usefixtures("systemd")
 def test_systemd_socket_activate_starts_it_as_well(systemd: Path, unit: Unit) -> None:
     # Without a systemd that runs: any program can pass sockets in this way.
-    port = free_port()
+    port = find_free_port()
     unit.configure(
         sockets=[["listen_tcp", ["127.0.0.1", port], {}], ["listen_fd", [4], {}]], ecdysis={"control_socket": None}
     )

@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from benchmarks.load import Failure
+from tests.ports import find_free_port
 from tests.scenarios.systemd.container import Container, has_runc, running
-from tests.scenarios.systemd.harness import Client, free_port
+from tests.scenarios.systemd.harness import Client
 from tests.scenarios.systemd.load import LOUD, Load
 from tests.scenarios.systemd.machine import PATIENCE_SECONDS, PROJECT
 
@@ -45,7 +46,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def port() -> int:
     """Return where the service listens."""
-    return free_port()
+    return find_free_port()
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_the_dockerfile_runs_what_its_last_line_says(kind: str, tmp_path: Path, 
     program, *arguments = lines[-1].value
     assert program == "ecdysis"
     # The target and the ports are the example's; all else is run as it stands.
-    health = free_port()
+    health = find_free_port()
     places = {"app:app": "app:main", "0.0.0.0:8000": f"127.0.0.1:{port}", "0.0.0.0:8001": f"127.0.0.1:{health}"}
     assert set(places) < set(arguments)
     (tmp_path / "run").mkdir(mode=0o700)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ecdysis_async._management import systemd_unit
-from tests.scenarios.systemd.harness import NAME, Client, Unit, free_port
+from tests.ports import find_free_port
+from tests.scenarios.systemd.harness import NAME, Client, Unit
 from tests.scenarios.systemd.load import LOUD, Load
 from tests.scenarios.systemd.machine import PROJECT
 
@@ -69,7 +70,7 @@ def test_what_is_for_one_process_does_not_reach_the_next(unit: Unit) -> None:
 
 
 def test_a_start_that_fails_says_why_while_its_clients_wait(unit: Unit) -> None:
-    port = free_port()
+    port = find_free_port()
     unit.machine.install(
         "app.socket",
         f"[Unit]\nDefaultDependencies=no\n[Socket]\nListenStream=127.0.0.1:{port}\nTriggerLimitIntervalSec=0\n",

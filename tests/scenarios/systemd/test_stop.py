@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenarios.systemd.harness import NAME, Client, Unit, free_port
+from tests.ports import find_free_port
+from tests.scenarios.systemd.harness import NAME, Client, Unit
 from tests.scenarios.systemd.load import LOST, LOUD, Load
 from tests.scenarios.systemd.phases import PHASES, Standstill
 
@@ -27,7 +28,7 @@ def socket_unit(port: int) -> str:
 @contextlib.contextmanager
 def loaded(unit: Unit, *lines: str) -> Iterator[Load]:
     """Start a service under a load that no stop ends: systemd listens, and who comes after it starts it anew."""
-    port = free_port()
+    port = find_free_port()
     unit.machine.install("app.socket", socket_unit(port))
     unit.configure(sockets=[["listen_tcp", ["127.0.0.1", port], {}]])
     unit.install("Sockets=app.socket", *lines)
@@ -75,7 +76,7 @@ def test_a_stop_in_probation_drains_both(unit: Unit, kill_mode: str) -> None:
 def test_a_kill_and_a_stop_while_the_first_generation_starts(unit: Unit, keeper: str) -> None:
     restart = ("Restart=always", "RestartSec=0")
     if keeper == "socket unit":
-        port = free_port()
+        port = find_free_port()
         unit.configure(sockets=[["listen_tcp", ["127.0.0.1", port], {}]], hold="ready")
         unit.machine.install("app.socket", socket_unit(port))
         unit.install("Sockets=app.socket", *restart)

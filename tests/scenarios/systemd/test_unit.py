@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenarios.systemd.harness import NAME, Client, Unit, free_port
+from tests.ports import find_free_port
+from tests.scenarios.systemd.harness import NAME, Client, Unit
 from tests.scenarios.systemd.load import LOST, Load
 from tests.scenarios.systemd.machine import PROJECT, Machine
 
@@ -59,7 +60,7 @@ class PrintedUnit:
     def __init__(self, unit: Unit, *options: str, workers: int = 2) -> None:
         self.unit = unit
         self.directory = unit.machine.directory
-        self.address = ("127.0.0.1", free_port())
+        self.address = ("127.0.0.1", find_free_port())
         self.variables = self.directory / "variables"
         self.release()
         host, port = self.address
@@ -246,7 +247,7 @@ def test_a_unix_socket_is_the_proxys_over_each_stop_start_and_restart(
 
 
 def test_a_release_behind_a_link_follows_it_at_each_reload_and_start(unit: Unit) -> None:
-    machine, address = unit.machine, ("127.0.0.1", free_port())
+    machine, address = unit.machine, ("127.0.0.1", find_free_port())
     install(machine)
     for release in ("1", "2", "3"):
         machine.run("mkdir", "-p", f"/srv/shop/releases/{release}")
