@@ -183,16 +183,24 @@ class Visitors:
         self.failures: list[str] = []
         self._port = port
         self._stopping = threading.Event()
+        self._asking = threading.Lock()
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
         while not self._stopping.wait(0.02):
-            try:
-                status, text = get(self._port)
-                assert status == 200, status
-                self.answers.append(text)
-            except (OSError, http.client.HTTPException, AssertionError) as error:
-                self.failures.append(repr(error))
+            with self._asking:
+                try:
+                    status, text = get(self._port)
+                    assert status == 200, status
+                    self.answers.append(text)
+                except (OSError, http.client.HTTPException, AssertionError) as error:
+                    self.failures.append(repr(error))
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Ask nothing meanwhile: a process that is killed takes along what it has not answered yet."""
+        with self._asking:
+            yield
 
     def wait_for(self, text: str) -> None:
         """Wait until this is answered, from now on."""

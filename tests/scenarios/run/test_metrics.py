@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Self
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.ports import find_free_port
 from tests.scenarios.run.commands import (
     Running,
     Visitors,
@@ -102,10 +102,7 @@ def wait_for_number(port: int, key: tuple[str, ...], least: float) -> None:
 
 @pytest.fixture
 def health() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
+    return find_free_port()
 
 
 def restart(run: Running, tmp_path: Path, *arguments: str, code: int = 0) -> None:
@@ -130,7 +127,8 @@ def test_no_counter_falls(tmp_path: Path, health: int) -> None:
             assert numbers["ecdysis_restarts_total", "outcome=failed", "reason=successor_failed"] == 1
             assert numbers["ecdysis_last_restart_successful",] == 0
             write_app(tmp_path / "main.py", "ok")
-            os.kill(run.status()["workers"][0]["pid"], signal.SIGKILL)
+            with visitors.pausing():
+                os.kill(run.status()["workers"][0]["pid"], signal.SIGKILL)
             wait_for_number(health, ("ecdysis_worker_restarts_total", "reason=crashed"), 1)
             wait_for_number(health, ("ecdysis_workers", "state=serving"), 2)
             restart(run, tmp_path, "--anchor")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import find_free_port
 from tests.scenarios.run.commands import Visitors, call, running, taking_over, wait_until, write_app
 
 pytestmark = pytest.mark.main_python_only
@@ -112,16 +113,15 @@ def note(word):
 note("begin")
 atexit.register(note, "end")
 """
-    write_app(tmp_path / "main.py", "one", "RELEASE = 1" + note)
+    release(tmp_path, "1", "one", "RELEASE = 1" + note)
     database = tmp_path / "database"
     options = ("--workers", "2", "--one-at-a-time", "--max-requests", "10")
-    with running(tmp_path, *QUICK, *options, DATABASE=str(database)) as run:
-        port = run.find_port()
-        first = {each["pid"] for each in run.status()["workers"]}
-        with Visitors(port) as visitors:
+    with running(tmp_path / "current", *QUICK, *options, directory=tmp_path, DATABASE=str(database)) as run:
+        with Visitors(run.find_port()) as visitors:
             run.wait_for("--max-requests")
-            wait_until(lambda: len({each["pid"] for each in run.status()["workers"]} - first) > 0, "nobody is recycled")
-            write_app(tmp_path / "main.py", "two", "RELEASE = 2" + note)
+            wait_until(lambda: database.read_text().count("begin 1") > 2, "nobody is recycled")
+            # Who is recycled from now on runs what was deployed before, until the restart.
+            release(tmp_path, "2", "two", "RELEASE = 2" + note)
             assert call("restart", "--control", run.control, cwd=tmp_path).returncode == 0
             visitors.wait_for("two")
         assert visitors.failures == []
@@ -137,8 +137,7 @@ atexit.register(note, "end")
 
 @pytest.mark.parametrize("is_one_at_a_time", [False, True])
 def test_a_port_that_the_old_release_has_is_told_with_the_remedy(tmp_path: Path, is_one_at_a_time: bool) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
+    port = find_free_port()
     listen = f"import socket\nmetrics = socket.create_server(('127.0.0.1', {port}))\nprint('metrics', metrics)"
     write_app(tmp_path / "main.py", "one", listen)
     with running(tmp_path, *QUICK, *(("--one-at-a-time",) if is_one_at_a_time else ())) as run:
