@@ -6,8 +6,11 @@ holds the pages against these files.
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,12 +145,29 @@ def draw_timeline(axes: Axes, result: Result) -> None:
     axes.tick_params(labelsize="x-small")
     axes.axvline(0, color="black", linewidth=0.6)
     for answers, color in ((line.old, "tab:gray"), (line.new, "tab:green")):
-        where = [bool(number) for number in answers]
-        axes.fill_between(times, *LIMITS, where=where, step="post", color=color, alpha=0.15, linewidth=0)
+        for begin, end in find_runs(answers):
+            axes.axvspan(times[begin], times[end - 1] + line.step, color=color, alpha=0.15, linewidth=0)
     worst = [value or float("nan") for value in line.worst]
     axes.step(times, worst, where="post", color="tab:blue", linewidth=0.8)
     failed = [time for time, number in zip(times, line.failed, strict=True) if number]
     axes.plot(failed, [LIMITS[1] / 4] * len(failed), "x", color="tab:red", markersize=4)
+
+
+def find_runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where each run of numbers that are not 0 begins, and where it ends: its last index and one."""
+    runs = []
+    index = 0
+    for is_there, run in itertools.groupby(numbers, bool):
+        length = len(list(run))
+        if is_there:
+            runs.append((index, index + length))
+        index += length
+    return runs
+
+
+def round_coordinates(picture: str) -> str:
+    """Return an SVG picture with two decimals: nobody sees the others, and they are half of it."""
+    return re.sub(r"(?<=\d\.\d\d)\d+", "", picture)
 
 
 def main() -> None:
@@ -160,7 +180,9 @@ def main() -> None:
     # The same results make the same picture.
     mpl.rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none"})
     PICTURES.mkdir(exist_ok=True)
-    draw_timelines(read_peers()).savefig(PICTURES / "timelines.svg", metadata={"Date": None})
+    picture = io.StringIO()
+    draw_timelines(read_peers()).savefig(picture, format="svg", metadata={"Date": None})
+    (PICTURES / "timelines.svg").write_text(round_coordinates(picture.getvalue()))
 
 
 if __name__ == "__main__":
