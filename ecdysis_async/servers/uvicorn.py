@@ -33,8 +33,8 @@ from ecdysis_async.servers._common.listening import (
 from ecdysis_async.servers._protocols.uvicorn import (
     UvicornRequests,
     choose_transfer,
+    expects_more,
     follow_switch,
-    has_next_request,
     make_websockets_movable,
     may_switch,
 )
@@ -114,7 +114,7 @@ async def serve(
     except SystemExit as error:
         # uvicorn leaves the process where an import fails.
         raise error.__context__ or error from None
-    application = Application(config.loaded_app, goodbye, has_next_request)
+    application = Application(config.loaded_app, goodbye, expects_more)
     config.loaded_app = application
     config.http_protocol_class = follow_switch(config.http_protocol_class)
     if transfer:

@@ -30,7 +30,7 @@ from ecdysis_async._service.exclusive import in_application
 from ecdysis_async._system.history import Note, history
 from ecdysis_async.servers._protocols.frames import FrameFollower, follow_frames
 from ecdysis_async.servers._protocols.http import count_unread, will_move
-from ecdysis_async.servers._protocols.requests import RequestsUnderWay, RequestUnderWay
+from ecdysis_async.servers._protocols.requests import RequestsUnderWay
 
 from .goodbye import RESTARTING, Goodbye, make_state
 from .transfer import TRANSFER, Transfer
@@ -64,16 +64,17 @@ class Application:
     Args:
         app: the application, of ASGI 3.
         goodbye: learns which WebSockets are open.
-        has_next: says of a connection whether its server holds what its client has sent behind the running request.
+        expects_more: says of a connection whether its client still sends the running request, or its server holds what
+            was sent behind that.
     """
 
     def __init__(
         self,
         app: Callable[[Any, Any, Any], Awaitable[Any]],
         goodbye: Goodbye,
-        has_next: Callable[[Any], bool] = lambda connection: False,
+        expects_more: Callable[[Any], bool] = lambda connection: False,
     ) -> None:
-        self._has_next = has_next
+        self._expects_more = expects_more
         self.failure: BaseException | None = None
         self.inbound: dict[AcceptedConnection, FrameFollower] = {}
         self._app = app
@@ -90,8 +91,6 @@ class Application:
         # What finds the requests of HTTP/1 at the leaving, and whether that is relied on.
         self._under_way: RequestsUnderWay | None = None
         self._is_resting = False
-        # The requests that began while nobody took note of them, and that were told nothing yet.
-        self._unsaid: list[RequestUnderWay] = []
 
     def rest(self, under_way: RequestsUnderWay) -> None:
         """Take no note of requests of HTTP/1 until this generation leaves, once one of them proves that this is enough.
@@ -104,7 +103,6 @@ class Application:
         """
         self._under_way = under_way
         self._tracker.on_leave.append(self._find_requests)
-        self._goodbye.repeat(self._tell_unsaid)
 
     def __call__(self, scope: Message, receive: Receive, send: Send) -> Awaitable[None]:
         # A plain function: each request would pay for a coroutine around its own.
@@ -230,9 +228,9 @@ class Application:
         return not self.is_asked_more(connection)
 
     def is_asked_more(self, connection: Connection) -> bool:
-        """Say whether more was received of a connection than the running request."""
+        """Say whether more is to come of a connection's running request, or was received behind it."""
         try:
-            return self._has_next(connection) or count_unread(connection.fileno()) > 0
+            return self._expects_more(connection) or count_unread(connection.fileno()) > 0
         except (OSError, ValueError, AttributeError):
             # It is closed, and may have no socket any more.
             return False
@@ -357,21 +355,14 @@ class Application:
                 continue
             self._begin(request.connection, noted)
             task.add_done_callback(functools.partial(self._end_noted, request.connection, noted))
-            self._unsaid.append(request)
-        self._tell_unsaid(is_late=False)
+            request.say_goodbye_if(functools.partial(self._is_last_of, request.connection))
 
     def _end_noted(self, connection: Connection, request: _Request, _: asyncio.Task[Any]) -> None:
         self._finish(connection, request)
 
-    def _tell_unsaid(self, is_late: bool) -> None:  # noqa: FBT001 - as Goodbye calls it
-        """Say goodbye in responses that have not begun; where a connection would move, it may have to stay later on."""
-        self._unsaid = [request for request in self._unsaid if not self._tell_one(request, is_late=is_late)]
-
-    def _tell_one(self, request: RequestUnderWay, *, is_late: bool) -> bool:
-        connection = request.connection
-        is_last = is_late or connection is None or not self.is_asked_more(connection)
-        # A response that has begun is to be asked no more.
-        return request.say_goodbye() if is_last else request.has_begun()
+    def _is_last_of(self, connection: ServerConnection) -> bool:
+        """Say of a request that was found what ``_is_last`` says of those that note was taken of."""
+        return not connection.will_move and (self._goodbye.late.is_set() or not self.is_asked_more(connection))
 
 
 class _Request:

@@ -104,10 +104,8 @@ class Goodbye:
         if not is_on_trio() and not hasattr(sys.modules["asyncio"].get_running_loop(), "ungated_create_server"):
             raise RuntimeError("this loop's servers cannot be handed over: run the program by ecdysis_async.run(main)")
         self.ecdysis = ecdysis
-        # What closes each open WebSocket.
-        # What says whether the client of each is in the middle of a message.
+        # What closes each open WebSocket, and what says whether its client is in the middle of a message.
         self._websockets: dict[CloseWebSocket, Callable[[], bool]] = {}
-        self._goodbyes: list[Callable[[bool], None]] = []
         self._companions: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self.late = anyio.Event()
         self._gate, self._tracker = active().gate, active().tracker
@@ -125,13 +123,6 @@ class Goodbye:
     def discard_websocket(self, close: CloseWebSocket) -> None:
         """Forget a WebSocket that has ended, or is ending by itself; harmless if it was closed from here."""
         self._websockets.pop(close, None)
-
-    def repeat(self, say_goodbye: Callable[[bool], None]) -> None:
-        """Have something called again and again once this generation leaves.
-
-        It is told whether the deadline is near, and raises nothing.
-        """
-        self._goodbyes.append(say_goodbye)
 
     def accompany(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Have something run once this generation leaves; it is cancelled when the last connection has ended."""
@@ -151,9 +142,7 @@ class Goodbye:
                 task_group.start_soon(run)
             with anyio.CancelScope(deadline=self.deadline + GRACE_SECONDS):
                 # Until the gate has ended, a connection may still be accepted.
-                while self._gate.state is not GateState.ENDED or len(self._tracker):
-                    for say_goodbye in self._goodbyes:
-                        say_goodbye(self.late.is_set())
+                while self._gate.state is not GateState.ENDED or len(self._tracker):  # noqa: ASYNC110 - see STEP_SECONDS
                     await anyio.sleep(STEP_SECONDS)
             task_group.cancel_scope.cancel()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Collection, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping
 from typing import Any
 
 from ecdysis_async._accepting.asyncio_connections import ServerConnection
@@ -29,14 +29,10 @@ class RequestUnderWay(abc.ABC):
         self.scope = scope
 
     @abc.abstractmethod
-    def has_begun(self) -> bool:
-        """Say whether its response has begun."""
+    def say_goodbye_if(self, is_last: Callable[[], bool]) -> None:
+        """Let its response say that the connection ends, if ``is_last`` says so when that response begins.
 
-    @abc.abstractmethod
-    def say_goodbye(self) -> bool:
-        """Let its response say that the connection ends; return False if it is to be asked again.
-
-        It is too late once a response has begun. Where the connection will move, nothing is said.
+        It has no effect where the response has begun.
         """
 
 

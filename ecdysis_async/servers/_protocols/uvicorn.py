@@ -11,7 +11,7 @@ import contextvars
 import functools
 import inspect
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from uvicorn.server import ServerState
@@ -32,8 +32,8 @@ __all__ = [
     "UvicornRequests",
     "UvicornTransfer",
     "choose_transfer",
+    "expects_more",
     "follow_switch",
-    "has_next_request",
     "make_websockets_movable",
     "may_switch",
 ]
@@ -57,7 +57,7 @@ SEAMS = {
     ),
     **{
         f"uvicorn.protocols.http.{module}:RequestResponseCycle": (
-            *("default_headers", "keep_alive", "more_body", "response_complete", "response_started"),
+            *("default_headers", "keep_alive", "more_body", "response_complete"),
             *("run_asgi", "scope", "transport"),
         )
         for module in ("h11_impl", "httptools_impl")
@@ -66,7 +66,8 @@ SEAMS = {
 """What is used of uvicorn's classes, as seen in uvicorn 0.54: attributes, by the module and the name of the class.
 
 Of each request, and of each WebSocket, ``tasks`` has a task that runs ``run_asgi`` of a cycle, or of a WebSocket's
-protocol. A protocol that may switch to HTTP/2 names "h2" in ``alpn_protocols``.
+protocol. A response's headers are ``default_headers`` of its cycle plus the application's, by the operator. A protocol
+that may switch to HTTP/2 names "h2" in ``alpn_protocols``.
 """
 
 # Where uvicorn has the WebSockets that can move.
@@ -90,9 +91,16 @@ def _find_loaded(module: str, name: str) -> tuple[type[Any], ...]:
     return (getattr(loaded, name),) if loaded is not None else ()
 
 
-def has_next_request(connection: Any) -> bool:
-    """Say whether uvicorn has read more of a connection than the request that runs; of zttp's it is not known."""
+def expects_more(connection: Any) -> bool:
+    """Say whether the client still sends the request that runs, or uvicorn has read more behind it.
+
+    A close would meet a client in the middle of its sending, which might never see the answer. What zttp's protocol has
+    read behind a request is not known.
+    """
     protocol: Any = protocol_of(connection.transport)
+    cycle = getattr(protocol, "cycle", None)
+    if cycle is not None and cycle.more_body:
+        return True
     if isinstance(protocol, _h11_protocols()):
         return bool(protocol.conn.trailing_data[0])
     if isinstance(protocol, _httptools_protocols()):
@@ -136,20 +144,23 @@ class _Cycle(RequestUnderWay):
         self._cycle = cycle
         # Asked here: a seam that has gone is to be known as long as all requests can still be written down.
         self._headers: list[tuple[bytes, bytes]] = cycle.default_headers
-        self.has_begun()
 
-    def say_goodbye(self) -> bool:
-        if self.has_begun():
-            return True
-        if self.connection is None or self.connection.will_move:
-            return False
+    def say_goodbye_if(self, is_last: Callable[[], bool]) -> None:
         # A list of its own: all requests of a second share one. To clear `keep_alive` would not do: h11's protocol
         # would close without saying so.
-        self._cycle.default_headers = [*self._headers, (b"connection", b"close")]
-        return True
+        self._cycle.default_headers = _Headers(self._headers, is_last)
 
-    def has_begun(self) -> bool:
-        return bool(self._cycle.response_started)
+
+class _Headers(list[tuple[bytes, bytes]]):
+    """The headers that a response begins with, and the goodbye, if it is due when the application's own are added."""
+
+    def __init__(self, headers: Iterable[tuple[bytes, bytes]], is_last: Callable[[], bool]) -> None:
+        super().__init__(headers)
+        self._is_last = is_last
+
+    def __add__(self, others: Any) -> Any:
+        goodbye = [(b"connection", b"close")] if self._is_last() else []
+        return [*self, *goodbye, *others]
 
 
 class UvicornTransfer(UnreadOnly):

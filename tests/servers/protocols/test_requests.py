@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from ecdysis_async._connections.connection import Connection, current_connection
 from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.goodbye import DRAINING
 from ecdysis_async.servers._protocols.requests import RequestsUnderWay, RequestUnderWay
-from ecdysis_async.servers._protocols.uvicorn import UvicornRequests, UvicornTransfer
+from ecdysis_async.servers._protocols.uvicorn import UvicornRequests, UvicornTransfer, expects_more
 from tests.accepting.serving import LOCALHOST, a_client, an_open_plane, until
 from tests.planes import read, turn
 
@@ -47,15 +47,7 @@ class Farewell:
     """Stands for a Goodbye, as far as an application asks it."""
 
     ecdysis: Leaving
-    said: list[Callable[[bool], None]] = field(default_factory=list)
     late: anyio.Event = field(default_factory=anyio.Event)
-
-    def repeat(self, say_goodbye: Callable[[bool], None]) -> None:
-        self.said.append(say_goodbye)
-
-    def say(self) -> None:
-        for say_goodbye in self.said:
-            say_goodbye(False)
 
 
 class Service:
@@ -127,7 +119,7 @@ async def a_stage(http: str, under_way: RequestsUnderWay | None = None, **option
             config = uvicorn.Config(service, http=http, lifespan="off", log_config=None, **options)
             config.load()
             farewell = Farewell(Leaving(plane.tracker.draining))
-            application = Application(config.loaded_app, cast("Any", farewell))
+            application = Application(config.loaded_app, cast("Any", farewell), expects_more)
             application.rest(under_way or UvicornRequests(state))
             config.loaded_app = application
 
@@ -231,6 +223,19 @@ async def test_an_upload_is_read_to_its_end(http: str) -> None:
             assert await read(client) == b""
 
 
+@pytest.mark.parametrize("http", ["httptools", "h11", "zttp"])
+async def test_who_is_answered_in_the_middle_of_an_upload_is_read_to_its_end(http: str) -> None:
+    """An application that refuses an upload reads nothing of it; a close would break what the client still sends."""
+    async with a_stage(http) as stage:
+        with a_client(stage.server) as client:
+            await begin(stage, client, POST % b"wait" + b"abc")
+            stage.plane.tracker.leave()
+            stage.service.go_on.set()
+            assert b"close" not in await read_answer(client)
+            client.send(b"def")
+            assert b"connection: close" in await ask(client, b"next")
+
+
 @BOTH
 async def test_a_pipeline_is_answered_where_its_connection_moves_behind_it(http: str) -> None:
     seen: list[Connection] = []
@@ -293,9 +298,7 @@ async def test_a_goodbye_is_said_where_a_connection_that_was_to_move_stays(http:
             await begin(stage, client, GET % b"wait")
             stage.plane.tracker.moves = True
             stage.plane.tracker.leave()
-            stage.farewell.say()
             stage.plane.tracker.moves = False
-            stage.farewell.say()
             stage.service.go_on.set()
             assert b"connection: close" in await read_answer(client)
 
