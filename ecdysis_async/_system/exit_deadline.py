@@ -38,6 +38,9 @@ LOOK_SECONDS = 1.0
 # How many threads, tasks and children are named at the most.
 NAMED_AT_MOST = 10
 
+# The one that looks whether the program goes on: the last one whose time was over.
+_watching: ExitDeadline | None = None
+
 
 class ExitDeadline:
     """Ends this process by force once its time is over. It has a thread of its own from the first `set` on.
@@ -90,8 +93,13 @@ class ExitDeadline:
         with self._changed:
             while (seconds := self._deadline - time.monotonic()) > 0:
                 self._changed.wait(min(seconds, threading.TIMEOUT_MAX))
+        global _watching
+        _watching = self
         while self._goes_on():
             time.sleep(LOOK_SECONDS)
+            # A test suite has many services one after the other, and needs one thread that looks.
+            if _watching is not self:
+                return
         kept = find_what_keeps(self._loop)
         with contextlib.suppress(Exception):  # the process ends in any case
             self._tell(kept)

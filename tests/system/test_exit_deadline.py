@@ -127,3 +127,24 @@ def test_a_process_ends_although_nobody_reads_what_it_writes() -> None:
 
 def test_a_word_that_cannot_be_said_ends_the_process_all_the_same() -> None:
     assert run("ExitDeadline(lambda kept: 1 / 0, status=7).set(0.1); stand()").returncode == 7
+
+
+def test_a_program_that_goes_on_after_many_services_has_one_thread_that_looks_and_is_ended_at_its_end() -> None:
+    program = """
+    from ecdysis_async._system import exit_deadline
+    exit_deadline.LOOK_SECONDS = 0.01
+    def serve():
+        deadline = ExitDeadline(tell, status=7)
+        deadline.note_left()
+        deadline.set(0)
+    def look():
+        return [each for each in threading.enumerate() if each.name == "ecdysis-exit-deadline"]
+    for _ in range(5):
+        serve()
+    while len(look()) > 1:
+        time.sleep(0.01)
+    atexit.register(stand)
+    """
+    ended = run(program)
+    assert ended.returncode == 7, ended.stderr
+    assert "thread MainThread at <string>" in ended.stdout
