@@ -69,16 +69,29 @@ class Case:
     aims: tuple[float, float]
 
 
-UVICORN = ("uvicorn", ASGI, "--log-level", "warning", "--port", "{port}")
+# While the other server of a pair is measured, the connections of this one are idle: it shall not close them.
+KEPT = "60"
+UVICORN = ("uvicorn", ASGI, "--log-level", "warning", "--port", "{port}", "--timeout-keep-alive", KEPT)
 HTTPTOOLS = ("--http", "httptools", "--loop", "uvloop")
 H11 = ("--http", "h11", "--loop", "asyncio")
 AIOHTTP = ("-m", "benchmarks.hello")
-HYPERCORN = ("hypercorn", "-k", "uvloop", "--log-level", "warning", "-b", f"{HOST}:{{port}}", ASGI)
+HYPERCORN = (
+    "hypercorn",
+    "-k",
+    "uvloop",
+    "--log-level",
+    "warning",
+    "-b",
+    f"{HOST}:{{port}}",
+    "--keep-alive",
+    KEPT,
+    ASGI,
+)
 
-OURS_HTTPTOOLS = (ASGI, "--loop", "uvloop", "--server-option", "http=httptools")
-OURS_H11 = (ASGI, "--loop", "asyncio", "--server-option", "http=h11")
+OURS_HTTPTOOLS = (ASGI, "--timeout-keep-alive", KEPT, "--loop", "uvloop", "--server-option", "http=httptools")
+OURS_H11 = (ASGI, "--timeout-keep-alive", KEPT, "--loop", "asyncio", "--server-option", "http=h11")
 OURS_AIOHTTP = ("benchmarks.hello:make_aiohttp", "--factory", "--loop", "uvloop")
-OURS_HYPERCORN = (ASGI, "--server", "hypercorn", "--loop", "uvloop")
+OURS_HYPERCORN = (ASGI, "--keep-alive", KEPT, "--server", "hypercorn", "--loop", "uvloop")
 
 CASES = [
     Case("uvicorn (httptools) on uvloop, as installed", (*UVICORN, *HTTPTOOLS), OURS_HTTPTOOLS, (1.03, 1.10)),
