@@ -12,6 +12,8 @@ import socket
 import stat
 from typing import TYPE_CHECKING
 
+from ecdysis_async._system.shortages import REMEDIES
+
 if TYPE_CHECKING:
     from ecdysis_async._system.lock_file import LockFile
     from ecdysis_async.settings import StrPath
@@ -200,7 +202,12 @@ class ControlLock:
                     # Root has made the file, which this service was when it began. Another service that comes to bind
                     # sees that somebody listens there.
                     return
-                raise
+                remedy = REMEDIES.get(error.errno or 0, "let the service's user write to its directory")
+                raise OSError(
+                    error.errno,
+                    f"the control socket's lock {self._path} cannot be made ({error.strerror}): {remedy}, "
+                    "or give this service another control_socket",
+                ) from error
             try:
                 if not is_family:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

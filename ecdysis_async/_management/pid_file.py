@@ -13,6 +13,8 @@ import secrets
 import stat
 from pathlib import Path
 
+from ecdysis_async._system.shortages import REMEDIES
+
 __all__ = ["PidFile"]
 
 MODE = 0o644
@@ -50,10 +52,10 @@ class PidFile:
             self._write()
         except OSError as error:
             self.discard()
+            remedy = REMEDIES.get(error.errno or 0, "create its directory and let the service's user write there")
             raise OSError(
                 error.errno,
-                f"the pid file {self.path} cannot be written ({error.strerror}): "
-                "create its directory and let the service's user write there, or choose another pid_file",
+                f"the pid file {self.path} cannot be written ({error.strerror}): {remedy}, or choose another pid_file",
             ) from error
         self._discard_orphans()
 

@@ -76,6 +76,7 @@ _REMEDIES = {
     errno.EADDRNOTAVAIL: "no interface of this machine has this address",
     errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE, a path needs a directory that may be written",
     errno.ENOENT: "the directory does not exist: create it first",
+    errno.ENOSPC: "there is no room for a socket in its directory: make room there (df -i)",
 }
 
 

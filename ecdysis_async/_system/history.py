@@ -21,6 +21,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from .shortages import REMEDIES
+
 __all__ = ["FORMER_SUFFIX", "SUFFIX", "VERSION", "History", "Note", "history"]
 
 VERSION = 1
@@ -51,11 +53,10 @@ _NO_PERMISSION: Final = (
     "User= of the unit, or choose one of that user's by --control"
 )
 _REMEDIES: Final = {
+    **REMEDIES,
     errno.EACCES: _NO_PERMISSION,
     errno.EPERM: _NO_PERMISSION,
     errno.EROFS: "choose a directory that can be written by --control",
-    errno.ENOSPC: "make room on that disk",
-    errno.EDQUOT: "make room in that quota",
 }
 
 

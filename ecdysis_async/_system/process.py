@@ -32,6 +32,7 @@ from .claims import (
 )
 from .history import history
 from .launch import TRAMPOLINE, Launch, read_first_lines
+from .shortages import REMEDIES
 from .signals import clean_mask
 from .trace_context import KEY as TRACE_KEY
 from .trace_context import trace_contexts
@@ -64,6 +65,7 @@ MAX_FIRST_LINE = 256
 UNKNOWN_STATUS = 255
 
 _REMEDIES = {
+    **REMEDIES,
     errno.ENOENT: "it, or the interpreter in its first line, is not there any more: "
     "restore it, or set command= (--command)",
     errno.EACCES: "it is not executable for this user: chmod +x, or set command= (--command)",
@@ -72,8 +74,6 @@ _REMEDIES = {
     errno.E2BIG: "arguments and environment are too large: shorten environment= or the env file",
     errno.EAGAIN: "too many processes: raise the limit (ulimit -u, TasksMax=)",
     errno.ENOMEM: "not enough memory: raise the limit (MemoryMax=), or stop something",
-    errno.EMFILE: "too many open files: raise the limit (ulimit -n, LimitNOFILE=)",
-    errno.ENFILE: "too many open files on this machine: raise fs.file-max",
 }
 
 
