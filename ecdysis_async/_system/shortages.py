@@ -12,6 +12,6 @@ REMEDIES: Final = {
     errno.ENOSPC: "make room there (df, and df -i)",
     errno.EDQUOT: "make room in that quota",
     errno.EFBIG: "raise the limit of the size of files (ulimit -f, LimitFSIZE=)",
-    errno.EMFILE: "too many open files: raise the limit (ulimit -n, LimitNOFILE=)",
-    errno.ENFILE: "too many open files on this machine: raise fs.file-max",
+    errno.EMFILE: "raise the limit of open files (ulimit -n, LimitNOFILE=)",
+    errno.ENFILE: "raise the limit of open files of this machine (fs.file-max)",
 }

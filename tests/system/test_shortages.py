@@ -43,7 +43,7 @@ def make_under(limit: str, directory: Path) -> list[str]:
 
 def test_no_descriptor_is_left(tmp_path: Path) -> None:
     pid_file, lock = make_under("RLIMIT_NOFILE", tmp_path)
-    remedy = "too many open files: raise the limit (ulimit -n, LimitNOFILE=)"
+    remedy = "raise the limit of open files (ulimit -n, LimitNOFILE=)"
     assert f"the pid file {tmp_path}/app.pid cannot be written (Too many open files): {remedy}, or" in pid_file
     assert f"the control socket's lock {tmp_path}/control.lock cannot be made (Too many open files): {remedy}" in lock
 

@@ -9,13 +9,13 @@ import pytest
 
 from tests.scenarios import stuck
 from tests.scenarios.anchor.harness import AnchoredService
+from tests.scenarios.left_behind import LEFT, LIMITS, leave_behind_in_a_worker
 
 pytestmark = pytest.mark.main_python_only
 
 Run = Callable[..., AnchoredService]
 
-THREAD = "import threading, time; threading.Thread(target=time.sleep, args=(600,), name='poller').start()"
-LIMITS = {"drain_timeout": 1, "exit_timeout": 0.5}
+THREAD = LEFT["a thread"].code
 
 
 def test_workers_end_after_each_restart_and_at_the_stop(run_anchor: Run) -> None:
@@ -28,6 +28,18 @@ def test_workers_end_after_each_restart_and_at_the_stop(run_anchor: Run) -> None
             assert service.wait_for_death(pid) in (0, None)
     assert service.log.count("thread poller") >= 4
     service.stop()
+
+
+@pytest.mark.parametrize(
+    ("loop", "what"),
+    [
+        ("asyncio", "a child process that ignores SIGTERM"),
+        ("uvloop", "a blocked loop"),
+        ("trio", "a job in an executor"),
+    ],
+)
+def test_a_worker_ends_after_a_restart_and_at_a_stop(run_anchor: Run, loop: str, what: str) -> None:
+    leave_behind_in_a_worker(run_anchor(workers=1, loop=loop, ecdysis=LIMITS, handoffs=LIMITS), LEFT[what])
 
 
 def test_a_worker_that_cannot_end_itself_is_killed(run_anchor: Run) -> None:

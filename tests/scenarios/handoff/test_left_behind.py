@@ -10,80 +10,40 @@ from pathlib import Path
 import pytest
 
 from tests.scenarios.handoff.harness import Service
+from tests.scenarios.left_behind import LEFT, LIMITS, has_ended, leave_behind
 
 pytestmark = pytest.mark.main_python_only
 
-THREAD = "import threading, time; threading.Thread(target=time.sleep, args=(600,), name='poller').start()"
 
-EXECUTOR = """
-import concurrent.futures, time
-jobs = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="job")
-jobs.submit(time.sleep, 600)
-None
-"""
-
-CHILD = """
-import multiprocessing, time, warnings
-warnings.simplefilter("ignore")
-child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), name="helper")
-child.start()
-child.pid
-"""
-
-# What is run in a generation that serves, and what is named of it.
-LEFT: dict[str, tuple[str, str]] = {
-    "a thread": (THREAD, "thread poller"),
-    "a job in an executor": (EXECUTOR, "thread job_0"),
-    "an exit hook": ("import atexit, time; atexit.register(time.sleep, 600); None", "thread MainThread"),
-    "a child process": (CHILD, "child process helper"),
-}
-
-
-@pytest.mark.parametrize("what", LEFT)
+@pytest.mark.parametrize("what", ["a thread", "a job in an executor", "an exit hook", "a child process"])
 @pytest.mark.backends("asyncio", "uvloop", "trio")
 def test_a_replaced_process_ends_and_what_kept_it_is_named(
     backend: str, what: str, run_service: Callable[..., Service]
 ) -> None:
-    code, named = LEFT[what]
-    service = run_service(backend, ecdysis={"drain_timeout": 1, "exit_timeout": 0.5})
+    left = LEFT[what]
+    service = run_service(backend, ecdysis=LIMITS)
     first = service.pids[0]
-    child = service.run(code)
+    child = service.run(left.code)
     service.restart("settled")
     assert service.wait_for_death(first) == 0
     service.wait_for_log("ended by force (exit_timeout); it was kept by ")
-    assert named in service.log
+    assert left.named in service.log
     # The successor has it in the report of the restart that it came from.
     service.wait_until(
-        lambda: named in json.dumps(service.run("ecdysis.last_report.left_behind")), "the report does not name it"
+        lambda: left.named in json.dumps(service.run("ecdysis.last_report.left_behind")), "the report does not name it"
     )
     if child is not None:
-        service.wait_until(lambda: not Path(f"/proc/{child}").exists(), "the child lives on")
+        service.wait_until(lambda: has_ended(child), "the child lives on")
 
 
-@pytest.mark.backends("asyncio", "trio")
-def test_a_stop_ends_a_process_that_a_thread_keeps(backend: str, run_service: Callable[..., Service]) -> None:
-    service = run_service(backend, ecdysis={"drain_timeout": 1, "exit_timeout": 0.5})
-    service.run(THREAD)
-    service.signal(service.pids[0], signal.SIGTERM)
-    assert service.wait_for_death(service.pids[0]) == 0
-    assert "thread poller" in service.log
-
-
-@pytest.mark.backends("asyncio")
-def test_a_blocked_loop_does_not_outlive_its_drain(backend: str, run_service: Callable[..., Service]) -> None:
-    service = run_service(backend, ecdysis={"drain_timeout": 0.5, "exit_timeout": 0.5})
-    first = service.pids[0]
-    # The loop stands still from the moment in which it has settled: the drain never ends.
-    service.run(
-        "import time\n"
-        "async def stand():\n"
-        "    await ecdysis.draining.wait(); time.sleep(600)\n"
-        "ecdysis._task_group.start_soon(stand)\nNone"
-    )
-    service.restart("serving")
-    assert service.wait_for_death(first) == 0
-    service.wait_for_log("thread MainThread at <planted>")
-    assert service.ask()["pid"] != first
+@pytest.mark.backends("asyncio", "uvloop", "trio")
+def test_a_process_ends_after_a_restart_and_at_a_stop(backend: str, run_service: Callable[..., Service]) -> None:
+    left = {
+        "asyncio": "a blocked loop",
+        "uvloop": "a task that cannot be cancelled",
+        "trio": "a child process that ignores SIGTERM",
+    }
+    leave_behind(run_service(backend, ecdysis=LIMITS), LEFT[left[backend]])
 
 
 @pytest.mark.backends("asyncio")
