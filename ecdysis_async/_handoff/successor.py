@@ -27,6 +27,7 @@ from ecdysis_async._system.history import Note, history
 from ecdysis_async._system.import_times import import_times
 from ecdysis_async._system.release import describe_release
 from ecdysis_async._system.shared_memory import LastWord, make_memory
+from ecdysis_async._system.shortages import REMEDIES
 from ecdysis_async._system.stderr import identity, pass_on
 from ecdysis_async._system.tracebacks import describe_failure
 from ecdysis_async.errors import (
@@ -137,7 +138,10 @@ class SuccessorSide(HandoffSide[SuccessorState, SuccessorEvent, SuccessorAction]
             self._take_over(frame)
             self._note_process(said_hello, time.monotonic())
         except (ChannelError, TimeoutError, OSError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise HandoffAborted(f"ecdysis: the predecessor did not hand over its sockets: {error!r}") from error
+            remedy = REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+            raise HandoffAborted(
+                f"ecdysis: the predecessor did not hand over its sockets: {error!r}{f': {remedy}' if remedy else ''}"
+            ) from error
         finally:
             self._close_provision()
             if self.predecessor is None:

@@ -223,6 +223,12 @@ class ControlLock:
                     f"the control socket {self._socket_path} belongs to a live service: stop that one "
                     f"(ecdysis stop --control {self._socket_path}), or give this one another control_socket",
                 ) from None
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"the control socket's lock {self._path} cannot be taken ({error.strerror}): its file system, or a "
+                    "sandbox, has no flock(2), so give this service another control_socket",
+                ) from error
             finally:
                 if self._descriptor != descriptor:
                     os.close(descriptor)

@@ -38,7 +38,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import anyio
-import anyio.to_thread
 
 from ecdysis_async._accepting.data_plane import DataPlane
 from ecdysis_async._accepting.gated_socket import AcceptingEnded, GatedSocket, accept_connection
@@ -118,7 +117,7 @@ class ControlServer:
         Raises:
             OSError: a live service has it, or its directory is not safe; the text says what to do.
         """
-        self._entry = await anyio.to_thread.run_sync(self._open)
+        self._entry = await run_in_thread(self._open)
 
     async def run(self) -> None:
         """Answer clients, between the commit and the pause those that come, to the end those that are there."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import socket
 import stat
@@ -140,6 +142,17 @@ def test_a_lock_file_that_nobody_holds_is_taken(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "control.lock").stat().st_mode) & 0o077 == 0o044, "as it was"
     lock.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", deny)
+    opened = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match=r"control\.lock cannot be taken \(No locks available\): .* has no flock\(2\)"):
+        ControlLock(str(tmp_path / "control")).acquire(is_family=False)
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_a_lock_on_a_removed_file_excludes_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,11 +186,13 @@ def test_a_wrapper_that_ends_before_what_it_started(backend: str, run_service: R
 
 @pytest.mark.backends("asyncio", "uvloop", "anyio", "trio")
 def test_a_restart_where_no_thread_can_be_had(backend: str, run_service: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir(mode=0o700)
     # A stack larger than the address space: each attempt to start a thread fails, as it does at the limit of tasks.
     service = run_service(
         backend,
         at_import="import threading\nthreading.stack_size(1 << 47)",
-        ecdysis={"pid_file": str(tmp_path / "pid"), "command": None},
+        ecdysis={"pid_file": str(tmp_path / "pid"), "control_socket": str(run / "control"), "command": None},
     )
     code = "try:\n    threading.Thread().start()\nexcept RuntimeError as error:\n    text = str(error)\ntext"
     assert service.run(code) == "can't start new thread"

@@ -161,6 +161,26 @@ def test_nohup_outlives_its_terminal(kind: str, tmp_path: Path) -> None:
         assert "the terminal is gone" not in service.log
 
 
+def test_files_that_may_have_no_size_are_named(tmp_path: Path) -> None:
+    write_app(tmp_path / "main.py", "hello")
+    limit = (
+        "import os, resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limit, *ANCHORED],
+        cwd=tmp_path,
+        env=make_environment(tmp_path, {}),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "'File too large'): raise the limit of the size of files (ulimit -f, LimitFSIZE=)" in done.stderr
+
+
 def find_service(service: Started, shell: tuple[str, ...]) -> int:
     process = psutil.Process(service.process.pid)
     return process.children()[0].pid if shell else process.pid
