@@ -111,7 +111,7 @@ class Restarts:
         life.handed_over = anyio.Event()
         life.management.restart_begins()
         life.note_change()
-        life.task_group.start_soon(self._hand_over, handover, is_told)
+        life.task_group.start_soon(self._hand_over, handover, life.handed_over, is_told)
         return handover
 
     async def see_through(self, handover: PredecessorSide, until: str) -> RestartReport:
@@ -134,17 +134,27 @@ class Restarts:
             raise RestartWhileDraining("the service was stopped while it restarted")
         return handover.report
 
-    async def _hand_over(self, handover: PredecessorSide, is_told: bool) -> None:  # noqa: FBT001 - start_soon has no keywords
+    async def _hand_over(
+        self,
+        handover: PredecessorSide,
+        handed_over: anyio.Event,
+        is_told: bool,  # noqa: FBT001 - start_soon has no keywords
+    ) -> None:
+        life = self._life
         try:
             await self._carry_out(handover, is_told=is_told)
         finally:
-            self._life.handed_over.set()
+            handed_over.set()
+        if handover.error is not None:
+            life.counting.note_restart(handover.report, handover.error, is_called_off=handover.is_called_off)
+        if life.handover is not handover:
+            # The next restart has begun by now: it may do so as soon as this one is over, and what follows is its own.
+            return
         self._leaving.hurry_if_nobody_listens()
         if handover.error is not None:
-            self._life.counting.note_restart(handover.report, handover.error, is_called_off=handover.is_called_off)
-            self._life.reserve.fill()
-            self._life.management.serving()
-        if self._life.stop is not Stop.NOT_ASKED:
+            life.reserve.fill()
+            life.management.serving()
+        if life.stop is not Stop.NOT_ASKED:
             self._leaving.begin()
 
     async def _carry_out(self, handover: PredecessorSide, *, is_told: bool) -> None:

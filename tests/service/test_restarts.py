@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import anyio
@@ -13,10 +14,21 @@ from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState
 from ecdysis_async._service.leaving import Leaving
 from ecdysis_async._service.life import Life, Stop
 from ecdysis_async._service.restarts import Restarts
-from ecdysis_async.errors import NotReady, RestartInProgress, RestartUnsupported, RestartWhileDraining, SpawnFailed
+from ecdysis_async.errors import (
+    NotReady,
+    RestartInProgress,
+    RestartUnsupported,
+    RestartWhileDraining,
+    SpawnFailed,
+    SuccessorFailed,
+)
 from ecdysis_async.report import Outcome, State
 from tests.planes import turn
 from tests.service.lives import a_life
+
+
+def count_reserve(life: Life) -> int:
+    return len(life.reserve._descriptors)
 
 
 def restarts_of(life: Life) -> Restarts:
@@ -72,6 +84,30 @@ async def test_one_that_cannot_start_changes_nothing(backend: str) -> None:
         await life.handed_over.wait()
         await turn()
         assert management.told[-1] == "serving"
+
+
+async def test_a_restart_right_behind_one_that_failed_is_left_alone_by_that_one(backend: str) -> None:
+    """What follows from the failure is done once the last words of its successor are passed on, which takes a while."""
+    async with a_life(command=["/bin/sh", "-c", "exit 3"]) as (life, management):
+        life.state = State.SERVING
+        with anyio.fail_after(60):
+            first = restarts_of(life).begin()
+            first_ended = life.handed_over
+            await first.over.wait()
+            assert isinstance(first.error, SuccessorFailed)
+            life.generation.settings = dataclasses.replace(life.generation.settings, command=("sleep", "600"))
+            second = restarts_of(life).begin()
+            await first_ended.wait()
+            await turn()
+            assert not second.over.is_set()
+            assert not life.handed_over.is_set()
+            assert "serving" not in management.told
+            assert count_reserve(life) == 0
+            second.post(PredecessorEvent.CANCELLED)
+            await life.handed_over.wait()
+            await turn()
+            assert management.told[-1] == "serving"
+            assert count_reserve(life) > 0
 
 
 MEANINGS = {
