@@ -20,6 +20,7 @@ from anyio.abc import TaskGroup
 
 from ecdysis_async._accepting.data_plane import active
 from ecdysis_async._accepting.gate import GateState
+from ecdysis_async._accepting.gated_socket import confining_cancellation
 from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async._service.helpers import exclusive
 from ecdysis_async._service.worker_exit import on_worker_exit
@@ -29,7 +30,7 @@ from ecdysis_async.settings import WebSocketClose
 
 from .streams import end_streams
 
-__all__ = ["DRAINING", "RESTARTING", "SETTLED", "Goodbye", "is_on_trio", "make_state"]
+__all__ = ["DRAINING", "RESTARTING", "SETTLED", "Goodbye", "is_on_trio", "make_state", "say_to_one"]
 
 DRAINING = "ecdysis.draining"
 """The key of the event that this generation leaves, in the scope's state: it has ``is_set()`` and ``wait()``."""
@@ -114,7 +115,7 @@ class Goodbye:
         self.deadline = -math.inf
 
     def add_websocket(self, close: CloseWebSocket, is_in_message: Callable[[], bool] = lambda: False) -> None:
-        """Let a WebSocket be closed by ``close``, with ``RESTARTING``; it may take its time, and raises nothing.
+        """Let a WebSocket be closed by ``close``, with ``RESTARTING``; it may take its time.
 
         While ``is_in_message`` says that the client has begun a message, others are closed first.
         """
@@ -197,4 +198,14 @@ class Goodbye:
     def _close(self, closing: TaskGroup, those: Iterable[CloseWebSocket]) -> None:
         for close in those:
             del self._websockets[close]
-            closing.start_soon(close)
+            closing.start_soon(say_to_one, close)
+
+
+async def say_to_one(say: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    """Say goodbye to one client. Whatever fails in that costs no other client anything: the deadline ends this one."""
+    try:
+        # A server may await tasks of its own that have been cancelled.
+        with confining_cancellation():
+            await say()
+    except Exception:
+        log.exception("a client could not be told that this generation leaves: its connection has until the deadline")

@@ -8,6 +8,7 @@ stream was the last, and what was asked up to then has the rest of the drain. No
 from __future__ import annotations
 
 import abc
+import functools
 import math
 import struct
 from collections.abc import Callable, Collection
@@ -15,7 +16,7 @@ from typing import Final
 
 import anyio
 
-from .goodbye import STEP_SECONDS, Goodbye
+from .goodbye import STEP_SECONDS, Goodbye, say_to_one
 
 __all__ = ["ANY_STREAM", "Http2Connection", "Http2Goodbyes", "refuse_and_close", "write_goaway"]
 
@@ -91,7 +92,7 @@ class Http2Goodbyes:
                 for connection in connections:
                     if connection not in told and (connection.is_idle or not is_patient):
                         told.add(connection)
-                        task_group.start_soon(self._see_off, connection)
+                        task_group.start_soon(say_to_one, functools.partial(self._see_off, connection))
                 await anyio.sleep(STEP_SECONDS)
 
     async def _see_off(self, connection: Http2Connection) -> None:

@@ -50,12 +50,19 @@ class Told(Http2Connection):
         self.told.append((what, anyio.current_time() - self.begun))
 
 
-async def say_goodbye(connection: Told) -> None:
+class Broken(Told):
+    """Cannot be told anything."""
+
+    async def announce(self) -> None:
+        raise AssertionError("its server has lost it")
+
+
+async def say_goodbye(*connections: Told) -> None:
     async with a_plane() as plane:
         activate(plane)
         try:
             goodbye = Goodbye(cast("Any", Leaving(TIMEOUT)))
-            Http2Goodbyes(goodbye, lambda: [connection])
+            Http2Goodbyes(goodbye, lambda: connections)
             held = Connection()
             plane.tracker.open(held)
             with anyio.move_on_after(TIMEOUT):
@@ -84,6 +91,15 @@ def test_each_is_told_at_its_time(busy: tuple[float, float], expected: list[floa
         await say_goodbye(connection)
         assert [what for what, _ in connection.told] == ["announce", "refuse", "close"][: len(expected)]
         assert [when for _, when in connection.told] == pytest.approx(expected, abs=0.11)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_who_cannot_be_told_costs_no_other_one_its_goodbye() -> None:
+    async def main() -> None:
+        connection = Told()
+        await say_goodbye(Broken(), connection)
+        assert [what for what, _ in connection.told] == ["announce", "refuse", "close"]
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
