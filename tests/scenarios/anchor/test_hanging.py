@@ -50,10 +50,10 @@ def test_a_blocked_worker_is_replaced_and_leaves_when_it_wakes_up(run_anchor: Ru
     assert service.roll_out("drained")["unanswered"] == []
 
 
-@pytest.mark.parametrize("is_stopped", [False, True])
-def test_one_that_does_not_wake_up_is_ended_at_its_deadline(run_anchor: Run, *, is_stopped: bool) -> None:
+@pytest.mark.parametrize(("loop", "is_stopped"), [("asyncio", False), ("uvloop", False), ("trio", True)])
+def test_one_that_does_not_wake_up_is_ended_at_its_deadline(run_anchor: Run, loop: str, *, is_stopped: bool) -> None:
     """That is how long the one who waits for the drain waits, and no longer."""
-    service = run_anchor(workers=1, handoffs={"drain_timeout": 1}, ecdysis={"drain_timeout": 1})
+    service = run_anchor(workers=1, loop=loop, handoffs={"drain_timeout": 1}, ecdysis={"drain_timeout": 1})
     (hung,) = service.workers().values()
     with service.talk_to(hung) as conversation:
         if is_stopped:
