@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from ecdysis_async._system.claims import ANCHOR_CHECK_MARKER, ANCHOR_MARKER, mark
 from ecdysis_async._system.launch import Launch
+from ecdysis_async._system.process import describe_spawn_failure
 from ecdysis_async._system.stderr import PREFIX
 from ecdysis_async.errors import RestartError
 
@@ -224,7 +225,10 @@ def check(launch: Launch, memory: int, timeout: float) -> str | None:
             timeout=timeout,
             check=False,
         )
-    except (OSError, subprocess.SubprocessError) as error:
+    except OSError as error:
+        reason = describe_spawn_failure(launch, error)
+        raise UpgradeFailed(f"the new anchor could not be tried: {reason}", phase="check") from error
+    except subprocess.SubprocessError as error:
         raise UpgradeFailed(f"the new anchor could not be tried: {error}", phase="check") from error
     # They may hold a password, and so never stand in an error.
     lines = [line for line in result.stdout.splitlines() if not line.startswith(OPTIONS_PREFIX)]

@@ -43,6 +43,7 @@ __all__ = [
     "Spawner",
     "describe_end",
     "describe_exit",
+    "describe_spawn_failure",
     "find_children",
     "find_missing",
     "find_process",
@@ -314,13 +315,13 @@ def spawn(
             )
     # No error may end this process, which serves, and goes on serving.
     except Exception as error:
-        raise _spawn_failed(launch, error) from error
+        raise SpawnFailed(describe_spawn_failure(launch, error), phase="start") from error
     try:
         pidfd = os.pidfd_open(child.pid)
     except OSError as error:
         child.kill()
         child.wait()
-        raise _spawn_failed(launch, error) from error
+        raise SpawnFailed(describe_spawn_failure(launch, error), phase="start") from error
     return Process(child.pid, pidfd, is_kept=is_kept)
 
 
@@ -333,7 +334,7 @@ def require_program(launch: Launch) -> None:
     try:
         _find_program(launch)
     except OSError as error:
-        raise _spawn_failed(launch, error) from error
+        raise SpawnFailed(describe_spawn_failure(launch, error), phase="start") from error
 
 
 def _find_program(launch: Launch) -> None:
@@ -378,7 +379,8 @@ def describe_exit(returncode: int) -> str:
         return f"killed by signal {-returncode}"
 
 
-def _spawn_failed(launch: Launch, error: Exception) -> SpawnFailed:
+def describe_spawn_failure(launch: Launch, error: Exception) -> str:
+    """Say why a program could not be started, and what to do about it."""
     program = launch.arguments[0]
     text = f"cannot start {program!r}: {error}"
     if isinstance(error, OSError):
@@ -388,4 +390,4 @@ def _spawn_failed(launch: Launch, error: Exception) -> SpawnFailed:
         elif remedy := _REMEDIES.get(error.errno or 0):
             missing = f": {error.filename}" if error.filename not in (None, program) else ""
             text = f"cannot start {program!r}: {error.strerror}{missing} ({remedy})"
-    return SpawnFailed(text, phase="start")
+    return text
