@@ -285,7 +285,11 @@ class ServerConnection(TaskSafePoints):
                 self._sock.shutdown(socket.SHUT_RDWR)
 
     def what(self) -> str:
-        sock = self.transport.get_extra_info("socket") if self.transport is not None else self._sock
+        try:
+            sock = self.transport.get_extra_info("socket") if self.transport is not None else self._sock
+        except AttributeError:
+            # The application has closed asyncio's TLS transport twice: it has forgotten its socket.
+            sock = None
         return f"a connection to {self._entry.name} from {describe_peer(sock)}"
 
     def is_over(self) -> bool:

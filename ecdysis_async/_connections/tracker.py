@@ -517,6 +517,10 @@ class Tracker:
     async def _finish(self, connection: Connection, news: anyio.Event, farewell: _Moment, deadline: _Moment) -> None:
         try:
             await self._wait_for_end(connection, news, farewell, deadline)
+        except Exception:
+            # What a server or a loop of others has raised: no other connection loses its drain over that.
+            log.exception("a connection could not be ended; it ends with this process")
+            self.close(connection)
         finally:
             # After a cancelled drain, the next one begins afresh.
             connection.news = None

@@ -406,6 +406,29 @@ async def test_a_tls_protocol_that_is_replaced_is_tracked_to_the_last_byte(
         await until(lambda: not plane.tracker.connections())
 
 
+async def test_a_tls_connection_that_was_closed_twice_is_cut_at_the_deadline(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    class ClosesTwice(Echo):
+        def data_received(self, data: bytes) -> None:
+            self.transport.write(bytes(MORE_THAN_THE_KERNEL_HOLDS))
+            self.transport.close()
+            self.transport.close()
+
+    async with an_open_plane() as plane:
+        server = await create_server(plane, ClosesTwice, LOCALHOST, 0, ssl=server_context)
+        reader, writer = await open_tls(server, client_context)
+        writer.write(b"?")
+        assert await reader.readexactly(1) == b"\0"
+        plane.tracker.hurry()
+        with anyio.fail_after(60):
+            await plane.tracker.drain(30)
+        (cut,) = plane.tracker.cut
+        assert cut.startswith("a connection to tcp:127.0.0.1:0 from ")
+        writer.transport.abort()
+        await writer.wait_closed()
+
+
 async def test_a_stream_that_starts_tls_is_tracked_to_its_end(
     server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:

@@ -340,6 +340,23 @@ async def test_connections_that_end_without_telling_are_noticed() -> None:
     assert tracker.count == DrainCount(drained=1)
 
 
+class CannotBeCancelled(Untold):
+    __slots__ = ()
+
+    def cancel(self) -> None:
+        raise AttributeError("its transport has forgotten it")
+
+
+async def test_a_connection_that_cannot_be_ended_costs_no_other_one_its_drain(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker()
+    tracker.open(CannotBeCancelled())
+    tracker.open(EndsWhenTold())
+    with anyio.fail_after(60):
+        await tracker.drain(0.1)
+    assert (tracker.count, len(tracker)) == (DrainCount(drained=1, cut=1), 0)
+    assert "could not be ended" in caplog.text
+
+
 async def test_who_ends_while_others_move_has_drained() -> None:
     tracker = Tracker()
     before, meanwhile = Untold(), Untold()
