@@ -147,6 +147,10 @@ class Unit:
         """Return a property of the unit."""
         return self.machine.show(NAME, name)
 
+    def wait_for_status(self, text: str) -> None:
+        """Wait until systemd has read a status with this text: who has asked for a restart is told beside it."""
+        self.wait_until(lambda: text in self.show("StatusText"), f"{text!r} is not in the status")
+
     def ask(self, line: str, address: Any = None) -> Any:
         """Ask whoever answers."""
         with Client(address or self.addresses[0]) as client:

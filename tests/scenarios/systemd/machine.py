@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 __all__ = ["Machine", "Unavailable", "fetch", "running"]
@@ -249,13 +249,19 @@ class Machine:
             self.run("chmod", "a+x", *(str(parent) for parent in Path(folder).parents))
 
     def kill(self, pid: int, number: signal.Signals) -> None:
-        """Send a signal to a process, by its number inside."""
+        """Send a signal to a process, by its number inside; after a SIGSTOP, return once it does nothing any more.
+
+        In the kernel it may still accept who comes between the signal and that.
+        """
         self.run("kill", f"-{number.value}", str(pid))
+        if number is signal.SIGSTOP:
+            _wait_until_stopped(lambda: self.run("cat", f"/proc/{pid}/stat"))
 
     @contextlib.contextmanager
     def standing_still(self) -> Iterator[None]:
         """Let systemd itself do nothing, from outside: within its namespace nobody can stop it."""
         os.kill(self._pid, signal.SIGSTOP)
+        _wait_until_stopped(Path(f"/proc/{self._pid}/stat").read_text)
         try:
             yield
         finally:
@@ -284,6 +290,14 @@ def running(systemd: Path, directory: Path) -> Iterator[Machine]:
         yield machine
     finally:
         machine.end()
+
+
+def _wait_until_stopped(read_stat: Callable[[], str]) -> None:
+    """Wait until a SIGSTOP has come into effect; proc_pid_stat(5)."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (found := read_stat()).rpartition(") ")[2].startswith("T"):
+        assert time.monotonic() < deadline, f"it does not stop: {found}"
+        time.sleep(0.005)
 
 
 def _unified_hierarchy() -> Path:

@@ -55,7 +55,7 @@ def container(kind: str, tmp_path: Path, port: int) -> Iterator[Container]:
     control = tmp_path / "control"
     control.mkdir(mode=0o700)
     options = [f"--app-dir={APP}", f"--bind=127.0.0.1:{port}", "--workers=2", f"--control={control / 'socket'}"]
-    limits = ["--probation=0.05", "--drain-timeout=5"]
+    limits = ["--probation=0.05", "--drain-timeout=10"]
     with running(
         kind, tmp_path, [*COMMAND, "run", "app:main", *options, *limits], ADDRESS=f"127.0.0.1:{port}"
     ) as container:
@@ -87,7 +87,7 @@ def test_it_restarts_in_place_reaps_orphans_and_stops_in_time(
         Client(("127.0.0.1", port)) as client,
         Client(("127.0.0.1", port)) as late,
     ):
-        client.say("slow 2 patience")
+        client.say("slow 4 patience")
         # So that it is there before the signal is.
         assert late.ask("who")["generation"] == 3
         first.send_signal(signal.SIGTERM)

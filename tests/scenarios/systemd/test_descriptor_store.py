@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import signal
@@ -44,10 +45,12 @@ def test_clients_in_the_queue_of_a_killed_service_wait_for_the_next_start(unit: 
     with Load(unit.port) as web, Load(path) as near:
         # They wait in the queue of a process that will never accept them.
         unit.machine.kill(unit.main_pid, signal.SIGSTOP)
-        waiting = [Client(address).say("echo patience") for address in before for _ in range(3)]
-        unit.machine.kill(unit.main_pid, signal.SIGKILL)
-        for each in waiting:
-            with each:
+        with contextlib.ExitStack() as stack:
+            waiting = [stack.enter_context(Client(address)) for address in before for _ in range(3)]
+            for each in waiting:
+                each.say("echo patience")
+            unit.machine.kill(unit.main_pid, signal.SIGKILL)
+            for each in waiting:
                 assert each.hear() == "1 patience"
         assert unit.addresses == before
         wait_for_start(unit, 1)
@@ -198,7 +201,6 @@ def test_a_restart_of_the_unit_under_load_loses_nothing(unit: Unit) -> None:
 
 @pytest.mark.parametrize("phase", ["serving", *PHASES])
 def test_a_kill_in_any_phase_refuses_nobody(unit: Unit, phase: str) -> None:
-    unit.configure(ecdysis={"drain_timeout": 5})
     restart = Standstill(unit, phase)
     unit.start(*STORE, "KillMode=mixed")
     with restart, Load(unit.port) as load:

@@ -31,7 +31,7 @@ def test_an_abstract_address_is_as_good_as_a_path(unit: Unit) -> None:
     unit.configure(ecdysis={"probation": 0.05})
     command = f"/usr/bin/env NOTIFY_SOCKET=@{name} {unit.command()}"
     store = ("FileDescriptorStoreMax=8", "Restart=always", "RestartSec=0")
-    unit.start("ExecStart=", f"ExecStart={command}", "WatchdogSec=2", *store)
+    unit.start("ExecStart=", f"ExecStart={command}", "WatchdogSec=5", *store)
     with Load(unit.port, LOUD) as load:
         for generation in (2, 3, 4):
             former = unit.main_pid
@@ -78,7 +78,8 @@ def test_a_start_that_fails_says_why_while_its_clients_wait(unit: Unit) -> None:
     unit.machine.install(f"{NAME}.d/patience.conf", "[Unit]\nStartLimitIntervalSec=0\n")
     good = [["listen_tcp", ["127.0.0.1", port], {}]]
     unit.configure(sockets=good)
-    unit.install("Sockets=app.socket", "Restart=always", "RestartSec=0")
+    # A moment between two starts, in which systemd knows how the last one has ended.
+    unit.install("Sockets=app.socket", "Restart=always", "RestartSec=300ms")
     unit.machine.systemctl("start", "app.socket")
     with Load(port, LOUD) as load:
         unit.wait_until(lambda: unit.show("ActiveState") == "active")

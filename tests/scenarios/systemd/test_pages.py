@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.scenarios.run.commands import wait_until
 from tests.scenarios.systemd.machine import PROJECT, Machine
 from tests.scenarios.systemd.test_unit import PACKAGES
 
@@ -73,7 +74,7 @@ def test_a_release_is_deployed_by_the_script_and_a_broken_one_is_taken_back(mach
     assert machine.fails("sh", "/srv/shop/deploy.sh", "3")
     assert ask(machine) == "2"
     assert machine.run("readlink", "/srv/shop/current").strip() == f"{RELEASES}/2"
-    assert "nothing_there" in machine.show("shop.service", "StatusText")
+    wait_until(lambda: "nothing_there" in machine.show("shop.service", "StatusText"), "systemd is not told why")
     # The commands find it by themselves.
     assert "generation 2" in machine.run("/srv/shop/current/.venv/bin/ecdysis", "status")
     machine.systemctl("stop", "shop.service")

@@ -32,7 +32,7 @@ def test_reloads_in_a_row_lose_nothing(unit: Unit, kind: str, reloads: int) -> N
     assert load.counts.answers == load.counts.requests
     assert unit.ask("who")["pid"] == unit.main_pid != first
     assert (unit.show("NRestarts"), unit.show("ActiveState")) == ("0", "active")
-    assert f"generation {reloads + 1} is serving" in unit.show("StatusText")
+    unit.wait_for_status(f"generation {reloads + 1} is serving")
     unit.systemctl("stop")
     assert (unit.show("Result"), unit.show("ExecMainStatus")) == ("success", "0")
 
@@ -41,7 +41,7 @@ def test_reloads_in_a_row_lose_nothing(unit: Unit, kind: str, reloads: int) -> N
     ("code", "ready_timeout", "reason"),
     [
         ("raise ValueError('a broken release')", 60, "a broken release"),
-        ("import signal; signal.pause()", 5, "was not ready within 5 seconds"),
+        ("import signal; signal.pause()", 12, "was not ready within 12 seconds"),
     ],
     ids=["broken", "hangs"],
 )
@@ -59,7 +59,7 @@ def test_a_reload_that_fails_says_so_and_the_old_generation_serves(
             assert client.ask("who")["pid"] == unit.ask("who")["pid"] == unit.main_pid == first
         load.wait_for(1)
         assert (unit.show("ActiveState"), unit.show("SubState")) == ("active", "running")
-        assert reason in unit.show("StatusText")
+        unit.wait_for_status(reason)
         assert "generation 1 is serving" in unit.show("StatusText")
         unit.configure(at_start="")
         unit.reload()
@@ -80,7 +80,7 @@ def test_a_restart_that_is_rolled_back_fails_the_reload(unit: Unit) -> None:
         assert reload.wait() != 0
         load.wait_for(1, 30)
         assert unit.ask("who")["pid"] == unit.main_pid == first
-        assert "SIGKILL" in unit.show("StatusText")
+        unit.wait_for_status("SIGKILL")
         # What the killed process had accepted; and nothing is lost from then on.
         lost = load.counts.failures.copy()
         assert set(lost) <= LOST
@@ -98,7 +98,7 @@ def test_a_reload_by_signal_that_fails_shows_in_the_status(unit: Unit) -> None:
         unit.reload()
         load.wait_for(1, 20)
         assert unit.ask("who")["pid"] == unit.main_pid == first
-        assert "a broken release" in unit.show("StatusText")
+        unit.wait_for_status("a broken release")
         unit.configure(at_start="")
         unit.reload()
         load.wait_for(2)
@@ -135,7 +135,8 @@ def test_the_pid_file_names_the_main_process_once_it_is_that(unit: Unit) -> None
 
 def test_systemd_is_executed_anew_under_load_and_knows_all_it_knew(unit: Unit) -> None:
     unit.configure(ecdysis={"drain_timeout": 2})
-    unit.start("WatchdogSec=5", "FileDescriptorStoreMax=8", "Restart=always", "RestartSec=0")
+    # It does not bite: neither while systemd is executed anew, nor while the service stands still at the end.
+    unit.start("WatchdogSec=30", "FileDescriptorStoreMax=8", "Restart=always", "RestartSec=0")
     with Load(unit.port) as load:
         for generation in (2, 3):
             # The service's socket and its control socket.
@@ -216,7 +217,7 @@ def test_a_program_that_is_gone_fails_the_reload_at_once(unit: Unit) -> None:
     unit.start()
     with Load(unit.port) as load:
         assert unit.machine.fails("systemctl", "reload", NAME)
-        assert "cannot start '/no/such/python'" in unit.show("StatusText")
+        unit.wait_for_status("cannot start '/no/such/python'")
         load.wait_for(1, 20)
     assert load.counts.failures == Counter()
     assert unit.ask("who")["pid"] == unit.main_pid

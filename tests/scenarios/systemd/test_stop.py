@@ -128,7 +128,6 @@ def test_a_stop_while_the_only_generation_starts_leaves_nothing_behind(unit: Uni
 @pytest.mark.parametrize("command", ["stop", "restart"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_stop_in_any_phase_under_load_loses_nothing(unit: Unit, phase: str, command: str) -> None:
-    unit.configure(ecdysis={"drain_timeout": 30})
     restart = Standstill(unit, phase)
     with loaded(unit, "KillMode=mixed") as load, restart:
         restart.reach(load)
@@ -144,15 +143,16 @@ def test_a_stop_in_any_phase_under_load_loses_nothing(unit: Unit, phase: str, co
 
 
 def test_start_restart_and_drain_may_take_longer_than_the_unit_says(unit: Unit) -> None:
-    # What is slow comes after the first word to systemd, and before ready(). Who comes meanwhile waits.
-    unit.configure(ecdysis={"ready_timeout": 20, "probation": 2}, before_ready=3.5)
-    with loaded(unit, "TimeoutStartSec=3", "TimeoutStopSec=1") as load:
-        unit.configure(before_ready=1.3)
+    # What is slow comes after the first word to systemd, and before ready(). Who comes meanwhile waits. That word comes
+    # within the unit's times, also where a program takes a while to start.
+    unit.configure(ecdysis={"ready_timeout": 60, "probation": 4}, before_ready=6.5)
+    with loaded(unit, "TimeoutStartSec=6", "TimeoutStopSec=3") as load:
+        unit.configure(before_ready=2.5)
         unit.reload()
         load.wait_for(2)
         unit.configure(before_ready=0.0)
         with Client(unit.addresses[0]) as client:
-            client.say("linger 1.5 patience")
+            client.say("linger 3.5 patience")
             assert unit.ask("who")["generation"] == 2
             unit.systemctl("stop")
             assert client.hear() == "2 patience bye"
@@ -187,11 +187,12 @@ def test_a_kill_before_a_restart_is_settled_ends_all_and_the_unit_comes_back(uni
 
 
 def test_a_kill_of_the_old_generation_after_a_restart_is_settled_costs_nothing(unit: Unit) -> None:
+    unit.configure(ecdysis={"drain_timeout": 600})
     unit.start("Restart=always")
     first = unit.main_pid
     with Load(unit.port) as load, Client(unit.addresses[0]) as lost:
         lost.ask("who")
-        lost.say("linger 5 lost")
+        lost.say("linger 600 lost")
         unit.reload()
         load.wait_for(2, 20)
         unit.machine.kill(first, signal.SIGKILL)
@@ -224,13 +225,13 @@ def test_a_kill_of_the_new_generation_is_noticed_while_the_old_one_drains(unit: 
 
 
 def test_the_watchdog_bites_a_stalled_loop_and_spares_a_sound_one(unit: Unit) -> None:
-    unit.configure(ecdysis={"probation": 1.6})
-    unit.start("WatchdogSec=1500ms", "FileDescriptorStoreMax=8", "Restart=always", "RestartSec=0")
+    unit.configure(ecdysis={"probation": 3.1})
+    unit.start("WatchdogSec=3", "FileDescriptorStoreMax=8", "Restart=always", "RestartSec=0")
     with Load(unit.port) as load:
         with Client(unit.addresses[0]) as client:
             # Longer than the watchdog's time in each phase: the start, the probation, the drain, and after all of them.
-            client.say("linger 1.6 sound")
-            unit.configure(before_ready=1.6)
+            client.say("linger 3.1 sound")
+            unit.configure(before_ready=3.1)
             unit.reload()
             assert client.hear() == "1 sound bye"
         load.wait_for(2)
@@ -255,10 +256,12 @@ def test_a_partial_stop_leaves_the_word_to_the_application(unit: Unit) -> None:
     with loaded(unit) as load:
         first = unit.main_pid
         with Client(unit.addresses[0]) as client, Client(unit.addresses[0]) as busy:
-            busy.say("linger 1 busy")
+            busy.say("hold")
+            unit.wait_until(lambda: "held\n" in unit.log)
             client.ask("stop partially")
             assert unit.show("SubState") == "running"
-            assert busy.hear() == "1 busy bye"
+            unit.release()
+            assert busy.hear().endswith(" bye")
         # Those who came meanwhile start it anew.
         load.wait_for(1, 30)
         assert unit.main_pid != first
