@@ -29,9 +29,10 @@ NAME = "ecdysis-stacks"
 _OFFSET = 11
 _NUMBER: int | None = signal.SIGRTMIN + _OFFSET if hasattr(signal, "SIGRTMIN") else None
 
-# How long the asking process waits for an answer, and then for more of it, seconds.
-ANSWER_SECONDS = 1.0
-MORE_SECONDS = 0.15
+# How long the asking process waits for an answer, and then for more of it, seconds: as long as one that is to answer
+# may wait for a processor.
+ANSWER_SECONDS = 3.0
+MORE_SECONDS = 0.5
 
 # How many tasks, and how many frames of each, are told at the most: the innermost ones, behind all middleware.
 MAX_TASKS = 20
@@ -91,7 +92,7 @@ def _is_main_thread() -> bool:
 def ask_for_stacks(pid: int) -> str | None:
     """Return where a process stands; None where it does not tell: it is no process of this library, or not ours.
 
-    It blocks for a second at the most.
+    It blocks for three seconds at the most.
     """
     if _NUMBER is None or (path := _find_memory(pid)) is None or not _is_caught(pid):
         return None

@@ -25,10 +25,12 @@ from tests.planes import a_plane
 PATIENCE_SECONDS = 30
 
 HOLD = """
-import json, sys
+import json, sys, time
 from ecdysis_async._system.lock_file import LockFile
 locks = LockFile(int(sys.argv[1]))
-assert locks.try_lock("name")
+# Who has it in vain gives it back in a moment.
+while not locks.try_lock("name"):
+    time.sleep(0.001)
 locks.write("name", json.loads(sys.argv[2]))
 print("held", flush=True)
 sys.stdin.read()
@@ -253,6 +255,12 @@ async def test_a_start_up_does_not_wait_for_ever(facts: str, expected: str) -> N
         with held_elsewhere(locks, facts), pytest.raises(StartupError, match=expected):
             async with holder.exclusives.hold("name"):
                 pass
+
+
+async def test_what_a_start_up_keeps_is_said_to_those_who_wait() -> None:
+    locks = LockFile.make()
+    async with a_holder(locks) as holder:
+        holder.is_starting = True
         with in_application() as start_up:
             async with holder.exclusives.hold("name"):
                 holder.exclusives.note_serving()

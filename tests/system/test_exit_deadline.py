@@ -15,7 +15,7 @@ from ecdysis_async._system.exit_deadline import ExitDeadline
 def tell(kept):
     print(*kept, sep="\\n", flush=True)
 
-def set_deadline(seconds=0.3):
+def set_deadline(seconds=1):
     deadline = ExitDeadline(tell, status=7)
     deadline.set(seconds)
     return deadline

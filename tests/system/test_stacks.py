@@ -14,6 +14,9 @@ import pytest
 
 from ecdysis_async._system.stacks import ask_for_stacks, hear_questions, stop_hearing
 
+# How often it is asked for what a process has to tell.
+PATIENCE = 20
+
 HEAD = """
 import asyncio, sys, time
 from ecdysis_async._system.stacks import hear_questions, stop_hearing
@@ -48,10 +51,18 @@ def standing(body: str) -> Iterator[int]:
             process.kill()
 
 
+def ask_for(pid: int, place: str) -> str:
+    """Ask until the answer, which a busy machine may cut short, tells of a place."""
+    for _ in range(PATIENCE):
+        if place in (stacks := ask_for_stacks(pid) or ""):
+            return stacks
+    raise AssertionError(f"it does not tell of {place}: {stacks}")
+
+
 @pytest.mark.parametrize("loop", list(AWAITS))
 def test_a_task_that_awaits_is_told(loop: str) -> None:
     with standing(AWAITS[loop]) as pid:
-        assert "in wait_for_the_database" in (ask_for_stacks(pid) or "")
+        ask_for(pid, "in wait_for_the_database")
 
 
 def test_what_an_asynchronous_generator_awaits_is_told_also_behind_much_else() -> None:
@@ -73,20 +84,20 @@ def test_what_an_asynchronous_generator_awaits_is_told_also_behind_much_else() -
     sleep = asyncio.sleep; asyncio.run(behind(40))
     """
     with standing(body) as pid:
-        stacks = ask_for_stacks(pid) or ""
+        stacks = ask_for(pid, "in behind")
         assert stacks.index("in wait_for_the_database") < stacks.index("in lifespan") < stacks.index("in behind")
 
 
 def test_a_blocked_main_thread_is_told_each_time() -> None:
     with standing("block()") as pid:
         for _ in range(2):
-            stacks = ask_for_stacks(pid) or ""
+            stacks = ask_for(pid, "in block")
             assert stacks.count("in block") == 1
 
 
 def test_a_loop_that_is_blocked_tells_where() -> None:
     with standing("async def main(): block()\nasyncio.run(main())") as pid:
-        stacks = ask_for_stacks(pid) or ""
+        stacks = ask_for(pid, "in main")
         assert stacks.index("in block") < stacks.index("in main")
 
 
