@@ -12,16 +12,13 @@ Run = Callable[..., Service]
 
 COMMAND = [sys.executable, "-W", "error", "-m", "ecdysis_async.cli"]
 
-# Those who seek a verdict that nobody knows shall not seek it for ten seconds.
-IMPATIENT = [
-    sys.executable,
-    "-W",
-    "error",
-    "-c",
-    "from ecdysis_async.cli import client, main; client.VERDICT_SECONDS = client.SILENCE_SECONDS = 1.5; main()",
-]
-
 SERVING, FAILED, USAGE, NO_SERVICE, IN_PROGRESS, ROLLED_BACK, UNKNOWN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
+
+
+def with_patience(**seconds: float) -> list[str]:
+    """Return the command with another patience: of the constants of its client, by the first word of their names."""
+    constants = "; ".join(f"client.{name}_SECONDS = {value}" for name, value in seconds.items())
+    return [sys.executable, "-W", "error", "-c", f"from ecdysis_async.cli import client, main; {constants}; main()"]
 
 
 def call(*arguments: str, command: list[str] = COMMAND) -> subprocess.CompletedProcess[str]:

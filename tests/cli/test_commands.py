@@ -12,7 +12,6 @@ import pytest
 
 from tests.cli.commands import (
     FAILED,
-    IMPATIENT,
     IN_PROGRESS,
     INTERRUPTED,
     NO_SERVICE,
@@ -24,6 +23,7 @@ from tests.cli.commands import (
     begin,
     call,
     end,
+    with_patience,
 )
 
 pytestmark = pytest.mark.main_python_only
@@ -134,7 +134,7 @@ def test_the_predecessor_dies_while_it_drains(backend: str, run_service: Run) ->
 def test_nobody_knows_the_outcome(backend: str, run_service: Run) -> None:
     service = run_service(backend)
     service.configure(at_start="await wait()")
-    process = begin("restart", command=IMPATIENT)
+    process = begin("restart", command=with_patience(VERDICT=1.5))
     service.wait_for("waiting")
     # The predecessor could hear of that death, and tell that the restart has failed, before it dies itself.
     service.signal(service.pids[0], signal.SIGSTOP)
@@ -152,7 +152,7 @@ def test_it_does_not_keep_systemd_from_starting_the_service_anew(
     service = run_service(backend)
     service.configure(at_start="await wait()")
     monkeypatch.setenv("MAINPID", str(service.pids[0]))
-    process = begin("restart", command=[each.replace("= 1.5", "= 3600") for each in IMPATIENT])
+    process = begin("restart", command=with_patience(VERDICT=3600))
     service.wait_for("waiting")
     # The successor, which starts still, might serve some time; but systemd is going to end it.
     service.signal(service.pids[0], signal.SIGKILL)
@@ -167,7 +167,8 @@ def test_a_service_that_hangs(backend: str, run_service: Run) -> None:
     service = run_service(backend)
     service.signal(service.pids[0], signal.SIGSTOP)
     service.wait_until_stopped(service.pids[0])
-    processes = {name: begin(name, command=IMPATIENT) for name in ("status", "stop", "restart")}
+    impatient = with_patience(VERDICT=1.5, SILENCE=1.5)
+    processes = {name: begin(name, command=impatient) for name in ("status", "stop", "restart")}
     for name, process in processes.items():
         code, _, errors = end(process)
         assert code == UNKNOWN, name

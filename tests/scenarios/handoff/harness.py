@@ -377,7 +377,7 @@ class Service:
 
     def _is_of_another_test(self) -> bool:
         """Say whether all who listen on the port are processes that another test has started."""
-        if not isinstance(self.address, tuple):
+        if isinstance(self.address, str):
             return False
         listening = [
             each.pid
