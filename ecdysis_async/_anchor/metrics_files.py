@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ecdysis_async._system.claims import METRICS_ID_KEY
+from ecdysis_async._system.shortages import REMEDIES
 
 __all__ = [
     "AUTO",
@@ -77,10 +78,21 @@ def prepare_directory(wanted: str, former: str | None, former_wanted: str | None
         former_wanted: what was wanted then.
 
     Raises:
-        OSError: the directory cannot be made.
+        OSError: the directory cannot be made; the text says what to do.
     """
     if former is not None and wanted == former_wanted and os.path.isdir(former):
         return former
+    try:
+        return _make_empty(wanted)
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0, "let the service's user write there")
+        raise OSError(
+            error.errno,
+            f"the directory of --metrics-dir {wanted} cannot be made ({error.strerror}): {remedy}, or choose another",
+        ) from error
+
+
+def _make_empty(wanted: str) -> str:
     if wanted == AUTO:
         return tempfile.mkdtemp(prefix=AUTO_PREFIX)
     path = os.path.abspath(wanted)

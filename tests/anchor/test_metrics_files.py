@@ -111,6 +111,13 @@ def test_the_same_words_mean_the_same_directory(monkeypatch: pytest.MonkeyPatch,
     assert prepare_directory("other", path, "prom") == str(tmp_path / "two" / "other")
 
 
+def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    wanted = str(tmp_path / "file" / "prom")
+    with pytest.raises(OSError, match=r"--metrics-dir .*/file/prom cannot be made \(Not a directory\): let the"):
+        prepare_directory(wanted, None, None)
+
+
 def test_a_worker_that_removes_what_others_count_is_found_out(tmp_path: Path) -> None:
     for name in ("counter_slot0-1.db", "gauge_livesum_slot0-1.db"):
         (tmp_path / name).touch()
