@@ -159,14 +159,19 @@ class DescriptorStore:
             reason = "its name and its address are too long together: give it a shorter name="
         elif len((self._parked | self._inherited) - {name}) >= self._limit:
             reason = f"there is room for {self._limit}: raise FileDescriptorStoreMax= in the unit's [Service]"
-        if reason:
-            if not self._complained:
-                logger.warning("systemd cannot keep %s for the case of a crash: %s", title, reason)
+        else:
+            try:
+                # FDPOLL=0: systemd would remove a socket by itself once its peer is gone. Removing it is this object's
+                # task.
+                self._systemd.tell("FDSTORE=1", "FDPOLL=0", f"FDNAME={name}", descriptors=[descriptor])
+            except OSError as error:
+                # A socket is tried again with the next look (OwnManagement._tell_status).
+                reason = f"{error.strerror}: raise the limit (ulimit -n, LimitNOFILE=)"
+        if not reason:
+            self._parked.add(name)
+        elif not self._complained:
             self._complained = True
-            return
-        self._parked.add(name)
-        # FDPOLL=0: systemd would remove a socket by itself once its peer is gone. Removing it is this object's task.
-        self._systemd.tell("FDSTORE=1", "FDPOLL=0", f"FDNAME={name}", descriptors=[descriptor])
+            logger.warning("systemd cannot keep %s for the case of a crash: %s", title, reason)
 
     def _remove(self, name: str) -> None:
         self._parked.discard(name)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 
 import anyio
 
+from ecdysis_async._system.reserve import Reserve
+
 __all__ = ["Systemd", "find_systemd"]
 
 logger = logging.getLogger("ecdysis_async")
@@ -26,6 +28,9 @@ SOCKET_PREFIX = "ecdysis;"
 # How long systemd may take to read a message, and to answer a barrier, seconds. It takes milliseconds, unless it is
 # stopped, or being executed anew.
 SEND_SECONDS = 5.0
+
+# A socket for one message, and a pipe for a barrier: what is kept for the moment in which no other descriptor is left.
+RESERVED = 3
 
 
 def find_systemd(wanted: bool | None) -> Systemd:  # noqa: FBT001 - the setting as the user gave it
@@ -87,6 +92,9 @@ class Systemd:
         # What is still to be sent, with the descriptors that go along, which this object owns.
         self._messages: deque[tuple[str, tuple[int, ...]]] = deque()
         self._wakeup = anyio.Event()
+        # Clients may use up all descriptors. A service that fell silent then would be taken for dead by the watchdog,
+        # and its restart, which is the remedy, could not make the successor the main process.
+        self._reserve = Reserve(RESERVED)
         # Two tasks may send, and READY must not overtake RELOADING.
         self._sending = anyio.Lock()
         self.begun = anyio.Event()
@@ -153,14 +161,18 @@ class Systemd:
 
     async def run(self) -> None:
         """Send what is told, and pet the watchdog as often as it takes, as long as the loop turns."""
-        async with anyio.create_task_group() as task_group:
-            if self.watchdog is not None:
-                task_group.start_soon(self._pet, self.watchdog / 2)
-            while True:
-                await self.flush()
-                self._wakeup = anyio.Event()
-                if not self._messages:
-                    await self._wakeup.wait()
+        self._reserve.fill()
+        try:
+            async with anyio.create_task_group() as task_group:
+                if self.watchdog is not None:
+                    task_group.start_soon(self._pet, self.watchdog / 2)
+                while True:
+                    await self.flush()
+                    self._wakeup = anyio.Event()
+                    if not self._messages:
+                        await self._wakeup.wait()
+        finally:
+            self._reserve.give_up()
 
     async def name_main(self, pid: int, *assignments: str) -> None:
         """Make another process the unit's main one, and be silent; returns when systemd has taken note.
@@ -189,7 +201,11 @@ class Systemd:
 
     async def _synchronize(self) -> None:
         await self.flush()
-        read_end, write_end = os.pipe()
+        try:
+            read_end, write_end = self._reserve.open(os.pipe)
+        except OSError as error:
+            self._tell_deaf(error)
+            return
         try:
             try:
                 async with self._sending:
@@ -201,6 +217,7 @@ class Systemd:
                 await anyio.wait_readable(read_end)
         finally:
             os.close(read_end)
+            self._reserve.take_back()
 
     def close(self) -> None:
         """Forget what was not sent."""
@@ -222,7 +239,7 @@ class Systemd:
         try:
             # The socket is connected anew each time, because systemd may be executed anew. It is connected at all,
             # because the kernel then says when there is room in the receiver's queue (unix(7)).
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, anyio.fail_after(SEND_SECONDS):
+            with self._reserve.open(_make_socket) as sock, anyio.fail_after(SEND_SECONDS):
                 sock.setblocking(False)
                 sock.connect(self._address)
                 while True:
@@ -233,10 +250,19 @@ class Systemd:
                     else:
                         return True
         except OSError as error:
-            if not self._is_deaf:
-                logger.warning("systemd does not hear this service (NOTIFY_SOCKET=%r): %r", self._address, error)
-            self._is_deaf = True
+            self._tell_deaf(error)
             return False
+        finally:
+            self._reserve.take_back()
+
+    def _tell_deaf(self, error: OSError) -> None:
+        if not self._is_deaf:
+            logger.warning("systemd does not hear this service (NOTIFY_SOCKET=%r): %r", self._address, error)
+        self._is_deaf = True
+
+
+def _make_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
 
 def _extension(seconds: float) -> str:

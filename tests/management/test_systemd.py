@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -145,6 +146,61 @@ async def test_a_deaf_systemd_is_said_once(tmp_path: Path, caplog: pytest.LogCap
             await systemd.flush()
         await systemd.synchronize()
     assert [record.message[:35] for record in caplog.records] == ["systemd does not hear this service "]
+
+
+# A service with one socket, and with no descriptor left but for the time in which it parks the socket.
+EXHAUSTED = """
+import contextlib, os, resource, sys
+import anyio
+from ecdysis_async._management.descriptor_store import DescriptorStore
+from ecdysis_async._management.systemd import Systemd
+from ecdysis_async._sockets.addresses import Internet
+from ecdysis_async._sockets.registry import Registry
+
+kept = []
+
+def use_up():
+    with contextlib.suppress(OSError):
+        while True:
+            kept.append(os.open(os.devnull, os.O_RDONLY))
+
+async def main():
+    registry, systemd = Registry(), Systemd(sys.argv[1])
+    registry.obtain(Internet("127.0.0.1", 0))
+    registry.start_listening()
+    store = DescriptorStore(systemd, "16")
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(systemd.run)
+        await anyio.wait_all_tasks_blocked()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        use_up()
+        systemd.begin()
+        store.park(registry.entries)
+        systemd.tell("READY=1")
+        await systemd.flush()
+        os.close(kept.pop())
+        store.park(registry.entries)
+        await systemd.name_main(4711)
+        task_group.cancel_scope.cancel()
+
+anyio.run(main)
+"""
+
+
+@pytest.mark.main_python_only
+@pytest.mark.backends("asyncio")
+async def test_systemd_is_told_where_no_descriptor_is_left(manager: Manager) -> None:
+    """A restart is the remedy, and its successor has to become the main process. What can be parked later is."""
+    program = [sys.executable, "-c", EXHAUSTED, manager.address]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process, anyio.fail_after(60):
+        heard = await manager.hear_until("BARRIER")
+        manager.lift()
+        _, written = await anyio.to_thread.run_sync(process.communicate)
+        assert process.returncode == 0
+    (name,) = [line for line in heard if line.startswith("FDNAME=")]
+    assert heard == ["READY=1", "FDSTORE=1", "FDPOLL=0", name, "MAINPID=4711", "BARRIER=1"]
+    assert "cannot keep tcp:127.0.0.1:" in written
+    assert "Too many open files: raise the limit (ulimit -n, LimitNOFILE=)" in written
 
 
 def test_it_is_switched_on_by_the_notification_socket(environment: Callable[..., None]) -> None:
