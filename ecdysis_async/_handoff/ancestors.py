@@ -70,6 +70,18 @@ class Ancestor:
                 count = f"{number} connections"
         return f"generation {self.generation} (pid {self.pid}) with {count}"
 
+    def note_progress(self, body: Mapping[str, Any]) -> None:
+        """Take note of what it has left, as far as its release says so.
+
+        Raises:
+            OverflowError, TypeError, ValueError: it says something else than this release understands.
+        """
+        connections, ends_in = body.get("connections"), body.get("ends_in")
+        self.connections = int(connections) if connections is not None else None
+        self.jobs = int(body.get("jobs", 0))
+        self.serving = [str(each) for each in body.get("serving", ())]
+        self.ends_at = anyio.current_time() + float(ends_in) if ends_in is not None else None
+
     def to_json(self) -> dict[str, Any]:
         """Return what travels in LISTENERS; channel and pidfd travel beside it, in this order."""
         return {"generation": self.generation, "pid": self.pid}
@@ -194,13 +206,11 @@ class Ancestors:
         """Take note of what an ancestor says."""
         match item:
             case Frame(type=DrainMessage.PROGRESS):
-                ancestor.connections = item.body.get("connections")
-                ancestor.jobs = int(item.body.get("jobs", 0))
                 self.on_counted(ancestor, item.body.get("counts"))
-                # A release before this one does not say it.
-                ancestor.serving = [str(each) for each in item.body.get("serving", ())]
-                ends_in = item.body.get("ends_in")
-                ancestor.ends_at = anyio.current_time() + ends_in if isinstance(ends_in, int | float) else None
+                try:
+                    ancestor.note_progress(item.body)
+                except (OverflowError, TypeError, ValueError):
+                    logger.warning("how generation %d drains cannot be read", ancestor.generation, exc_info=True)
             case Frame(type=DrainMessage.DRAINED):
                 ancestor.connections = 0
                 ancestor.drained.set()

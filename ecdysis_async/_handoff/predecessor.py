@@ -386,7 +386,6 @@ class PredecessorSide(HandoffSide[PredecessorState, PredecessorEvent, Predecesso
             pidfd, counters = frame.descriptors
             self._running.know(pidfd, counters)
             return event
-        frame.close()
         if frame.descriptors:
             raise GarbledFrame(f"{frame.type!r} came with descriptors")
         if event is PredecessorEvent.READY:

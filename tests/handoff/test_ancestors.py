@@ -102,6 +102,23 @@ async def test_who_was_to_hurry_before_it_is_followed_is_told_then(backend: str)
         heard.close()
 
 
+@pytest.mark.backends("asyncio")
+@pytest.mark.parametrize("strange", [{"jobs": None}, {"connections": "many"}, {"serving": 3}, {"ends_in": "soon"}])
+async def test_another_releases_idea_of_a_drain_is_no_harm(
+    backend: str, strange: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, theirs = socket.socketpair()
+    lineage = Ancestors()
+    ancestor = Ancestor(1, os.getpid(), Peer(Channel(ours), os.pidfd_open(os.getpid())))
+    lineage.ancestors.append(ancestor)
+    with theirs:
+        lineage.deliver(ancestor, Frame(DrainMessage.PROGRESS, {"connections": 2, **strange}))
+        assert "how generation 1 drains cannot be read" in caplog.text
+        lineage.deliver(ancestor, Frame(DrainMessage.PROGRESS, {"connections": 1, "of a later release": [1]}))
+        assert ancestor.connections == 1
+        lineage.close()
+
+
 @contextlib.contextmanager
 def no_descriptor_left() -> Iterator[None]:
     """Be at the limit; not below it, where poll(2) fails."""

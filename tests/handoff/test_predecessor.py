@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import anyio
+import pytest
 
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.protocol import PredecessorEvent, PredecessorState
@@ -115,6 +116,20 @@ async def test_a_successor_that_fails_changes_nothing(backend: str) -> None:
         await restart.side.over.wait()
         assert type(restart.side.error) is SuccessorFailed
         assert "no such table" in str(restart.side.error)
+        assert (restart.side.report.outcome, restart.host.asked) == (Outcome.FAILED, [])
+
+
+@pytest.mark.backends("asyncio")
+async def test_a_message_with_what_does_not_belong_to_it_fails_the_restart(backend: str) -> None:
+    """Its descriptors are closed once: the number may be another file's by then."""
+    async with a_restart() as restart:
+        await restart.successor.say_hello()
+        await restart.successor.expect("listeners")
+        assert restart.successor.channel is not None
+        await restart.successor.channel.send("ready", {"claimed": [], "created": []}, [0])
+        await restart.side.over.wait()
+        assert type(restart.side.error) is SuccessorFailed
+        assert "'ready' came with descriptors" in str(restart.side.error)
         assert (restart.side.report.outcome, restart.host.asked) == (Outcome.FAILED, [])
 
 
