@@ -7,13 +7,13 @@ release wants is closed once that release has settled.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._sockets.entry import Entry
 from ecdysis_async._sockets.registry import Registry
+from ecdysis_async._system.descriptors import close_all, duplicate_all
 from ecdysis_async.errors import ChannelError
 from ecdysis_async.report import RestartReport
 
@@ -51,15 +51,20 @@ class HeldSockets:
             entry.stop_listening()
 
     def take(self, descriptions: list[dict[str, Any]], descriptors: Sequence[int]) -> None:
-        """Hold what a worker has created, for the other workers and for ever; the descriptors are taken over."""
+        """Hold what a worker has created, for the other workers and for ever; the descriptors are taken over.
+
+        Raises:
+            KeyError, ValueError: this describes no sockets; the descriptors stay the caller's.
+        """
         # A socket whose path was removed is no hindrance to the one that a worker has made in its place.
         known = {(entry.name, entry.address) for entry in self.service.entries if not entry.has_lost_its_path()}
-        fresh = []
+        fresh, surplus = [], []
         for description, descriptor in zip(descriptions, descriptors, strict=True):
             if (description["name"], description["address"]) in known:
-                os.close(descriptor)
+                surplus.append(descriptor)
             else:
                 fresh.append((description, descriptor))
+        close_all(surplus)
         try:
             self.service.inherit([description for description, _ in fresh], [descriptor for _, descriptor in fresh])
         except (ChannelError, OSError) as error:
@@ -83,13 +88,7 @@ class HeldSockets:
         # for one that has none: so what every worker has does not come.
         shared = [entry for entry in self.service.entries if entry.number is None and entry not in self._first]
         descriptions, descriptors = self.service.describe(shared)
-        given: list[int] = []
-        with contextlib.ExitStack() as duplicates:
-            for descriptor in descriptors:
-                duplicates.callback(os.close, duplicate := os.dup(descriptor))
-                given.append(duplicate)
-            duplicates.pop_all()
-        return descriptions, given
+        return descriptions, duplicate_all(descriptors)
 
     def drop_unclaimed(self, reports: Sequence[RestartReport | None]) -> None:
         """Close what no worker of a release wants. The service manager's own stay, because it passes them but once."""

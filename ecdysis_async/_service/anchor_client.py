@@ -38,6 +38,7 @@ from ecdysis_async._ipc.worker_link import (
 from ecdysis_async._management.ledger import count_closed
 from ecdysis_async._management.management import Management
 from ecdysis_async._sockets.entry import Entry
+from ecdysis_async._system.descriptors import duplicate_all
 from ecdysis_async._system.memory import resident_bytes
 from ecdysis_async._system.process import UNKNOWN_STATUS, Child
 from ecdysis_async._system.release import describe_release
@@ -257,7 +258,7 @@ class AnchorClient(Management):
         created = [entry for entry in self._plane.registry.entries if not entry.inherited]
         if created:
             descriptions, descriptors = self._plane.registry.describe(created)
-            self.tell(FromWorker.CREATED, {"sockets": descriptions}, [os.dup(each) for each in descriptors])
+            self.tell(FromWorker.CREATED, {"sockets": descriptions}, duplicate_all(descriptors))
 
     # What it asks
 
@@ -297,7 +298,7 @@ class AnchorClient(Management):
             SpawnFailed: it could not.
         """
         number = next(self._numbers)
-        descriptors = [os.dup(channel.fileno()), os.dup(stderr)]
+        descriptors = duplicate_all((channel.fileno(), stderr))
         trace = trace_contexts.find(self._handover.log.restart) if self._handover is not None else None
         frame = await self._ask(number, FromWorker.SPAWN, {"trace": trace} if trace is not None else {}, descriptors)
         if frame is None:

@@ -23,6 +23,7 @@ __all__ = [
     "Received",
     "close_all",
     "describe_place",
+    "duplicate_all",
     "find_pid",
     "occupy_standard_descriptors",
     "open_place",
@@ -184,6 +185,21 @@ def open_place(place: Sequence[int], flags: int) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def duplicate_all(descriptors: Iterable[int]) -> list[int]:
+    """Return duplicates of descriptors, which are the caller's.
+
+    Raises:
+        OSError: there is no room for all of them, and none was made.
+    """
+    with contextlib.ExitStack() as made:
+        duplicates = []
+        for descriptor in descriptors:
+            duplicates.append(os.dup(descriptor))
+            made.callback(os.close, duplicates[-1])
+        made.pop_all()
+    return duplicates
 
 
 def close_all(descriptors: Iterable[int]) -> None:

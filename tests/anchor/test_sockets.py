@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -98,8 +99,13 @@ def test_a_path_that_was_removed_is_held_anew_by_what_a_worker_has_made(
 
 
 def test_more_descriptors_than_descriptions_are_a_mistake(held: HeldSockets) -> None:
-    with pytest.raises(ValueError, match="zip"):
-        held.take([{"name": "a", "address": "b"}], [])
+    """The caller closes what came, and the numbers may be other files' by a second time."""
+    create(held)
+    descriptions, descriptors = held.service.describe()
+    with contextlib.closing(socket.socket(fileno=os.dup(descriptors[0]))) as known:
+        with pytest.raises(ValueError, match="zip"):
+            held.take([*descriptions, {"name": "a", "address": "b"}], [known.fileno()])
+        assert known.getsockname() == held.service.entries[0].sock.getsockname()
 
 
 def test_what_cannot_be_held_is_told(held: HeldSockets, caplog: pytest.LogCaptureFixture) -> None:

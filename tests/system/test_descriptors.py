@@ -18,6 +18,7 @@ from ecdysis_async._system.descriptors import (
     DescriptorWriter,
     close_all,
     describe_place,
+    duplicate_all,
     open_place,
     read_credentials,
     receive_with_descriptors,
@@ -70,6 +71,20 @@ def test_what_there_is_no_room_for_is_told(pair: Pair) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert (data, descriptors, lost) == (b"two", [free], True)
     close_all(descriptors)
+
+
+def test_duplicates_are_made_of_all_or_of_none() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            duplicate_all([0, 1])
+        assert duplicate_all([0]) == [free]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(free)
 
 
 def test_a_message_that_is_cut_says_so() -> None:
