@@ -3,7 +3,7 @@
 Nobody takes note of a request until this generation leaves. Then one pass over aiohttp's protocols finds those that are
 under way, and note is taken of the ones that begin later. The seams for that, and for moving connections, are in
 ``_protocols/aiohttp.py``; others are ``AppRunner`` with its ``server.pre_shutdown`` and ``cleanup``, the sites, and of
-``WebSocketResponse`` ``send_frame``, ``_writer``, ``closed`` and ``close``.
+``WebSocketResponse`` ``send_frame``, ``_waiting``, ``_writer``, ``closed`` and ``close``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ecdysis_async._service.ecdysis import Ecdysis
 from ecdysis_async._service.exclusive import in_application
 from ecdysis_async.errors import StartupError
 from ecdysis_async.servers._common.forwarded import Trusted
-from ecdysis_async.servers._common.goodbye import RESTARTING, STEP_SECONDS, Goodbye
+from ecdysis_async.servers._common.goodbye import ANSWER_SECONDS, RESTARTING, STEP_SECONDS, Goodbye
 from ecdysis_async.servers._common.listening import describe, is_access_logged, make_ssl_context, open_sockets
 from ecdysis_async.servers._protocols.aiohttp import (
     find_connection,
@@ -59,8 +59,8 @@ log = logging.getLogger("ecdysis_async")
 
 REASON = b"the service restarts"
 
-# How long a client may take to answer before its WebSocket is closed without an answer, seconds.
-ANSWER_SECONDS = 0.5
+# How long a handler may do something else before its client's answer is read here, seconds.
+HANDLER_SECONDS = 0.5
 
 
 async def serve(
@@ -364,7 +364,8 @@ async def _say_nothing(code: int = 0, message: bytes | str = b"") -> None:
 async def _dismiss(websocket: web.WebSocketResponse) -> None:
     """Close a WebSocket, and let its client answer: a socket that is closed with something unread resets.
 
-    aiohttp's ``close`` does not wait for the answer while the handler receives.
+    aiohttp's ``close`` does not wait for the answer while the handler receives. So that is waited for here, and the
+    handler is given what the client sends before it has heard.
     """
     with contextlib.suppress(ConnectionError):  # the client was faster
         await websocket.send_frame(struct.pack("!H", RESTARTING) + REASON, WSMsgType.CLOSE)
@@ -374,8 +375,12 @@ async def _dismiss(websocket: web.WebSocketResponse) -> None:
     if writer is not None:
         writer._closing = True  # noqa: SLF001 - aiohttp's
         writer.close = _say_nothing  # type: ignore[method-assign]
+    busy_until = anyio.current_time() + HANDLER_SECONDS
     with anyio.move_on_after(ANSWER_SECONDS):
-        while not websocket.closed:  # noqa: ASYNC110 - aiohttp tells only the handler
+        while not websocket.closed:
+            is_receiving = websocket._waiting  # noqa: SLF001 - aiohttp's
+            if not is_receiving and anyio.current_time() >= busy_until:
+                break
             await anyio.sleep(STEP_SECONDS)
     # Reads the answer where the handler does not, and ends the WebSocket if none came.
     await websocket.close(code=RESTARTING, message=REASON)

@@ -30,7 +30,7 @@ from ecdysis_async.settings import WebSocketClose
 
 from .streams import end_streams
 
-__all__ = ["DRAINING", "RESTARTING", "SETTLED", "Goodbye", "is_on_trio", "make_state", "say_to_one"]
+__all__ = ["ANSWER_SECONDS", "DRAINING", "RESTARTING", "SETTLED", "Goodbye", "is_on_trio", "make_state", "say_to_one"]
 
 DRAINING = "ecdysis.draining"
 """The key of the event that this generation leaves, in the scope's state: it has ``is_set()`` and ``wait()``."""

@@ -43,7 +43,7 @@ SEAMS: Final = {
     "aiohttp.web_request:Request": ("_prepare_hook",),
     "aiohttp.web_server:Server": ("connections", "request_factory", "request_handler", "requests_count"),
     "aiohttp.web_response:StreamResponse": ("force_close",),
-    "aiohttp.web_ws:WebSocketResponse": ("_writer", "send_frame"),
+    "aiohttp.web_ws:WebSocketResponse": ("_waiting", "_writer", "send_frame"),
 }
 """What is used of aiohttp's classes, as seen in aiohttp 3.14: attributes, by the module and the name of the class.
 

@@ -80,6 +80,41 @@ def client(port, call, ecdysis):
 run(*sys.argv[1:], client, asgi=app, aiohttp=talk, websockets=echo, drain_timeout=10)
 """
 
+# The client says two things more, and answers then. It takes longer than a handler may do something else.
+SLOW_TO_ANSWER = (
+    PROGRAM[: PROGRAM.index("def client")]
+    + """
+import threading
+from ecdysis_async.servers import aiohttp as adapter
+
+adapter.HANDLER_SECONDS = 0.0
+heard = []
+
+async def hear(request):
+    from aiohttp import web
+    websocket = web.WebSocketResponse()
+    await websocket.prepare(request)
+    async for message in websocket:
+        heard.append(message.data)
+        if message.data == "x":
+            await websocket.send_str("1")
+    return websocket
+
+def client(port, call, ecdysis):
+    sock, file = begin(port)
+    call(ecdysis.stop)
+    opcode, payload = read_frame(file)
+    for number in (2, 3):
+        sock.sendall(b"\\x81\\x81" + MASK + b"y")
+        while len(heard) < number:
+            threading.Event().wait(0.01)
+    sock.sendall(b"\\x88\\x82" + MASK + payload[:2])
+    print(opcode, int.from_bytes(payload[:2]), file.read())
+
+run(*sys.argv[1:], client, asgi=app, aiohttp=hear, drain_timeout=10)
+"""
+)
+
 KINDS = ("uvicorn ws=websockets-sansio", "uvicorn ws=wsproto", "hypercorn", "aiohttp", "websockets")
 
 
@@ -91,3 +126,9 @@ def test_idle_websockets_are_told_first_and_those_in_a_message_last(loop: str, k
     done = run_program(PROGRAM, loop, kind)
     answers = [(1, b"1000"), (1, b"10")] * 2
     assert (done.returncode, done.stdout) == (0, f"{answers}\nall told\n"), done.stderr
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_websocket_of_aiohttp_is_heard_until_its_client_has_answered(loop: str) -> None:
+    done = run_program(SLOW_TO_ANSWER, loop, "aiohttp")
+    assert (done.returncode, done.stdout) == (0, "8 1012 b''\n"), done.stderr
