@@ -23,6 +23,7 @@ from ecdysis_async._sockets.addresses import Internet, Unix
 from ecdysis_async._sockets.entry import Entry, Kind, Until
 from ecdysis_async._sockets.registry import Registry
 from ecdysis_async.errors import DescriptorMismatch, GarbledFrame
+from tests.ports import find_free_port
 
 type_of = {Kind.UNIX: socket.SOCK_STREAM, Kind.SEQPACKET: socket.SOCK_SEQPACKET, Kind.UNIX_DATAGRAM: socket.SOCK_DGRAM}
 
@@ -122,9 +123,9 @@ def test_tcp_and_udp_are_bound_and_do_not_listen(
 
 
 def test_all_of_ipv4_and_all_of_ipv6_share_a_port(registry: Registry) -> None:
-    six = registry.obtain(Internet("::", 0))
-    port = six.sock.getsockname()[1]
-    four = registry.obtain(Internet("", port))
+    # The kernel would choose one for IPv6 that another process may have for IPv4.
+    port = find_free_port()
+    six, four = registry.obtain(Internet("::", port)), registry.obtain(Internet("", port))
     for entry in six, four:
         entry.start_listening()
     assert four.sock.getsockname() == ("0.0.0.0", port)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -168,13 +169,17 @@ def test_one_of_all_workers_and_generations_has_it(
 @pytest.mark.parametrize("when", ["start", "probation"])
 def test_a_release_that_fails_leaves_it_where_it_was(tmp_path: Path, holders: Holders, when: str) -> None:
     (tmp_path / "main.py").write_text(MAIN)
-    with running(tmp_path, "--workers", "2", "--probation", "2", "--drain-timeout", "5") as run:
+    with running(tmp_path, "--workers", "2", "--probation", "600", "--drain-timeout", "5") as run:
         run.wait_for("2 workers serving")
         first = holders.wait_for_another()
-        ends = "raise RuntimeError('broken')\n" if when == "start" else ""
-        dies = "import os, threading\nthreading.Timer(1.0, os._exit, [1]).start()\n" if when == "probation" else ""
-        (tmp_path / "main.py").write_text(ends + dies + MAIN)
-        assert call("restart", "--control", run.control, cwd=tmp_path).returncode == (1 if when == "start" else 5)
+        (tmp_path / "main.py").write_text("raise RuntimeError('broken')\n" if when == "start" else MAIN)
+        with ThreadPoolExecutor() as executor:
+            restart = executor.submit(call, "restart", "--control", run.control, cwd=tmp_path)
+            if when == "probation":
+                wait_until(lambda: "on probation" in str(run.status()["waiting_for"]), "it is not on probation")
+                dies = next(each["pid"] for each in run.status()["workers"] if each["generation"] == 2)
+                os.kill(dies, signal.SIGKILL)
+            assert restart.result().returncode == (1 if when == "start" else 5)
         assert [word for word, _, _ in holders.read()] == ["begin"]
         assert holders.wait_for_another() == first
     holders.check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def test_a_broken_release_is_told_and_the_old_one_serves(server: str, loop: str,
                 assert f"release:app cannot start: {error}" in output
                 # The application's own lines, once, and nobody else's: in the answer, and in the log.
                 assert output.count(f'File "{release}", line ') == output.count("  File ") == 1, output
+                await run.wait_for(re.escape(f'File "{release}", line '), number)
                 assert "\n".join(run.lines).count(f'File "{release}", line ') == number
                 assert await get(by_tcp(port)) == "ok"
             release.write_text(GOOD.format(start_up="pass"))

@@ -30,9 +30,20 @@ async def ask(ecdysis: Ecdysis, port: int) -> None:
     ecdysis.stop()
 
 
+class Heard(logging.Handler):
+    """Whether anything was said."""
+
+    is_set = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.is_set = True
+
+
 async def call_ready(ecdysis: Ecdysis) -> None:
-    # Long after the warning is due.
-    await anyio.sleep(1.5)
+    heard = Heard()
+    logging.getLogger().addHandler(heard)
+    while not heard.is_set:  # noqa: ASYNC110 - a log has no event
+        await anyio.sleep(0.01)
     tell(str(ecdysis.state))
     await ecdysis.ready()
 

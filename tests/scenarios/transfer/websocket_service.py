@@ -40,7 +40,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 async def main() -> None:
     config = uvicorn.Config(app, port=0, ws="websockets-sansio", lifespan="off", log_config=None)
-    async with Ecdysis(probation=0.05, drain_timeout=1) as ecdysis:
+    async with Ecdysis(probation=0.05, drain_timeout=4) as ecdysis:
         await serve(ecdysis, config)
 
 

@@ -38,7 +38,7 @@ def select_subprotocol(websocket: ServerConnection, offered: Sequence[Subprotoco
 
 
 async def main() -> None:
-    async with Ecdysis(probation=0.05, drain_timeout=1) as ecdysis:
+    async with Ecdysis(probation=0.05, drain_timeout=4) as ecdysis:
         await serve(ecdysis, handle, "127.0.0.1", 0, process_request=turn_away, select_subprotocol=select_subprotocol)
 
 
