@@ -10,8 +10,8 @@ from pathlib import Path
 
 __all__ = ["Ended", "run"]
 
-# How long a program may take on a busy machine.
-PATIENCE_SECONDS = 90.0
+# How long a program may take on a busy machine, on which each of its generations imports several servers.
+PATIENCE_SECONDS = 240.0
 
 
 @dataclass(frozen=True)

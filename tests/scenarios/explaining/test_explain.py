@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_a_start_that_hangs_is_explained_while_it_does(loop: str, way: str, tmp_
         )
         with restart:
             while not (tmp_path / "hangs").exists() and restart.poll() is None:
-                os.sched_yield()
+                time.sleep(0.01)
             found = explain_as_json(control)
             restart.kill()
         (wait,) = found["waits"]

@@ -22,6 +22,9 @@ ECDYSIS = (sys.executable, "-W", "error", "-m", "ecdysis_async.cli")
 
 PATIENCE_SECONDS = 60.0
 
+# A command may wait for a service that starts several processes, on a machine that has other work.
+COMMAND_SECONDS = 240.0
+
 # So that a test does not wait for what it does not test.
 QUICK = ("--probation", "0.1", "--drain-timeout", "5")
 
@@ -87,7 +90,7 @@ def run_command(*arguments: str, **environment: str) -> tuple[int, str]:
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=PATIENCE_SECONDS,
+        timeout=COMMAND_SECONDS,
         text=True,
         check=False,
     )
