@@ -127,13 +127,14 @@ class _Turn:
         except OSError as error:
             self._error = error
         with self._mutex:
-            self.is_over = True
             self._has_lock = self._error is None
             if self._waker is not None:
                 with contextlib.suppress(OSError):
                     self._waker.send(b"\0")
             else:
                 self._give_back()
+            # From here on the lock may be taken without waiting: what was given back later would be that one.
+            self.is_over = True
 
     def _give_back(self) -> None:
         if self._has_lock:

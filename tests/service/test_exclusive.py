@@ -6,6 +6,7 @@ import contextlib
 import errno
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 
 import anyio
@@ -15,7 +16,7 @@ import ecdysis_async
 from ecdysis_async import DrainInterrupt, Ecdysis, exclusive
 from ecdysis_async._handoff.generation import Generation, GenerationLog
 from ecdysis_async._handoff.host import AcceptingHost
-from ecdysis_async._service.exclusive import Exclusives, in_application
+from ecdysis_async._service.exclusive import Exclusives, _Turn, in_application
 from ecdysis_async._system.lock_file import LockFile
 from ecdysis_async._system.shared_memory import make_memory
 from ecdysis_async.errors import StartupError
@@ -183,6 +184,28 @@ async def test_what_comes_when_nobody_wants_it_any_more_is_given_back() -> None:
             pass
         async with holder.exclusives.hold("name"):
             assert [each["is_held"] for each in holder.exclusives.describe()] == [True]
+
+
+def test_what_nobody_wants_is_given_back_before_it_can_be_taken_again() -> None:
+    """A process that takes a lock which it has succeeds: it would lose the lock a moment later."""
+    made = threading.Event()
+    was_over = []
+
+    class Watched(LockFile):
+        def lock(self, name: str) -> None:
+            made.wait(PATIENCE_SECONDS)
+            super().lock(name)
+
+        def unlock(self, name: str) -> None:
+            was_over.append(turn.is_over)
+            super().unlock(name)
+
+    with contextlib.closing(Watched(make_memory("ecdysis-test"))) as locks:
+        turn = _Turn(locks, "name")
+        (thread,) = [each for each in threading.enumerate() if each.name == "ecdysis exclusive name"]
+        made.set()
+        thread.join(PATIENCE_SECONDS)
+        assert (was_over, turn.is_over) == ([False], True)
 
 
 async def test_where_no_thread_can_wait_it_is_tried_again_and_again() -> None:
