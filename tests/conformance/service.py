@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import socket
 import sys
@@ -13,6 +12,8 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+
+from ecdysis_async.cli import client
 
 __all__ = ["PROJECT", "Service", "serving"]
 
@@ -48,8 +49,12 @@ class Service:
             RuntimeError: it has failed; the message says why.
         """
         begun = time.monotonic()
-        answer = await self.ask("restart", "--until", until)
-        self.reports.append(answer["report"])
+        try:
+            # By the code of the command, in this process: a process of its own each time is nothing that is looked at.
+            done = await asyncio.to_thread(client.restart, self.control, until, lambda event: None)
+        except client.CommandFailed as error:
+            raise RuntimeError(f"a restart has failed: {error}") from error
+        self.reports.append(done["report"])
         self.seconds.append(time.monotonic() - begun)
 
     async def restart_every(self, pause: float) -> None:
@@ -62,24 +67,6 @@ class Service:
             except asyncio.CancelledError:
                 await restart
                 raise
-
-    async def ask(self, *command: str) -> dict[str, Any]:
-        """Run a command on it, and return its answer.
-
-        Raises:
-            RuntimeError: it has failed; the message says why.
-        """
-        asked = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "ecdysis_async", *command, "--json", "--control", self.control),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        async with asyncio.timeout(LIMIT_SECONDS):
-            stdout, stderr = await asked.communicate()
-        if asked.returncode:
-            raise RuntimeError(f"ecdysis {' '.join(command)} has failed: {stderr.decode()}{stdout.decode()}")
-        answer: dict[str, Any] = json.loads(stdout)
-        return answer
 
 
 @contextlib.asynccontextmanager
