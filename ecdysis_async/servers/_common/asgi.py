@@ -222,10 +222,11 @@ class Application:
         if self._goodbye.late.is_set() or connection is None:
             return True
         for _ in range(TURNS_OF_READING):
+            # First, because an eager task begins before its server has read the end of its request.
+            await anyio.lowlevel.checkpoint()
             if self.is_asked_more(connection):
                 return False
-            await anyio.lowlevel.checkpoint()
-        return not self.is_asked_more(connection)
+        return True
 
     def is_asked_more(self, connection: Connection) -> bool:
         """Say whether more is to come of a connection's running request, or was received behind it."""

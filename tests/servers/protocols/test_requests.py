@@ -236,6 +236,21 @@ async def test_who_is_answered_in_the_middle_of_an_upload_is_read_to_its_end(htt
             assert b"connection: close" in await ask(client, b"next")
 
 
+@pytest.mark.backends("asyncio")
+@pytest.mark.main_python_only
+@BOTH
+async def test_a_request_that_begins_while_it_is_read_is_told_goodbye(http: str) -> None:
+    loop = asyncio.get_running_loop()
+    async with a_stage(http) as stage:
+        with a_client(stage.server) as client:
+            stage.plane.tracker.leave()
+            loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined] # 3.12 and later
+            try:
+                assert b"connection: close" in await ask(client, b"eager")
+            finally:
+                loop.set_task_factory(None)
+
+
 @BOTH
 async def test_a_pipeline_is_answered_where_its_connection_moves_behind_it(http: str) -> None:
     seen: list[Connection] = []
