@@ -431,7 +431,7 @@ class Leaving:
         self._life.generation.log.warning(
             "left behind at the end of this generation, and lost when its loop ends: %s%s; "
             "what is done within `async with ecdysis_async.track()` is waited for",
-            "; ".join(f"task {task.get_name()}: {describe_task(task)}" for task in tasks[:NAMED_AT_MOST]),
+            "; ".join(f"task {task.get_name()}: {describe_task(task.get_coro())}" for task in tasks[:NAMED_AT_MOST]),
             f"; and {len(tasks) - NAMED_AT_MOST} more" if len(tasks) > NAMED_AT_MOST else "",
         )
 

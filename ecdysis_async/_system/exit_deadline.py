@@ -13,15 +13,15 @@ import os
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
-from .tasks import describe_task
+from .tasks import LoopTasks, describe_task, find_frames
+from .whereabouts import Frame, find_own, leave_loop
 
 if TYPE_CHECKING:
-    import asyncio
     from multiprocessing.process import BaseProcess
 
 __all__ = ["ExitDeadline", "describe_main_thread", "find_what_keeps"]
@@ -37,6 +37,12 @@ LOOK_SECONDS = 1.0
 
 # How many threads, tasks and children are named at the most.
 NAMED_AT_MOST = 10
+
+# How many tasks are looked at: those of a service with many connections are as many.
+SEEN_AT_MOST = 10_000
+
+# The application's task that has begun the service, once it waits for the end of all others.
+_WAITS_FOR_OTHERS = "Ecdysis.__aexit__"
 
 # The one that looks whether the program goes on: the last one whose time was over.
 _watching: ExitDeadline | None = None
@@ -62,7 +68,7 @@ class ExitDeadline:
         self._thread: threading.Thread | None = None
         self._is_unconditional = False
         self._has_left = False
-        self._loop = _find_loop()
+        self._tasks = LoopTasks()
         self._program = _find_program()
 
     def set(self, seconds: float, *, unconditionally: bool = False) -> None:
@@ -100,7 +106,7 @@ class ExitDeadline:
             # A test suite has many services one after the other, and needs one thread that looks.
             if _watching is not self:
                 return
-        kept = find_what_keeps(self._loop)
+        kept = find_what_keeps(self._tasks)
         with contextlib.suppress(Exception):  # the process ends in any case
             self._tell(kept)
         _end_children()
@@ -108,7 +114,8 @@ class ExitDeadline:
         os._exit(self.status)
 
     def _goes_on(self) -> bool:
-        if self._is_unconditional or not self._has_left or (self._loop is not None and not self._loop.is_closed()):
+        loop = self._tasks.loop
+        if self._is_unconditional or not self._has_left or (loop is not None and not loop.is_closed()):
             return False
         return _find_program() is self._program
 
@@ -121,61 +128,90 @@ def _find_program() -> CodeType | None:
     return frame.f_code if frame is not None else None
 
 
-def find_what_keeps(loop: asyncio.AbstractEventLoop | None = None) -> list[str]:
-    """Say in one line each what keeps this process: threads with where they stand, tasks, child processes."""
+def find_what_keeps(tasks: LoopTasks) -> list[str]:
+    """Say in one line each what keeps this process: threads with where they stand, tasks, child processes.
+
+    The tasks of this library and of servers wait for the application's, and idle threads for work: they are named
+    where there is nothing else.
+
+    Args:
+        tasks: of the loop that the service runs on.
+    """
     frames = sys._current_frames()  # noqa: SLF001 - CPython documents it: no other way to a stack
     main = threading.main_thread()
-    threads = [
-        thread
-        for thread in threading.enumerate()
-        if thread is not threading.current_thread() and (thread is main or not thread.daemon)
+    threads = [each for each in threading.enumerate() if each is not threading.current_thread()]
+    busy = [each for each in threads if each is not main and not each.daemon and not _is_idle(each, frames)]
+    if find_own(leave_loop(_extract(main, frames))):
+        busy.insert(0, main)
+    unfinished = [
+        (name, coroutine)
+        for name, coroutine in tasks.list(SEEN_AT_MOST)
+        if find_own(stack := list(find_frames(coroutine)))
+        and not any(code.co_qualname == _WAITS_FOR_OTHERS for code, _ in stack)
     ]
-    kept = [f"thread {thread.name}{_describe_place(frames.get(thread.ident or 0))}" for thread in threads]
-    tasks = _unfinished_tasks(loop)
-    kept += [f"task {task.get_name()}: {describe_task(task)}" for task in tasks[:NAMED_AT_MOST]]
-    if len(tasks) > NAMED_AT_MOST:
-        kept.append(f"{len(tasks) - NAMED_AT_MOST} more tasks")
-    kept += [f"child process {child.name} (pid {child.pid})" for child in _children()]
-    return kept
+    children = [f"child process {child.name} (pid {child.pid})" for child in _children()]
+    if not (busy or unfinished or children):
+        busy = [main]
+        unfinished = [each for each in tasks.list(SEEN_AT_MOST) if not each[0].startswith("ecdysis_async.")]
+    kept = [f"thread {each.name}{_describe_place(_extract(each, frames))}" for each in busy]
+    return [*kept, *_describe_tasks(unfinished), *children]
 
 
 def describe_main_thread() -> str:
     """Say where the main thread stands."""
     frames = sys._current_frames()  # noqa: SLF001 - CPython documents it: no other way to a stack
-    return _describe_place(frames.get(threading.main_thread().ident or 0)).strip()
+    return _describe_place(_extract(threading.main_thread(), frames)).strip()
 
 
-def _describe_place(frame: FrameType | None) -> str:
-    """Say where a thread stands: its innermost line outside the standard library, or else its innermost line."""
+def _describe_tasks(tasks: Iterable[tuple[str, Any]]) -> list[str]:
+    places = [(name, describe_task(coroutine)) for name, coroutine in tasks]
+    # Requests that hang do so at the same line, and may be hundreds.
+    counts = Counter(place for _, place in places)
+    names = {place: name for name, place in places}
+    lines = [
+        f"task {names[place]}: {place}" if count == 1 else f"{count} tasks: {place}"
+        for place, count in counts.most_common()
+    ]
+    more = len(lines) - NAMED_AT_MOST
+    return lines if more <= 0 else [*lines[:NAMED_AT_MOST], f"more tasks, at {more} other places"]
+
+
+def _extract(thread: threading.Thread, frames: Mapping[int, FrameType]) -> list[Frame]:
+    """Return the code and the line of each frame of a thread, from the outside in."""
+    stack: list[Frame] = []
+    frame = frames.get(thread.ident or 0)
+    while frame is not None:
+        stack.append((frame.f_code, frame.f_lineno or 0))
+        frame = frame.f_back
+    return stack[::-1]
+
+
+def _is_idle(thread: threading.Thread, frames: Mapping[int, FrameType]) -> bool:
+    """Say whether a thread of an executor, or of anyio, waits for work."""
+    frame = frames.get(thread.ident or 0)
     if frame is None:
+        return False
+    if frame.f_code.co_qualname == "_worker" and frame.f_globals.get("__name__") == "concurrent.futures.thread":
+        return True
+    if not type(thread).__module__.startswith("anyio."):
+        return False
+    # It waits in the `get` of its own queue.
+    caller: FrameType | None = frame
+    while caller is not None and caller.f_code.co_name != "get":
+        caller = caller.f_back
+    return caller is not None and caller.f_locals.get("self") is getattr(thread, "queue", thread)
+
+
+def _describe_place(frames: list[Frame]) -> str:
+    """Say where a thread stands: its innermost line that is the application's, or else outside the standard library."""
+    if not frames:
         return ""
-    stack = traceback.extract_stack(frame)
     library = os.path.dirname(os.__file__)
-    own = [each for each in stack if not each.filename.startswith((library, "<frozen"))]
-    place = (own or stack)[-1]
-    innermost = "" if place is stack[-1] else f", in {stack[-1].name}"
-    return f" at {place.filename}:{place.lineno} ({place.name}{innermost})"
-
-
-def _find_loop() -> asyncio.AbstractEventLoop | None:
-    # A service on trio has not loaded asyncio, and shall not for this.
-    module = sys.modules.get("asyncio")
-    if module is None:
-        return None
-    try:
-        loop: asyncio.AbstractEventLoop = module.get_running_loop()
-    except RuntimeError:
-        return None
-    return loop
-
-
-def _unfinished_tasks(loop: asyncio.AbstractEventLoop | None) -> list[asyncio.Task[Any]]:
-    if loop is None or loop.is_closed():
-        return []
-    try:
-        return [task for task in sys.modules["asyncio"].all_tasks(loop) if not task.done()]
-    except RuntimeError:
-        return []  # the set has changed under the reader's eyes, time and again
+    others = [frame for frame in frames if not frame[0].co_filename.startswith((library, "<frozen"))]
+    code, line = (find_own(leave_loop(frames)) or others or frames)[-1]
+    inner = frames[-1][0]
+    within = "" if code is inner else f", in {inner.co_name}"
+    return f" at {code.co_filename}:{line} ({code.co_name}{within})"
 
 
 def _children() -> Iterable[BaseProcess]:

@@ -8,18 +8,14 @@ another bytecode.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from types import CodeType, FrameType
-from typing import Any
+from types import FrameType
 
-from .tasks import all_tasks
+from .tasks import LoopTasks, find_frames
 
 __all__ = ["ask_for_stacks", "hear_questions", "stop_hearing"]
 
@@ -38,10 +34,6 @@ MORE_SECONDS = 0.5
 MAX_TASKS = 20
 MAX_TASKS_SEEN = 200
 MAX_FRAMES = 20
-MAX_DEPTH = 500
-
-# Types of what awaits a step of an asynchronous generator.
-STEPS = ("async_generator_asend", "async_generator_athrow", "anext_awaitable")
 
 _descriptor = -1
 
@@ -145,11 +137,11 @@ def _write_tasks(number: int, frame: FrameType | None) -> None:
     lines: list[str] = []
     told = 0
     with contextlib.suppress(Exception):  # whatever a loop of another release is like, it goes on
-        for name, coroutine in _find_tasks():
+        for name, coroutine in LoopTasks().list(MAX_TASKS_SEEN):
             # This library's own tasks wait for others, and nobody for them.
             if name.startswith("ecdysis_async."):
                 continue
-            frames = deque(_frames_of(coroutine), maxlen=MAX_FRAMES)
+            frames = deque(find_frames(coroutine), maxlen=MAX_FRAMES)
             if frames and told < MAX_TASKS:
                 told += 1
                 lines.append(f"\nTask {name}:")
@@ -157,36 +149,3 @@ def _write_tasks(number: int, frame: FrameType | None) -> None:
     if lines and _descriptor >= 0:
         with contextlib.suppress(OSError):
             os.write(_descriptor, "\n".join([*lines, ""]).encode(errors="replace"))
-
-
-def _find_tasks() -> Iterator[tuple[str, Any]]:
-    for task in all_tasks()[:MAX_TASKS_SEEN]:
-        yield task.get_name(), task.get_coro()
-    trio = sys.modules.get("trio")
-    if trio is None:
-        return
-    pending = [trio.lowlevel.current_root_task()]
-    for _ in range(MAX_TASKS_SEEN):
-        if not pending:
-            return
-        if (task := pending.pop()) is not None:
-            yield task.name, task.coro
-            pending += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
-
-
-def _frames_of(coroutine: Any) -> Iterator[tuple[CodeType, int]]:
-    """Yield where a coroutine stands, and where what it awaits stands, from the outside in."""
-    for _ in range(MAX_DEPTH):
-        kinds = ("cr", "gi", "ag")
-        kind = next((each for each in kinds if getattr(coroutine, f"{each}_frame", None) is not None), None)
-        if kind is None:
-            # `async for` and `async with` await a step of an asynchronous generator, which names it nowhere.
-            generator = next((each for each in gc.get_referents(coroutine) if hasattr(each, "ag_frame")), None)
-            if generator is None or type(coroutine).__name__ not in STEPS:
-                return
-            coroutine, kind = generator, "ag"
-            if coroutine.ag_frame is None:
-                return
-        at = getattr(coroutine, f"{kind}_frame")
-        yield at.f_code, at.f_lineno
-        coroutine = getattr(coroutine, "gi_yieldfrom" if kind == "gi" else f"{kind}_await", None)

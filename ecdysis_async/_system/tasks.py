@@ -1,19 +1,29 @@
-"""The asyncio tasks of a program that nobody waits for: they are lost when its loop ends, without a word.
+"""The tasks of a program: where each one stands, and those that nobody waits for.
 
-On trio there are none: each task has a nursery that waits for it.
+The latter are lost when the loop of asyncio ends, without a word. On trio there are none: each task has a nursery that
+waits for it.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from .whereabouts import Frame, find_own
 
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["abandoned_tasks", "all_tasks", "describe_task"]
+__all__ = ["LoopTasks", "abandoned_tasks", "all_tasks", "describe_task", "find_frames"]
+
+# How many frames of a task are followed at the most.
+_MAX_DEPTH = 500
+
+# Types of what awaits a step of an asynchronous generator.
+_STEPS = ("async_generator_asend", "async_generator_athrow", "anext_awaitable")
 
 # Whose tasks are not the application's own: this library, what runs tasks, and servers, which end theirs themselves.
 _NOT_ITS_OWN = ("ecdysis_async", "anyio", "asyncio", "uvicorn", "hypercorn", "aiohttp", "websockets")
@@ -22,6 +32,43 @@ _NOT_ITS_OWN = ("ecdysis_async", "anyio", "asyncio", "uvicorn", "hypercorn", "ai
 # task that awaits another one is called back by a method of C whose name is this, or whose type is called so.
 _WAITERS = ("TaskGroup.", "gather.", "_wait.", "wait_for.", "shield.", "as_completed.", "_release_waiter")
 _WAKE_UP = ("task_wakeup", "TaskStepMethWrapper", "TaskWakeupMethWrapper")
+
+
+class LoopTasks:
+    """The unfinished tasks of the loop that runs when this is made, for any thread that asks.
+
+    Attributes:
+        loop: of asyncio; None where another one runs, or none.
+    """
+
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._root: Any = None
+        # A service on trio has not loaded asyncio, and shall not for this, nor the other way round.
+        asyncio, trio = sys.modules.get("asyncio"), sys.modules.get("trio")
+        if asyncio is not None:
+            self.loop = asyncio._get_running_loop()  # noqa: SLF001 - as get_running_loop, and needs no exception
+        if trio is not None and self.loop is None:
+            try:
+                self._root = trio.lowlevel.current_root_task()
+            except RuntimeError:
+                return  # no loop of trio runs
+
+    def list(self, at_most: int) -> list[tuple[str, Any]]:
+        """Return the name and the coroutine of each task; none where they change all the time meanwhile."""
+        try:
+            if self.loop is not None:
+                tasks = () if self.loop.is_closed() else sys.modules["asyncio"].all_tasks(self.loop)
+                return [(task.get_name(), task.get_coro()) for task in [*tasks][:at_most]]
+            found: list[tuple[str, Any]] = []
+            pending = [self._root] if self._root is not None else []
+            while pending and len(found) < at_most:
+                task = pending.pop()
+                found.append((task.name, task.coro))
+                pending += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+        except RuntimeError:
+            return []  # a set has changed under the reader's eyes
+        return found
 
 
 def all_tasks() -> list[asyncio.Task[Any]]:
@@ -47,11 +94,39 @@ def abandoned_tasks(known: Iterable[asyncio.Task[Any]]) -> list[asyncio.Task[Any
     return sorted(found, key=lambda task: (len(task.get_name()), task.get_name()))
 
 
-def describe_task(task: asyncio.Task[Any]) -> str:
-    """Name the function that a task runs, and the line where it stands."""
-    frames = task.get_stack(limit=1)
-    name = getattr(task.get_coro(), "__qualname__", repr(task.get_coro()))
-    return f"{name} at {frames[-1].f_code.co_filename}:{frames[-1].f_lineno}" if frames else name
+def describe_task(coroutine: Any) -> str:
+    """Name the application's function that a task runs, and the application's line where it stands.
+
+    Where no function is the application's, both are the task's own.
+
+    Args:
+        coroutine: of the task.
+    """
+    frames = list(find_frames(coroutine))
+    if not frames:
+        return str(getattr(coroutine, "__qualname__", None) or repr(coroutine))
+    own = find_own(frames) or frames[:1]
+    (outer, _), (inner, line) = own[0], own[-1]
+    within = f", in {inner.co_qualname}" if inner is not outer else ""
+    return f"{outer.co_qualname}{within} at {inner.co_filename}:{line}"
+
+
+def find_frames(coroutine: Any) -> Iterator[Frame]:
+    """Yield where a coroutine stands, and where what it awaits stands, from the outside in."""
+    for _ in range(_MAX_DEPTH):
+        kinds = ("cr", "gi", "ag")
+        kind = next((each for each in kinds if getattr(coroutine, f"{each}_frame", None) is not None), None)
+        if kind is None:
+            # `async for` and `async with` await a step of an asynchronous generator, which names it nowhere.
+            generator = next((each for each in gc.get_referents(coroutine) if hasattr(each, "ag_frame")), None)
+            if generator is None or type(coroutine).__name__ not in _STEPS:
+                return
+            coroutine, kind = generator, "ag"
+            if coroutine.ag_frame is None:
+                return
+        at = getattr(coroutine, f"{kind}_frame")
+        yield at.f_code, at.f_lineno
+        coroutine = getattr(coroutine, "gi_yieldfrom" if kind == "gi" else f"{kind}_await", None)
 
 
 def _is_its_own(task: asyncio.Task[Any]) -> bool:

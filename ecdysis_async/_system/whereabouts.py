@@ -1,14 +1,22 @@
-"""What the stacks of a process (``stacks.py``) say of its application: the line where it stands, and the way there."""
+"""What stacks say of an application: the line where it stands, and the way there.
+
+They are those of this process, or the text of another one's (``stacks.py``).
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 import re
+import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from types import CodeType
 
-__all__ = ["find_place", "leave_application"]
+__all__ = ["Frame", "find_own", "find_place", "leave_application", "leave_loop"]
+
+# A piece of code, and the line in its file where it stands.
+Frame = tuple[CodeType, int]
 
 _OWN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
@@ -21,10 +29,52 @@ _LOOPS = (
     "trio/_core/_io_epoll.py",
 )
 
+# Whose lines are no application's, wherever they are installed: what runs tasks, and servers.
+_RUNNERS = ("anyio", "asyncio", "trio", "outcome", "sniffio", "uvloop")
+_SERVERS = ("uvicorn", "hypercorn", "aiohttp", "aiosignal", "websockets")
+
 # What stands above the stack of the thread that was asked, and above each task, and each frame, the innermost first.
 _THREAD = re.compile(r"^Current thread .*\n", re.MULTILINE)
 _TASK = re.compile(r"^Task .*:\n", re.MULTILINE)
+# Where packages are that belong to another installation than this interpreter's.
+_PACKAGES = re.compile(r"[/\\](?:site|dist)-packages[/\\]")
+
 _FRAME = re.compile(r'^ *File "(?P<file>.+)", line (?P<line>\d+) in (?P<name>.+)$', re.MULTILINE)
+
+
+def find_own(frames: Sequence[Frame]) -> list[Frame]:
+    """Return the frames that are the application's; where it is installed as a package, those of packages.
+
+    Those of Python, of this library, of servers and of what runs tasks are never among them.
+
+    Args:
+        frames: from the outside in.
+    """
+    own = [frame for frame in frames if not _is_librarys(frame[0].co_filename)]
+    if own:
+        return own
+    paths = sysconfig.get_paths()
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in _RUNNERS + _SERVERS)
+    packages = (os.path.join(os.path.dirname(file), "") for file in files if file is not None)
+    others = ("<frozen ", _OWN, *packages)
+    installed = tuple(os.path.join(paths[name], "") for name in ("purelib", "platlib"))
+    return [
+        frame
+        for frame in frames
+        if (file := frame[0].co_filename).startswith(installed) or _PACKAGES.search(file)
+        if not file.startswith(others)
+    ]
+
+
+def leave_loop(frames: Sequence[Frame]) -> list[Frame]:
+    """Return the frames that are inside of the loop that a thread runs; all of them where it runs none.
+
+    Args:
+        frames: of a thread, from the outside in.
+    """
+    starters = (*_LOOPS, os.path.join(_OWN, "_accepting", "loops.py"))
+    ends = [number for number, (code, _) in enumerate(frames, 1) if code.co_filename.endswith(starters)]
+    return list(frames[ends[-1] :] if ends else frames)
 
 
 def find_place(stacks: str) -> str | None:
@@ -77,4 +127,4 @@ def _is_librarys(file: str) -> bool:
     """Say whether a file belongs to Python, or to an installed package, and not to the application."""
     paths = sysconfig.get_paths()
     directories = (os.path.join(paths[name], "") for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-    return file.startswith(("<frozen ", _OWN, *directories))
+    return file.startswith(("<frozen ", _OWN, *directories)) or _PACKAGES.search(file) is not None

@@ -98,6 +98,78 @@ def test_what_keeps_a_process_is_named_and_it_ends(what: str) -> None:
     assert named in ended.stdout
 
 
+# A generator that stands at its end, in the block of a library's task, as the application's lifespan does in a server.
+RELEASES = """
+import contextlib, anyio
+async def release():
+    await anyio.sleep(600)
+@contextlib.asynccontextmanager
+async def lifespan():
+    yield
+    await release()
+async def leave():
+    async with lifespan():
+        pass
+async def main():
+    # An idle thread of anyio, one of the executor, and tasks that wait for others, and nobody for them.
+    await anyio.to_thread.run_sync(int)
+    if LOOP != "trio":
+        await asyncio.to_thread(int)
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(anyio.sleep, 600, name="ecdysis_async.idle")
+        task_group.start_soon(leave, name="leaving")
+        await anyio.wait_all_tasks_blocked()
+        set_deadline()
+"""
+
+RUNS = {"asyncio": "asyncio.run(main())", "uvloop": "uvloop.run(main())", "trio": "trio.run(main)"}
+
+
+@pytest.mark.parametrize("loop", RUNS)
+def test_a_task_is_named_with_the_applications_innermost_line_and_idle_ones_are_not(loop: str) -> None:
+    ended = run(f"import {loop}; LOOP = {loop!r}\n{RELEASES}\n{RUNS[loop]}")
+    assert ended.returncode == 7, ended.stderr
+    told = [line.rpartition(":")[0] for line in ended.stdout.splitlines() if ": main at" not in line]
+    assert told == ["task leaving: leave, in release at <string>"]
+
+
+def test_where_nothing_is_the_applications_the_main_thread_is_named() -> None:
+    ended = run("set_deadline(); asyncio.run(asyncio.sleep(600))")
+    assert ended.returncode == 7, ended.stderr
+    assert ended.stdout.startswith("thread MainThread at ")
+
+
+def test_tasks_at_the_same_line_are_named_once() -> None:
+    program = """
+    import anyio
+    async def main():
+        async with asyncio.TaskGroup() as task_group:
+            for _ in range(500):
+                task_group.create_task(handle())
+            await anyio.wait_all_tasks_blocked()
+            set_deadline()
+    async def handle():
+        await asyncio.sleep(600)
+    asyncio.run(main())
+    """
+    ended = run(program)
+    assert ended.returncode == 7, ended.stderr
+    assert "500 tasks: handle at <string>:" in ended.stdout
+    assert len(ended.stdout.splitlines()) == 2
+
+
+def test_a_thread_of_the_applications_that_waits_for_work_is_named() -> None:
+    program = """
+    import queue
+    class Writer(threading.Thread):
+        def run(self):
+            self.queue.get()
+    writer = Writer(name="writer"); writer.queue = queue.Queue(); writer.start()
+    set_deadline()
+    """
+    assert "thread writer at <string>" in run(program).stdout
+
+
 def test_a_process_that_ends_by_itself_is_left_alone() -> None:
     ended = run("set_deadline(600)")
     assert (ended.returncode, ended.stdout) == (0, "")

@@ -36,7 +36,7 @@ async def test_only_what_nobody_waits_for_is_abandoned() -> None:
         await turn()
         assert abandoned_tasks(known) == [lost]
         assert abandoned_tasks([*known, lost]) == []
-        assert describe_task(lost).startswith(f"forget at {__file__}:")
+        assert describe_task(lost.get_coro()).startswith(f"forget at {__file__}:")
         for task in [*structured, lost]:
             task.cancel()
         another.cancel_scope.cancel()

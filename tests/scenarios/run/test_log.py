@@ -87,3 +87,33 @@ def test_a_configuration_of_the_application_does_not_silence_the_verdict(tmp_pat
         run.find_port()
         assert call("restart", "--control", run.control, cwd=tmp_path).returncode == 0
         run.wait_for(r"\[generation 2, pid \d+, restart \w+\]")
+
+
+# A lifespan of which the server knows no more than that it has not ended.
+HANGS = """
+import anyio
+async def close_the_pool():
+    await anyio.sleep(600)
+async def lifespan(receive, send):
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    await close_the_pool()
+async def app(scope, receive, send):
+    assert scope["type"] == "lifespan"
+    await lifespan(receive, send)
+"""
+
+
+@pytest.mark.parametrize(("server", "loop"), [("uvicorn", "asyncio"), ("uvicorn", "uvloop"), ("hypercorn", "trio")])
+def test_what_has_kept_a_worker_is_the_applications_line_and_nothing_else(
+    server: str, loop: str, tmp_path: Path
+) -> None:
+    (tmp_path / "main.py").write_text(HANGS, encoding="utf-8")
+    limits = ("--drain-timeout", "0.5", "--exit-timeout", "0.5")
+    with running(tmp_path, *QUICK, "--server", server, "--loop", loop, *limits) as run:
+        run.find_port()
+        run.process.terminate()
+        assert run.wait() == 0
+        kept = run.wait_for(r"ended by force \(--exit-timeout\); it was kept by (.*)")
+        assert re.fullmatch(rf"task \S+: app, in close_the_pool at {tmp_path}/main\.py:4", kept), kept

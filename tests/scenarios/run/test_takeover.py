@@ -87,6 +87,18 @@ def test_a_release_that_does_not_start_changes_nothing(places: tuple[Path, Path]
         assert former.status()["pid"] == former.process.pid
 
 
+def test_a_wrong_option_ends_a_newcomer_as_a_wrong_command(places: tuple[Path, Path]) -> None:
+    """Only a worker knows the options of its server: its refusal is a wrong use of the command all the same."""
+    one, two = places
+    with running(one, *QUICK) as former:
+        port = former.find_port()
+        with taking_over(former, two, *QUICK, "--server-option", "timeout_keep_alve=3") as newcomer:
+            assert newcomer.wait() == 2
+        assert newcomer.log.count("did you mean 'timeout_keep_alive'?") == 1
+        assert get(port) == (200, "one")
+        assert former.status()["pid"] == former.process.pid
+
+
 def test_a_service_that_dies_before_it_hands_over_is_followed(places: tuple[Path, Path]) -> None:
     """It is killed while the newcomer still tries its release: the newcomer starts in its place."""
     one, two = places
