@@ -6,6 +6,7 @@ waits for it.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -46,13 +47,13 @@ class LoopTasks:
         self._root: Any = None
         # A service on trio has not loaded asyncio, and shall not for this, nor the other way round.
         asyncio, trio = sys.modules.get("asyncio"), sys.modules.get("trio")
+        # Where another loop runs, or none, they say so by an exception.
         if asyncio is not None:
-            self.loop = asyncio._get_running_loop()  # noqa: SLF001 - as get_running_loop, and needs no exception
-        if trio is not None and self.loop is None:
-            try:
+            with contextlib.suppress(RuntimeError):
+                self.loop = asyncio.get_running_loop()
+        if trio is not None:
+            with contextlib.suppress(RuntimeError):
                 self._root = trio.lowlevel.current_root_task()
-            except RuntimeError:
-                return  # no loop of trio runs
 
     def list(self, at_most: int) -> list[tuple[str, Any]]:
         """Return the name and the coroutine of each task; none where they change all the time meanwhile."""
