@@ -198,7 +198,9 @@ async def _check(options: Options, loaded: _Loaded) -> None:
             from ecdysis_async.servers._common.listening import make_ssl_context
 
             make_ssl_context(options)
-    except StartupError:
+        if options.server_options and server != "main":
+            _load_adapter(server).read_options(options)
+    except (OptionError, StartupError):
         raise
     except (Exception, SystemExit) as error:
         write_lines(describe_failure(error))
@@ -303,9 +305,7 @@ async def _serve(options: Options, loaded: _Loaded) -> None:
             if server == "main":
                 await app(ecdysis)
             else:
-                with without_collections():
-                    adapter = importlib.import_module(f"ecdysis_async.servers.{server}")
-                await adapter.run(ecdysis, app, options)
+                await _load_adapter(server).run(ecdysis, app, options)
         except StartupError:
             raise
         except (Exception, SystemExit) as error:
@@ -317,6 +317,11 @@ async def _serve(options: Options, loaded: _Loaded) -> None:
             if (taken := explain_taken(ecdysis, error)) is not None:
                 text = f"{text}. {taken}"
             raise StartupError(text) from error
+
+
+def _load_adapter(server: str) -> Any:
+    with without_collections():
+        return importlib.import_module(f"ecdysis_async.servers.{server}")
 
 
 def _choose_server(app: Any, options: Options) -> str:

@@ -47,7 +47,7 @@ from ecdysis_async.settings import StrPath
 
 from ._common import server_options
 
-__all__ = ["DRAINING", "run", "serve"]
+__all__ = ["DRAINING", "read_options", "run", "serve"]
 
 # The options that `ecdysis run` sets itself, and parameters that are no options.
 OURS = frozenset({"manager", "loop", "access_log", "access_log_class"})
@@ -147,6 +147,16 @@ async def _serve(
             await runner.cleanup()
 
 
+def read_options(options: Options) -> dict[str, Any]:
+    """Return the options of the server itself.
+
+    Raises:
+        OptionError: there is no such option, or its value is of another type.
+    """
+    wanted = server_options.of_function(web.RequestHandler.__init__)
+    return server_options.read("aiohttp", wanted, options.server_options, OURS)
+
+
 async def run(ecdysis: Ecdysis, app: web.Application, options: Options) -> None:
     """Serve an application as the options say.
 
@@ -155,8 +165,7 @@ async def run(ecdysis: Ecdysis, app: web.Application, options: Options) -> None:
     """
     if options.root_path:
         raise StartupError("root_path is for ASGI: nest an aiohttp application instead (web.Application.add_subapp)")
-    wanted = server_options.of_function(web.RequestHandler.__init__)
-    given = server_options.read("aiohttp", wanted, options.server_options, OURS)
+    given = read_options(options)
     if not is_access_logged(options, "aiohttp.access"):
         given["access_log"] = None
     socks = await open_sockets(options)

@@ -31,7 +31,7 @@ from ecdysis_async.servers._common.listening import (
 
 from ._common import server_options
 
-__all__ = ["run", "serve"]
+__all__ = ["read_options", "run", "serve"]
 
 # The logger of one line for each request.
 ACCESS = "hypercorn.access"
@@ -130,6 +130,15 @@ async def serve(
             await serve_on_asyncio(ecdysis, app, config, secure, insecure, startup, transfer=transfer)
 
 
+def read_options(options: Options) -> dict[str, Any]:
+    """Return the options of the server itself.
+
+    Raises:
+        OptionError: there is no such option, or its value is of another type.
+    """
+    return server_options.read("hypercorn", server_options.of_attributes(Config), options.server_options, OURS)
+
+
 async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
     """Serve an ASGI application as the options say.
 
@@ -151,8 +160,7 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
     config.verify_mode = CERT_REQS[options.cert_reqs]
     if options.ciphers is not None:
         config.ciphers = options.ciphers
-    wanted = server_options.of_attributes(Config)
-    for name, value in server_options.read("hypercorn", wanted, options.server_options, OURS).items():
+    for name, value in read_options(options).items():
         setattr(config, name, value)
     if options.proxy_headers:
         app = Forwarded(app, options.forwarded_allow_ips)

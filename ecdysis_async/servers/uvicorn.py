@@ -42,7 +42,7 @@ from ecdysis_async.servers._protocols.uvicorn_http2 import follow_http_2, is_htt
 
 from ._common import server_options
 
-__all__ = ["run", "serve"]
+__all__ = ["read_options", "run", "serve"]
 
 # The options that `ecdysis run` sets itself, or that the Ecdysis replaces.
 OURS = frozenset(
@@ -139,6 +139,16 @@ _STEPS = {
 }
 
 
+def read_options(options: Options) -> dict[str, Any]:
+    """Return the options of the server itself.
+
+    Raises:
+        OptionError: there is no such option, or its value is of another type.
+    """
+    wanted = server_options.of_function(uvicorn.Config.__init__)
+    return server_options.read("uvicorn", wanted, options.server_options, OURS)
+
+
 async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
     """Serve an ASGI application as the options say.
 
@@ -147,9 +157,7 @@ async def run(ecdysis: Ecdysis, app: Any, options: Options) -> None:
     """
     # uvicorn makes a TLS context of its own, and says less where that fails.
     make_ssl_context(options)
-    given = server_options.read(
-        "uvicorn", server_options.of_function(uvicorn.Config.__init__), options.server_options, OURS
-    )
+    given = read_options(options)
     if options.forwarded_allow_ips is not None:
         given["forwarded_allow_ips"] = options.forwarded_allow_ips
     if options.ciphers is not None:

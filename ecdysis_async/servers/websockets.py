@@ -31,7 +31,7 @@ from ecdysis_async.servers._protocols.websockets import WebSocketTransfer, movab
 
 from ._common import server_options
 
-__all__ = ["run", "serve", "transfer_of"]
+__all__ = ["read_options", "run", "serve", "transfer_of"]
 
 Handler = Callable[[ServerConnection], Awaitable[None]]
 
@@ -85,10 +85,19 @@ async def serve(
         await goodbye.wait_for_last_connection()
 
 
+def read_options(options: Options) -> dict[str, Any]:
+    """Return the options of the server itself.
+
+    Raises:
+        OptionError: there is no such option, or its value is of another type.
+    """
+    wanted = server_options.of_function(serve_websockets)
+    return server_options.read("websockets", wanted, options.server_options, OURS)
+
+
 async def run(ecdysis: Ecdysis, handler: Handler, options: Options) -> None:
     """Serve a handler as the options say."""
-    wanted = server_options.of_function(serve_websockets)
-    given = server_options.read("websockets", wanted, options.server_options, OURS)
+    given = read_options(options)
     sockets = await open_sockets(options)
     await serve(ecdysis, handler, socks=sockets, transfer=options.transfer, ssl=make_ssl_context(options), **given)
 

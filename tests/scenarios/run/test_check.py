@@ -118,5 +118,10 @@ def test_what_is_wrong_with_the_options(releases: Path) -> None:
     assert done.returncode == 2
     assert "No such option" in done.stderr
     assert call("check", "main", cwd=releases / "current").returncode == 2
+    for server, told in ("uvicorn", "did you mean 'timeout_keep_alive'?"), ("hypercorn", "hypercorn has no option"):
+        options = ("--server", server, "--server-option", "timeout_keep_alve=3")
+        done = call("check", "main:app", *options, cwd=releases / "current")
+        assert done.returncode == 2
+        assert told in done.stderr
     done = call("check", "main:app", "--timeout", "nan", cwd=releases / "current")
     assert (done.returncode, done.stderr) == (2, "ecdysis: --timeout: a number of seconds above 0 is needed, not nan\n")
