@@ -52,6 +52,8 @@ class OneAtATimeRunner(RollOutRunner):
     # took, seconds.
     _leaving: Sequence[Worker] = ()
     _drain_seconds: float | None = None
+    # Since when clients wait: no worker accepts, until the first one is filled in.
+    _waiting_since: float | None = None
 
     async def _replace_all(self) -> RestartError | None:
         state, turns = self._state, self._roll_out.turns
@@ -104,6 +106,7 @@ class OneAtATimeRunner(RollOutRunner):
             "1 worker leaves" if len(workers) == 1 else f"{len(workers)} workers leave",
             describe_load(sum(worker.connections for worker in workers) - jobs, jobs),
         )
+        self._waiting_since = anyio.current_time()
         for worker in workers:
             _let_leave(worker)
         await wait_until(
@@ -116,6 +119,10 @@ class OneAtATimeRunner(RollOutRunner):
         turns = [turn for turn in self._roll_out.turns if turn.slot in self._state.pool.slots]
         if turns and (error := await self._fill_one(turns[0], generation)) is not None:
             return error
+        if turns and turns[0].report is not None and self._waiting_since is not None:
+            # The anchor, which has handed over to it, has paused for a moment, and clients have waited all the time.
+            turns[0].report.accept_gap = anyio.current_time() - self._waiting_since
+            self._waiting_since = None
         errors: list[RestartError | None] = []
 
         async def fill(turn: Turn) -> None:

@@ -102,6 +102,22 @@ async def test_all_leave_before_the_first_one_starts(here: Stage) -> None:
     assert play.roll_out.error is None
 
 
+async def test_clients_have_waited_from_when_the_first_one_leaves_until_another_one_serves(here: Stage) -> None:
+    play = Play(here)
+    async with playing(play):
+        for puppet in play.puppets[:2]:
+            assert (await puppet.hear()).type == FromAnchor.STOP
+        # However long they drain.
+        await anyio.sleep(0.2)
+        for puppet in play.puppets[:2]:
+            here.kill(puppet)
+        await play.until(RollOutStage.PROBATION)
+        end_probation(play.roll_out, here.state.changes)
+    gap = play.roll_out.report.accept_gap
+    assert gap is not None
+    assert gap >= 0.2
+
+
 async def test_where_the_new_release_does_not_start_the_former_one_does(here: Stage) -> None:
     play = Play(here)
     play.failures = [SuccessorFailed("it is broken")]
