@@ -18,8 +18,8 @@ from tests.scenarios.servers.one_client import live, run
 begun, released = [], anyio.Event()
 
 async def respond(path):
+    begun.append(path)
     if path == "/wait":
-        begun.append(path)
         await released.wait()
     return path.encode()
 
@@ -68,6 +68,8 @@ def client(port, call, ecdysis):
     print("pipelined", *read_all(pipelined))
     if sys.argv[3] == "answered":
         print("closed", [body for body, _ in read_all(closed)])
+    if "zttp" in sys.argv[2]:
+        print("begun", sorted(begun))
 
 run(*sys.argv[1:3], client, asgi=app, aiohttp=answer)
 """
@@ -93,4 +95,12 @@ def test_whatever_was_sent_when_the_drain_begins_is_answered(loop: str, kind: st
         "pipelined ('/wait', '') ('/1', '') ('/2', '') ('/3', 'close')",
         *(["closed ['/wait']"] if half_closed == "answered" else []),
     ]
+    assert (done.returncode, done.stdout.splitlines()) == (0, said), done.stderr
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_where_a_server_does_not_show_what_it_has_read_the_first_answer_says_that_there_are_no_more(loop: str) -> None:
+    """The application has seen none of the others, so that the client may ask them anew (RFC 9112, 9.3.2 and 9.6)."""
+    done = run_program(PROGRAM, loop, "uvicorn http=zttp", "left alone")
+    said = ["half ('/half', 'close')", "pipelined ('/wait', 'close')", "begun ['/half', '/wait', '/wait']"]
     assert (done.returncode, done.stdout.splitlines()) == (0, said), done.stderr
