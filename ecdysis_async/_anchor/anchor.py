@@ -558,7 +558,8 @@ class Anchor:
     async def _check(self) -> dict[str, Any]:
         entries, pool = self._held_sockets.service.entries, self._state.pool
         place = status.describe_workers_place(pool)
-        return await check_release(self._config.settings, (), entries, pool.environment, place)
+        settings = self._config.settings
+        return await check_release(settings, (), entries, pool.environment, place, is_bound_to_directory=True)
 
     def _compare(self, release: dict[str, Any]) -> dict[str, Any]:
         entries, pool = self._held_sockets.service.entries, self._state.pool

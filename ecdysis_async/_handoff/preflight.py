@@ -222,6 +222,8 @@ async def check_release(
     entries: Sequence[Entry],
     environment: Mapping[str, str],
     place: Json | None = None,
+    *,
+    is_bound_to_directory: bool = False,
 ) -> Json:
     """Check what this service's own restart would start, and return what it would change.
 
@@ -231,12 +233,19 @@ async def check_release(
         entries: the sockets that the service has.
         environment: what it was given, and has read.
         place: as in ``compare``.
+        is_bound_to_directory: as in ``describe_launch``.
 
     Raises:
-        RestartError: the release fails.
+        RestartError: the release fails, or there is nothing to be started.
     """
     launch, _ = await run_in_thread(
-        lambda: describe_launch(settings.command, settings.environment, settings.env_file, stale_keys)
+        lambda: describe_launch(
+            settings.command,
+            settings.environment,
+            settings.env_file,
+            stale_keys,
+            is_bound_to_directory=is_bound_to_directory,
+        )
     )
     release = await preflight(launch, settings.ready_timeout)
     return await with_link(compare(release, entries, environment, place))

@@ -108,6 +108,11 @@ def test_a_release_that_does_not_pass(releases: Path) -> None:
             assert done.returncode == 1
             assert "the new release fails its check: it has ended with exit status 3" in done.stderr
         assert run.log.count("No module named 'nowhere'") >= 1
+        # What no restart could start passes no check, though its files are still where the service was started.
+        current.unlink()
+        done = call("restart", "--check", "--control", run.control, cwd=releases)
+        assert done.returncode == 1
+        assert f"the directory {current}, in which the service was started, is gone: put it back" in done.stderr
         assert "the restart begins" not in run.log
         assert get(port) == (200, "1")
         assert run.status()["last_report"] is None
