@@ -94,7 +94,7 @@ LEFT = {
     "a child process by a fork server": Left(CHILD.format(method="forkserver"), "child process helper"),
     "a child process that ignores SIGTERM": Left(DEAF, "child process helper"),
     "a blocked loop": Left(BLOCKED, "thread MainThread at <planted>"),
-    "a task that cannot be cancelled": Left(SHIELDED, "thread MainThread"),
+    "a task that cannot be cancelled": Left(SHIELDED, "never: never at <"),
 }
 
 

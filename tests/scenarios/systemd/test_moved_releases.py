@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import find_free_port
 from tests.scenarios.moving import APART, LAUNCHERS, LINKS, UV, make_parts, make_release, move
 from tests.scenarios.run.commands import get
-from tests.scenarios.systemd.harness import NAME, Unit, free_port
+from tests.scenarios.systemd.harness import NAME, Unit
 
 pytestmark = pytest.mark.main_python_only
 
@@ -71,7 +72,7 @@ class Deployed:
     def __init__(self, unit: Unit, root: Path, command: str) -> None:
         self.unit = unit
         self.root = root
-        self.port = free_port()
+        self.port = find_free_port()
         self.control = str(root / "control")
         self._command = command
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import find_free_port
 from tests.scenarios.run.commands import Visitors, write_app
-from tests.scenarios.systemd.harness import NAME, Unit, free_port
+from tests.scenarios.systemd.harness import NAME, Unit
 from tests.scenarios.systemd.machine import PROJECT
 
 pytestmark = pytest.mark.main_python_only
@@ -32,7 +33,7 @@ def release(root: Path, number: int, text: str, more: str = "") -> None:
 def test_a_reload_tells_whether_the_new_release_serves_and_the_former_one_comes_back(
     unit: Unit, tmp_path: Path
 ) -> None:
-    machine, port = unit.machine, free_port()
+    machine, port = unit.machine, find_free_port()
     release(tmp_path, 1, "one")
     place = ("env", "-C", f"{tmp_path}/current", f"PWD={tmp_path}/current", f"PYTHONPATH={PROJECT}")
     options = (f"--bind=127.0.0.1:{port}", "--one-at-a-time", "--probation=0.3", "--drain-timeout=2", "--no-access-log")
