@@ -107,7 +107,9 @@ class WorkerLink:
             close_all(descriptors)
             return
         self._outbox.append((message, body, descriptors))
-        self._sent = anyio.Event()
+        # Who waits for those before it waits for this one as well.
+        if self._sent.is_set():
+            self._sent = anyio.Event()
         self._told.set()
 
     async def receive(self) -> Frame:

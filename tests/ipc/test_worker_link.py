@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 import anyio
 import pytest
 
+from ecdysis_async._ipc import worker_link
 from ecdysis_async._ipc.channel import Frame
 from ecdysis_async._ipc.worker_link import (
     FromAnchor,
@@ -52,6 +54,29 @@ async def test_messages_arrive_in_order_and_their_descriptors_are_closed_here(ba
     # The only read end left is the one that has arrived.
     assert os.read(second.descriptors[0], 1) == b""
     second.close()
+
+
+async def test_more_that_is_told_meanwhile_keeps_nobody_waiting(
+    backend: str, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = pair
+    # The limit is for who reads nothing.
+    monkeypatch.setattr(worker_link, "FLUSH_SECONDS", math.inf)
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as task_group:
+            ours.tell(FromWorker.BEAT, {"last": True})
+            flushing = anyio.Event()
+
+            async def flush() -> None:
+                flushing.set()
+                await ours.flush()
+                task_group.cancel_scope.cancel()
+
+            task_group.start_soon(flush)
+            await flushing.wait()
+            ours.tell(FromWorker.BEAT, {"last": False})
+            task_group.start_soon(ours.run)
+    assert ours.is_idle
 
 
 async def test_who_is_gone_is_told_nothing_and_keeps_nobody_waiting(backend: str, pair: Pair) -> None:
