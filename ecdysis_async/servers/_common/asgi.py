@@ -237,7 +237,7 @@ class Application:
             return False
 
     def close_after_answer(self, connection: ServerConnection) -> None:
-        """Close a connection whose client will ask no more, once it has the answers to all it has asked.
+        """Close a connection whose client will ask no more, or shall not, once it has the answers to all it has asked.
 
         Its server would keep it, and its descriptor, until its time to be idle is over. It may be lost already.
         """
@@ -287,17 +287,19 @@ class Application:
                 connection.busy(next(iter(requests)).task)
             else:
                 connection.idle()
-                self._go_idle(connection)
+                self._go_idle(connection, request)
 
     def _describe_requests(self, connection: Connection) -> list[str]:
         return [request.describe() for request in self._requests.get(connection, ())]
 
-    def _go_idle(self, connection: ServerConnection) -> None:
-        """Let a connection that is idle by now move, or end it if its client has hung up."""
+    def _go_idle(self, connection: ServerConnection, last: _Request) -> None:
+        """Let a connection that is idle by now move, or end it: its client has hung up, or the drain is nearly over."""
         if connection.is_over():
             return
         connection.note_safe_point()
-        if connection in self._deserted:
+        # Whoever was busy at the farewell is closed behind it; WebSockets and HTTP/2 have endings of their own.
+        is_late = connection.interrupted and last.is_http_1
+        if is_late or connection in self._deserted:
             self.close_after_answer(connection)
 
     # Requests of which nobody took note
@@ -383,6 +385,11 @@ class _Request:
         self.is_older = is_older
         self.task = task
         self.since = time.monotonic()
+
+    @property
+    def is_http_1(self) -> bool:
+        """Whether it is one of HTTP/1, and no WebSocket."""
+        return self.scope["type"] == "http" and bool(self.scope["http_version"].startswith("1"))
 
     def describe(self) -> str:
         """Describe it in a few words."""

@@ -17,7 +17,9 @@ from uvicorn.server import ServerState
 from ecdysis_async._accepting.asyncio_connections import ServerConnection
 from ecdysis_async._accepting.asyncio_servers import GatedServer, create_server
 from ecdysis_async._accepting.data_plane import DataPlane, activate, deactivate
+from ecdysis_async._connections import tracker
 from ecdysis_async._connections.connection import Connection, current_connection
+from ecdysis_async.report import DrainCount
 from ecdysis_async.servers._common.asgi import Application
 from ecdysis_async.servers._common.goodbye import DRAINING
 from ecdysis_async.servers._protocols.requests import RequestsUnderWay, RequestUnderWay
@@ -208,6 +210,26 @@ async def test_a_stream_goes_on_and_its_connection_is_at_a_safe_point_behind_it(
             connection.keep()
             # Told of the drain with the next answer.
             assert b"connection: close" in await ask(client, b"next")
+
+
+@BOTH
+async def test_a_response_that_ends_behind_the_farewell_is_none_that_was_cut(
+    http: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nearly all of the drain is its farewell.
+    monkeypatch.setattr(tracker, "FAREWELL_SECONDS", 60.0)
+    monkeypatch.setattr(tracker, "FAREWELL_SHARE", 0.99)
+    async with a_stage(http, timeout_keep_alive=600) as stage:
+        with a_client(stage.server) as client:
+            await begin(stage, client, GET % b"stream")
+            connection = stage.connection
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(stage.plane.tracker.drain, 30)
+                await until(lambda: connection.interrupted)
+                stage.service.go_on.set()
+                await read_answer(client)
+                assert await read(client) == b""
+        assert stage.plane.tracker.count == DrainCount(drained=1)
 
 
 @BOTH
