@@ -221,7 +221,7 @@ def test_a_kill_in_any_phase_refuses_nobody(unit: Unit, phase: str) -> None:
     failures = load.counts.failures
     # What the killed processes had accepted, and nothing else.
     assert set(failures) <= LOST
-    assert failures.total() <= 40
+    assert failures.total() <= 100
     assert unit.ask("who")["pid"] == unit.main_pid
     assert unit.processes == [unit.main_pid]
 
