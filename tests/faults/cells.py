@@ -289,6 +289,8 @@ class _Run:
             self.visitor.end()
             service.wait_for_end()
         else:
+            if killed is not None and cell.operation == "takeover":
+                self.follow_newcomer()
             answer = self.visitor.wait_for(lambda answer: answer.pid != killed)
             seen.serves = answer is not None
             if answer is None:
@@ -319,6 +321,13 @@ class _Run:
         )
         return bool(self.service.living(*kinds))
 
+    def follow_newcomer(self) -> None:
+        """Visit a newcomer where it is: in the place of an anchor that was killed it starts anew, on other ports."""
+        self.service.wait_until_serving()
+        if (port := self.service.port()) != self.visitor.port:
+            self.visitor.port = port
+            self.visitor.refused.clear()
+
     def check_truth(self, killed: int | None) -> None:
         """See that the outcome agrees with who serves, and that the next restart works."""
         service, seen = self.service, self.seen
@@ -332,6 +341,11 @@ class _Run:
         if seen.outcome in UNKNOWN and killed is None and self.cell.role != "command":
             seen.wrong.append(f"{seen.outcome}, and nobody was killed")
         again, report = outcome_of(service)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        # An operation may have been told as done while a worker is still being replaced; one that never ends is wrong.
+        while again == "IN_PROGRESS" and time.monotonic() < deadline:
+            time.sleep(0.05)
+            again, report = outcome_of(service)
         if again != "settled":
             seen.wrong.append(f"the next restart: {again}")
         elif report["generation"] <= status["generation"]:

@@ -97,6 +97,7 @@ class Visitor:
     """A client in a thread of its own, who connects, asks who is there, and leaves, again and again.
 
     Attributes:
+        port: where it connects, from the next time on.
         answers: what was answered, in order.
         refused: errors of connections that could not be made.
         lost: errors of connections that were made. One at a time is open.
@@ -106,7 +107,7 @@ class Visitor:
         self.answers: list[Answer] = []
         self.refused: list[str] = []
         self.lost: list[str] = []
-        self._port = port
+        self.port = port
         self._condition = threading.Condition()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -114,7 +115,7 @@ class Visitor:
     def _run(self) -> None:
         while not self._stopping.wait(VISIT_PAUSE_SECONDS):
             try:
-                connection = Kept(self._port)
+                connection = Kept(self.port)
             except OSError as error:
                 self.refused.append(repr(error))
                 continue
