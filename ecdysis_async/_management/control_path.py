@@ -13,6 +13,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from ecdysis_async._system.shortages import REMEDIES
+from ecdysis_async._system.wording import is_by_command
 
 if TYPE_CHECKING:
     from ecdysis_async._system.lock_file import LockFile
@@ -47,6 +48,11 @@ def locate(path: StrPath) -> str:
     if not text or text.startswith(("@", "\0")):
         raise ValueError(f"a control socket is a path, or a name in {default_directory()}, and not {text!r}")
     return os.path.abspath(os.path.join(default_directory(), text) if os.sep not in text else text)
+
+
+def _name_option() -> str:
+    """Return what says where the control socket is, by the name that the reader knows."""
+    return "--control" if is_by_command() else "control_socket"
 
 
 def default_directory() -> str:
@@ -206,7 +212,7 @@ class ControlLock:
                 raise OSError(
                     error.errno,
                     f"the control socket's lock {self._path} cannot be made ({error.strerror}): {remedy}, "
-                    "or give this service another control_socket",
+                    f"or give this service another {_name_option()}",
                 ) from error
             try:
                 if not is_family:
@@ -220,14 +226,15 @@ class ControlLock:
             except BlockingIOError:
                 raise OSError(
                     errno.EADDRINUSE,
-                    f"the control socket {self._socket_path} belongs to a live service: stop that one "
-                    f"(ecdysis stop --control {self._socket_path}), or give this one another control_socket",
+                    f"the control socket {self._socket_path} belongs to a live service: restart that one (ecdysis "
+                    f"restart --control {self._socket_path}), or stop it (ecdysis stop), or give this one another "
+                    f"{_name_option()}",
                 ) from None
             except OSError as error:
                 raise OSError(
                     error.errno,
                     f"the control socket's lock {self._path} cannot be taken ({error.strerror}): its file system, or a "
-                    "sandbox, has no flock(2), so give this service another control_socket",
+                    f"sandbox, has no flock(2), so give this service another {_name_option()}",
                 ) from error
             finally:
                 if self._descriptor != descriptor:

@@ -262,16 +262,17 @@ def describe_services(found: dict[str, dict[str, Any] | str]) -> str:
     rows: list[tuple[str, ...]] = [
         ("control socket", "generation", "pid", "state", "workers", "connections", "listening")
     ]
+    silent = [status for status in found.values() if isinstance(status, str)]
     for path, status in found.items():
         if isinstance(status, str):
-            rows.append((path, "", "", status, "", "", ""))
+            rows.append((path, "", "", "no answer", "", "", ""))
             continue
         addresses = "" if _has_left(status) else ", ".join(str(each["address"]) for each in status["listeners"])
         workers = str(len(status.get("workers", ()))) if status.get("workers") else "-"
         facts = (str(status["generation"]), str(status["pid"]), _describe_state(status))
         rows.append((path, *facts, workers, str(status["connections"]), addresses or "nowhere"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join([*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows), *silent])
 
 
 def describe_status(status: dict[str, Any]) -> str:

@@ -136,11 +136,13 @@ def test_watch_on_a_terminal(backend: str, run_service: Run, monkeypatch: pytest
 
 def test_several_services_are_a_table() -> None:
     status = {"generation": 3, "pid": 7, "state": "serving", "connections": 2, "listeners": [{"address": "[::1]:80"}]}
-    found: dict[str, Any] = {"/run/a.sock": {**status, "workers": [{}, {}]}, "/run/longer.sock": "it does not answer"}
+    why = "the service at /run/longer.sock does not answer: is it stopped?"
+    found: dict[str, Any] = {"/run/a.sock": {**status, "workers": [{}, {}]}, "/run/longer.sock": why}
     assert describe_services(found).splitlines() == [
-        "control socket    generation  pid  state               workers  connections  listening",
-        "/run/a.sock       3           7    serving             2        2            [::1]:80",
-        "/run/longer.sock                   it does not answer",
+        "control socket    generation  pid  state      workers  connections  listening",
+        "/run/a.sock       3           7    serving    2        2            [::1]:80",
+        "/run/longer.sock                   no answer",
+        why,
     ]
 
 

@@ -23,6 +23,7 @@ from ecdysis_async._management.control_path import (
     make_lock_file,
     prepare_directory,
 )
+from ecdysis_async._system.wording import speak_of_options
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else for a moment")
 
@@ -117,6 +118,19 @@ def test_the_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     os.chown(tmp_path, 65534, 65534)
     with pytest.raises(PermissionError, match="belongs to uid 65534, and this service runs as uid 0"):
         prepare_directory(str(tmp_path / "control"))
+
+
+def test_who_finds_a_live_service_reads_the_names_that_he_knows(tmp_path: Path) -> None:
+    path = str(tmp_path / "control")
+    first, stranger = ControlLock(path), ControlLock(path)
+    first.acquire(is_family=False)
+    with pytest.raises(OSError, match=r"or give this one another control_socket$"):
+        stranger.acquire(is_family=False)
+    speak_of_options()
+    told = rf"restart that one \(ecdysis restart --control {path}\), .* or give this one another --control$"
+    with pytest.raises(OSError, match=told):
+        stranger.acquire(is_family=False)
+    first.release()
 
 
 def test_generations_share_the_lock(tmp_path: Path) -> None:
