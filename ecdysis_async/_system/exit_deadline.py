@@ -106,8 +106,11 @@ class ExitDeadline:
             # A test suite has many services one after the other, and needs one thread that looks.
             if _watching is not self:
                 return
-        kept = find_what_keeps(self._tasks)
-        with contextlib.suppress(Exception):  # the process ends in any case
+        kept: list[str] = []
+        # The process ends in any case, also where a loop that runs on changes what is looked at.
+        with contextlib.suppress(Exception):
+            kept = find_what_keeps(self._tasks)
+        with contextlib.suppress(Exception):
             self._tell(kept)
         _end_children()
         _flush()

@@ -17,6 +17,7 @@ from .whereabouts import Frame, find_own
 
 if TYPE_CHECKING:
     import asyncio
+    from types import FrameType
 
 __all__ = ["LoopTasks", "abandoned_tasks", "all_tasks", "describe_task", "find_frames"]
 
@@ -115,19 +116,26 @@ def describe_task(coroutine: Any) -> str:
 def find_frames(coroutine: Any) -> Iterator[Frame]:
     """Yield where a coroutine stands, and where what it awaits stands, from the outside in."""
     for _ in range(_MAX_DEPTH):
-        kinds = ("cr", "gi", "ag")
-        kind = next((each for each in kinds if getattr(coroutine, f"{each}_frame", None) is not None), None)
-        if kind is None:
+        kind, at = _find_frame(coroutine)
+        if at is None:
             # `async for` and `async with` await a step of an asynchronous generator, which names it nowhere.
             generator = next((each for each in gc.get_referents(coroutine) if hasattr(each, "ag_frame")), None)
             if generator is None or type(coroutine).__name__ not in _STEPS:
                 return
-            coroutine, kind = generator, "ag"
-            if coroutine.ag_frame is None:
+            coroutine = generator
+            kind, at = _find_frame(coroutine)
+            if at is None:
                 return
-        at = getattr(coroutine, f"{kind}_frame")
         yield at.f_code, at.f_lineno
         coroutine = getattr(coroutine, "gi_yieldfrom" if kind == "gi" else f"{kind}_await", None)
+
+
+def _find_frame(coroutine: Any) -> tuple[str, FrameType | None]:
+    """Return of which kind a coroutine is, and its frame, which may end at any moment where another thread runs it."""
+    for kind in ("cr", "gi", "ag"):
+        if (frame := getattr(coroutine, f"{kind}_frame", None)) is not None:
+            return kind, frame
+    return "", None
 
 
 def _is_its_own(task: asyncio.Task[Any]) -> bool:

@@ -5,6 +5,7 @@ They are those of this process, or the text of another one's (``stacks.py``).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -53,11 +54,10 @@ def find_own(frames: Sequence[Frame]) -> list[Frame]:
     own = [frame for frame in frames if not _is_librarys(frame[0].co_filename)]
     if own:
         return own
-    paths = sysconfig.get_paths()
     files = (getattr(sys.modules.get(name), "__file__", None) for name in _RUNNERS + _SERVERS)
     packages = (os.path.join(os.path.dirname(file), "") for file in files if file is not None)
     others = ("<frozen ", _OWN, *packages)
-    installed = tuple(os.path.join(paths[name], "") for name in ("purelib", "platlib"))
+    installed = _find_directories("purelib", "platlib")
     return [
         frame
         for frame in frames
@@ -125,6 +125,12 @@ def _split(stacks: str) -> tuple[str, str]:
 
 def _is_librarys(file: str) -> bool:
     """Say whether a file belongs to Python, or to an installed package, and not to the application."""
-    paths = sysconfig.get_paths()
-    directories = (os.path.join(paths[name], "") for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    directories = _find_directories("stdlib", "platstdlib", "purelib", "platlib")
     return file.startswith(("<frozen ", _OWN, *directories)) or _PACKAGES.search(file) is not None
+
+
+@functools.cache
+def _find_directories(*names: str) -> tuple[str, ...]:
+    """Return directories of this interpreter's installation. They are asked for by each frame of thousands of tasks."""
+    paths = sysconfig.get_paths()
+    return tuple(os.path.join(paths[name], "") for name in names)

@@ -11,6 +11,7 @@ import pytest
 HEAD = """
 import asyncio, atexit, concurrent.futures, multiprocessing, os, signal, sys, threading, time
 from ecdysis_async._system.exit_deadline import ExitDeadline
+from ecdysis_async._system.tasks import LoopTasks
 
 def tell(kept):
     print(*kept, sep="\\n", flush=True)
@@ -140,22 +141,32 @@ def test_where_nothing_is_the_applications_the_main_thread_is_named() -> None:
 
 
 def test_tasks_at_the_same_line_are_named_once() -> None:
+    """What is asked for takes no longer with each of them: at this moment the time of the process is over."""
     program = """
-    import anyio
+    import anyio, sysconfig
+    asked, get_paths = [], sysconfig.get_paths
+    sysconfig.get_paths = lambda *given: asked.append(None) or get_paths(*given)
     async def main():
         async with asyncio.TaskGroup() as task_group:
             for _ in range(500):
                 task_group.create_task(handle())
             await anyio.wait_all_tasks_blocked()
-            set_deadline()
+            ExitDeadline(lambda kept: tell([*kept, len(asked) < 10]), status=7).set(1)
     async def handle():
         await asyncio.sleep(600)
     asyncio.run(main())
     """
     ended = run(program)
     assert ended.returncode == 7, ended.stderr
-    assert "500 tasks: handle at <string>:" in ended.stdout
-    assert len(ended.stdout.splitlines()) == 2
+    named, _, is_asked_seldom = ended.stdout.splitlines()
+    assert named.startswith("500 tasks: handle at <string>:")
+    assert is_asked_seldom == "True"
+
+
+def test_a_process_ends_although_what_keeps_it_cannot_be_found() -> None:
+    """Another thread may change what is looked at, whatever the interpreter makes of that."""
+    ended = run("LoopTasks.list = None; ExitDeadline(lambda kept: tell([f'kept by {kept}']), status=7).set(1); stand()")
+    assert (ended.returncode, ended.stdout) == (7, "kept by []\n"), ended.stderr
 
 
 def test_a_thread_of_the_applications_that_waits_for_work_is_named() -> None:
