@@ -318,7 +318,7 @@ class _Clients:
     def _note_response(self, request: web.Request, response: web.StreamResponse) -> None:
         """Say goodbye once this generation leaves, and take note of WebSockets."""
         if isinstance(response, web.WebSocketResponse):
-            dismiss = functools.partial(_dismiss, response)
+            dismiss = functools.partial(_dismiss, response, self.goodbye.late)
             connection = current_connection.get()
             if isinstance(connection, ServerConnection):
                 self.goodbye.add_websocket(dismiss, follow_frames(connection))
@@ -370,11 +370,12 @@ async def _say_nothing(code: int = 0, message: bytes | str = b"") -> None:
     """Close without a frame: it was sent already."""
 
 
-async def _dismiss(websocket: web.WebSocketResponse) -> None:
+async def _dismiss(websocket: web.WebSocketResponse, late: anyio.Event) -> None:
     """Close a WebSocket, and let its client answer: a socket that is closed with something unread resets.
 
     aiohttp's ``close`` does not wait for the answer while the handler receives. So that is waited for here, and the
-    handler is given what the client sends before it has heard.
+    handler is given what the client sends before it has heard. Shortly before the deadline it is not waited for any
+    longer: the handler of a client that is gone ends by itself then, and would be cancelled at the deadline.
     """
     with contextlib.suppress(ConnectionError):  # the client was faster
         await websocket.send_frame(struct.pack("!H", RESTARTING) + REASON, WSMsgType.CLOSE)
@@ -388,7 +389,7 @@ async def _dismiss(websocket: web.WebSocketResponse) -> None:
     with anyio.move_on_after(ANSWER_SECONDS):
         while not websocket.closed:
             is_receiving = websocket._waiting  # noqa: SLF001 - aiohttp's
-            if not is_receiving and anyio.current_time() >= busy_until:
+            if anyio.current_time() >= busy_until and (late.is_set() or not is_receiving):
                 break
             await anyio.sleep(STEP_SECONDS)
     # Reads the answer where the handler does not, and ends the WebSocket if none came.

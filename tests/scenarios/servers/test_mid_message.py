@@ -115,6 +115,31 @@ run(*sys.argv[1:], client, asgi=app, aiohttp=hear, drain_timeout=10)
 """
 )
 
+# The client says nothing more, and the farewell is early. It would be waited for until the deadline.
+GONE = (
+    PROGRAM[: PROGRAM.index("def client")]
+    + """
+from ecdysis_async._connections import tracker
+from ecdysis_async.servers import aiohttp as adapter
+
+adapter.ANSWER_SECONDS = 3600.0
+tracker.FAREWELL_SECONDS, tracker.FAREWELL_SHARE = 59.0, 1.0
+
+async def hear(request):
+    websocket = await talk(request)
+    print("ends by itself")
+    return websocket
+
+def client(port, call, ecdysis):
+    sock, file = begin(port)
+    call(ecdysis.stop)
+    opcode, payload = read_frame(file)
+    print(opcode, int.from_bytes(payload[:2]), file.read())
+
+run(*sys.argv[1:], client, asgi=app, aiohttp=hear, drain_timeout=60)
+"""
+)
+
 KINDS = ("uvicorn ws=websockets-sansio", "uvicorn ws=wsproto", "hypercorn", "aiohttp", "websockets")
 
 
@@ -132,3 +157,9 @@ def test_idle_websockets_are_told_first_and_those_in_a_message_last(loop: str, k
 def test_a_websocket_of_aiohttp_is_heard_until_its_client_has_answered(loop: str) -> None:
     done = run_program(SLOW_TO_ANSWER, loop, "aiohttp")
     assert (done.returncode, done.stdout) == (0, "8 1012 b''\n"), done.stderr
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_the_handler_of_a_client_that_is_gone_ends_by_itself_before_the_deadline(loop: str) -> None:
+    done = run_program(GONE, loop, "aiohttp")
+    assert (done.returncode, done.stdout) == (0, "ends by itself\n8 1012 b''\n"), done.stderr
