@@ -11,7 +11,7 @@ import contextvars
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from uvicorn.server import ServerState
@@ -66,8 +66,8 @@ SEAMS = {
 """What is used of uvicorn's classes, as seen in uvicorn 0.54: attributes, by the module and the name of the class.
 
 Of each request, and of each WebSocket, ``tasks`` has a task that runs ``run_asgi`` of a cycle, or of a WebSocket's
-protocol. A response's headers are ``default_headers`` of its cycle plus the application's, by the operator. A protocol
-that may switch to HTTP/2 names "h2" in ``alpn_protocols``.
+protocol. A response's headers are ``default_headers`` of its cycle and the application's. A protocol that may switch to
+HTTP/2 names "h2" in ``alpn_protocols``.
 """
 
 # Where uvicorn has the WebSockets that can move.
@@ -152,15 +152,19 @@ class _Cycle(RequestUnderWay):
 
 
 class _Headers(list[tuple[bytes, bytes]]):
-    """The headers that a response begins with, and the goodbye, if it is due when the application's own are added."""
+    """The headers that a response begins with, and the goodbye, if it is due when they are read or added to."""
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]], is_last: Callable[[], bool]) -> None:
         super().__init__(headers)
         self._is_last = is_last
 
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        yield from super().__iter__()
+        if self._is_last():
+            yield b"connection", b"close"
+
     def __add__(self, others: Any) -> Any:
-        goodbye = [(b"connection", b"close")] if self._is_last() else []
-        return [*self, *goodbye, *others]
+        return [*self, *others]
 
 
 class UvicornTransfer(UnreadOnly):

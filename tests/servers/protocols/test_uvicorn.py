@@ -6,6 +6,10 @@ import asyncio
 import contextvars
 import importlib
 import inspect
+import itertools
+import operator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import uvicorn
@@ -15,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from ecdysis_async._accepting.asyncio_servers import create_server
 from ecdysis_async._connections.connection import Connection, current_connection
 from ecdysis_async.servers._protocols.http import UnreadOnly
-from ecdysis_async.servers._protocols.uvicorn import SEAMS, UvicornTransfer, choose_transfer, follow_switch
+from ecdysis_async.servers._protocols.uvicorn import SEAMS, UvicornTransfer, _Cycle, choose_transfer, follow_switch
 from tests.accepting.serving import LOCALHOST, Echo, a_client, an_open_plane, answers
 
 
@@ -62,3 +66,12 @@ async def test_a_protocol_handles_its_data_in_the_context_of_its_connection() ->
             assert await answers(second)
             assert seen == list(plane.tracker.connections())
     assert current_connection not in contextvars.copy_context()
+
+
+@pytest.mark.parametrize("add", [operator.add, itertools.chain, lambda headers, others: list(headers) + others])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_the_goodbye_is_among_the_headers_however_uvicorn_adds_them(add: Any, *, is_last: bool) -> None:
+    cycle = SimpleNamespace(scope={}, default_headers=[(b"server", b"uvicorn")])
+    _Cycle(None, cycle).say_goodbye_if(lambda: is_last)
+    goodbye = [(b"connection", b"close")] if is_last else []
+    assert list(add(cycle.default_headers, [(b"age", b"0")])) == [(b"server", b"uvicorn"), *goodbye, (b"age", b"0")]
