@@ -275,6 +275,9 @@ class DatagramEndpoint(asyncio.DatagramTransport, Acceptor):
             self._sock.sendto(data, address)
 
     def _flush(self) -> None:
+        if self._sock.fileno() == -1:
+            # A timer has come to it, behind an abort.
+            return
         while self._queue:
             data, address = self._queue.popleft()
             self._queue_size -= len(data) + HEADER_BYTES

@@ -278,6 +278,10 @@ async def test_abort_drops_what_is_queued(tmp_path: Path) -> None:
             transport.abort()
             await turn()
         assert protocol.calls == ["made", "lost"]
+        # The timer that was to try it again comes yet.
+        assert isinstance(transport, DatagramEndpoint)
+        transport._flush()
+        assert protocol.calls == ["made", "lost"]
 
 
 async def test_a_given_socket_is_registered_or_found(client: socket.socket) -> None:
