@@ -41,6 +41,10 @@ FIFO_SIZE = 1024 * 1024
 # Waits of the library that no setting is worth, shortened to what a busy machine needs.
 LIMITS = {"PAUSE_SECONDS": 30.0, "SERVING_SECONDS": 30.0, "END_GRACE_SECONDS": 3.0}
 
+# Run in a predecessor: what the clock would say, at a moment that the test knows. No limit is then too short for a busy
+# machine.
+TIME_IS_UP = "ecdysis._life.handover.post(ecdysis._life.handover.timed_out)"
+
 # What a healthy service never writes.
 BLEMISHES = ("Traceback (most", "Exception ignored", "Warning:", "never awaited", "never retrieved")
 
@@ -205,7 +209,7 @@ class Service:
         Args:
             ecdysis: arguments of ``Ecdysis``, added to those it has.
             settings: ``at_import``, ``at_start``: code to run there; ``listeners``: [method, arguments, options] each;
-                ``limits``: constants of handover.py.
+                ``limits``: constants of predecessor.py and successor_process.py.
         """
         self._settings |= settings
         self._settings["ecdysis"] = {**self._settings["ecdysis"], **(ecdysis or {})}

@@ -70,7 +70,7 @@ def killed_service(directory: Path, loop: str) -> None:
             assert pid_file.read_text() == f"{second}\n"
             third = service.restart("settled")["successor_pid"]
             service.wait_for_death(second)
-            assert pid_file.read_text() == f"{third}\n"
+            service.wait_until(lambda: pid_file.read_text() == f"{third}\n", "the pid file has not moved")
             service.stop()
             assert not pid_file.exists()
 

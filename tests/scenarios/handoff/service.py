@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -30,6 +31,7 @@ import ecdysis_async
 from ecdysis_async._connections.connection import Connection
 from ecdysis_async._connections.tracker import Tracker
 from ecdysis_async._handoff import predecessor as handover
+from ecdysis_async._handoff import successor_process
 from ecdysis_async._handoff.predecessor import PredecessorSide
 from ecdysis_async._handoff.successor import SuccessorSide
 from ecdysis_async._service.ecdysis import Ecdysis
@@ -111,7 +113,33 @@ def act(side: str, state: str, peer: int | None) -> None:
         target = os.getpid() if whom == "self" else peer
         assert target is not None
         tell("fault", side=side, state=state, action=action, target=target)
-        os.kill(target, SIGNALS[what])
+        if whom == "self":
+            os.kill(target, SIGNALS[what])
+        else:
+            harm(target, what)
+
+
+def harm(pid: int, what: str) -> None:
+    """Send a process a signal; return when it is dead, or stands still, if that is what the signal is for.
+
+    Between a signal and its effect much may happen on a busy machine: the probation of a successor may end before that
+    has had its turn to die. The loop of this process stands still meanwhile.
+    """
+    pidfd = os.pidfd_open(pid)
+    signal.pidfd_send_signal(pidfd, SIGNALS[what])
+    match what:
+        case "kill":
+            select.select([pidfd], [], [])
+        case "stop":
+            while not is_stopped(pid):
+                time.sleep(0.001)
+    os.close(pidfd)
+
+
+def is_stopped(pid: int) -> bool:
+    """Say whether a SIGSTOP has come into effect; proc_pid_stat(5)."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b") ")[2].startswith(b"T")
 
 
 def watch_handoff() -> None:
@@ -287,7 +315,7 @@ if __name__ == "__main__":
     tell("started", parent=os.getppid())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for constant, seconds in SETTINGS["limits"].items():
-        setattr(handover, constant, seconds)
+        setattr(next(each for each in (handover, successor_process) if hasattr(each, constant)), constant, seconds)
     exec(SETTINGS["at_import"], NAMESPACE)
     watch_handoff()
     watch_accepts()

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.scenarios.handoff.harness import SERVICE, Clients, Service
+from tests.scenarios.handoff.harness import SERVICE, TIME_IS_UP, Clients, Service
 
 pytestmark = pytest.mark.main_python_only
 
@@ -92,7 +92,11 @@ def test_hostile_successors(backend: str, run_service: Run, tmp_path: Path) -> N
         error = "RolledBack" if name.startswith("counters") else "SuccessorFailed"
         assert (failure["error"], failure["cause"]) == (error, cause), (name, failure["text"])
         assert service.ask()["pid"] == first
-    service.wait_until(lambda: facts(first) == before, f"{facts(first)}, and it was {before}")
+    # At the first look there may have been more than usual: a connection that was about to be closed.
+    service.wait_until(
+        lambda: all(count <= before[name] for name, count in facts(first).items()),
+        f"{facts(first)}, and it was {before}",
+    )
     mode.write_text("service", encoding="utf-8")
     assert service.restart("settled")["generation"] == 2
 
@@ -108,9 +112,12 @@ def test_a_successor_that_says_nothing(backend: str, run_service: Run, tmp_path:
 
 @pytest.mark.backends("asyncio", "trio")
 def test_a_start_that_takes_too_long(backend: str, run_service: Run) -> None:
-    service = run_service(backend, ecdysis={"ready_timeout": 5})
-    service.configure(at_start="print('looking for the database', file=sys.stderr)\nawait wait()")
-    failure = service.fail_to_restart()
+    service = run_service(backend, ecdysis={"ready_timeout": 600})
+    service.configure(at_start="print('looking for the database', file=sys.stderr, flush=True)\nawait wait()")
+    with service.begin("restart", until="serving") as asking:
+        service.wait_for("waiting")
+        service.run(TIME_IS_UP)
+        failure = asking.answer()
     assert (failure["error"], failure["phase"]) == ("ReadyTimeout", "initialise")
     assert "raise ready_timeout" in failure["text"]
     assert failure["stderr"].endswith("looking for the database")

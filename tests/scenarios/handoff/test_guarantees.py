@@ -43,7 +43,7 @@ def test_what_was_accepted_is_answered_by_whom_it_reached(backend: str, run_serv
 
 @every_loop
 def test_at_the_deadline_the_idle_say_goodbye_and_the_busy_are_cut(backend: str, run_service: Run) -> None:
-    service = run_service(backend, ecdysis={"drain_timeout": 2})
+    service = run_service(backend, ecdysis={"drain_timeout": 4})
     first = service.pids[0]
     with service.begin("hello") as idle, service.begin("hold") as busy, service.begin("hold") as finishing:
         idle.answer()

@@ -51,12 +51,11 @@ def test_a_process_that_cannot_end_itself_is_killed_by_its_successor(
     backend: str, run_service: Callable[..., Service]
 ) -> None:
     planted = "from ecdysis_async._handoff import ancestors; ancestors.GRACE_SECONDS = 0.5"
-    service = run_service(backend, ecdysis={"drain_timeout": 0.5, "exit_timeout": 0.5}, at_import=planted)
+    service = run_service(backend, ecdysis={"drain_timeout": 3, "exit_timeout": 0.5}, at_import=planted)
     first = service.pids[0]
-    with service.begin("hold"):
-        service.wait_for("holding")
-        service.restart("settled")
-        service.signal(first, signal.SIGSTOP)
+    # By its successor, as soon as that knows of the drain: it would be over by the time that a test has heard of it.
+    service.arm("successor", "settled", "stop-peer")
+    with service.begin("hold"), service.begin("restart", until="settled"):
         assert service.wait_for_death(first) == -signal.SIGKILL
     service.wait_for_log("does not end itself: it is killed")
 

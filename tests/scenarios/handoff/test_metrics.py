@@ -111,15 +111,18 @@ def test_no_counter_falls(tmp_path: Path, loop: str) -> None:
     with serving(tmp_path, f"127.0.0.1:{health}", str(port), loop) as first:
         wait_until(lambda: first.poll() is not None or is_served(port), "it does not serve")
         assert first.poll() is None
-        assert get(health, "/ready") == (200, "ready\n")
+        # Both ports are listened on before either is answered.
+        wait_until(lambda: get(health, "/ready") == (200, "ready\n"), "it is not ready")
         with Scraper(health) as scraper:
             for generation, probation in ((2, 0.2), (3, 60)):
                 visit(port)
                 # For the restarts that this generation is going to be asked for.
                 (tmp_path / "probation").write_text(str(probation))
-                os.kill(find_pid(tmp_path), signal.SIGHUP)
+                former = find_pid(tmp_path)
+                os.kill(former, signal.SIGHUP)
                 wait_for_number(health, ("ecdysis_restarts_total", "outcome=settled", "reason=none"), generation - 1)
                 wait_for_number(health, ("ecdysis_restart_phase_seconds_count", "phase=drain"), generation - 1)
+                wait_until(lambda: find_pid(tmp_path) != former, "the pid file does not move")  # noqa: B023 - called here
             visit(port)
             wait_for_number(health, ("ecdysis_requests_total", "slot=0"), 3)
             assert scrape(health)["ecdysis_generation",] == 3
@@ -175,7 +178,7 @@ def test_no_counter_falls_where_the_predecessor_is_killed_before_the_commit(
         (tmp_path / "broken").write_text("")
         wait_for_number(health, ("ecdysis_generation",), 2)
         after = scrape(health)
-        assert int((tmp_path / "pid").read_text()) == successor.pid
+        wait_until(lambda: find_pid(tmp_path) == successor.pid, "the pid file does not move")
         fallen = [name for name in before if is_counter(name[0]) and after[name] < before[name]]
         assert fallen == []
         visit(port)

@@ -53,7 +53,7 @@ def test_who_queues_at_a_stop_is_answered(loop: str, kind: str, run_service: Run
 
 @every_loop
 def test_newcomers_are_refused_and_not_reset_while_a_queue_is_answered(backend: str, run_service: Run) -> None:
-    service = run_service(backend)
+    service = run_service(backend, ecdysis={"drain_timeout": 600})
     with service.begin("hold") as busy, Clients(service.address) as many, Clients(service.address) as more:
         for clients in (many, more):
             clients.wait_for(service.pids[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenarios.handoff.harness import SERVICE, Clients, Conversation, Service
+from tests.scenarios.handoff.harness import SERVICE, TIME_IS_UP, Clients, Conversation, Service
 
 Run = Callable[..., Service]
 
@@ -126,7 +126,7 @@ def test_cancelled_before_commit(backend: str, run_service: Run) -> None:
 @pytest.mark.backends("asyncio", "trio")
 def test_cancelled_after_commit(backend: str, run_service: Run) -> None:
     """Then it only stops waiting."""
-    service = run_service(backend, ecdysis={"probation": 0.5})
+    service = run_service(backend, ecdysis={"probation": 600})
     first = service.pids[0]
     with Conversation(service.address) as control:
         control.say("run", code=CANCELLABLE_RESTART % "settled").answer()
@@ -134,7 +134,9 @@ def test_cancelled_after_commit(backend: str, run_service: Run) -> None:
         service.release()
         service.wait_for("predecessor", state="committing", pid=first)
         control.say("run", code="scope.cancel()").answer()
-    service.wait_for("cancelled", pid=first)
+        service.wait_for("cancelled", pid=first)
+        service.wait_for("predecessor", state="probation", pid=first)
+        control.say("run", code=TIME_IS_UP).answer()
     service.wait_for("predecessor", state="settled", pid=first)
     assert service.ask()["generation"] == 2
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenarios.handoff.harness import PATIENCE_SECONDS, Clients, Conversation, Refused, Service
+from tests.scenarios.handoff.harness import PATIENCE_SECONDS, TIME_IS_UP, Clients, Conversation, Refused, Service
 
 pytestmark = pytest.mark.main_python_only
 
@@ -54,7 +54,7 @@ def test_what_nobody_claims_is_answered_to_the_end_and_named(backend: str, run_s
             clients.wait_for(first)
         with Conversation(old) as late:
             # The end of the probation, at which it listens there no more.
-            control.say("run", code="ecdysis._life.handover.post(ecdysis._life.handover.timed_out)").answer()
+            control.say("run", code=TIME_IS_UP).answer()
             service.wait_for("predecessor", state="settled", pid=first)
             assert late.say("hello").answer()["pid"] == first
     assert (clients.refused, clients.lost) == ([], [])

@@ -45,7 +45,7 @@ ecdysis._gate.pause = slow_pause
 @every_loop
 def test_a_clean_stop(backend: str, run_service: Run) -> None:
     """Busy ones finish, idle ones say goodbye at the deadline, and the status is 0."""
-    service = run_service(backend, ecdysis={"drain_timeout": 3})
+    service = run_service(backend, ecdysis={"drain_timeout": 5})
     first = service.pids[0]
     with service.begin("hold") as busy, service.begin("hello") as idle:
         idle.answer()
@@ -298,10 +298,12 @@ async def main():
         current()
     except LookupError as error:
         print("nobody")
-    with anyio.move_on_after(0.01):
+    with anyio.CancelScope() as scope:
         async with Ecdysis() as ecdysis:
-            await ecdysis.serve_forever()
-    print("cancelled")
+            await ecdysis.ready()
+            scope.cancel()
+            await ecdysis.finished()
+    print("cancelled", scope.cancelled_caught)
 def run():
     anyio.run(main, backend=sys.argv[1])
 signal.signal(signal.SIGUSR2, lambda *_: None)
@@ -322,7 +324,7 @@ def test_leaving_the_block(backend: str, tmp_path: Path) -> None:
         [sys.executable, "-W", "error", script, backend],
         env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    lines = ["left", "itself None", "group 2", "nobody", "cancelled"]
+    lines = ["left", "itself None", "group 2", "nobody", "cancelled True"]
     assert process.stdout.splitlines() == [*lines, "thread", *lines], process.stderr
     warnings = process.stderr.splitlines()
     assert all(line.startswith("WARNING") for line in warnings), process.stderr

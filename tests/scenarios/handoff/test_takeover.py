@@ -85,6 +85,8 @@ def test_a_newcomer_that_fails_costs_nothing(backend: str, run_service: Run, pat
     service.configure(at_start="raise OSError('no database')")
     with Clients(service.address) as clients:
         assert service.wait_for_death(take_over(service, path)) == 1
+        # It has said that it fails, and who was to hear that answers its clients meanwhile.
+        service.wait_for("predecessor", state="failed", pid=service.pids[0])
         clients.wait_for(service.pids[0])
         found = status(path)
         assert (found["state"], found["last_report"]["outcome"]) == ("serving", "failed")
