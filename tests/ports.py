@@ -12,7 +12,8 @@ from pathlib import Path
 
 __all__ = ["find_free_port"]
 
-FIRST = 10_000
+# Above the last one that browsers refuse, 10080 (Fetch, port blocking).
+FIRST = 11_000
 
 # More than there are workers of pytest-xdist: each has ports of its own.
 WORKERS = 32
