@@ -133,8 +133,10 @@ def test_a_service_whose_second_generation_is_slower(tmp_path: Path) -> None:
     code, verdict, output = judge(*arguments, FIRST=first)
     assert code == BAD, output
     assert {failure["class"] for failure in verdict["failures"]} == {"slower generation"}
-    assert re.search(r"generation 2 is [\d.]+ times slower than generation 1 in", verdict["examples"][0]["text"])
-    assert "(--max-slowdown 2)" in verdict["examples"][0]["text"]
+    # What was answered late on a busy machine is told besides.
+    told = next(each["text"] for each in verdict["examples"] if "slower" in each["text"])
+    assert re.search(r"generation 2 is [\d.]+ times slower than generation 1 in", told)
+    assert "(--max-slowdown 2)" in told
 
 
 @pytest.mark.backends("asyncio")

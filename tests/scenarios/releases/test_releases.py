@@ -19,7 +19,7 @@ from tests.scenarios.run.commands import Visitors, call, running, taking_over, w
 pytestmark = pytest.mark.main_python_only
 
 MIX = Mix(new_per_second=20, hasty=1, keep_alive=3, slow=2, slow_seconds=(0.05, 0.2), silent=1)
-OPTIONS = ("--probation", "0.05", "--drain-timeout", "2", "--max-draining", "4")
+OPTIONS = ("--probation", "0.05", "--drain-timeout", "5", "--max-draining", "4")
 
 QUICK = ("--bind", "127.0.0.1:0", "--probation", "0.05", "--drain-timeout", "2")
 

@@ -25,6 +25,7 @@ from tests.scenarios.servers.clients import HOST
 PATIENCE_SECONDS = 60.0
 
 HEADER_BYTES = 9
+READ_BYTES = 2**20
 WINDOW_BYTES = 2**30
 REFUSED_STREAM = 7
 ANY_STREAM = 2**31 - 1
@@ -54,6 +55,9 @@ class Counts:
 class StreamClient:
     """Keeps some streams open on one connection after the other, until told to end.
 
+    Attributes:
+        heard: the generations that have answered this client.
+
     Args:
         port: where the service is.
         counts: for all that it sees.
@@ -63,6 +67,7 @@ class StreamClient:
     """
 
     def __init__(self, port: int, counts: Counts, tls: ssl.SSLContext | None = None, *, is_deaf: bool = False) -> None:
+        self.heard: set[str] = set()
         self._port = port
         self._counts = counts
         self._tls = tls
@@ -73,7 +78,7 @@ class StreamClient:
         while not ended.is_set():
             name = "localhost" if self._tls is not None else None
             reader, writer = await asyncio.open_connection(HOST, self._port, ssl=self._tls, server_hostname=name)
-            talk = _Talk(self._counts, reader, writer, is_deaf=self._is_deaf)
+            talk = _Talk(self._counts, self.heard, reader, writer, is_deaf=self._is_deaf)
             try:
                 async with asyncio.timeout(PATIENCE_SECONDS):
                     await talk.run(ended)
@@ -87,13 +92,21 @@ class _Talk:
     """One connection."""
 
     def __init__(
-        self, counts: Counts, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_deaf: bool
+        self,
+        counts: Counts,
+        heard: set[str],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        is_deaf: bool,
     ) -> None:
         self._counts = counts
+        self._heard = heard
         self._reader = reader
         self._writer = writer
         self._is_deaf = is_deaf
         self._encoder, self._decoder = Encoder(), Decoder()
+        self._received = b""
         self._next = 1
         # The bodies of the streams that are open.
         self._open: dict[int, bytes] = {}
@@ -109,7 +122,8 @@ class _Talk:
                     self._ask()
             elif not self._open:
                 return
-            self._hear(await self._read_frame())
+            for frame in await self._read_frames():
+                self._hear(frame)
 
     def give_up(self, reason: str) -> None:
         """Take stock of the streams that have had no answer when the connection ended."""
@@ -167,11 +181,26 @@ class _Talk:
             generation, _, text = self._open.pop(stream).decode().partition(" ")
             if text == str(stream):
                 self._counts.answers[generation] += 1
+                self._heard.add(generation)
             else:
                 self._counts.lost.append(f"stream {stream} was answered with {text!r}")
 
-    async def _read_frame(self) -> Frame:
-        header = await self._reader.readexactly(HEADER_BYTES)
-        frame, length = Frame.parse_frame_header(memoryview(header))
-        frame.parse_body(memoryview(await self._reader.readexactly(length)))
-        return frame
+    async def _read_frames(self) -> list[Frame]:
+        """Wait for frames, and return all that have come.
+
+        Whoever asks before they are heard may ask on a connection that has ended, and lose what they say of that.
+        """
+        frames: list[Frame] = []
+        while not frames:
+            if not (piece := await self._reader.read(READ_BYTES)):
+                raise EOFError("the connection has ended")
+            self._received += piece
+            while len(self._received) >= HEADER_BYTES:
+                frame, length = Frame.parse_frame_header(memoryview(self._received[:HEADER_BYTES]))
+                end = HEADER_BYTES + length
+                if len(self._received) < end:
+                    break
+                frame.parse_body(memoryview(self._received[HEADER_BYTES:end]))
+                self._received = self._received[end:]
+                frames.append(frame)
+        return frames

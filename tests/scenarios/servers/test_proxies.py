@@ -122,8 +122,8 @@ async def restart_behind_a_proxy(
                     report = await service.restart()
                     assert report.get("outcome") == "settled", report
                     await service.wait_for_generations(number + 2)
-                while not clients.generations[RESTARTS + 1]:  # noqa: ASYNC110 - an answer has no event
-                    await asyncio.sleep(0.01)
+                    while not clients.generations[number + 2]:  # noqa: ASYNC110 - an answer has no event
+                        await asyncio.sleep(0.01)
                 clients.end()
 
     assert not clients.failures, clients.failures

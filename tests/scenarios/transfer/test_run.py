@@ -36,7 +36,8 @@ async def restart_among(loop: str, directory: Path) -> None:
         "0",
         "--no-access-log",
     ]
-    arguments += [f"--server-option={option}" for option in OPTIONS]
+    # All of them move: no deadline ends what a busy machine has not moved yet.
+    arguments += ["--drain-timeout", "60", *(f"--server-option={option}" for option in OPTIONS)]
     async with running(directory, *arguments) as run, asyncio.TaskGroup() as task_group:
         port = await run.find_port()
         crowd = Crowd(port, idle=40, active=8)
