@@ -35,7 +35,8 @@ def _count_ports() -> Iterator[int]:
     """Go through the ports of this process again and again, from one that another run hardly begins with."""
     last = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
-    ports = range(FIRST + worker, last, WORKERS)
+    # Where the kernel's range begins lower, there are none that it gives to nobody.
+    ports = range(FIRST + worker, last, WORKERS) or range(FIRST + worker, 2**16, WORKERS)
     begin = random.randrange(len(ports))
     return itertools.cycle((*ports[begin:], *ports[:begin]))
 
