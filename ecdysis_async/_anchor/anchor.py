@@ -260,7 +260,7 @@ class Anchor:
             management.start(self._tasks)
         await self._control_plane.gate.open()
         resources.push_async_callback(self._withdraw)
-        await self._opener.open(self._tasks)
+        await self._opener.open()
 
     async def _run(self) -> int:
         state, management = self._state, self._management

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import anyio
-from anyio.abc import TaskGroup
 
 from ecdysis_async._handoff.generation import GenerationLog
 from ecdysis_async._management.health import HealthServer
@@ -32,6 +31,14 @@ from .sockets import HeldSockets
 from .state import AnchorState, Begin
 
 __all__ = ["Opener"]
+
+
+class _FormerHealth:
+    """The answers at the health address of former code."""
+
+    def __init__(self) -> None:
+        self.scope = anyio.CancelScope()
+        self.has_ended = anyio.Event()
 
 
 class Opener:
@@ -55,20 +62,16 @@ class Opener:
         pid_file = state.config.settings.pid_file
         self._pid_file = Need(f"the pid file {pid_file}", self._open_pid_file) if pid_file is not None else None
         self._needs = Needs(self._list_needs(), state, log, begin)
-        # Ends the answers at the health address of former code, once this code's own one is open.
-        self._former_health: anyio.CancelScope | None = None
+        # The answers at the health address of former code, which end once this code's own one is open.
+        self._former_health: _FormerHealth | None = None
 
-    async def open(self, tasks: TaskGroup) -> None:
+    async def open(self) -> None:
         """Open everything before the first worker starts; new code opens what can be opened.
-
-        Args:
-            tasks: where commands and the health address are answered.
 
         Raises:
             OSError, LookupError, ValueError: something cannot be opened, and no worker serves; the text says what to
                 do.
         """
-        self._tasks = tasks
         if self._state.is_follower:
             # The workers serve, whatever cannot be opened.
             await self._needs.open_each()
@@ -142,7 +145,7 @@ class Opener:
             raise
         await management.close_former_control()
         registry.start_listening()
-        self._tasks.start_soon(management.serve_control)
+        self._begin(management.serve_control)
         self._begin(management.keep_control)
 
     async def _open_health(self, address: Address) -> None:
@@ -152,8 +155,8 @@ class Opener:
         except OPENING_ERRORS:
             if self._state.is_follower and self._former_health is None:
                 # Load balancers ask where former code has answered, until this code can answer elsewhere.
-                self._former_health = anyio.CancelScope()
-                self._tasks.start_soon(self._serve_former_health, self._former_health)
+                self._former_health = _FormerHealth()
+                self._begin(self._serve_former_health, self._former_health)
             raise
         try:
             for entry in opened:
@@ -168,17 +171,24 @@ class Opener:
             # A service that has ended here has left its history.
             state.ledger.recent = await run_in_thread(functools.partial(read_recent, control_path + SUFFIX))
         if self._former_health is not None:
-            self._former_health.cancel()
+            # A socket that is closed under its reader leaves its number to the next one, which the reader then takes
+            # out of the loop.
+            self._former_health.scope.cancel()
+            await self._former_health.has_ended.wait()
+            self._former_health = None
         for entry in set(registry.entries) - set(opened):
             registry.release(entry, unlink=True)
         for entry in opened:
-            self._tasks.start_soon(self._serve_health, entry)
+            self._begin(self._serve_health, entry)
 
-    async def _serve_former_health(self, scope: anyio.CancelScope) -> None:
-        with scope:
-            async with anyio.create_task_group() as task_group:
-                for entry in self._sockets.health.entries:
-                    task_group.start_soon(self._serve_health, entry)
+    async def _serve_former_health(self, former: _FormerHealth) -> None:
+        try:
+            with former.scope:
+                async with anyio.create_task_group() as task_group:
+                    for entry in self._sockets.health.entries:
+                        task_group.start_soon(self._serve_health, entry)
+        finally:
+            former.has_ended.set()
 
     async def _serve_health(self, entry: Entry) -> None:
         why_not_ready = functools.partial(status.why_not_ready, self._state)

@@ -7,8 +7,9 @@ import dataclasses
 import functools
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -34,8 +35,12 @@ pytestmark = pytest.mark.backends("asyncio")
 WEB = Internet("127.0.0.1", 0)
 
 
+def begin(tasks: TaskGroup, function: Callable[..., Coroutine[Any, Any, object]], /, *arguments: object) -> None:
+    tasks.start_soon(function, *arguments)
+
+
 @contextlib.asynccontextmanager
-async def opening(here: Stage) -> AsyncIterator[tuple[Opener, TaskGroup]]:
+async def opening(here: Stage) -> AsyncIterator[Opener]:
     """Have something that opens what the anchor of a stage needs."""
     config = here.state.config
     plane = DataPlane(here.sockets.control, Gate(), Tracker())
@@ -52,18 +57,18 @@ async def opening(here: Stage) -> AsyncIterator[tuple[Opener, TaskGroup]]:
         pid_file=config.settings.pid_file,
         takes_activation=False,
     )
-    opener = Opener(here.state, here.sockets, management, here.log, here.begun)
     try:
         async with anyio.create_task_group() as tasks:
             management.claim(has_predecessor=here.state.is_follower)
             management.start(tasks)
             await plane.gate.open()
-            yield opener, tasks
+            opener = Opener(here.state, here.sockets, management, here.log, functools.partial(begin, tasks))
+            yield opener
             tasks.cancel_scope.cancel()
+        opener.remove_metrics_dir()
         await management.withdraw(has_successor=False)
     finally:
         management.close()
-        opener.remove_metrics_dir()
 
 
 @pytest.fixture
@@ -94,8 +99,8 @@ def wanting(tmp_path: Path, health: Internet, *, upgrades: int = 0) -> Iterator[
 
 async def test_a_first_start_opens_everything(tmp_path: Path) -> None:
     with wanting(tmp_path, WEB) as here:
-        async with opening(here) as (opener, tasks):
-            await opener.open(tasks)
+        async with opening(here) as opener:
+            await opener.open()
             assert here.state.missing == {}
             assert (tmp_path / "control").is_socket()
             assert here.state.metrics_dir is not None
@@ -119,9 +124,9 @@ async def test_a_first_start_ends_with_what_cannot_be_opened_and_opens_nothing_a
     tmp_path: Path, taken: Internet
 ) -> None:
     with wanting(tmp_path, taken) as here:
-        async with opening(here) as (opener, tasks):
+        async with opening(here) as opener:
             with pytest.raises(OSError, match=f"{taken.port}.*in use"):
-                await opener.open(tasks)
+                await opener.open()
             assert here.sockets.health.entries == here.sockets.service.entries == ()
             assert not (tmp_path / "pid").exists()
 
@@ -131,8 +136,8 @@ async def test_new_code_goes_on_without_what_cannot_be_opened(
 ) -> None:
     monkeypatch.setattr(needs, "RETRY_SECONDS", 0.01)
     with wanting(tmp_path, taken, upgrades=1) as here:
-        async with opening(here) as (opener, tasks):
-            await opener.open(tasks)
+        async with opening(here) as opener:
+            await opener.open()
             [missing] = here.state.missing
             assert missing == f"the health address {taken}"
             assert (tmp_path / "control").is_socket()
