@@ -261,7 +261,8 @@ def test_a_worker_that_is_killed_is_replaced(run_anchor: Run) -> None:
 
 
 def test_a_worker_that_crashes_at_every_start_is_retried_ever_more_slowly(run_anchor: Run) -> None:
-    service = run_anchor(workers=2)
+    planted = "from ecdysis_async._anchor import pool; pool.HEALTHY_SECONDS = 600"
+    service = run_anchor(workers=2, at_anchor=planted)
     service.expected_blemishes = ("Traceback (most",)
     before = service.workers()
     service.configure(at_start='tell("crashed"); raise RuntimeError("it crashes")')
@@ -296,7 +297,7 @@ def test_the_old_worker_is_killed_in_the_middle_of_a_roll_out(state: str, run_an
 
 def test_a_hung_worker_is_replaced_and_a_stopped_one_too(run_anchor: Run, watchdog: Watchdog) -> None:
     """Even where all of them hang at a time, systemd has no reason to start the service anew."""
-    service = run_anchor(workers=2, plan={"hang_timeout": 2})
+    service = run_anchor(workers=2, plan={"hang_timeout": 4})
     before = service.workers()
     for pid in before.values():
         service.signal(pid, signal.SIGSTOP)
@@ -314,10 +315,10 @@ def test_a_hung_worker_is_replaced_and_a_stopped_one_too(run_anchor: Run, watchd
 
 
 def test_a_slow_request_is_no_hang(run_anchor: Run) -> None:
-    service = run_anchor(workers=1, plan={"hang_timeout": 2})
+    service = run_anchor(workers=1, plan={"hang_timeout": 4})
     before = service.workers()
     # Longer than the limit: a busy thread, and a request that waits.
-    service.run("import time; await anyio.to_thread.run_sync(time.sleep, 3)")
+    service.run("import time; await anyio.to_thread.run_sync(time.sleep, 5)")
     service.run("await anyio.sleep(1)")
     assert service.workers() == before
 

@@ -45,7 +45,9 @@ def test_a_worker_ends_after_a_restart_and_at_a_stop(run_anchor: Run, loop: str,
 def test_a_worker_that_cannot_end_itself_is_killed(run_anchor: Run) -> None:
     planted = "from ecdysis_async._anchor import reconcile; reconcile.LINGER_SECONDS = reconcile.LOOK_SECONDS = 0.5"
     grace = "from ecdysis_async._handoff import ancestors; ancestors.GRACE_SECONDS = 600"
-    service = run_anchor(workers=1, ecdysis=LIMITS, handoffs=LIMITS, at_anchor=planted, at_import=grace)
+    # The test has to come before its drain is over.
+    limits = {"drain_timeout": 5, "exit_timeout": 0.5}
+    service = run_anchor(workers=1, ecdysis=limits, handoffs=limits, at_anchor=planted, at_import=grace)
     [former] = service.workers().values()
     with service.hold(former):
         service.roll_out("settled")
