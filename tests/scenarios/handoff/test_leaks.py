@@ -53,6 +53,8 @@ for _ in range({FAILED_RESTARTS // 10}):
         pass
 """
     service.run(failures)
+    # The descriptors in reserve are there again a moment after the answer.
+    service.wait_until(lambda: service.run("len(ecdysis._life.reserve._descriptors)") > 0, "there is no reserve")
     before = facts(first)
     memory = psutil.Process(first).memory_info().rss
     for _ in range(9):
