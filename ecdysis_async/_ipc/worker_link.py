@@ -107,7 +107,7 @@ class WorkerLink:
             close_all(descriptors)
             return
         self._outbox.append((message, body, descriptors))
-        # Who waits for those before it waits for this one as well.
+        # A waiter for those before it waits for this one as well.
         if self._sent.is_set():
             self._sent = anyio.Event()
         self._told.set()

@@ -102,7 +102,7 @@ def leave_behind(service: Service, left: Left) -> None:
     """Leave something behind at a restart, and at a stop, of a service that runs with LIMITS; see that it ends."""
     former = service.pids[0]
     child = service.run(left.code)
-    # Who waits until it has settled waits for an answer of the former process, whose loop may stand still then.
+    # A client that waits for "settled" waits for an answer of the former process, whose loop may stand still then.
     service.restart("serving")
     assert service.wait_for_death(former) == 0
     _expect(service, left, child)

@@ -29,7 +29,7 @@ HOLD = """
 import json, sys, time
 from ecdysis_async._system.lock_file import LockFile
 locks = LockFile(int(sys.argv[1]))
-# Who has it in vain gives it back in a moment.
+# A process that has it in vain gives it back in a moment.
 while not locks.try_lock("name"):
     time.sleep(0.001)
 locks.write("name", json.loads(sys.argv[2]))

@@ -297,7 +297,7 @@ class Application:
         if connection.is_over():
             return
         connection.note_safe_point()
-        # Whoever was busy at the farewell is closed behind it; WebSockets and HTTP/2 have endings of their own.
+        # What was busy at the farewell is closed behind it; WebSockets and HTTP/2 have endings of their own.
         is_late = connection.interrupted and last.is_http_1
         if is_late or connection in self._deserted:
             self.close_after_answer(connection)

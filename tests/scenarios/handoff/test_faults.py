@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 SETTINGS: dict[str, Any] = {
-    # Nobody waits for the deadline of a drain; a former generation may stand still for as long as the test wants.
+    # No test waits for the deadline of a drain; a former generation may stand still for as long as the test wants.
     "ecdysis": {"probation": 0.1, "drain_timeout": 600},
     "limits": {"PAUSE_SECONDS": 30.0, "SERVING_SECONDS": 30.0, "END_GRACE_SECONDS": 0.3},
 }

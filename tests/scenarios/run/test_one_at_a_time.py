@@ -120,7 +120,7 @@ atexit.register(note, "end")
         with Visitors(run.find_port()) as visitors:
             run.wait_for("--max-requests")
             wait_until(lambda: database.read_text().count("begin 1") > 2, "nobody is recycled")
-            # Who is recycled from now on runs what was deployed before, until the restart.
+            # A worker that is recycled from now on runs what was deployed before, until the restart.
             release(tmp_path, "2", "two", "RELEASE = 2" + note)
             assert call("restart", "--control", run.control, cwd=tmp_path).returncode == 0
             visitors.wait_for("two")

@@ -88,7 +88,7 @@ def test_a_release_that_does_not_start_changes_nothing(places: tuple[Path, Path]
 
 
 def test_a_wrong_option_ends_a_newcomer_as_a_wrong_command(places: tuple[Path, Path]) -> None:
-    """Only a worker knows the options of its server: its refusal is a wrong use of the command all the same."""
+    """A worker alone knows the options of its server: its refusal is a wrong use of the command all the same."""
     one, two = places
     with running(one, *QUICK) as former:
         port = former.find_port()

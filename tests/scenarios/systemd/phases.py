@@ -24,7 +24,7 @@ class Standstill:
         self._unit = unit
         self._resources = contextlib.ExitStack()
         unit.configure(
-            # Nobody waits for the deadline of a drain.
+            # No test waits for the deadline of a drain.
             ecdysis={"probation": 600 if phase == "probation" else 0.05, "drain_timeout": 600},
             # What is made at the commit is made when the gate is shut, and before the successor is told.
             hold="commit" if phase in ("pausing", "committing") else "",
