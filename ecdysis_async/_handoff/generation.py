@@ -120,7 +120,9 @@ class Generation:
         if request and former is not None and former.request == request:
             await former.is_done.wait()
             return former.count
-        reopening = self.reopening = Reopening(request)
+        reopening = Reopening(request)
+        if request:
+            self.reopening = reopening
         try:
             reopening.count = await self._reopen_logs()
         finally:

@@ -62,7 +62,10 @@ async def test_a_request_that_comes_by_two_ways_opens_logs_once_and_is_counted_f
             may_go_on.set()
         await ask(generation, "one")
         assert (opened, counts) == ([0], [1, 1, 1])
+        # One that comes by a signal is another one, and does not hide that this one was done.
+        await ask(generation, "")
+        await ask(generation, "one")
+        assert (opened, counts) == ([0, 1], [1] * 5)
         await ask(generation, "another")
         await ask(generation, "")
-        await ask(generation, "")
-        assert (opened, counts) == ([0, 1, 2, 3], [1] * 6)
+        assert (opened, counts) == ([0, 1, 2, 3], [1] * 7)

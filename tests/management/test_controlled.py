@@ -7,38 +7,16 @@ import socket
 import pytest
 
 from ecdysis_async._management.changes import Changes
-from ecdysis_async._management.controlled import ControlHandlers, Restart
 from ecdysis_async._system.process import Child
 from ecdysis_async.errors import RestartUnsupported
-
-
-def begin_restart(asked_by: str) -> Restart:
-    raise AssertionError("nobody asks for it")
-
-
-async def count() -> int:
-    return 0
-
-
-async def check() -> dict[str, object]:
-    return {}
+from tests.management.handlers import handlers
 
 
 async def spawn(channel: socket.socket, stderr: int) -> Child:
     raise AssertionError("nobody is started")
 
 
-HANDLERS = ControlHandlers(
-    status=dict,
-    waiting_for=lambda: None,
-    begin_restart=begin_restart,
-    find_report=lambda id: None,
-    stop=lambda: None,
-    changes=Changes(),
-    reopen_logs=count,
-    check=check,
-    compare=lambda release: release,
-)
+HANDLERS = handlers(Changes())
 
 
 async def test_each_refusal_names_what_would_do(backend: str) -> None:
